@@ -1,0 +1,22 @@
+"""The two errors a user can meet. Both carry one or two sentences: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LowbitError(Exception):
+    """Bad input or an environment that cannot do what was asked. The command line prints it and exits with code 2."""
+
+
+class VerificationError(LowbitError):
+    """An artifact that is not what its report says it is. The command line prints it and exits with code 1."""
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> LowbitError:
+    """A LowbitError for a name that does not exist, with the nearest one that does, or the whole list."""
+    names = sorted(known)
+    near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}."
+    return LowbitError(f"unknown {kind} '{given}': {hint}")

@@ -1,0 +1,182 @@
+"""AWQ (arXiv 2306.00978): per-channel scales that protect the channels with large activations, and a search for clipped ranges.
+
+The defaults are the variant that TesseraQ starts from: scales chosen on the float stream, the range shrunk toward both its
+own ends ("asymmetric" clip) on the quantized stream. The official repository shrinks the absolute maximum ("symmetric").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ..grid import Affine
+from ..model.block import Block, Call, first
+from ..model.rewrite import fold
+from ..model.wiring import Site
+
+Clip = Literal["asymmetric", "symmetric", "none"]
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """The knobs of AWQ.
+
+    Attributes:
+        scales: search and fold per-channel scales.
+        clip: which clip search to run after it, if any.
+        exponents: how many exponents of the mean activation are tried, n / exponents for n = 0, 1, ...
+        shrinks: how many range factors are tried, 1 - i/20 for i = 0, 1, ...
+        rows: calibration rows used by both searches, at most.
+        clip_tokens: tokens of them the clip search looks at; 0 means all.
+        clip_sampling: which tokens: "random", or "strided" as the reference, where every 512th token is often a first token.
+    """
+
+    scales: bool = True
+    clip: Clip = "asymmetric"
+    exponents: int = 20
+    shrinks: int = 10
+    rows: int = 128
+    clip_tokens: int = 512
+    clip_sampling: Literal["random", "strided"] = "random"
+
+    def __call__(self, block: Block) -> Block:
+        rows = min(self.rows, block.tuned_rows)
+        chosen: dict[str, float] = {}
+        if self.scales:
+            for site in block.wiring.sites:
+                if site.source is not None:
+                    factor, exponent = search_scale(block, site, rows, self.exponents)
+                    chosen[site.reads[0]] = exponent
+                    if exponent > 0:
+                        block = fold(block, site, factor)
+        if self.clip != "none":
+            block = self._clipped(block, rows)
+        return block.noted(awq_exponents=chosen)
+
+    def _clipped(self, block: Block, rows: int) -> Block:
+        inputs = block.inputs(block.wiring.linears, block.xq, rows)
+        spared = dict(block.wiring.unclipped)
+        generator = torch.Generator().manual_seed(block.seed)
+        weights, params = {}, {}
+        for name, x in inputs.items():
+            weight, grid = block.weight(name), block.grids[name]
+            skip = spared.get(name, 0)
+            picked = pick_tokens(x, self.clip_tokens, self.clip_sampling, generator)
+            low, high = search_clip(weight, picked, grid, self.shrinks, symmetric=self.clip == "symmetric", skip_rows=skip)
+            g = grid.grouped(weight)
+            clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(1)
+            weights[f"{name}.weight"] = clamped
+            params[name] = grid.fit(clamped)
+        return block.rewritten(weights).ranged(params)
+
+
+def _rtn(weight: Tensor, grid: Affine, stored: torch.dtype) -> Tensor:
+    params = grid.stored(grid.fit(weight), stored)
+    return grid.decode(grid.encode(weight, params), params)
+
+
+@torch.no_grad()
+def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[Tensor, float]:
+    """The per-channel factor mean|x| ** exponent, normalised, that makes the site's quantized readers hurt least.
+
+    Returns:
+        (channels,) factor, and its exponent in [0, 1).
+    """
+    calls = block.calls([site.reads[0], site.probe], block.x, rows)
+    inputs = [c.args[0].flatten(0, -2) for c in calls[site.reads[0]]]
+    tokens = sum(len(x) for x in inputs)
+    mean = sum((x.abs().sum(0, dtype=torch.float64) for x in inputs), start=torch.zeros((), dtype=torch.float64)) / tokens
+    probe = _linear_probe(block, site, inputs) if site.probe in site.reads else _module_probe(block, site, calls[site.probe])
+    best, best_error, best_exponent = torch.ones_like(mean), float("inf"), 0.0
+    for n in range(exponents):
+        factor = mean.pow(n / exponents).clamp(min=1e-4)
+        factor = factor / (factor.max() * factor.min()).sqrt()
+        quantized = {}
+        for name in site.reads:
+            weight = block.weight(name)
+            scaled = (weight.double() * factor).to(weight.dtype)
+            quantized[name] = (_rtn(scaled, block.grids[name], block.stored).double() / factor).to(weight.dtype)
+        error = probe(quantized)
+        if error < best_error:
+            best, best_error, best_exponent = factor, error, n / exponents
+    return best, best_exponent
+
+
+class _linear_probe:
+    """Output error of a single linear through its inputs' Gram matrix: exact, and free of the number of tokens."""
+
+    def __init__(self, block: Block, site: Site, inputs: list[Tensor]) -> None:
+        self.name, self.weight = site.probe, block.weight(site.probe)
+        self.gram = sum((x.T @ x for x in inputs), start=torch.zeros((), device=block.device, dtype=block.compute))
+
+    def __call__(self, quantized: Mapping[str, Tensor]) -> float:
+        delta = quantized[self.name] - self.weight
+        return float(((delta @ self.gram) * delta).sum(dtype=torch.float64))
+
+
+class _module_probe:
+    """Output error of a submodule (attention, MLP) on the calls it received."""
+
+    def __init__(self, block: Block, site: Site, calls: list[Call]) -> None:
+        self.module, self.calls, self.prefix = block.module.get_submodule(site.probe), calls, site.probe + "."
+        self.weights = {k[len(self.prefix) :]: v for k, v in block.weights.items() if k.startswith(self.prefix)}
+        self.expected = [self._run(call, self.weights) for call in calls]
+
+    def _run(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+        return first(functional_call(self.module, dict(weights), call.args, dict(call.kwargs)))
+
+    def __call__(self, quantized: Mapping[str, Tensor]) -> float:
+        weights = {**self.weights, **{f"{k[len(self.prefix) :]}.weight": v for k, v in quantized.items()}}
+        errors = [
+            (self._run(call, weights) - y).pow(2).sum(dtype=torch.float64) for call, y in zip(self.calls, self.expected, strict=True)
+        ]
+        return float(sum(errors))
+
+
+def pick_tokens(x: Tensor, count: int, sampling: str, generator: torch.Generator) -> Tensor:
+    """(tokens, in) -> (count, in): random tokens without replacement, or every n-th; all of them if ``count`` is 0."""
+    if count == 0 or len(x) <= count:
+        return x
+    if sampling == "strided":
+        return x[:: len(x) // count][:count]
+    return x[torch.randperm(len(x), generator=generator)[:count].to(x.device)]
+
+
+@torch.no_grad()
+def search_clip(
+    weight: Tensor, x: Tensor, grid: Affine, shrinks: int, *, symmetric: bool = False, skip_rows: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Per group, the shrunk range whose rounded weights change that group's partial output least.
+
+    Args:
+        weight: (out, in) float. x: (tokens, in) inputs. shrinks: factors 1 - i/20 for i < shrinks.
+        symmetric: clip to the shrunk absolute maximum on both sides instead of to the shrunk minimum and maximum.
+        skip_rows: leading rows that keep their full range.
+
+    Returns:
+        low, high: (out, groups), the limits to clamp the weights to.
+    """
+    g = grid.grouped(weight)  # (out, groups, group)
+    blocks = x.unflatten(1, (-1, g.shape[-1]))  # (tokens, groups, group)
+    gram = torch.einsum("tgi,tgj->gij", blocks, blocks)  # (groups, group, group)
+    low_full, high_full = g.amin(-1), g.amax(-1)
+    if symmetric:
+        high_full = torch.maximum(-low_full, high_full)
+        low_full = -high_full
+    best = torch.full_like(low_full, float("inf"))
+    factor = torch.ones_like(low_full)
+    for i in range(shrinks):
+        p = 1 - i / 20
+        clamped = torch.minimum(torch.maximum(g, (low_full * p)[..., None]), (high_full * p)[..., None])
+        params = grid.fit(clamped.flatten(1))
+        delta = (grid.grouped(grid.decode(grid.encode(clamped.flatten(1), params), params)) - g).transpose(0, 1)
+        error = ((delta @ gram) * delta).sum(-1).T  # (groups, out, group) -> (out, groups)
+        better = error < best
+        best, factor = torch.where(better, error, best), torch.where(better, p, factor)
+    factor[:skip_rows] = 1.0
+    return low_full * factor, high_full * factor

@@ -1,0 +1,165 @@
+"""TesseraQ (arXiv 2410.19103): progressive adaptive rounding with dequantization-scale tuning, block by block.
+
+Weights are rounded between the two codes around them. Phase by phase the most decided ones are frozen, and Adam moves the
+rest, together with one scale factor per group, to bring the block's output on the quantized prefix back to the float one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..model.block import Block
+from ._reconstruct import Reconstruction
+from ._soft import SoftBlock
+
+_PAPER_20 = (0.80, 0.65, 0.50, 0.43, 0.38, 0.34, 0.30, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005)
+_PAPER_10 = (0.75, 0.50, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
+_SCALE_DECAY = 1e-4  # L2 inside Adam on the scale variables, fixed in the published code
+_RETRIES = 3
+
+
+def soft_shares(schedule: str) -> tuple[float, ...]:
+    """The share of weights still soft after each phase's hardening.
+
+    Args:
+        schedule: "handcrafted-20" or "handcrafted-10" as published, or "exponential-T-K" for exp(-T k / K), k = 1 ... K.
+
+    Raises:
+        LowbitError: no such schedule.
+    """
+    if schedule == "handcrafted-20":
+        return _PAPER_20
+    if schedule == "handcrafted-10":
+        return _PAPER_10
+    parts = schedule.split("-")
+    try:
+        if parts[0] == "exponential" and len(parts) == 3 and float(parts[1]) > 0 and int(parts[2]) > 0:
+            return tuple(math.exp(-float(parts[1]) * k / int(parts[2])) for k in range(1, int(parts[2]) + 1))
+    except ValueError:
+        pass
+    raise LowbitError(f"unknown schedule '{schedule}': use handcrafted-20, handcrafted-10 or exponential-T-K (for example exponential-4-20).")
+
+
+@dataclass(frozen=True)
+class TesseraQ:
+    """The knobs of TesseraQ. The defaults are the preset `tesseraq`; the published ones are the preset `tesseraq-paper`.
+
+    Attributes:
+        schedule: hardening schedule, see `soft_shares`.
+        iters: Adam steps per phase.
+        lr: step size of rounding and scale variables alike. lr * iters, the distance a variable can travel in a phase, is
+            what matters; 0.25 as published.
+        batch: rows per step.
+        tune_scale: dequantization-scale tuning.
+        rounds: 2 adds a second run of the phases in which every weight may move to the neighbouring code that lowers the
+            loss, also beyond floor and ceiling.
+        refit: scale-only steps after the last hardening.
+        decay: lower the step size linearly to this share of itself within each phase; 1 keeps it constant, as published.
+    """
+
+    schedule: str = "handcrafted-20"
+    iters: int = 50
+    lr: float = 5e-3
+    batch: int = 4
+    tune_scale: bool = True
+    rounds: int = 1
+    refit: int = 0
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        soft_shares(self.schedule)
+        if self.iters < 1 or self.batch < 1 or self.rounds not in (1, 2) or self.refit < 0:
+            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, rounds 1 or 2 and refit >= 0.")
+        if not (self.lr > 0 and 0 < self.decay <= 1):
+            raise LowbitError("tesseraq needs lr > 0 and decay in (0, 1].")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per block."""
+        return len(soft_shares(self.schedule)) * self.iters * self.rounds + self.refit
+
+    def __call__(self, block: Block) -> Block:
+        soft = SoftBlock(block)
+        job = Reconstruction(block, self.batch)
+        before = job.loss(soft.hard_weights())
+        start = soft.snapshot()
+        trouble: list[str] = []
+        for round_ in range(self.rounds):
+            if round_:
+                self._restart(soft, job)
+            for share in soft_shares(self.schedule):
+                soft.harden(share)
+                if not self._phase(soft, job, self.iters, rounding=True, trouble=trouble):
+                    break
+            soft.harden_all()
+        if self.refit:
+            self._phase(soft, job, self.refit, rounding=False, trouble=trouble)
+        after = job.loss(soft.hard_weights())
+        if not after < before:  # also when it is NaN: rather the start than something worse
+            trouble.append(f"tuning ended at loss {after:.4g}, above the {before:.4g} it started from; kept the start")
+            soft = SoftBlock(block)
+            soft.restore(start)
+            after = before
+        notes: dict[str, Any] = {"loss_before": before, "loss_after": after}
+        if trouble:
+            notes["trouble"] = trouble
+        return block.solved(soft.codes()).noted(**notes)
+
+    def _phase(self, soft: SoftBlock, job: Reconstruction, steps: int, *, rounding: bool, trouble: list[str]) -> bool:
+        """Adam for some steps from fresh state. On a non-finite result: back to the phase's start and half the step size."""
+        saved = soft.snapshot()
+        lr = self.lr
+        for _ in range(_RETRIES):
+            if math.isfinite(float(self._descend(soft, job, steps, lr, rounding=rounding))) and soft.finite():
+                return True
+            soft.restore(saved)
+            lr /= 2
+            trouble.append(f"non-finite loss; the phase was repeated with lr {lr:g}")
+        trouble.append("still not finite: the remaining weights were rounded as they stood")
+        return False
+
+    def _descend(self, soft: SoftBlock, job: Reconstruction, steps: int, lr: float, *, rounding: bool) -> Tensor:
+        scales = self.tune_scale or not rounding
+        nu, v = soft.parameters()
+        groups: list[dict[str, Any]] = [{"params": nu}] if rounding else []
+        if scales:
+            groups.append({"params": v, "weight_decay": _SCALE_DECAY})
+        optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
+        total = torch.zeros((), device=soft.block.device)
+        for step in range(steps):
+            if self.decay < 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * (1 - (1 - self.decay) * step / steps)
+            with torch.no_grad():
+                weights = soft.weights()
+            loss, gradients = job.gradients(weights, soft.keys, job.draw())
+            with torch.no_grad():
+                soft.backward(gradients, rounding=rounding, scales=scales)
+            optimizer.step()
+            total += loss  # stays on the device: no step waits for the host
+        return total
+
+    def _restart(self, soft: SoftBlock, job: Reconstruction) -> None:
+        """Prepare the second round: first derivatives at the hard codes, second ones by random probes (Gauss-Newton)."""
+        hard = soft.hard_weights()
+        rows = [torch.arange(at, min(at + job.batch, soft.block.tuned_rows)) for at in range(0, soft.block.tuned_rows, job.batch)]
+        gradient = {k: torch.zeros_like(hard[k]) for k in soft.keys}
+        curvature = {k: torch.zeros_like(hard[k]) for k in soft.keys}
+        generator = torch.Generator().manual_seed(soft.block.seed + 1)
+        tokens = 0
+        for some in rows:
+            leaves = {k: hard[k].detach().requires_grad_() for k in soft.keys}
+            residual = job.residual({**hard, **leaves}, some)
+            signs = torch.randint(0, 2, residual.shape, generator=generator).to(residual) * 2 - 1
+            tokens += residual[..., 0].numel()
+            for total, seed, power in ((gradient, residual.detach(), 1), (curvature, signs, 2)):
+                found = torch.autograd.grad(residual, list(leaves.values()), seed, retain_graph=power == 1)
+                for key, g in zip(soft.keys, found, strict=True):
+                    total[key] += g.pow(power)
+        soft.flip_candidates(gradient, curvature, least=0.02, most=0.5)

@@ -1,0 +1,174 @@
+"""Block: one decoder layer as a value. A method takes one and returns another; nothing is mutated, patched or restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import LowbitError
+from ..grid import Affine, AffineParams, QTensor
+from .wiring import Wiring
+
+_TOKENS_PER_PASS = 8192
+
+
+def first(output: Any) -> Tensor:
+    """A layer's hidden states: some transformers versions return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a submodule was called with, for one batch of rows."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: module (forward only, no data), weights, grids, inputs, decisions.
+
+    A linear's weight goes free (in ``weights`` only) -> ranged (also in ``params``) -> coded (also in ``coded``). Changing a
+    coded weight raises.
+
+    Attributes:
+        name: prefix in the checkpoint, e.g. "model.layers.3".
+        module: the transformers layer on the meta device.
+        kwargs: what the layer is called with besides its input.
+        weights: every parameter by its name inside the block, in the compute dtype.
+        stored: the dtype of the checkpoint, in which scales, norms and activation streams are kept.
+        grids: linear -> grid.
+        x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them.
+        target: the float block's output on ``x``, before anything was changed.
+        tuned_rows: how many leading rows methods may learn from; later rows only pass through (held-out evaluation).
+        seed: for everything random in this block.
+        params: linear -> fixed grid parameters.
+        coded: linear -> codes.
+        notes: decisions and losses, for the report.
+    """
+
+    name: str
+    module: nn.Module
+    wiring: Wiring
+    kwargs: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    stored: torch.dtype
+    grids: Mapping[str, Affine]
+    x: Tensor
+    xq: Tensor
+    target: Tensor
+    tuned_rows: int
+    seed: int
+    params: Mapping[str, AffineParams] = field(default_factory=dict)
+    coded: Mapping[str, QTensor] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    # --- running -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The layer's output for (n, length, hidden) inputs, in the compute dtype, with these weights or the block's own."""
+        own = self.weights if weights is None else weights
+        return first(functional_call(self.module, dict(own), (x,), dict(self.kwargs)))
+
+    @property
+    def compute(self) -> torch.dtype:
+        return next(iter(self.weights.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    def passes(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows in the compute dtype on the device), a few thousand tokens at a time."""
+        step = max(1, _TOKENS_PER_PASS // x.shape[1])
+        for at in range(0, len(x), step):
+            yield at, x[at : at + step].to(self.device, self.compute)
+
+    @torch.no_grad()
+    def run(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The layer's output for a whole stream, in the stored dtype."""
+        out = torch.empty_like(x)
+        for at, rows in self.passes(x):
+            y = self.forward(rows, weights)
+            out[at : at + len(rows)] = y.to(out.device, out.dtype)
+        return out
+
+    def decoded(self) -> dict[str, Tensor]:
+        """All weights with the coded ones as a loader would decode them (rounded to the stored dtype)."""
+        out = dict(self.weights)
+        for name, q in self.coded.items():
+            out[f"{name}.weight"] = q.decode(self.stored).to(self.compute)
+        return out
+
+    @torch.no_grad()
+    def calls(self, modules: Sequence[str], x: Tensor, rows: int) -> dict[str, list[Call]]:
+        """What each of these submodules is called with when the first ``rows`` rows of ``x`` pass, batch by batch."""
+        seen: dict[str, list[Call]] = {m: [] for m in modules}
+        handles: list[RemovableHandle] = []
+
+        def record(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen[name].append(Call(args, kwargs))
+
+            return hook
+
+        try:
+            for name in modules:
+                submodule = self.module.get_submodule(name)
+                handles.append(submodule.register_forward_pre_hook(record(name), with_kwargs=True))
+            for _, batch in self.passes(x[:rows]):
+                self.forward(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def inputs(self, modules: Sequence[str], x: Tensor, rows: int) -> dict[str, Tensor]:
+        """The input activations of these linears, (tokens, in) each, when the first ``rows`` rows of ``x`` pass."""
+        return {m: torch.cat([c.args[0].flatten(0, -2) for c in calls]) for m, calls in self.calls(modules, x, rows).items()}
+
+    # --- changing ------------------------------------------------------------------------------------------------------
+
+    def weight(self, linear: str) -> Tensor:
+        """The (out, in) float weight of a linear."""
+        return self.weights[f"{linear}.weight"]
+
+    def rewritten(self, changes: Mapping[str, Tensor]) -> Block:
+        """The block with some parameters replaced.
+
+        Raises:
+            LowbitError: one of them belongs to a linear that is already coded.
+        """
+        for key in changes:
+            if key.removesuffix(".weight") in self.coded:
+                raise LowbitError(
+                    f"'{self.name}.{key}' is already coded and cannot be changed: transforms come before solvers in a recipe."
+                )
+        return replace(self, weights={**self.weights, **changes})
+
+    def ranged(self, params: Mapping[str, AffineParams]) -> Block:
+        """The block with the grid parameters of some linears fixed, scales rounded to the stored dtype."""
+        fixed = {k: self.grids[k].stored(p, self.stored) for k, p in params.items()}
+        return replace(self, params={**self.params, **fixed})
+
+    def range_of(self, linear: str) -> AffineParams:
+        """Fixed grid parameters of a linear, or those of its plain minimum and maximum."""
+        if linear in self.params:
+            return self.params[linear]
+        grid = self.grids[linear]
+        return grid.stored(grid.fit(self.weight(linear)), self.stored)
+
+    def solved(self, codes: Mapping[str, QTensor]) -> Block:
+        """The block with codes for some linears."""
+        return replace(self, coded={**self.coded, **codes})
+
+    def noted(self, **notes: Any) -> Block:
+        """The block with something added to its part of the report."""
+        return replace(self, notes={**self.notes, **notes})

@@ -1,0 +1,59 @@
+"""Function-preserving rewrites of a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block import Block
+from .wiring import Site, Source
+
+
+def _into_norm(block: Block, source: Source, factor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Divide a norm's gain by ``factor`` as far as the stored dtype allows; also the factor that this really was."""
+    key, offset = f"{source.module}.weight", block.wiring.norm_offset
+    gain = block.weights[key].double() + offset
+    stored = (gain / factor - offset).to(block.stored)
+    effective = gain / (stored.double() + offset)
+    dead = ~torch.isfinite(effective) | (effective <= 0)  # a gain of zero, or one that rounding made zero
+    effective = torch.where(dead, torch.ones_like(effective), effective)
+    changes = {key: torch.where(dead, block.weights[key], stored.to(block.compute))}
+    bias = f"{source.module}.bias"
+    if bias in block.weights:
+        changes[bias] = (block.weights[bias].double() / effective).to(block.stored).to(block.compute)
+    return changes, effective
+
+
+def _into_rows(block: Block, source: Source, factor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Divide a linear's output rows (and bias) by ``factor``."""
+    key = f"{source.module}.weight"
+    rows = slice(*source.rows) if source.rows else slice(None)
+    weight = block.weights[key].clone()
+    weight[rows] = (weight[rows].double() / factor[:, None]).to(weight.dtype)
+    changes = {key: weight}
+    bias = f"{source.module}.bias"
+    if bias in block.weights:
+        shifted = block.weights[bias].clone()
+        shifted[rows] = (shifted[rows].double() / factor).to(block.stored).to(shifted.dtype)
+        changes[bias] = shifted
+    return changes, factor
+
+
+def fold(block: Block, site: Site, factor: Tensor) -> Block:
+    """Divide a site's activation by a positive per-channel factor and multiply its readers' columns by it.
+
+    The factor that reaches the readers is the one the norm's gain could really take in the stored dtype, so the function is
+    preserved to the compute dtype's rounding even when the norm is kept in 16 bits.
+
+    Args:
+        factor: (channels,) > 0.
+    """
+    if site.source is None:
+        raise ValueError("this site has no source to fold a factor into")
+    into = _into_norm if site.source.kind == "norm" else _into_rows
+    changes, effective = into(block, site.source, factor.double())
+    for name in site.reads:
+        key = f"{name}.weight"
+        weight = changes.get(key, block.weights[key])
+        changes[key] = (weight.double() * effective).to(block.compute)
+    return block.rewritten(changes)

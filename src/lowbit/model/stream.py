@@ -1,0 +1,236 @@
+"""A model as a stream of blocks: a skeleton without data, and tensors read when a block is needed and dropped after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import LowbitError
+from .checkpoint import Checkpoint
+from .wiring import Wiring, wiring_of
+
+Kwargs = Mapping[str, Any]
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config of a checkpoint, without running any code that comes with it."""
+    from transformers import AutoConfig
+
+    path = checkpoint.file("config.json")
+    assert path is not None  # Checkpoint() has checked
+    try:
+        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as e:
+        raise LowbitError(f"{path} cannot be read as a model config: {str(e).splitlines()[0]}") from e
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer that lies beside the weights.
+
+    Raises:
+        LowbitError: there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    found = [checkpoint.file(n) for n in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")]
+    folder = next((p.parent for p in found if p), None)
+    if folder is None:
+        raise LowbitError(f"'{checkpoint.name}' has no tokenizer files. Copy tokenizer.json and tokenizer_config.json into it.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as e:
+        raise LowbitError(f"the tokenizer of '{checkpoint.name}' cannot be loaded: {str(e).splitlines()[0]}") from e
+
+
+class _Recorder(nn.Module):
+    """Stands in the skeleton where a decoder block was: notes what the block would be called with, passes its input on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: tuple[Tensor, Kwargs] | None = None
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.seen = (hidden_states, kwargs)
+        return hidden_states
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    return root.get_submodule(path)
+
+
+class ModelStream:
+    """A decoder-only model, one block in memory at a time.
+
+    Args:
+        model: local folder or hub id.
+        device: where blocks are computed.
+        compute: dtype of the arithmetic; None means float32 on a CPU and the model's own elsewhere.
+        revision: hub branch, tag or commit.
+
+    Raises:
+        LowbitError: unsupported family, unreadable or incomplete checkpoint. Raised before any tensor data is read.
+    """
+
+    def __init__(
+        self, model: str | Path, device: torch.device | str = "cpu", compute: torch.dtype | None = None, revision: str | None = None
+    ) -> None:
+        self.checkpoint = Checkpoint(model, revision)
+        self.config = load_config(self.checkpoint)
+        self.wiring: Wiring = wiring_of(self.config)
+        self.device = torch.device(device)
+        self._build_skeleton()
+        shapes = self.checkpoint.shapes()
+        self._check_coverage(shapes)
+        self.dtype = self._stored_dtype(shapes)
+        self.compute = compute or (torch.float32 if self.device.type == "cpu" else self.dtype)
+        self._fixed: dict[str, Tensor] | None = None
+
+    def _build_skeleton(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            self.skeleton: Any = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+        self.skeleton.eval()
+        self._trunk: Any = _submodule(self.skeleton, self.wiring.trunk)
+        self._blocks: list[nn.Module] = list(self._trunk.layers)
+        self._recorders = [_Recorder() for _ in self._blocks]
+        self._trunk.layers = nn.ModuleList(self._recorders)
+        # What is computed rather than stored (rotary frequencies, Gemma's embedding factor) must be real, not meta.
+        for module in self.skeleton.modules():
+            loose = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
+            if loose:
+                for name in loose:
+                    setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+                with torch.no_grad():
+                    self.skeleton._init_weights(module)
+
+    def _check_coverage(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+        block, known = self._blocks[0], set(self.wiring.linears)
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and name not in known:
+                raise LowbitError(f"linear '{name}' of family '{self.config.model_type}' is not in the wiring table; nothing was written.")
+        for name, parameter in block.named_parameters():
+            if parameter.dim() > 2:
+                raise LowbitError(f"'{name}' is a {parameter.dim()}-D parameter (fused experts?), which is not supported; nothing was written.")
+        for i in range(len(self)):
+            for name, parameter in self._blocks[i].named_parameters():
+                full = f"{self.block_name(i)}.{name}"
+                if full not in shapes:
+                    raise LowbitError(f"tensor '{full}' is missing from '{self.checkpoint.name}': the checkpoint does not fit its config.json.")
+                if shapes[full][0] != tuple(parameter.shape):
+                    raise LowbitError(f"tensor '{full}' has shape {shapes[full][0]}, config.json wants {tuple(parameter.shape)}.")
+
+    def _stored_dtype(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> torch.dtype:
+        names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        first = f"{self.block_name(0)}.{self.wiring.linears[0]}.weight"
+        found = shapes[first][1]
+        if found not in names:
+            raise LowbitError(f"tensor '{first}' is stored as {found}: start from a 16- or 32-bit float checkpoint, not a quantized one.")
+        return names[found]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def block_name(self, i: int) -> str:
+        """The block's prefix in the checkpoint."""
+        return f"{self.wiring.layers}.{i}"
+
+    def block_module(self, i: int) -> nn.Module:
+        """The block's module, without data: forward only, for `torch.func.functional_call`."""
+        return self._blocks[i]
+
+    def block_weights(self, i: int) -> dict[str, Tensor]:
+        """The block's tensors by their names inside the block, in the compute dtype on the device."""
+        prefix = self.block_name(i) + "."
+        names = [prefix + n for n, _ in self._blocks[i].named_parameters()]
+        return {k[len(prefix) :]: self._ready(v) for k, v in self.checkpoint.read(names).items()}
+
+    def _ready(self, t: Tensor) -> Tensor:
+        return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)
+
+    def outer_names(self) -> list[str]:
+        """Names of the tensors outside the blocks that the checkpoint stores (embeddings, final norm, untied head)."""
+        own = [n for n, _ in self.skeleton.named_parameters(remove_duplicate=False)]
+        return [n for n in own if n in self.checkpoint]
+
+    def skipped_linears(self) -> dict[str, str]:
+        """Linears outside the blocks, with the reason why they are not quantized."""
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        reason = "output head, kept in the model's dtype" + (" (tied to the embedding)" if tied else "")
+        head = self.skeleton.get_output_embeddings()
+        return {
+            name: reason if module is head else "outside the decoder blocks, kept in the model's dtype"
+            for name, module in self.skeleton.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def _outer(self) -> dict[str, Tensor]:
+        """Everything outside the blocks, ready to compute, tied names included."""
+        if self._fixed is None:
+            held = {k: self._ready(v) for k, v in self.checkpoint.read(self.outer_names()).items()}
+            head_name, embed_name = self._head_name(), self._embed_name()
+            if head_name not in held:
+                held[head_name] = held[embed_name]
+            for name, buffer in self.skeleton.named_buffers():
+                held[name] = buffer.to(self.device)
+            self._fixed = held
+        return self._fixed
+
+    def release(self) -> None:
+        """Forget the tensors outside the blocks; they are read again when next needed."""
+        self._fixed = None
+
+    def _name_of(self, module: nn.Module | None) -> str:
+        return next(n for n, m in self.skeleton.named_modules() if m is module)
+
+    def _head_name(self) -> str:
+        return self._name_of(self.skeleton.get_output_embeddings()) + ".weight"
+
+    def _embed_name(self) -> str:
+        return self._name_of(self.skeleton.get_input_embeddings()) + ".weight"
+
+    def _under(self, prefix: str) -> dict[str, Tensor]:
+        return {k[len(prefix) + 1 :]: v for k, v in self._outer().items() if k.startswith(prefix + ".")}
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (n, length) int64 -> the first block's input (n, length, hidden) in the model's dtype."""
+        rows = [self._enter(row[None]) for row in ids]
+        return torch.cat(rows)
+
+    def _enter(self, ids: Tensor) -> Tensor:
+        functional_call(self._trunk, self._under(self.wiring.trunk), (ids.to(self.device),), {"use_cache": False})
+        seen = self._recorders[0].seen
+        assert seen is not None
+        return seen[0].to(self.dtype)
+
+    @torch.no_grad()
+    def block_kwargs(self, length: int) -> list[dict[str, Any]]:
+        """What each block is called with besides its input, for unpadded rows of ``length`` tokens.
+
+        Captured per block, since hybrid models give different masks and rotary tables to different layers. Batch dimensions
+        are 1 and broadcast.
+        """
+        self._enter(torch.zeros(1, length, dtype=torch.int64))
+        out = []
+        for recorder in self._recorders:
+            assert recorder.seen is not None
+            kwargs = dict(recorder.seen[1])
+            recorder.seen = None
+            kwargs.update(use_cache=False, past_key_values=None)
+            out.append(kwargs)
+        return out
+
+    @torch.no_grad()
+    def head(self, x: Tensor) -> Tensor:
+        """The last block's output (n, length, hidden) -> logits (n, length, vocab) in float32."""
+        x = x.to(self.device, self.compute)
+        for name in self.wiring.final:
+            x = functional_call(_submodule(self._trunk, name), self._under(f"{self.wiring.trunk}.{name}"), (x,))
+        head = self._name_of(self.skeleton.get_output_embeddings())
+        return functional_call(self.skeleton.get_submodule(head), self._under(head), (x,)).float()

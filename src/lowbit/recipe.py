@@ -1,0 +1,276 @@
+"""Recipe: what to do, as a value that reads and writes TOML; and `run`, the only loop over blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import LowbitError, unknown
+from .grid import Affine
+from .methods import METHODS, RTN, Method
+from .model.block import Block
+from .model.stream import ModelStream
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_SCHEME = re.compile(r"w(\d+)(?:a(\d+))?(?:g(\d+))?(sym|asym)?", re.IGNORECASE)
+
+
+def parse_scheme(text: str) -> Affine:
+    """A weight grid from its usual name: W2A16g128, W4A16 (one scale per output channel), W3A16g64sym; A16 may be left out.
+
+    Raises:
+        LowbitError: not a scheme, bits out of range, or quantized activations.
+    """
+    found = _SCHEME.fullmatch(text.strip())
+    if not found:
+        raise LowbitError(f"unknown scheme '{text}': write W<bits>A16[g<group size>][sym], for example W2A16g64 or W4A16.")
+    bits, activation, group, kind = found.groups()
+    if activation is not None and int(activation) != 16:
+        raise LowbitError(f"scheme '{text}' asks for {activation}-bit activations; this version quantizes weights only: use A16.")
+    try:
+        return Affine(int(bits), int(group) if group else None, (kind or "").lower() == "sym")
+    except ValueError as e:
+        raise LowbitError(f"scheme '{text}': {e}.") from e
+
+
+def scheme_name(grid: Affine) -> str:
+    """The inverse of `parse_scheme`."""
+    return f"W{grid.bits}A16" + (f"g{grid.group_size}" if grid.group_size else "") + ("sym" if grid.symmetric else "")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A grid, exceptions by name, and methods in order. Runs nothing by itself.
+
+    Attributes:
+        grid: for every linear that no override names.
+        methods: applied to each block in this order; what they leave uncoded is rounded to nearest.
+        overrides: (pattern, grid), shell patterns on full linear names such as "*.down_proj"; the last match counts.
+        name: a label for reports.
+    """
+
+    grid: Affine
+    methods: tuple[Method, ...] = (RTN(),)
+    overrides: tuple[tuple[str, Affine], ...] = field(default=())
+    name: str = "custom"
+
+    def grid_of(self, linear: str) -> Affine:
+        """The grid of a linear by its full name."""
+        return next((g for pattern, g in reversed(self.overrides) if fnmatchcase(linear, pattern)), self.grid)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as written to TOML and to report.json."""
+        out: dict[str, Any] = {"name": self.name, "scheme": scheme_name(self.grid), "methods": [_method_name(m) for m in self.methods]}
+        if self.overrides:
+            out["overrides"] = {pattern: scheme_name(g) for pattern, g in self.overrides}
+        for method in self.methods:
+            options = dataclasses.asdict(method)
+            if options:
+                out[_method_name(method)] = options
+        return out
+
+    def to_toml(self) -> str:
+        """The recipe as a TOML document that `Recipe.from_toml` reads back to an equal value."""
+        data = self.as_dict()
+        lines = [f"{k} = {_toml(v)}" for k, v in data.items() if not isinstance(v, dict)]
+        for key, table in data.items():
+            if isinstance(table, dict):
+                lines += ["", f"[{key}]", *(f"{_toml(k) if key == 'overrides' else k} = {_toml(v)}" for k, v in table.items())]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+        """A recipe from plain data.
+
+        Raises:
+            LowbitError: an unknown key, method, option or value, named with ``origin``.
+        """
+        for key in data:
+            if key not in ("name", "scheme", "methods", "overrides", *METHODS):
+                raise unknown(f"key in {origin}", key, ("name", "scheme", "methods", "overrides", *METHODS))
+        names = data.get("methods", [])
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise LowbitError(f"{origin}: 'methods' must be a list of method names ({', '.join(METHODS)}).")
+        for name in names:
+            if name not in METHODS:
+                raise unknown(f"method in {origin}", name, METHODS)
+        for key in METHODS:
+            if key in data and key not in names:
+                raise LowbitError(f"{origin} sets options of '{key}', which is not among its methods {names}.")
+        methods = tuple(build_method(n, data.get(n, {}), origin) for n in names)
+        overrides = tuple((p, parse_scheme(s)) for p, s in data.get("overrides", {}).items())
+        return cls(parse_scheme(data.get("scheme", "W4A16g128")), methods, overrides, data.get("name", "custom"))
+
+    @classmethod
+    def from_toml(cls, text: str, origin: str = "recipe") -> Recipe:
+        """A recipe from a TOML document; see `from_dict`."""
+        try:
+            return cls.from_dict(tomllib.loads(text), origin)
+        except tomllib.TOMLDecodeError as e:
+            raise LowbitError(f"{origin} is not valid TOML: {e}") from e
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
+
+
+def _method_name(method: Method) -> str:
+    return next(name for name, kind in METHODS.items() if type(method) is kind)
+
+
+def build_method(name: str, options: Mapping[str, Any], origin: str) -> Method:
+    """A method by name with some of its options.
+
+    Raises:
+        LowbitError: an option that the method does not have, or a value of the wrong type.
+    """
+    kind = METHODS[name]
+    hints = typing.get_type_hints(kind)
+    checked = {}
+    for key, value in options.items():
+        if key not in hints:
+            raise unknown(f"option of {name} in {origin}", key, hints)
+        checked[key] = _checked(value, hints[key], f"{origin}: {name}.{key}")
+    return kind(**checked)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
+    if choices:
+        if value not in choices:
+            raise LowbitError(f"{where} must be one of {', '.join(map(str, choices))}, got {value!r}.")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise LowbitError(f"{where} must be of type {hint.__name__}, got {value!r}.")
+    return value
+
+
+# --- named recipes -------------------------------------------------------------------------------------------------------
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files(__package__) / "recipes"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def load_recipe(name: str, *, grid: Affine | None = None, settings: Sequence[str] = ()) -> Recipe:
+    """A named recipe or one from a .toml file, with another grid and single options changed.
+
+    Args:
+        settings: "method.option=value" or "overrides.PATTERN=SCHEME" strings, the value written as in TOML (quotes optional).
+
+    Raises:
+        LowbitError: no such recipe, file, method, option or value.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise LowbitError(f"no such recipe file: '{name}'.")
+        text, origin = path.read_text(encoding="utf-8"), name
+    elif name in recipe_names():
+        text, origin = (resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8"), f"recipe '{name}'"
+    else:
+        raise unknown("recipe", name, recipe_names())
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise LowbitError(f"{origin} is not valid TOML: {e}") from e
+    for setting in settings:
+        _apply(data, setting)
+    recipe = Recipe.from_dict(data, origin)
+    return recipe if grid is None else replace(recipe, grid=grid)
+
+
+def _apply(data: dict[str, Any], setting: str) -> None:
+    target, equals, text = setting.partition("=")
+    section, dot, key = target.strip().partition(".")
+    if not equals or not dot or not key:
+        raise LowbitError(f"--set takes METHOD.OPTION=VALUE, for example tesseraq.iters=100; got '{setting}'.")
+    if section != "overrides" and section not in METHODS:
+        raise unknown("method in --set", section, METHODS)
+    try:
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    data.setdefault(section, {})[key] = value
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Activations at a block boundary: as the float model has them and as the quantized prefix has them.
+
+    Attributes:
+        x, xq: (rows, length, hidden) in the model's dtype; the same tensor before the first block.
+        tuned_rows: leading rows that methods may learn from; the others are held out.
+    """
+
+    x: Tensor
+    xq: Tensor
+    tuned_rows: int
+
+
+def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int) -> Block:
+    """Block i with its weights read, its inputs attached and its float target computed."""
+    name = stream.block_name(i)
+    block = Block(
+        name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
+        stored=stream.dtype, grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
+        x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
+    )  # fmt: skip
+    return replace(block, target=block.run(streams.x))
+
+
+def apply_methods(block: Block, recipe: Recipe) -> Block:
+    """All methods of the recipe in order, then nearest rounding for whatever is left."""
+    for method in (*recipe.methods, RTN()):
+        block = method(block)
+    return block
+
+
+def advance(block: Block, streams: Streams) -> Streams:
+    """The streams after a finished block."""
+    return replace(streams, x=block.target, xq=block.run(streams.xq, block.decoded()))
+
+
+def run(stream: ModelStream, recipe: Recipe, streams: Streams, seed: int, start: int = 0) -> Iterator[tuple[Block, Streams]]:
+    """Quantize the blocks from number ``start`` on, one in memory at a time.
+
+    Args:
+        streams: the activations that enter block ``start``.
+
+    Yields:
+        each finished block with the streams that leave it; the point to write, to report and to resume from.
+    """
+    all_kwargs = stream.block_kwargs(streams.x.shape[1])
+    for i in range(start, len(stream)):
+        block = apply_methods(begin(stream, i, recipe, streams, all_kwargs[i], seed), recipe)
+        with torch.no_grad():
+            streams = advance(block, streams)
+        yield block, streams
