@@ -1,0 +1,239 @@
+"""The artifact's directory: written shard by shard under a working name, resumed from it, renamed when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import LowbitError, VerificationError
+from .formats import compressed_tensors as ct
+from .grid import QTensor
+from .model.block import Block
+
+REPORT = "report.json"
+RECIPE = "recipe.toml"
+PROOF = Path("proof") / "logits.safetensors"
+_STATE = "run.json"
+_CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turn what a file system refuses into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e) or "os error 28" in str(e)
+        if full:
+            raise LowbitError(f"no space left on disk while writing '{path}'. Free some and run the same command: it will continue.") from e
+        raise LowbitError(f"cannot write '{path}': {getattr(e, 'strerror', None) or e}.") from e
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename it.
+
+    Raises:
+        LowbitError: the file system refuses.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with _disk(path):
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with _disk(path):
+        path.parent.mkdir(exist_ok=True)
+        try:
+            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except (OSError, SafetensorError):
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def tensor_hash(t: Tensor) -> str:
+    """sha256 over dtype, shape and bytes, the first 32 hex digits."""
+    h = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
+    h.update(t.contiguous().view(torch.uint8).numpy().data if t.dim() else t.reshape(1).view(torch.uint8).numpy().data)
+    return h.hexdigest()[:32]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of a shard.
+
+    Raises:
+        VerificationError: the file is missing or not readable.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise VerificationError(f"'{path}' is missing or not a readable safetensors file: {e}") from e
+
+
+class Workplace:
+    """The directory of a run in progress: OUT.partial until everything is in it and verified, then OUT.
+
+    Args:
+        out: the final directory.
+        fingerprint: everything that decides the bytes; a resume must match it.
+        shards: number of shards, the one for the tensors outside the blocks included.
+
+    Raises:
+        LowbitError: OUT exists and is not empty, cannot be written, or OUT.partial belongs to another run.
+    """
+
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any], shards: int) -> None:
+        self.out, self.shards = out, shards
+        self.partial = out.with_name(out.name + ".partial")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise LowbitError(f"'{out}' exists and is not empty. Choose another -o, or remove it first.")
+        state = json.dumps(fingerprint, indent=1, sort_keys=True)
+        with _disk(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+        found = self.partial / _STATE
+        if found.is_file():
+            self._must_match(json.loads(found.read_text()), json.loads(state))
+        elif any(p.suffix != ".tmp" for p in self.partial.iterdir()):
+            raise LowbitError(f"'{self.partial}' holds files that no unfinished run of lowbit left there. Remove it, or choose another -o.")
+        else:
+            write_atomic(found, state.encode())
+        for leftover in self.partial.glob("*.tmp"):
+            leftover.unlink()
+
+    def _must_match(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        different = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        if different:
+            raise LowbitError(
+                f"'{self.partial}' holds an unfinished run with another {', '.join(different)}. Repeat that command to finish it, "
+                "or remove the directory to start anew."
+            )
+
+    def shard(self, number: int) -> Path:
+        """Path of a shard: 0 is the one outside the blocks, i + 1 belongs to block i."""
+        return self.partial / shard_name(number, self.shards)
+
+    def _note(self, number: int) -> Path:
+        return self.partial / f"shard-{number:05d}.json"
+
+    def finished(self, number: int) -> dict[str, Any] | None:
+        """The record of a shard that an earlier run completed, its bytes checked; None if it has to be made."""
+        if not self._note(number).is_file() or not self.shard(number).is_file():
+            return None
+        record: dict[str, Any] = json.loads(self._note(number).read_text())
+        return record if file_hash(self.shard(number)) == record["sha256"] else None
+
+    def finish(self, number: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a shard, then its record with the hashes read back from disk."""
+        path = self.shard(number)
+        _write_shard(path, tensors)
+        hashes = {k: tensor_hash(t) for k, t in read_shard(path).items()}
+        full = {**record, "shard": path.name, "sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": hashes}
+        write_atomic(self._note(number), json.dumps(full).encode())
+        return full
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write a JSON file of the artifact."""
+        write_atomic(self.partial / name, (json.dumps(data, indent=1) + "\n").encode())
+
+    def write_proof(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the sample of tokens and logits that `lowbit verify` compares with."""
+        _write_shard(self.partial / PROOF, tensors)
+
+    def carry(self, source: Any) -> None:
+        """Copy the tokenizer and generation settings of the original model."""
+        for name in _CARRIED:
+            path = source.file(name)
+            if path is not None:
+                write_atomic(self.partial / name, path.read_bytes())
+
+    def complete(self) -> None:
+        """Drop the working notes and give the directory its final name."""
+        with _disk(self.out):
+            for number in range(self.shards):
+                self._note(number).unlink(missing_ok=True)
+            (self.partial / _STATE).unlink(missing_ok=True)
+            if self.out.is_dir():
+                self.out.rmdir()
+            os.replace(self.partial, self.out)
+
+    def discard(self) -> None:
+        """Remove an unfinished run."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def shard_name(number: int, shards: int) -> str:
+    """The usual name of a shard, counted from 0."""
+    return f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+
+
+def block_tensors(block: Block) -> dict[str, Tensor]:
+    """Everything a finished block stores, by full name."""
+    out = {}
+    for name, weight in block.weights.items():
+        linear = name.removesuffix(".weight")
+        if linear in block.coded:
+            for key, t in ct.pack(block.coded[linear], block.stored).items():
+                out[f"{block.name}.{linear}.{key}"] = t
+        else:
+            out[f"{block.name}.{name}"] = weight.to(block.stored)
+    return out
+
+
+def compare_block(block: Block, tensors: Mapping[str, Tensor]) -> None:
+    """Compare a block with what was read back from disk, code for code and bit for bit.
+
+    Raises:
+        VerificationError: naming the first tensor that differs.
+    """
+    for linear, q in block.coded.items():
+        full = f"{block.name}.{linear}"
+        read = unpack_linear(tensors, full, q)
+        part = q.same_as(read)
+        if part:
+            raise VerificationError(f"'{full}': {part} read back from disk differ from what was tuned.")
+    for name, weight in block.weights.items():
+        if name.removesuffix(".weight") not in block.coded and not torch.equal(tensors[f"{block.name}.{name}"], weight.to(block.stored).cpu()):
+            raise VerificationError(f"'{block.name}.{name}' read back from disk differs from what was tuned.")
+
+
+def unpack_linear(tensors: Mapping[str, Tensor], full: str, like: QTensor) -> QTensor:
+    """One linear of a shard, on the device and grid of ``like``."""
+    q = ct.unpack({s: tensors[f"{full}.{s}"] for s in ct.SUFFIXES if f"{full}.{s}" in tensors}, like.grid, full)
+    device = like.codes.device
+    return QTensor(q.grid, q.codes.to(device), type(q.params)(q.params.scale.to(device), q.params.zero_point.to(device)))

@@ -1,0 +1,1 @@
+"""File layouts: one layout, one file, each a pure pack / unpack pair."""

@@ -1,0 +1,123 @@
+"""compressed-tensors `pack-quantized`: integer weights that transformers and vLLM load without this library.
+
+Per linear X: X.weight_packed int32 (out, ceil(in*bits/32)), X.weight_scale (out, groups) in the model's dtype, X.weight_shape
+int64 [out, in], and, if asymmetric, X.weight_zero_point int32 (ceil(out*bits/32), groups), packed along the output dimension.
+Codes and zero points are stored unsigned, least significant bit first, without padding between codes (layout of
+compressed-tensors >= 0.17; 2, 4 and 8 bits are the same in older versions).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..grid import Affine, AffineParams, QTensor
+from ..grid.bits import pack as pack_bits
+from ..grid.bits import packed_words
+from ..grid.bits import unpack as unpack_bits
+
+NAME = "compressed-tensors"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+def pack(q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one linear by their local names.
+
+    Args:
+        dtype: of the stored scales; they must be representable in it.
+
+    Raises:
+        LowbitError: a scale would change when stored.
+    """
+    scale = q.params.scale.to(dtype)
+    if not torch.equal(scale.to(q.params.scale.dtype), q.params.scale):
+        raise LowbitError(f"scales are not representable in {dtype}: fix their dtype before tuning, not at export.")
+    out = {
+        "weight_packed": pack_bits(q.codes, q.grid.bits),
+        "weight_scale": scale.contiguous(),
+        "weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
+    }
+    if not q.grid.symmetric:
+        zero = q.params.zero_point.to(torch.uint8)
+        out["weight_zero_point"] = pack_bits(zero.T.contiguous(), q.grid.bits).T.contiguous()
+    return {k: v.cpu() for k, v in out.items()}
+
+
+def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> QTensor:
+    """The inverse of `pack`.
+
+    Args:
+        tensors: local names -> tensors of one linear.
+        name: full name of the linear, for errors.
+
+    Raises:
+        LowbitError: a tensor is missing or has the wrong shape.
+    """
+    try:
+        rows, columns = (int(n) for n in tensors["weight_shape"])
+        codes = unpack_bits(tensors["weight_packed"], grid.bits, columns)
+        scale = tensors["weight_scale"].float()
+        groups = columns // grid.group(columns)
+        if codes.shape[0] != rows or scale.shape != (rows, groups):
+            raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} do not belong to a {rows} x {columns} weight")
+        if grid.symmetric:
+            zero = torch.full_like(scale, 2 ** (grid.bits - 1))
+        else:
+            zero = unpack_bits(tensors["weight_zero_point"].T.contiguous(), grid.bits, rows).T.float().contiguous()
+    except KeyError as e:
+        raise LowbitError(f"'{name}' has no tensor {e} in this artifact.") from e
+    except ValueError as e:
+        raise LowbitError(f"'{name}' is not a packed {grid} weight: {e}.") from e
+    return QTensor(grid, codes, AffineParams(scale, zero))
+
+
+def tensor_bytes(grid: Affine, rows: int, columns: int, scale_bytes: int = 2) -> int:
+    """Bytes of one packed linear on disk, headers apart."""
+    groups = columns // grid.group(columns)
+    zero = 0 if grid.symmetric else 4 * packed_words(rows, grid.bits) * groups
+    return 4 * rows * packed_words(columns, grid.bits) + scale_bytes * rows * groups + zero + 16
+
+
+def describe(grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
+    """`quantization_config` for config.json.
+
+    Args:
+        grids: full linear name -> grid, for every quantized linear.
+        skipped: full names of the linears kept in floating point.
+    """
+    kinds = sorted(set(grids.values()), key=lambda g: (-sum(x == g for x in grids.values()), str(g)))
+    groups = {}
+    for i, grid in enumerate(kinds):
+        names = sorted(n for n, g in grids.items() if g == grid)
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(kinds) == 1 else names,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+            "weights": {
+                "num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric,
+                "strategy": "group" if grid.group_size else "channel", "group_size": grid.group_size, "dynamic": False,
+                "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
+            },
+        }  # fmt: skip
+    return {
+        "quant_method": NAME, "format": "pack-quantized", "quantization_status": "compressed", "global_compression_ratio": None,
+        "kv_cache_scheme": None, "ignore": sorted(skipped), "config_groups": groups, "version": "0.17.1",
+    }  # fmt: skip
+
+
+def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
+    """The grid of a linear in an artifact with this `quantization_config`; None if it is not quantized."""
+    if name in config["ignore"]:
+        return None
+    for group in config["config_groups"].values():
+        for target in group["targets"]:
+            if target in ("Linear", name) or (target.startswith("re:") and re.match(target[3:], name)):
+                w = group["weights"]
+                return Affine(w["num_bits"], w["group_size"] if w["strategy"] == "group" else None, w["symmetric"])
+    return None
