@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import LowbitError, VerificationError
 from .formats import compressed_tensors as ct
-from .grid import QTensor
+from .grid import Affine, AffineParams, QTensor
 from .model.block import Block
 
 REPORT = "report.json"
@@ -223,7 +223,7 @@ def compare_block(block: Block, tensors: Mapping[str, Tensor]) -> None:
     """
     for linear, q in block.coded.items():
         full = f"{block.name}.{linear}"
-        read = unpack_linear(tensors, full, q)
+        read = unpack_linear(tensors, full, q.grid, q.codes.device)
         part = q.same_as(read)
         if part:
             raise VerificationError(f"'{full}': {part} read back from disk differ from what was tuned.")
@@ -232,8 +232,7 @@ def compare_block(block: Block, tensors: Mapping[str, Tensor]) -> None:
             raise VerificationError(f"'{block.name}.{name}' read back from disk differs from what was tuned.")
 
 
-def unpack_linear(tensors: Mapping[str, Tensor], full: str, like: QTensor) -> QTensor:
-    """One linear of a shard, on the device and grid of ``like``."""
-    q = ct.unpack({s: tensors[f"{full}.{s}"] for s in ct.SUFFIXES if f"{full}.{s}" in tensors}, like.grid, full)
-    device = like.codes.device
-    return QTensor(q.grid, q.codes.to(device), type(q.params)(q.params.scale.to(device), q.params.zero_point.to(device)))
+def unpack_linear(tensors: Mapping[str, Tensor], full: str, grid: Affine, device: torch.device) -> QTensor:
+    """One linear of a shard by its full name, on a device."""
+    q = ct.unpack({s: tensors[f"{full}.{s}"] for s in ct.SUFFIXES if f"{full}.{s}" in tensors}, grid, full)
+    return QTensor(grid, q.codes.to(device), AffineParams(q.params.scale.to(device), q.params.zero_point.to(device)))

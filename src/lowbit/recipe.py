@@ -229,11 +229,14 @@ class Streams:
     Attributes:
         x, xq: (rows, length, hidden) in the model's dtype; the same tensor before the first block.
         tuned_rows: leading rows that methods may learn from; the others are held out.
+        proof: (rows, length, hidden) in the compute dtype, the quantized model's activations for the artifact's proof,
+            never rounded between blocks.
     """
 
     x: Tensor
     xq: Tensor
     tuned_rows: int
+    proof: Tensor | None = None
 
 
 def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int) -> Block:
@@ -254,23 +257,35 @@ def apply_methods(block: Block, recipe: Recipe) -> Block:
     return block
 
 
-def advance(block: Block, streams: Streams) -> Streams:
+@torch.no_grad()
+def advance(block: Block, streams: Streams, proof_kwargs: Mapping[str, Any]) -> Streams:
     """The streams after a finished block."""
-    return replace(streams, x=block.target, xq=block.run(streams.xq, block.decoded()))
+    decoded = block.decoded()
+    proof = streams.proof
+    if proof is not None:
+        proof = replace(block, kwargs=proof_kwargs).forward(proof.to(block.device), decoded)
+    return replace(streams, x=block.target, xq=block.run(streams.xq, decoded), proof=proof)
 
 
-def run(stream: ModelStream, recipe: Recipe, streams: Streams, seed: int, start: int = 0) -> Iterator[tuple[Block, Streams]]:
+def run(
+    stream: ModelStream,
+    recipe: Recipe,
+    streams: Streams,
+    seed: int,
+    kwargs: Sequence[Mapping[str, Any]],
+    proof_kwargs: Sequence[Mapping[str, Any]],
+    start: int = 0,
+) -> Iterator[tuple[Block, Streams]]:
     """Quantize the blocks from number ``start`` on, one in memory at a time.
 
     Args:
         streams: the activations that enter block ``start``.
+        kwargs, proof_kwargs: what each block is called with, for the streams' and for the proof's row length.
 
     Yields:
         each finished block with the streams that leave it; the point to write, to report and to resume from.
     """
-    all_kwargs = stream.block_kwargs(streams.x.shape[1])
     for i in range(start, len(stream)):
-        block = apply_methods(begin(stream, i, recipe, streams, all_kwargs[i], seed), recipe)
-        with torch.no_grad():
-            streams = advance(block, streams)
+        block = apply_methods(begin(stream, i, recipe, streams, kwargs[i], seed), recipe)
+        streams = advance(block, streams, proof_kwargs[i])
         yield block, streams

@@ -1,0 +1,345 @@
+"""quantize(): a model, a recipe and some text in; a proven artifact out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import artifact
+from .artifact import Workplace
+from .errors import LowbitError
+from .evaluate import Tally
+from .formats import compressed_tensors as ct
+from .grid import Affine, QTensor
+from .model.block import Block
+from .model.calibration import Calibration, Rows, draw_rows
+from .model.stream import ModelStream, load_tokenizer
+from .proof import Verification, verify
+from .recipe import Recipe, Streams, advance, begin, load_recipe, parse_scheme, run, scheme_name
+
+_PROOF_ROWS, _PROOF_POSITIONS = 2, 8
+_HELD_OUT = 16
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """What a progress display is told after each block.
+
+    Attributes:
+        index, blocks: number of the block and how many there are.
+        record: its part of report.json.
+        resumed: finished by an earlier run.
+    """
+
+    index: int
+    blocks: int
+    record: Mapping[str, Any]
+    resumed: bool
+
+
+Progress = Callable[[BlockDone], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished artifact.
+
+    Attributes:
+        folder: where it lies.
+        report: the contents of its report.json.
+        verification: what was checked after writing.
+    """
+
+    folder: Path
+    report: Mapping[str, Any]
+    verification: Verification
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory use of this process so far, in bytes: on the accelerator if there is one, else resident."""
+    if device.type != "cpu" and torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        LowbitError: no such device here.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:
+        raise LowbitError(f"device '{name}' is not available here ({str(e).splitlines()[0]}). Use --device cpu or auto.") from e
+
+
+def check_divides(stream: ModelStream, recipe: Recipe) -> None:
+    """Refuse a group size that some linear cannot have, before any work.
+
+    Raises:
+        LowbitError: naming the linear, its width and the sizes that would fit all.
+    """
+    shapes = {
+        f"{stream.block_name(i)}.{n}": tuple(stream.block_module(i).get_parameter(f"{n}.weight").shape)
+        for i in range(len(stream))
+        for n in stream.wiring.linears
+    }
+    for name, (_, width) in shapes.items():
+        size = recipe.grid_of(name).group_size
+        if size and width % size:
+            fitting = [str(g) for g in (256, 128, 64, 32, 16, 8) if all(w % g == 0 for _, w in shapes.values())]
+            raise LowbitError(
+                f"group size {size} does not divide the {width} inputs of '{name}'. Group sizes that fit every linear of this model: "
+                f"{', '.join(fitting) or 'none of the usual ones'}, or a scheme without g (one scale per output channel)."
+            )
+    for pattern, _ in recipe.overrides:
+        if not any(recipe.grid_of(n) is not recipe.grid for n in shapes):
+            raise LowbitError(f"override '{pattern}' matches no linear of this model; names look like '{next(iter(shapes))}'.")
+
+
+def quantize(
+    model: str,
+    scheme: str | Affine | None = None,
+    recipe: str | Recipe = "tesseraq",
+    *,
+    out: str | Path,
+    calib: str = "stdlib",
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    settings: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize a model and write a verified artifact; continue an unfinished run of the same command.
+
+    Args:
+        model: local folder or hub id.
+        scheme: such as "W2A16g64"; None takes the recipe's own.
+        recipe: a name, a .toml file or a Recipe.
+        out: the artifact's directory; OUT.partial while it is being made.
+        calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens a row; None means 2048
+            or the model's context if that is shorter.
+        settings: "method.option=value" changes to the recipe.
+        progress: told after each block.
+
+    Raises:
+        LowbitError: bad input, named. VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
+    """
+    grid = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    if isinstance(recipe, str):
+        recipe = load_recipe(recipe, grid=grid, settings=settings)
+    elif grid is not None:
+        recipe = replace(recipe, grid=grid)
+    where = pick_device(device)
+    stream = ModelStream(model, where)
+    check_divides(stream, recipe)
+    context = getattr(stream.config, "max_position_embeddings", None) or 2048
+    if length is not None and length > context:
+        raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
+    rows = draw_rows(Calibration(calib, samples, length or min(2048, context)), load_tokenizer(stream.checkpoint), seed, _HELD_OUT)
+    top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
+    if top >= stream.config.vocab_size:
+        raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
+    return _Run(stream, recipe, rows, Path(out), seed, progress).finish()
+
+
+class _Run:
+    """One run: the state that outlives a block."""
+
+    def __init__(self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, progress: Progress | None) -> None:
+        self.stream, self.recipe, self.rows, self.seed, self.progress = stream, recipe, rows, seed, progress
+        self.started = time.time()
+        self.place = Workplace(out, self._fingerprint(), len(stream) + 1)
+        self.records: list[dict[str, Any]] = []
+
+    def _fingerprint(self) -> dict[str, Any]:
+        s = self.stream
+        config = s.checkpoint.file("config.json")
+        assert config is not None
+        weights = hashlib.sha256(json.dumps(sorted(s.checkpoint.shapes().items())).encode())
+        first = s.checkpoint.read([f"{s.block_name(0)}.{s.wiring.linears[0]}.weight"])
+        weights.update("".join(artifact.tensor_hash(t) for t in first.values()).encode())
+        return {
+            "model": hashlib.sha256(config.read_bytes() + weights.digest()).hexdigest(), "recipe": self.recipe.as_dict(),
+            "calibration": self.rows.sha256, "seed": self.seed, "compute": str(s.compute), "versions": _versions(),
+        }  # fmt: skip
+
+    # --- the blocks ------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Result:
+        """Everything from the first tensor to the verified directory."""
+        self._outer_shard()
+        streams = self._enter()
+        for block, streams, resumed in self._blocks(streams):
+            self._told(block, resumed)
+        verification = self._close(streams)
+        report = json.loads((self.place.out / artifact.REPORT).read_text())
+        return Result(self.place.out, report, verification)
+
+    def _outer_shard(self) -> None:
+        record = self.place.finished(0)
+        if record is None:
+            tensors = self.stream.checkpoint.read(self.stream.outer_names())
+            record = self.place.finish(0, tensors, {"name": "outside the blocks"})
+        self.records.append(record)
+
+    def _enter(self) -> Streams:
+        held = self.rows.held_out
+        x = self.stream.embed(torch.cat([self.rows.calibration, held]))
+        proof = self.stream.embed(self._proof_ids()).to(self.stream.compute)
+        self.stream.release()
+        return Streams(x, x, len(self.rows.calibration), proof)
+
+    def _proof_ids(self) -> Tensor:
+        source = self.rows.held_out if len(self.rows.held_out) >= _PROOF_ROWS else self.rows.calibration
+        return source[:_PROOF_ROWS, : min(256, source.shape[1])]
+
+    def _blocks(self, streams: Streams) -> Iterator[tuple[dict[str, Any], Streams, bool]]:
+        kwargs = self.stream.block_kwargs(streams.x.shape[1])
+        proof_kwargs = self.stream.block_kwargs(streams.proof.shape[1] if streams.proof is not None else 2)
+        self.stream.release()
+        start = 0
+        while start < len(self.stream):
+            record = self.place.finished(start + 1)
+            if record is None:
+                break
+            block = begin(self.stream, start, self.recipe, streams, kwargs[start], self.seed)
+            streams = advance(self._reloaded(block), streams, proof_kwargs[start])
+            yield record, streams, True
+            start += 1
+        clock = time.time()
+        for i, (block, streams) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start), start):
+            tensors = artifact.block_tensors(block)
+            record = self.place.finish(i + 1, tensors, self._record(block, tensors, time.time() - clock))
+            artifact.compare_block(block, artifact.read_shard(self.place.shard(i + 1)))
+            clock = time.time()
+            yield record, streams, False
+
+    def _reloaded(self, block: Block) -> Block:
+        """A block of an earlier run, its weights and codes read from its finished shard."""
+        held = artifact.read_shard(self.place.shard(int(block.name.rsplit(".", 1)[1]) + 1))
+        codes: dict[str, QTensor] = {}
+        weights = dict(block.weights)
+        for linear in block.wiring.linears:
+            full = f"{block.name}.{linear}"
+            codes[linear] = artifact.unpack_linear(held, full, block.grids[linear], block.device)
+        for name in weights:
+            if name.removesuffix(".weight") not in codes:
+                weights[name] = held[f"{block.name}.{name}"].to(block.device, block.compute)
+        return replace(block, weights=weights, coded=codes)
+
+    def _record(self, block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
+        linears = []
+        for name, q in block.coded.items():
+            stored = sum(tensors[f"{block.name}.{name}.{s}"].nbytes for s in ct.SUFFIXES if f"{block.name}.{name}.{s}" in tensors)
+            linears.append(
+                {"name": f"{block.name}.{name}", "scheme": scheme_name(q.grid), "shape": list(q.codes.shape), "bytes": stored,
+                 "bits_per_weight": 8 * stored / q.codes.numel()}
+            )  # fmt: skip
+        return {
+            "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,
+        }  # fmt: skip
+
+    def _told(self, record: dict[str, Any], resumed: bool) -> None:
+        self.records.append(record)
+        if self.progress:
+            self.progress(BlockDone(len(self.records) - 2, len(self.stream), record, resumed))
+
+    # --- the end -----------------------------------------------------------------------------------------------------------
+
+    def _close(self, streams: Streams) -> Verification:
+        from . import __version__
+
+        place, skipped = self.place, self.stream.skipped_linears()
+        grids = {e["name"]: self.recipe.grid_of(e["name"]) for r in self.records[1:] for e in r["linears"]}
+        config_file = self.stream.checkpoint.file("config.json")
+        assert config_file is not None
+        config = json.loads(config_file.read_text())
+        config["quantization_config"] = ct.describe(grids, list(skipped))
+        place.write_json("config.json", config)
+        place.carry(self.stream.checkpoint)
+        weight_map = {t: r["shard"] for r in self.records for t in r["tensors"]}
+        total = sum(r["bytes"] for r in self.records)
+        place.write_json("model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        artifact.write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
+        quality = self._quality(streams)
+        self._write_proof(streams)
+        report = self._report(__version__, skipped, quality)
+        place.write_json(artifact.REPORT, report)
+        self.stream.release()
+        verification = verify(place.partial)
+        report["verification"] = verification.as_dict()
+        report["seconds"] = round(time.time() - self.started, 1)
+        place.write_json(artifact.REPORT, report)
+        place.complete()
+        return verification
+
+    @torch.no_grad()
+    def _quality(self, streams: Streams) -> dict[str, Any] | None:
+        ids = self.rows.held_out
+        if not len(ids):
+            return None
+        floating, tuned = Tally(), Tally()
+        for i in range(len(ids)):
+            at = slice(streams.tuned_rows + i, streams.tuned_rows + i + 1)
+            expected = self.stream.head(streams.x[at])
+            floating.add(expected, ids[i : i + 1])
+            tuned.add(self.stream.head(streams.xq[at]), ids[i : i + 1], expected)
+        return {"text": f"{self.rows.source} (held out)", "float": floating.result().as_dict(), "quantized": tuned.result().as_dict()}
+
+    @torch.no_grad()
+    def _write_proof(self, streams: Streams) -> None:
+        assert streams.proof is not None
+        ids = self._proof_ids()
+        logits = self.stream.head(streams.proof[:, -_PROOF_POSITIONS:])
+        self.place.write_proof({"ids": ids.contiguous(), "logits": logits.cpu()})
+
+    def _report(self, own_version: str, skipped: Mapping[str, str], quality: dict[str, Any] | None) -> dict[str, Any]:
+        linears = [e for r in self.records[1:] for e in r["linears"]]
+        weights = sum(e["shape"][0] * e["shape"][1] for e in linears)
+        shapes = self.stream.checkpoint.shapes()
+        width = {"F32": 4, "BF16": 2, "F16": 2}
+        before = sum(_numel(s) * width.get(d, 4) for s, d in shapes.values())
+        total = sum(r["bytes"] for r in self.records)
+        shards = {r["shard"]: {"sha256": r["sha256"], "bytes": r["bytes"], "tensors": r["tensors"]} for r in self.records}
+        digest = hashlib.sha256("".join(s["sha256"] for s in shards.values()).encode()).hexdigest()
+        blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
+        return {
+            "lowbit": own_version, "versions": _versions(), "model": self.stream.checkpoint.name, "recipe": self.recipe.as_dict(),
+            "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
+                            "sha256": self.rows.sha256},
+            "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "hash": digest,
+            "size": {"before": before, "after": total, "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / weights,
+                     "model_bits_per_weight": 8 * total / sum(_numel(s) for s, _ in shapes.values())},
+            "quality": quality, "blocks": blocks,
+            "linears": linears + [{"name": n, "skipped": why} for n, why in skipped.items()], "shards": shards,
+        }  # fmt: skip
+
+
+def _numel(shape: Sequence[int]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "safetensors", "compressed-tensors")}}
