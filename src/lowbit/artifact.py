@@ -71,10 +71,17 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
+            temporary.chmod(0o666 & ~_umask())  # the writer makes files that only their owner can read
             os.replace(temporary, path)
         except (OSError, SafetensorError):
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def tensor_hash(t: Tensor) -> str:

@@ -26,6 +26,7 @@ from .grid import Affine, QTensor
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
+from .plan import check_divides
 from .proof import Verification, verify
 from .recipe import Recipe, Streams, advance, begin, load_recipe, parse_scheme, run, scheme_name
 
@@ -90,30 +91,6 @@ def pick_device(name: str) -> torch.device:
         raise LowbitError(f"device '{name}' is not available here ({str(e).splitlines()[0]}). Use --device cpu or auto.") from e
 
 
-def check_divides(stream: ModelStream, recipe: Recipe) -> None:
-    """Refuse a group size that some linear cannot have, before any work.
-
-    Raises:
-        LowbitError: naming the linear, its width and the sizes that would fit all.
-    """
-    shapes = {
-        f"{stream.block_name(i)}.{n}": tuple(stream.block_module(i).get_parameter(f"{n}.weight").shape)
-        for i in range(len(stream))
-        for n in stream.wiring.linears
-    }
-    for name, (_, width) in shapes.items():
-        size = recipe.grid_of(name).group_size
-        if size and width % size:
-            fitting = [str(g) for g in (256, 128, 64, 32, 16, 8) if all(w % g == 0 for _, w in shapes.values())]
-            raise LowbitError(
-                f"group size {size} does not divide the {width} inputs of '{name}'. Group sizes that fit every linear of this model: "
-                f"{', '.join(fitting) or 'none of the usual ones'}, or a scheme without g (one scale per output channel)."
-            )
-    for pattern, _ in recipe.overrides:
-        if not any(recipe.grid_of(n) is not recipe.grid for n in shapes):
-            raise LowbitError(f"override '{pattern}' matches no linear of this model; names look like '{next(iter(shapes))}'.")
-
-
 def quantize(
     model: str,
     scheme: str | Affine | None = None,
@@ -150,7 +127,7 @@ def quantize(
         recipe = replace(recipe, grid=grid)
     where = pick_device(device)
     stream = ModelStream(model, where)
-    check_divides(stream, recipe)
+    check_divides(stream.linear_shapes(), recipe)
     context = getattr(stream.config, "max_position_embeddings", None) or 2048
     if length is not None and length > context:
         raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")

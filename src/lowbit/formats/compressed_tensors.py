@@ -105,9 +105,13 @@ def describe(grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
                 "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
             },
         }  # fmt: skip
+    # transformers (5.23, with any compressed-tensors) prepares unpacked zero points for packed ones and refuses asymmetric
+    # files, unless it is told to dequantize while loading. Its other path dequantizes at the first forward pass anyway.
+    asymmetric = any(not grid.symmetric for grid in kinds)
     return {
         "quant_method": NAME, "format": "pack-quantized", "quantization_status": "compressed", "global_compression_ratio": None,
         "kv_cache_scheme": None, "ignore": sorted(skipped), "config_groups": groups, "version": "0.17.1",
+        **({"dequantize": True} if asymmetric else {}),
     }  # fmt: skip
 
 

@@ -3,45 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..model.block import Block
 
+Objective = Literal["block", "logits"]
+
 _JUDGED_ROWS = 32
 
 
 class Reconstruction:
-    """Squared error of a block's output on the quantized stream against the float block's output on the float stream.
+    """Distance of a block's output on the quantized stream to the float block's output on the float stream.
 
-    The loss is the squared difference summed over hidden units and averaged over tokens, in float32 (TesseraQ's block
-    reconstruction, specification of the loss in BRECQ's form).
+    The loss is the squared difference summed over hidden units and averaged over tokens, in float32.
 
     Args:
         block: what to reconstruct; its tuned rows are used.
         batch: rows a step, drawn without replacement within a step.
+        objective: "logits" replaces the loss of the last block by the mean KL divergence per token to the float model's
+            next-token distribution: there is no later block for which the hidden state would have to be right.
     """
 
-    def __init__(self, block: Block, batch: int) -> None:
+    def __init__(self, block: Block, batch: int, objective: Objective = "block") -> None:
         self.block, self.batch = block, min(batch, block.tuned_rows)
+        self._readout = block.readout if objective == "logits" else None
         self._generator = torch.Generator().manual_seed(block.seed)
 
     def draw(self) -> Tensor:
         """Row numbers of the next mini-batch, (batch,) int64."""
         return torch.randperm(self.block.tuned_rows, generator=self._generator)[: self.batch]
 
-    def residual(self, weights: Mapping[str, Tensor], rows: Tensor | slice) -> Tensor:
-        """Output minus target for some rows, (n, length, hidden) float32."""
+    def output(self, weights: Mapping[str, Tensor], rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """The block's output and its target for some rows, (n, length, hidden) float32 each."""
         b = self.block
         y = b.forward(b.xq[rows].to(b.device, b.compute), weights)
-        return y.float() - b.target[rows].to(b.device).float()
+        return y.float(), b.target[rows].to(b.device).float()
+
+    def distance(self, y: Tensor, target: Tensor) -> Tensor:
+        """The loss of outputs, summed over tokens."""
+        if self._readout is None:
+            return (y - target).pow(2).sum()
+        with torch.no_grad():
+            expected = self._readout(target).log_softmax(-1)
+        return torch.nn.functional.kl_div(self._readout(y).log_softmax(-1), expected, reduction="sum", log_target=True)
 
     def gradients(self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss on some rows and its gradients by the parameters named in ``trained``."""
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
-        d = self.residual({**weights, **leaves}, rows)
-        loss = d.pow(2).sum() / d[..., 0].numel()
+        y, target = self.output({**weights, **leaves}, rows)
+        loss = self.distance(y, target) / y[..., 0].numel()
         return loss.detach(), torch.autograd.grad(loss, list(leaves.values()))
 
     @torch.no_grad()
@@ -49,9 +62,9 @@ class Reconstruction:
         """Loss on the first rows, the same ones every time."""
         rows = min(rows, self.block.tuned_rows)
         total, tokens = 0.0, 0
-        step = max(1, 8192 // self.block.x.shape[1])
+        step = max(1, 4096 // self.block.x.shape[1])
         for at in range(0, rows, step):
-            d = self.residual(weights, slice(at, min(at + step, rows)))
-            total += float(d.pow(2).sum(dtype=torch.float64))
-            tokens += d[..., 0].numel()
+            y, target = self.output(weights, slice(at, min(at + step, rows)))
+            total += float(self.distance(y, target))
+            tokens += y[..., 0].numel()
         return total / tokens

@@ -125,7 +125,7 @@ class SoftBlock:
         """The block's parameters with every weight on the grid, decoded as a loader would."""
         return self.block.solved(self.codes()).decoded()
 
-    def backward(self, gradients: Sequence[Tensor], *, rounding: bool, scales: bool) -> None:
+    def backward(self, gradients: Sequence[Tensor], *, scales: bool) -> None:
         """Turn gradients by the weights (in the order of ``names``) into gradients by nu and v; call after `weights`."""
         by_bucket: list[list[Tensor]] = [[] for _ in self.buckets]
         for name, g in zip(self.names, gradients, strict=True):
@@ -134,12 +134,10 @@ class SoftBlock:
             g = torch.cat(pieces).float() if len(pieces) > 1 else pieces[0].float()
             if scales:
                 b.v.grad = (g * b.soft).sum(1, keepdim=True) * b.scale * (2 * slope(b.v))
-            if rounding:
-                # h is strictly inside (0, 1) exactly where the clamp lets gradients through.
-                inside = (b.h > 0).logical_and_(b.h < 1)
-                grad = g.mul_(b.step).mul_(self._stored_scale(b))
-                curve = torch.addcmul(b.sigmoid, b.sigmoid, b.sigmoid, value=-1, out=b.sigmoid)  # sigma (1 - sigma)
-                b.nu.grad = grad.mul_(curve).mul_(1.2).mul_(inside)
+            # h is strictly inside (0, 1) exactly where the clamp lets gradients through.
+            inside = (b.h > 0).logical_and_(b.h < 1)
+            curve = torch.addcmul(b.sigmoid, b.sigmoid, b.sigmoid, value=-1, out=b.sigmoid)  # sigma (1 - sigma)
+            b.nu.grad = g.mul(b.step).mul_(1.2 * self._stored_scale(b)).mul_(curve).mul_(inside)
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """(rounding variables, scale variables)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..model.block import Block
-from ._reconstruct import Reconstruction
+from ._reconstruct import Objective, Reconstruction
 from ._soft import SoftBlock
 
 _PAPER_20 = (0.80, 0.65, 0.50, 0.43, 0.38, 0.34, 0.30, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005)
@@ -59,8 +59,8 @@ class TesseraQ:
         tune_scale: dequantization-scale tuning.
         rounds: 2 adds a second run of the phases in which every weight may move to the neighbouring code that lowers the
             loss, also beyond floor and ceiling.
-        refit: scale-only steps after the last hardening.
-        decay: lower the step size linearly to this share of itself within each phase; 1 keeps it constant, as published.
+        objective: "logits" tunes the last block on the KL divergence of the next-token distribution instead of on its
+            hidden state, as published ("block").
     """
 
     schedule: str = "handcrafted-20"
@@ -69,24 +69,21 @@ class TesseraQ:
     batch: int = 4
     tune_scale: bool = True
     rounds: int = 1
-    refit: int = 0
-    decay: float = 1.0
+    objective: Objective = "block"
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
-        if self.iters < 1 or self.batch < 1 or self.rounds not in (1, 2) or self.refit < 0:
-            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, rounds 1 or 2 and refit >= 0.")
-        if not (self.lr > 0 and 0 < self.decay <= 1):
-            raise LowbitError("tesseraq needs lr > 0 and decay in (0, 1].")
+        if self.iters < 1 or self.batch < 1 or self.rounds not in (1, 2) or not self.lr > 0:
+            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0 and rounds 1 or 2.")
 
     @property
     def steps(self) -> int:
         """Optimizer steps per block."""
-        return len(soft_shares(self.schedule)) * self.iters * self.rounds + self.refit
+        return len(soft_shares(self.schedule)) * self.iters * self.rounds
 
     def __call__(self, block: Block) -> Block:
         soft = SoftBlock(block)
-        job = Reconstruction(block, self.batch)
+        job = Reconstruction(block, self.batch, self.objective)
         before = job.loss(soft.hard_weights())
         start = soft.snapshot()
         trouble: list[str] = []
@@ -95,11 +92,9 @@ class TesseraQ:
                 self._restart(soft, job)
             for share in soft_shares(self.schedule):
                 soft.harden(share)
-                if not self._phase(soft, job, self.iters, rounding=True, trouble=trouble):
+                if not self._phase(soft, job, trouble):
                     break
             soft.harden_all()
-        if self.refit:
-            self._phase(soft, job, self.refit, rounding=False, trouble=trouble)
         after = job.loss(soft.hard_weights())
         if not after < before:  # also when it is NaN: rather the start than something worse
             trouble.append(f"tuning ended at loss {after:.4g}, above the {before:.4g} it started from; kept the start")
@@ -111,12 +106,12 @@ class TesseraQ:
             notes["trouble"] = trouble
         return block.solved(soft.codes()).noted(**notes)
 
-    def _phase(self, soft: SoftBlock, job: Reconstruction, steps: int, *, rounding: bool, trouble: list[str]) -> bool:
-        """Adam for some steps from fresh state. On a non-finite result: back to the phase's start and half the step size."""
+    def _phase(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> bool:
+        """Adam from fresh state. On a non-finite result: back to the phase's start with half the step size."""
         saved = soft.snapshot()
         lr = self.lr
         for _ in range(_RETRIES):
-            if math.isfinite(float(self._descend(soft, job, steps, lr, rounding=rounding))) and soft.finite():
+            if math.isfinite(float(self._descend(soft, job, lr))) and soft.finite():
                 return True
             soft.restore(saved)
             lr /= 2
@@ -124,23 +119,19 @@ class TesseraQ:
         trouble.append("still not finite: the remaining weights were rounded as they stood")
         return False
 
-    def _descend(self, soft: SoftBlock, job: Reconstruction, steps: int, lr: float, *, rounding: bool) -> Tensor:
-        scales = self.tune_scale or not rounding
+    def _descend(self, soft: SoftBlock, job: Reconstruction, lr: float) -> Tensor:
         nu, v = soft.parameters()
-        groups: list[dict[str, Any]] = [{"params": nu}] if rounding else []
-        if scales:
+        groups: list[dict[str, Any]] = [{"params": nu}]
+        if self.tune_scale:
             groups.append({"params": v, "weight_decay": _SCALE_DECAY})
         optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
         total = torch.zeros((), device=soft.block.device)
-        for step in range(steps):
-            if self.decay < 1:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * (1 - (1 - self.decay) * step / steps)
+        for _ in range(self.iters):
             with torch.no_grad():
                 weights = soft.weights()
             loss, gradients = job.gradients(weights, soft.keys, job.draw())
             with torch.no_grad():
-                soft.backward(gradients, rounding=rounding, scales=scales)
+                soft.backward(gradients, scales=self.tune_scale)
             optimizer.step()
             total += loss  # stays on the device: no step waits for the host
         return total
@@ -155,7 +146,8 @@ class TesseraQ:
         tokens = 0
         for some in rows:
             leaves = {k: hard[k].detach().requires_grad_() for k in soft.keys}
-            residual = job.residual({**hard, **leaves}, some)
+            y, target = job.output({**hard, **leaves}, some)
+            residual = y - target
             signs = torch.randint(0, 2, residual.shape, generator=generator).to(residual) * 2 - 1
             tokens += residual[..., 0].numel()
             for total, seed, power in ((gradient, residual.detach(), 1), (curvature, signs, 2)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,7 @@ class Block:
         target: the float block's output on ``x``, before anything was changed.
         tuned_rows: how many leading rows methods may learn from; later rows only pass through (held-out evaluation).
         seed: for everything random in this block.
+        readout: the last block's output -> logits, None for every other block.
         params: linear -> fixed grid parameters.
         coded: linear -> codes.
         notes: decisions and losses, for the report.
@@ -66,6 +67,7 @@ class Block:
     target: Tensor
     tuned_rows: int
     seed: int
+    readout: Callable[[Tensor], Tensor] | None = None
     params: Mapping[str, AffineParams] = field(default_factory=dict)
     coded: Mapping[str, QTensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)

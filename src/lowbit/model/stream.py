@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,15 @@ class ModelStream:
         """The block's module, without data: forward only, for `torch.func.functional_call`."""
         return self._blocks[i]
 
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Full name -> (out, in) of every quantizable linear."""
+        out = {}
+        for i, block in enumerate(self._blocks):
+            for name in self.wiring.linears:
+                rows, columns = block.get_parameter(f"{name}.weight").shape
+                out[f"{self.block_name(i)}.{name}"] = (rows, columns)
+        return out
+
     def block_weights(self, i: int) -> dict[str, Tensor]:
         """The block's tensors by their names inside the block, in the compute dtype on the device."""
         prefix = self.block_name(i) + "."
@@ -226,11 +235,21 @@ class ModelStream:
             out.append(kwargs)
         return out
 
+    def readout(self) -> Callable[[Tensor], Tensor]:
+        """The last block's output (n, length, hidden) -> logits (n, length, vocab) float32; differentiable by its input."""
+        head = self._name_of(self.skeleton.get_output_embeddings())
+        steps = [(_submodule(self._trunk, n), self._under(f"{self.wiring.trunk}.{n}")) for n in self.wiring.final]
+        steps.append((self.skeleton.get_submodule(head), self._under(head)))
+
+        def logits(x: Tensor) -> Tensor:
+            x = x.to(self.device, self.compute)
+            for module, weights in steps:
+                x = functional_call(module, weights, (x,))
+            return x.float()
+
+        return logits
+
     @torch.no_grad()
     def head(self, x: Tensor) -> Tensor:
         """The last block's output (n, length, hidden) -> logits (n, length, vocab) in float32."""
-        x = x.to(self.device, self.compute)
-        for name in self.wiring.final:
-            x = functional_call(_submodule(self._trunk, name), self._under(f"{self.wiring.trunk}.{name}"), (x,))
-        head = self._name_of(self.skeleton.get_output_embeddings())
-        return functional_call(self.skeleton.get_submodule(head), self._under(head), (x,)).float()
+        return self.readout()(x)

@@ -1,0 +1,221 @@
+"""What a run will need, from config.json alone: sizes, memory, disk, a time estimate, and which runtimes will load the result."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import LowbitError
+from .formats.compressed_tensors import tensor_bytes
+from .grid import Affine
+from .methods import AWQ, TesseraQ
+from .model.checkpoint import hub_file
+from .model.wiring import wiring_of
+from .recipe import Recipe
+
+_SCALE_BYTES = 2
+_STREAMS = 3  # float input, quantized input, target
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Whether a runtime will load the artifact.
+
+    Attributes:
+        verdict: "loads", "decompresses" (loads, without saving memory) or "refuses".
+    """
+
+    name: str
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of one run. Sizes in bytes, time in seconds.
+
+    Attributes:
+        parameters: of the model, tied heads once; quantized: those inside quantized linears.
+        original: the 16-bit checkpoint; artifact: the packed one.
+        bits_per_weight: of the quantized linears, scales and zero points included; model_bits_per_weight: of everything.
+        block_memory: largest block while it is tuned: float32 weights, gradient, soft weight and decoded copy, and for
+            learners rounding variable, its gradient, two Adam moments, base, step and two scratch buffers.
+        outer_memory: embeddings and head, held at the start and at the end only.
+        activations: three streams of the calibration rows in 16 bits, and one batch's saved intermediates in float32.
+        seconds: arithmetic at the measured rate of this device; an estimate, None if the rate was not measured.
+    """
+
+    model_type: str
+    blocks: int
+    parameters: int
+    quantized: int
+    original: int
+    artifact: int
+    bits_per_weight: float
+    model_bits_per_weight: float
+    block_memory: int
+    outer_memory: int
+    activations: int
+    seconds: float | None
+    runtimes: tuple[Runtime, ...]
+
+    @property
+    def peak_memory(self) -> int:
+        """Blocks and activations are held together; embeddings and head are not."""
+        return max(self.block_memory, self.outer_memory) + self.activations
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "peak_memory": self.peak_memory}
+
+
+def read_config(model: str) -> Any:
+    """The config of a local folder, of a config.json itself or of a hub repository; weights are not looked at.
+
+    Raises:
+        LowbitError: there is none.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        if path.suffix == ".json" or path.name == "config.json" or model.count("/") != 1 or model.startswith((".", "/")):
+            raise LowbitError(f"no config.json at '{model}'.")
+        found = hub_file(model, "config.json")
+        if found is None:
+            raise LowbitError(f"hub repository '{model}' has no config.json.")
+        path = found
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as e:
+        raise LowbitError(f"{path} cannot be read as a model config: {str(e).splitlines()[0]}") from e
+
+
+def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
+    """Refuse a group size that some linear cannot have.
+
+    Args:
+        shapes: full linear name -> (out, in).
+
+    Raises:
+        LowbitError: naming the linear, its width and the sizes that fit all; or an override that matches nothing.
+    """
+    for name, (_, width) in shapes.items():
+        size = recipe.grid_of(name).group_size
+        if size and width % size:
+            fitting = [str(g) for g in (256, 128, 64, 32, 16, 8) if all(w % g == 0 for _, w in shapes.values())]
+            raise LowbitError(
+                f"group size {size} does not divide the {width} inputs of '{name}'. Group sizes that fit every linear of this model: "
+                f"{', '.join(fitting) or 'none of the usual ones'}, or a scheme without g (one scale per output channel)."
+            )
+    for i, (pattern, grid) in enumerate(recipe.overrides):
+        alone = Recipe(recipe.grid, (), ((pattern, grid),))
+        if not any(alone.grid_of(n) is grid for n in shapes):
+            raise LowbitError(f"override {i + 1}, '{pattern}', matches no linear of this model; names look like '{next(iter(shapes))}'.")
+
+
+def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int]:
+    """(linear -> shape of one block, parameters of a block outside its linears, parameters outside the blocks, of it the tied head)."""
+    from transformers import AutoModelForCausalLM
+
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    wiring = wiring_of(small)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(small)
+    block = model.get_submodule(wiring.layers)[0]
+    linears = {n: tuple(block.get_parameter(f"{n}.weight").shape) for n in wiring.linears}
+    inside = sum(p.numel() for p in block.parameters())
+    # Meta tensors carry no data to tie: count the head out by the config's word.
+    head = model.get_output_embeddings().weight
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    outside = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) - inside
+    if tied and head is not model.get_input_embeddings().weight:
+        outside -= head.numel()
+    return linears, inside - sum(a * b for a, b in linears.values()), outside, head.numel() if tied else 0
+
+
+def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 2048, rate: float | None = None) -> Plan:
+    """Count what a run needs.
+
+    Args:
+        config: a transformers config. rate: sustained FLOP/s of the device, see `measure_rate`.
+
+    Raises:
+        LowbitError: unsupported family, or a group size that does not fit.
+    """
+    linears, rest, outside, _ = _skeleton(config)
+    blocks, layers = config.num_hidden_layers, wiring_of(config).layers
+    names = {f"{layers}.{i}.{n}": shape for i in range(blocks) for n, shape in linears.items()}
+    check_divides(names, recipe)
+    quantized = sum(a * b for a, b in names.values())
+    packed = sum(tensor_bytes(recipe.grid_of(n), a, b, _SCALE_BYTES) for n, (a, b) in names.items())
+    untouched = rest * blocks + outside
+    parameters = quantized + untouched
+    per_block = quantized // blocks
+    context = getattr(config, "max_position_embeddings", None) or length
+    tokens = samples * min(length, context)
+    learner = next((m for m in recipe.methods if isinstance(m, TesseraQ)), None)
+    batch_tokens = min(length, context) * (learner.batch if learner else 1)
+    saved = batch_tokens * 4 * (sum(a + b for a, b in linears.values()) + 8 * config.hidden_size)
+    return Plan(
+        model_type=config.model_type, blocks=blocks, parameters=parameters, quantized=quantized, original=2 * parameters,
+        artifact=packed + 2 * untouched, bits_per_weight=8 * packed / quantized,
+        model_bits_per_weight=8 * (packed + 2 * untouched) / parameters,
+        block_memory=4 * per_block * (4 + (8 if learner else 0)), outer_memory=4 * outside,
+        activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
+        seconds=None if rate is None else _flops(recipe, per_block, tokens, batch_tokens) * blocks / rate,
+        runtimes=runtimes(recipe.grid, linears),
+    )  # fmt: skip
+
+
+def _flops(recipe: Recipe, weights: int, tokens: int, batch_tokens: int) -> float:
+    """Multiply-adds times two, per block: stream passes, AWQ's search, a learner's steps (forward and two backward products)."""
+    total = 2.0 * weights * tokens * 3
+    for method in recipe.methods:
+        if isinstance(method, AWQ):
+            searched = min(1.0, method.rows * batch_tokens / tokens) if method.rows else 1.0
+            total += 2.0 * weights * tokens * searched * (2 + (method.exponents if method.scales else 0))
+        if isinstance(method, TesseraQ):
+            total += 6.0 * weights * batch_tokens * method.steps * 1.2
+    return total
+
+
+def measure_rate(device: str = "cpu") -> float:
+    """FLOP/s that a float32 (CPU) or bfloat16 (accelerator) matrix product sustains here, in about a third of a second."""
+    kind = torch.float32 if device == "cpu" else torch.bfloat16
+    a = torch.randn(1024, 1024, device=device).to(kind)
+    (a @ a).sum().item()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.3:
+        (a @ a).sum().item()
+        count += 1
+    return 2 * 1024**3 * count / (time.perf_counter() - start)
+
+
+def runtimes(grid: Affine, linears: Mapping[str, tuple[int, int]]) -> tuple[Runtime, ...]:
+    """Who will load a compressed-tensors artifact on this grid, by the rules their sources state."""
+    kind = f"{grid.bits}-bit {'symmetric' if grid.symmetric else 'asymmetric'}"
+    odd = grid.bits in (3, 5, 6, 7)
+    common = grid.bits in (4, 8)
+    vllm = "any recent version" if common else ("0.25 or newer" if grid.symmetric and not odd else "0.33 or newer")
+    parallel = [str(t) for t in (1, 2, 4, 8) if grid.group_size is None or all(b % (t * grid.group_size) == 0 for _, b in linears.values())]
+    power = grid.group_size is None or (grid.group_size >= 8 and grid.group_size & (grid.group_size - 1) == 0)
+    return (
+        Runtime("transformers", "decompresses", f"compressed-tensors {'0.17' if odd else '0.15'} or newer; weights become 16-bit at load"),
+        Runtime("vLLM (CUDA)", "loads" if power and grid.bits > 1 else "refuses",
+                f"{vllm} for {kind}; tensor parallel {', '.join(parallel)}" if power and grid.bits > 1 else "needs 2-8 bits and a group size that is a power of two from 8"),
+        Runtime("vLLM (CPU, ROCm)", "loads" if common else "refuses", "4 and 8 bits only"),
+        Runtime("SGLang", "loads" if common else "refuses", "compressed-tensors with 4 and 8 bits only"),
+        Runtime("llama.cpp", "refuses", "reads GGUF; this version writes compressed-tensors"),
+        Runtime("MLX", "refuses", "reads its own layout; this version writes compressed-tensors"),
+    )  # fmt: skip
