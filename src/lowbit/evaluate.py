@@ -118,3 +118,25 @@ def evaluate(
         if progress:
             progress(min(at + step, len(windows)), len(windows))
     return tally.result()
+
+
+@torch.no_grad()
+def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
+    """The prompt with up to ``tokens`` new tokens; greedy at temperature 0.
+
+    Raises:
+        LowbitError: an empty prompt, or one that leaves no room in the model's context.
+    """
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    if not ids.shape[1]:
+        raise LowbitError("the prompt is empty.")
+    if ids.shape[1] >= context:
+        raise LowbitError(f"the prompt has {ids.shape[1]} tokens, the model's context is {context}.")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    room = min(tokens, context - ids.shape[1])
+    produced = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, pad_token_id=tokenizer.eos_token_id or 0, **sampling
+    )
+    return str(tokenizer.decode(produced[0], skip_special_tokens=True))

@@ -10,6 +10,9 @@ from typing import Any
 from ..errors import LowbitError, unknown
 from .stdlib import Split, stdlib_files
 
+# What ends like this and looks like owner/name is meant as a file, not as a repository (whose name may hold a dot: x/pile-v1.5).
+_FILE_SUFFIXES = frozenset(".txt .text .md .rst .json .jsonl .csv .tsv .parquet .py .gz .xz .zst .zip".split())
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -59,20 +62,40 @@ def documents(source: str, split: Split) -> list[str]:
             raise LowbitError(str(e)) from e
     if source in CORPORA:
         return named_documents(CORPORA[source], split)
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return _file_documents(path)
-    if path.is_dir() or (source.count("/") == 1 and not source.startswith((".", "/", "~")) and not path.suffix):
-        return _dataset_documents(source, split)
+    if path.is_dir():
+        return _dataset_documents(str(path), split, _folder_options(path))
+    if _is_hub_id(source):
+        return _dataset_documents(source, split, {})
     if "/" in source or path.suffix:
-        raise LowbitError(f"no such text file: '{source}'.")
+        raise LowbitError(f"no such text file or folder: '{source}'.")
     raise unknown("text source", source, ("stdlib", *CORPORA))
 
 
+def _is_hub_id(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and source[0] not in ".~" and Path(source).suffix.lower() not in _FILE_SUFFIXES
+
+
+def _folder_options(folder: Path) -> dict[str, Any]:
+    # Left alone, the datasets library makes a document of every line of a .txt file.
+    kinds = {p.suffix for p in folder.rglob("*") if p.is_file() and p.stem != "README"}
+    return {"sample_by": "document"} if kinds == {".txt"} else {}
+
+
 def named_documents(corpus: Corpus, split: Split, repo: str | None = None) -> list[str]:
-    """The documents of a named corpus; ``repo`` replaces its hub repository, by a local copy for instance."""
-    files = {"data_files": {corpus.split[split]: corpus.files[split]}} if corpus.files else {}
-    rows = _load(repo or corpus.repo, corpus.config, corpus.split[split], **files)["text"]
+    """The documents of a named corpus; ``repo`` replaces its hub repository, by a local copy for instance.
+
+    Raises:
+        LowbitError: the datasets library is missing, or the repository cannot be reached or read.
+    """
+    where = corpus.split[split]
+    # One shard of many: the sizes that the repository announces for the whole split do not hold, so they are not checked.
+    files = {"data_files": {where: corpus.files[split]}, "verification_mode": "no_checks"} if corpus.files else {}
+    name = repo or corpus.repo
+    rows = _texts(name, _load(name, corpus.config, where, files))
     if corpus.joined:
         return ["\n\n".join(rows)]
     if corpus.limit and split == "eval":
@@ -80,42 +103,57 @@ def named_documents(corpus: Corpus, split: Split, repo: str | None = None) -> li
     return [t for t in rows if t]
 
 
-def _load(repo: str, config: str | None, split: str, **options: Any) -> Any:
+def _load(repo: str, config: str | None, split: str, options: dict[str, Any]) -> Any:
     try:
         import datasets
     except ImportError as e:
-        raise LowbitError(f"reading '{repo}' needs the datasets library: pip install 'lowbit[eval]', or give a local text file.") from e
+        raise LowbitError(
+            f"'{repo}' is read through the datasets library: pip install 'lowbit[eval]', or give a local .txt, .json or .jsonl file."
+        ) from e
     try:
         return datasets.load_dataset(repo, config, split=split, **options)
     except Exception as e:  # the library lets errors of a dozen kinds through, network ones among them
-        raise LowbitError(f"dataset '{repo}' (split {split}) cannot be loaded: {str(e).splitlines()[0]}. A local text file works too.") from e
+        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise LowbitError(f"dataset '{repo}' (split {split}) cannot be loaded: {reason} A local text file works too.") from e
 
 
-def _dataset_documents(source: str, split: Split) -> list[str]:
+def _texts(name: str, data: Any) -> list[str]:
+    if "text" not in data.column_names:
+        raise LowbitError(f"dataset '{name}' has no field 'text' (it has {', '.join(data.column_names)}).")
+    return [t or "" for t in data.select_columns(["text"])[:]["text"]]
+
+
+def _dataset_documents(source: str, split: Split, options: dict[str, Any]) -> list[str]:
     tried: list[LowbitError] = []
     for name in ("train",) if split == "train" else ("test", "validation", "train"):
         try:
-            data = _load(source, None, name)
+            data = _load(source, None, name, options)
         except LowbitError as e:
+            if not isinstance(e.__cause__, ValueError):  # not a split that is missing: the next one fails the same way, slowly
+                raise
             tried.append(e)
             continue
-        if "text" not in data.column_names:
-            raise LowbitError(f"dataset '{source}' has no field 'text' (it has {', '.join(data.column_names)}).")
-        return [t for t in data["text"] if t]
-    raise tried[0]
+        found = [t for t in _texts(source, data) if t.strip()]
+        if not found:
+            raise LowbitError(f"dataset '{source}' (split {name}) holds no text.")
+        return found
+    raise tried[-1]
 
 
 def _file_documents(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as e:
-        raise LowbitError(f"'{path}' is not UTF-8 text (byte {e.start}).") from e
+        raise LowbitError(f"'{path}' is not UTF-8 text (byte {e.start}). Convert it first.") from e
     except OSError as e:
         raise LowbitError(f"'{path}' cannot be read: {e.strerror}.") from e
-    if path.suffix == ".jsonl":
-        found = [_field(_json(line, f"{path}, line {n}"), f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    elif path.suffix == ".json":
-        items = _json(text, str(path))
+    kind = path.suffix.lower()
+    if kind == ".jsonl":
+        # Not splitlines(): it also cuts at U+2028 and others that JSON strings may hold as they are.
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        found = [_field(_json(line, where), where) for where, line in lines]
+    elif kind == ".json":
+        items = _json(text, str(path)) if text.strip() else []
         if not isinstance(items, list):
             raise LowbitError(f"'{path}' must hold a list of texts or of objects with a field 'text'.")
         found = [_field(item, f"{path}, item {n}") for n, item in enumerate(items, 1)]
@@ -130,12 +168,16 @@ def _file_documents(path: Path) -> list[str]:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as e:
-        raise LowbitError(f"{where} is not valid JSON: {e}") from e
+    except (ValueError, RecursionError) as e:
+        raise LowbitError(f"{where} is not valid JSON: {e}.") from e
 
 
 def _field(item: Any, where: str) -> str:
     value = item.get("text") if isinstance(item, dict) else item
     if not isinstance(value, str):
         raise LowbitError(f"{where}: expected a text or an object with a field 'text'.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise LowbitError(f"{where}: the text holds half of a surrogate pair, which no tokenizer takes. Repair or drop it.") from e
     return value

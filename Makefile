@@ -1,0 +1,31 @@
+# Each verb is one command, the same here and in CI. The virtual environment is made by whichever verb needs it first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test check bench clean
+demo: $(VENV)/.installed
+	$(BIN)/lowbit demo -o demo-out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff . > /dev/null || echo "note: ruff format would change some files"
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/par_step.py
+	$(BIN)/python benchmarks/memory.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[report,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out bench-out

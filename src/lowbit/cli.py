@@ -1,0 +1,249 @@
+"""The command line. Every command is a thin shell around a function of the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import LowbitError, VerificationError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Make large language models small: 2 to 4 bit weights, accuracy kept, artifacts that carry their proof.",
+)
+out, err = Console(), Console(stderr=True)
+
+Calib = Annotated[str, typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val.")]  # fmt: skip
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps, xpu.")]
+Scheme = Annotated[str, typer.Option(help="W<bits>A16[g<group size>][sym], for example W2A16g64; without g one scale per output channel.")]
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Print our errors as the one or two sentences they are; 2 for bad input, 1 for a failed verification."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        _quiet()
+        try:
+            command(*args, **kwargs)
+        except VerificationError as e:
+            err.print(f"verification failed: {e}", style="red", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from e
+        except LowbitError as e:
+            err.print(f"error: {e}", style="red", highlight=False, soft_wrap=True, markup=False)
+            raise typer.Exit(2) from e
+
+    return run
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars and advice out of our output."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@app.command()
+@_reported
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Artifact folder; OUT.partial while it is being made.")],
+    scheme: Scheme = "W4A16g128",
+    recipe: Annotated[str, typer.Option(help="A named recipe (rtn, awq, tesseraq, tesseraq-best, tesseraq-paper) or a .toml file.")] = "tesseraq",
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable.")] = None,
+    calib: Calib = "stdlib",
+    samples: Annotated[int, typer.Option(help="Calibration rows; exactly as many or an error.")] = 128,
+    length: Annotated[Optional[int], typer.Option(help="Tokens per row; default 2048 or the model's context if shorter.")] = None,
+    seed: Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Quantize a model into a verified compressed-tensors artifact. Repeating an interrupted command continues it."""
+    from .display import Progress, summary
+    from .job import quantize as job
+
+    with Progress(out) as progress:
+        result = job(
+            model, scheme, recipe, out=output, calib=calib, samples=samples, length=length, seed=seed, device=device,
+            settings=set_ or [], progress=progress,
+        )  # fmt: skip
+    out.print(summary(result), highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_reported
+def plan(
+    model: Annotated[str, typer.Argument(help="Model folder, a config.json, or hub id; weights are not needed.")],
+    scheme: Scheme = "W2A16g128",
+    recipe: Annotated[str, typer.Option(help="Recipe whose cost to estimate.")] = "tesseraq",
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 2048,
+    device: Device = "auto",
+    json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
+) -> None:
+    """Say before any work what a run will need and which runtimes will load its result."""
+    from .display import duration
+    from .job import pick_device
+    from .plan import make_plan, measure_rate, read_config
+    from .recipe import load_recipe, parse_scheme
+
+    chosen = load_recipe(recipe, grid=parse_scheme(scheme), settings=set_ or [])
+    config = read_config(model)
+    p = make_plan(config, chosen, samples, length, measure_rate(str(pick_device(device))))
+    gib = 2**30
+    rows = (
+        ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),
+        ("size", f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> {p.artifact / 1e9:.3g} GB)"),
+        ("bits per weight", f"{p.bits_per_weight:.3f} in quantized linears, {p.model_bits_per_weight:.3f} over all parameters"),
+        ("peak memory", f"{p.peak_memory / gib:.3g} GiB: block {p.block_memory / gib:.3g} (embeddings {p.outer_memory / gib:.3g}), activations {p.activations / gib:.3g}"),
+        ("disk", f"{p.artifact / gib:.3g} GiB"),
+        ("time", f"about {duration(p.seconds or 0)} with recipe '{chosen.name}' at this machine's measured matrix product rate (an estimate)"),
+    )  # fmt: skip
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    who = Table("runtime", "verdict", "why")
+    for r in p.runtimes:
+        who.add_row(r.name, r.verdict, r.reason)
+    out.print(who)
+    if json_:
+        _write_json(json_, p.as_dict())
+
+
+@app.command(name="eval")
+@_reported
+def eval_(
+    model: Annotated[str, typer.Argument(help="Model or artifact: folder or hub id.")],
+    text: Annotated[str, typer.Option(help="stdlib (its held-out side), a file, a folder or hub dataset, or wikitext2, c4.")] = "stdlib",
+    length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.")] = None,
+    windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.")] = None,
+    reference: Annotated[Optional[str], typer.Option(help="Also measure mean KL and top-1 agreement to this model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, kl, top1 here.")] = None,
+) -> None:
+    """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and top-1 agreement."""
+    from .evaluate import evaluate, load_causal_lm
+    from .job import pick_device
+    from .model.calibration import evaluation_windows
+    from .model.checkpoint import Checkpoint
+    from .model.stream import load_config, load_tokenizer
+
+    where = str(pick_device(device))
+    checkpoint = Checkpoint(model)
+    context = getattr(load_config(checkpoint), "max_position_embeddings", None) or 2048
+    if length is not None and length > context:
+        raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
+    ids = evaluation_windows(text, load_tokenizer(checkpoint), length or min(2048, context), windows)
+    loaded = load_causal_lm(model, where, dtype)
+    other = load_causal_lm(reference, where, dtype) if reference else None
+    result = evaluate(loaded, ids, other)
+    line = f"{model} on {text}: perplexity {result.perplexity:.4f} (nll {result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens)"
+    if result.kl is not None and result.top1 is not None:
+        line += f"; to {reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
+    out.print(line, highlight=False, soft_wrap=True)
+    if json_:
+        _write_json(json_, result.as_dict())
+
+
+@app.command()
+@_reported
+def generate(
+    model: Annotated[str, typer.Argument(help="Model or artifact: folder or hub id.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Continue a text, through plain transformers."""
+    from .evaluate import continue_text, load_causal_lm
+    from .job import pick_device
+    from .model.checkpoint import Checkpoint
+    from .model.stream import load_tokenizer
+
+    tokenizer = load_tokenizer(Checkpoint(model))
+    loaded = load_causal_lm(model, str(pick_device(device)))
+    out.print(continue_text(loaded, tokenizer, prompt, tokens, temperature, seed), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+@_reported
+def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) -> None:
+    """Show an artifact's recipe, its layers, what was skipped and why, and its hashes."""
+    from .display import duration, size
+    from .proof import read_report
+
+    report = read_report(folder)
+    table = Table("linear", "scheme", "shape", "bytes", "bits/weight")
+    for e in report["linears"]:
+        if "skipped" in e:
+            table.add_row(e["name"], "skipped", e["skipped"], "", "")
+        else:
+            table.add_row(e["name"], e["scheme"], " x ".join(map(str, e["shape"])), size(e["bytes"]), f"{e['bits_per_weight']:.3f}")
+    out.print(table)
+    for b in report["blocks"]:
+        if "loss_before" in b:
+            out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}", highlight=False)
+    out.print((folder / "recipe.toml").read_text().strip(), highlight=False, markup=False)
+    for name, shard in report["shards"].items():
+        out.print(f"{name}  {size(shard['bytes'])}  sha256 {shard['sha256']}", highlight=False, soft_wrap=True)
+    out.print(f"hash {report['hash']}, made by lowbit {report['lowbit']} from {report['model']}, seed {report['seed']}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_reported
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Artifact folder, also a copy that was moved.")],
+    loader: Annotated[bool, typer.Option(help="Also load it with plain transformers and compare logits.")] = True,
+) -> None:
+    """Compare every tensor and code with what was tuned, and the logits of plain transformers with the tuned model's."""
+    from .proof import verify as check
+
+    out.print(f"verified: {check(folder, loader=loader).summary}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_reported
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts and the report.")] = Path("demo-out"),
+    scheme: Scheme = "W2A16g64",
+    device: Device = "auto",
+) -> None:
+    """Quantize the embedded model to 2 bits with RTN, AWQ and TesseraQ, compare them, write an HTML report. Needs no network."""
+    from .demo import run_demo
+
+    run_demo(output, scheme, device, out)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    from .artifact import write_atomic
+
+    write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    """Entry point of the `lowbit` command and of `python -m lowbit`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command continues from the last finished block.")
+        sys.exit(130)

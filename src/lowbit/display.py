@@ -1,0 +1,126 @@
+"""What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .job import BlockDone, Result
+
+_SHOWN = 12  # rows of the live table
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _row(done: BlockDone, left: float) -> tuple[str, ...]:
+    r = done.record
+    before, after = r.get("loss_before"), r.get("loss_after")
+    linears = r["linears"]
+    bits = sum(8 * e["bytes"] for e in linears) / sum(e["shape"][0] * e["shape"][1] for e in linears)
+    return (
+        f"{done.index + 1}/{done.blocks}" + (" (resumed)" if done.resumed else ""),
+        str(len(linears)),
+        "-" if before is None else f"{before:.4g}",
+        "-" if after is None else f"{after:.4g}",
+        f"{bits:.3f}",
+        duration(r["seconds"]),
+        size(r["peak_memory"]),
+        duration(left),
+        "; ".join(r.get("trouble", [])),
+    )
+
+
+_COLUMNS = ("block", "linears", "loss before", "loss after", "bits/weight", "time", "peak memory", "left", "remarks")
+
+
+class Progress:
+    """A context manager that is told of each finished block and shows it.
+
+    Args:
+        console: where to write; a live table if it is a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._rows: list[tuple[str, ...]] = []
+        self._live = Live(self._table(), console=console, auto_refresh=False) if console.is_terminal else None
+        self._spent: list[float] = []
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        else:
+            self.console.print("  ".join(_COLUMNS[:-1]), highlight=False)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, done: BlockDone) -> None:
+        if not done.resumed:
+            self._spent.append(done.record["seconds"])
+        mean = sum(self._spent) / len(self._spent) if self._spent else done.record["seconds"]
+        row = _row(done, mean * (done.blocks - done.index - 1))
+        self._rows.append(row)
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+        else:
+            self.console.print("  ".join(c for c in row if c), highlight=False, soft_wrap=True)
+
+    def _table(self) -> Table:
+        table = Table(title="lowbit " + time.strftime("%H:%M:%S"))
+        for name in _COLUMNS:
+            table.add_column(name, justify="right")
+        for row in self._rows[-_SHOWN:]:
+            table.add_row(*row)
+        return table
+
+
+def summary(result: Result) -> str:
+    """The closing block: sizes, proof, and what to type next."""
+    report: Mapping[str, Any] = result.report
+    s, folder = report["size"], result.folder
+    lines = [
+        "",
+        f"{size(s['before'])} -> {size(s['after'])} on disk; {s['bits_per_weight']:.3f} bits per quantized weight, "
+        f"{s['model_bits_per_weight']:.3f} over all parameters",
+    ]
+    q = report["quality"]
+    if q:
+        lines.append(
+            f"{q['text']}, {q['quantized']['windows']} x {q['quantized']['length']} tokens: perplexity {q['float']['perplexity']:.4g} -> "
+            f"{q['quantized']['perplexity']:.4g}, KL {q['quantized']['kl']:.4g}, top-1 {q['quantized']['top1']:.1%}"
+        )
+    lines += [
+        f"verified: {result.verification.summary}",
+        f"hash {report['hash'][:16]}, {duration(report['seconds'])}, report in {folder / 'report.json'}",
+        "",
+        f'load      AutoModelForCausalLM.from_pretrained("{folder}")    (plain transformers with compressed-tensors)',
+        f"evaluate  lowbit eval {folder} --text stdlib --reference {report['model']}",
+        f"serve     vllm serve {folder}    (which versions: lowbit plan {report['model']} --scheme {report['recipe']['scheme']})",
+        f"check     lowbit verify {folder}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""One self-contained HTML page with tables and plots. Knows nothing of models: it is given rows of plain data."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
+table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #d8dee6;text-align:right}
+th:first-child,td:first-child{text-align:left}pre{background:#f4f6f9;padding:.8rem;overflow:auto}img{max-width:100%}
+@media(prefers-color-scheme:dark){body{background:#12161c;color:#dfe6ee}pre{background:#1b212a}th,td{border-color:#333c48}img{background:#fff}}
+"""
+
+
+def write_page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:
+    """Write report.html (and the same data as demo.json) into a folder.
+
+    Args:
+        rows: one per recipe, with recipe, scheme, bits, bytes, perplexity, kl, top1, seconds, sample, losses.
+
+    Returns:
+        path of the page.
+    """
+    (folder / "demo.json").write_text(json.dumps({"title": title, "rows": list(rows)}, indent=1) + "\n")
+    plots = _plots(rows)
+    body = [f"<h1>lowbit</h1><p>{html.escape(title)}</p>", _table(rows)]
+    body += [f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/svg+xml;base64,{data}">' for name, data in plots]
+    if not plots:
+        body.append("<p>Plots need matplotlib: <code>pip install 'lowbit[report]'</code>.</p>")
+    body.append("<h2>Samples</h2>")
+    body += [f"<h3>{html.escape(str(r['recipe']))}</h3><pre>{html.escape(str(r['sample']))}</pre>" for r in rows]
+    body += [f"<p>{html.escape(str(r['recipe']))}: {html.escape(str(r['verified']))}; hash {r['hash'][:16]}</p>" for r in rows if "verified" in r]
+    page = folder / "report.html"
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>lowbit</title><style>{_STYLE}</style>'
+    page.write_text(head + "\n".join(body) + "</html>\n", encoding="utf-8")
+    return page
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th>{h}</th>" for h in ("recipe", "scheme", "bits/weight", "MB", "perplexity", "KL", "top-1", "seconds"))
+    lines = []
+    for r in rows:
+        kl, top = ("–", "–") if r["kl"] is None else (f"{r['kl']:.4f}", f"{r['top1']:.1%}")
+        cells = (r["recipe"], r["scheme"], f"{r['bits']:.3f}", f"{r['bytes'] / 1e6:.2f}", f"{r['perplexity']:.3f}", kl, top, f"{r['seconds']:.1f}")
+        lines.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    out = []
+    quantized = [r for r in rows if r["kl"] is not None]
+    for name, key, label in (("Perplexity", "perplexity", "perplexity"), ("Distance to the original", "kl", "mean KL (nats per token)")):
+        shown = rows if key == "perplexity" else quantized
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
+        bars = axes.bar([str(r["recipe"]) for r in shown], [r[key] for r in shown], color="#3b6ea8")
+        axes.bar_label(bars, fmt="%.3g")
+        axes.set_yscale("log")
+        axes.set_ylabel(label + ", log scale")
+        out.append((name, _svg(figure)))
+    tuned = [r for r in rows if r["losses"]]
+    if tuned:
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for r in tuned:
+            numbers = range(1, len(r["losses"]) + 1)
+            axes.plot(numbers, [b for b, _ in r["losses"]], "o--", color="#a85a3b", label="before")
+            axes.plot(numbers, [a for _, a in r["losses"]], "o-", color="#3b6ea8", label=f"after {r['recipe']}")
+        axes.set_yscale("log")
+        axes.set_xlabel("block")
+        axes.set_ylabel("loss, log scale")
+        axes.legend()
+        out.append(("Loss of each block", _svg(figure)))
+    return out
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return base64.b64encode(buffer.getvalue()).decode()
