@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import LowbitError
+from .errors import LowbitError, unknown
 from .model.checkpoint import Checkpoint
 from .model.stream import load_config
 
-_LOGITS_AT_ONCE = 1 << 27
+_LOGITS_AT_ONCE = 1 << 27  # of one forward pass
+_PROBABILITIES_AT_ONCE = 1 << 24  # of one step of the sums: a few float32 temporaries of 64 MiB
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -36,85 +38,152 @@ class Evaluation:
     top1: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """The attributes, by their names."""
         return asdict(self)
 
 
 class Tally:
-    """Adds up an evaluation window by window, in float64."""
+    """Adds up an evaluation window by window: log-probabilities in float32, sums over tokens in float64."""
 
     def __init__(self) -> None:
         self._nll = self._kl = 0.0
         self._same = self._tokens = self._windows = self._length = 0
-        self._referenced = False
+        self._referenced: bool | None = None
 
     @torch.no_grad()
     def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None = None) -> None:
         """Count some windows.
 
         Args:
-            logits: (n, length, vocab). ids: (n, length) int64. reference: the reference model's logits, same shape.
+            logits: (n, length, vocab), any float dtype. ids: (n, length) int64. reference: the reference model's logits,
+                same shape; for all windows of an evaluation or for none.
+
+        Raises:
+            LowbitError: shapes that do not fit together or to what was added before.
         """
-        log_p = logits[:, :-1].float().log_softmax(-1)
-        target = ids[:, 1:, None].to(log_p.device)
-        self._nll -= float(log_p.gather(-1, target).sum(dtype=torch.float64))
-        self._tokens += target.numel()
+        self._check(logits, ids, reference)
+        for row in range(len(ids)):
+            expected = None if reference is None else reference[row, :-1].to(logits.device)
+            self._add_row(logits[row, :-1], ids[row, 1:].to(logits.device), expected)
         self._windows += len(ids)
-        self._length = ids.shape[1]
-        if reference is not None:
-            log_q = reference[:, :-1].to(log_p.device).float().log_softmax(-1)
-            self._kl += float((log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64))
-            self._same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            self._referenced = True
+
+    def _check(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+        if logits.shape[:2] != ids.shape:
+            raise LowbitError(f"logits {tuple(logits.shape)} do not belong to token ids {tuple(ids.shape)}.")
+        if reference is not None and reference.shape != logits.shape:
+            raise LowbitError(
+                f"the reference gives logits {tuple(reference.shape)}, the model {tuple(logits.shape)}: is it the same vocabulary?"
+            )
+        if self._windows and (ids.shape[1] != self._length or (reference is not None) != self._referenced):
+            raise LowbitError("windows of one evaluation must have one length, and all or none a reference.")
+        self._length, self._referenced = ids.shape[1], reference is not None
+
+    def _add_row(self, logits: Tensor, target: Tensor, reference: Tensor | None) -> None:
+        """One window: logits (length - 1, vocab), target (length - 1,), reference as logits."""
+        step = max(1, _PROBABILITIES_AT_ONCE // logits.shape[1])
+        for at in range(0, len(target), step):
+            part = slice(at, at + step)
+            log_p = logits[part].float().log_softmax(-1)  # (step, vocab)
+            self._nll -= _sum(log_p.gather(-1, target[part, None]))
+            if reference is not None:
+                log_q = reference[part].float().log_softmax(-1)
+                q = log_q.exp()
+                # 0 log 0 is 0, also where a model gives a token a logit of minus infinity.
+                self._kl += _sum(torch.where(q == 0, 0, q * (log_q - log_p)).sum(-1))
+                self._same += int((logits[part].argmax(-1) == reference[part].argmax(-1)).sum())
+        self._tokens += len(target)
 
     def result(self) -> Evaluation:
-        """The means over everything added."""
+        """The means over everything added.
+
+        Raises:
+            LowbitError: nothing was.
+        """
+        if not self._tokens:
+            raise LowbitError("nothing to evaluate: no window of at least 2 tokens.")
         nll = self._nll / self._tokens
-        perplexity = math.exp(nll) if nll < 700 else math.inf
+        perplexity = math.inf if nll >= 700 else math.exp(nll)  # not finite stays not finite
         kl, top1 = (self._kl / self._tokens, self._same / self._tokens) if self._referenced else (None, None)
         return Evaluation(perplexity, nll, self._tokens, self._windows, self._length, kl, top1)
+
+
+def _sum(per_token: Tensor) -> float:
+    # Off the device first: not every accelerator has float64.
+    return float(per_token.cpu().sum(dtype=torch.float64))
 
 
 def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     """A model through plain transformers; "auto" is float32 on a CPU and the checkpoint's own dtype elsewhere.
 
+    Args:
+        model: local folder or hub id, of floats or of codes that transformers can read. No code that comes with it is run.
+        device: such as "cpu" or "cuda:0". dtype: auto, float32, bfloat16 or float16.
+
     Raises:
-        LowbitError: missing, unreadable or unsupported.
+        LowbitError: missing, unreadable, unsupported, or without some of its tensors.
     """
     from transformers import AutoModelForCausalLM
 
+    if dtype not in _DTYPES:
+        raise unknown("dtype", dtype, _DTYPES)
     checkpoint = Checkpoint(model)
     load_config(checkpoint)
     checkpoint.shapes()  # finds missing and truncated shards before transformers does
-    kind: Any = dtype if dtype != "auto" else ("float32" if device == "cpu" else "auto")
+    kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
     path = checkpoint.file("config.json")
-    assert path is not None
+    assert path is not None  # Checkpoint() has checked
+    options = {"dtype": kind, "trust_remote_code": False, "output_loading_info": True}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=kind, trust_remote_code=False)
+        loaded, found = AutoModelForCausalLM.from_pretrained(path.parent, **options)
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as e:
-        raise LowbitError(f"transformers cannot load '{model}': {str(e).splitlines()[0]}") from e
+        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise LowbitError(f"transformers cannot load '{model}': {reason}") from e
+    if found["missing_keys"]:  # transformers fills them with random numbers and goes on
+        raise LowbitError(
+            f"tensor '{min(found['missing_keys'])}' is missing from '{model}' ({len(found['missing_keys'])} in all): "
+            "the checkpoint does not fit its config.json."
+        )
     return loaded.to(device).eval()
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)  # models that also see keep the text model's config inside their own
+
+
+def _check_windows(windows: Tensor, vocab: int, reference: Any) -> None:
+    if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
+        raise LowbitError(f"nothing to evaluate: windows have shape {tuple(windows.shape)}, not (at least 1, at least 2).")
+    top = int(windows.max())
+    if top >= vocab:
+        raise LowbitError(f"the text has token id {top}, the vocabulary ends at {vocab - 1}: is it the model's own tokenizer?")
+    if reference is not None and _vocabulary(reference) != vocab:
+        raise LowbitError(
+            f"the reference has {_vocabulary(reference)} tokens in its vocabulary, the model {vocab}: they cannot be compared."
+        )
 
 
 @torch.no_grad()
 def evaluate(
     model: Any, windows: Tensor, reference: Any = None, batch: int = 8, progress: Callable[[int, int], None] | None = None
 ) -> Evaluation:
-    """Perplexity of a transformers model on windows (n, length), and its distance to a reference model.
+    """Perplexity of a transformers model on windows (n, length) int64, and its distance to a reference model.
+
+    Args:
+        model, reference: as from `load_causal_lm`, on any devices.
+        batch: windows a forward pass, at most: fewer where their logits would be too many.
+        progress: told windows done and windows in all after each pass.
 
     Raises:
-        LowbitError: a token id outside the vocabulary, or a reference with another one.
+        LowbitError: no windows, a token id outside the vocabulary, or a reference with another one.
     """
-    vocab = model.config.vocab_size
-    if int(windows.max()) >= vocab:
-        raise LowbitError(f"the text has token id {int(windows.max())}, the model's vocabulary ends at {vocab - 1}: is it the model's own tokenizer?")
-    if reference is not None and reference.config.vocab_size != vocab:
-        raise LowbitError(f"the reference has {reference.config.vocab_size} tokens in its vocabulary, the model {vocab}: they cannot be compared.")
+    vocab = _vocabulary(model)
+    _check_windows(windows, vocab, reference)
     step = max(1, min(batch, _LOGITS_AT_ONCE // (windows.shape[1] * vocab)))
     tally = Tally()
     for at in range(0, len(windows), step):
-        ids = windows[at : at + step].to(model.device)
-        expected = None if reference is None else reference(ids, use_cache=False).logits
-        tally.add(model(ids, use_cache=False).logits, ids, expected)
+        ids = windows[at : at + step]
+        expected = None if reference is None else reference(ids.to(reference.device), use_cache=False).logits
+        tally.add(model(ids.to(model.device), use_cache=False).logits, ids, expected)
         if progress:
             progress(min(at + step, len(windows)), len(windows))
     return tally.result()

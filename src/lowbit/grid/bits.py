@@ -67,7 +67,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, n = codes.shape
     if n % 8:
         codes = torch.nn.functional.pad(codes, (0, 8 - n % 8))
-    octets = codes.contiguous().view(torch.int64)  # (rows, ceil(n/8)), eight codes a word
+    # A single row may keep an odd stride and still count as contiguous: flatten before changing the element size.
+    octets = codes.reshape(-1).view(torch.int64).view(rows, -1)  # (rows, ceil(n/8)), eight codes a word
     stream = octets.new_empty((*octets.shape, bits), dtype=torch.uint8)
     step = max(1, _CHUNK // max(1, codes.shape[1]))
     for at in range(0, rows, step):
@@ -76,7 +77,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     flat, size = stream.flatten(1), 4 * packed_words(n, bits)
     if flat.shape[1] != size:
         flat = torch.nn.functional.pad(flat, (0, size - flat.shape[1])) if flat.shape[1] < size else flat[:, :size]
-    return flat.contiguous().view(torch.int32)
+    return flat.reshape(-1).view(torch.int32).view(rows, -1)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:

@@ -63,13 +63,13 @@ class TesseraQ:
             hidden state, as published ("block").
     """
 
-    schedule: str = "handcrafted-20"
-    iters: int = 50
-    lr: float = 5e-3
+    schedule: str = "exponential-5-50"
+    iters: int = 20
+    lr: float = 1.25e-2
     batch: int = 4
     tune_scale: bool = True
     rounds: int = 1
-    objective: Objective = "block"
+    objective: Objective = "logits"
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)

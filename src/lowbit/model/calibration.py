@@ -51,8 +51,8 @@ class Rows:
         calibration: (samples, length) int64.
         held_out: (m, length) int64 from text that is not calibrated on; m may be 0.
         source: where they come from.
-        tokens_available: tokens of the calibration side that were tokenized: all of them, except for c4 and pile-val, whose
-            documents are tokenized until there are rows enough.
+        tokens_available: tokens found on the calibration side: all of them, except for c4 and pile-val, whose documents are
+            read until there are rows enough (of pile-val only those that are short enough to be used).
     """
 
     calibration: Tensor
@@ -99,9 +99,7 @@ def evaluation_windows(source: str, tokenizer: Any, length: int, limit: int | No
         raise LowbitError(f"evaluation needs at least 1 window of at least 2 tokens, got length {length}, windows {limit}.")
     windows, tokens = _first_windows(source, tokenizer, length, limit)
     if not len(windows):
-        raise LowbitError(
-            f"'{source}' holds {tokens} tokens, fewer than one window of {length}. Use a smaller --length or more text."
-        )  # fmt: skip
+        raise LowbitError(f"'{source}' has {tokens} tokens, too few for a window of {length}. Use a smaller --length or more text.")
     return windows
 
 

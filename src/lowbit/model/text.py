@@ -11,7 +11,7 @@ from ..errors import LowbitError, unknown
 from .stdlib import Split, stdlib_files
 
 # What ends like this and looks like owner/name is meant as a file, not as a repository (whose name may hold a dot: x/pile-v1.5).
-_FILE_SUFFIXES = frozenset(".txt .text .md .rst .json .jsonl .csv .tsv .parquet .py .gz .xz .zst .zip".split())
+_FILE_SUFFIXES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".py", ".gz", ".xz", ".zst", ".zip")
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ def _load(repo: str, config: str | None, split: str, options: dict[str, Any]) ->
         import datasets
     except ImportError as e:
         raise LowbitError(
-            f"'{repo}' is read through the datasets library: pip install 'lowbit[eval]', or give a local .txt, .json or .jsonl file."
+            f"'{repo}' is read through the datasets library: pip install 'lowbit[eval]', or give a local text file."
         ) from e
     try:
         return datasets.load_dataset(repo, config, split=split, **options)
     except Exception as e:  # the library lets errors of a dozen kinds through, network ones among them
-        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
-        raise LowbitError(f"dataset '{repo}' (split {split}) cannot be loaded: {reason} A local text file works too.") from e
+        reason = (next(iter(str(e).splitlines()), "") or type(e).__name__).rstrip(".")
+        raise LowbitError(f"dataset '{repo}' (split {split}) cannot be loaded: {reason}. A local text file works too.") from e
 
 
 def _texts(name: str, data: Any) -> list[str]:

@@ -1,0 +1,50 @@
+"""Tiny models of every family with a tokenizer, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers as T
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TEXT = "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n        self.items.append(item)\n" * 400
+COMMON = dict(vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(COMMON, intermediate_size=96, num_key_value_heads=2)
+FAMILIES = {
+    "llama": lambda: T.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "llama-mha": lambda: T.LlamaConfig(**{**LLAMA, "num_key_value_heads": 4}, tie_word_embeddings=False),
+    "mistral": lambda: T.MistralConfig(**LLAMA, sliding_window=16),
+    "qwen2": lambda: T.Qwen2Config(**LLAMA),
+    "qwen3": lambda: T.Qwen3Config(**LLAMA, head_dim=16),
+    "gemma": lambda: T.GemmaConfig(**LLAMA, head_dim=16),
+    "phi3": lambda: T.Phi3Config(**{**LLAMA, "num_key_value_heads": 4}),
+    "bitnet": lambda: T.BitNetConfig(**LLAMA),
+    "opt": lambda: T.OPTConfig(**COMMON, ffn_dim=96, word_embed_proj_dim=64),
+    "opt-post-norm": lambda: T.OPTConfig(**COMMON, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False),
+}
+
+
+def tiny_tokenizer() -> T.PreTrainedTokenizerFast:
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=280, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet))
+    return T.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def save_tiny(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: object) -> Path:
+    """A random model of a family with norms and biases away from their defaults, so that a wrong fold shows."""
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn_like(p) * 0.2)
+            elif "embed" not in name:
+                p.mul_(3)
+    model.to(dtype).save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder

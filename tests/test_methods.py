@@ -1,0 +1,150 @@
+"""Promises of the methods, gradients against finite differences, and the quantile against numpy."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit.errors import LowbitError
+from lowbit.grid import Affine
+from lowbit.methods import AWQ, RTN, TesseraQ
+from lowbit.methods._reconstruct import Reconstruction
+from lowbit.methods._soft import FROZEN, SoftBlock, inverse_rectified, quantile, rectified
+from lowbit.methods.awq import search_clip
+from lowbit.methods.tesseraq import soft_shares
+from lowbit.model.stream import ModelStream
+from lowbit.recipe import Recipe, Streams, apply_methods, begin
+
+FAST = TesseraQ(schedule="exponential-4-6", iters=8, lr=3e-2)
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory):
+    stream = ModelStream(save_tiny(tmp_path_factory.mktemp("m"), dtype=torch.float32))
+    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
+    return begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
+
+
+@pytest.mark.parametrize("method", [RTN(), AWQ(), AWQ(clip="symmetric"), FAST, replace(FAST, rounds=2)])
+def test_every_method_ends_on_the_grid_and_is_deterministic(block, method):
+    once, twice = (apply_methods(block, Recipe(Affine(2, 16), (method,))) for _ in range(2))
+    assert set(once.coded) == set(block.wiring.linears)
+    for name, q in once.coded.items():
+        assert int(q.codes.max()) <= 3
+        assert q.same_as(twice.coded[name]) is None
+
+
+def test_losses_fall_from_method_to_method(block):
+    def error(*methods):
+        done = apply_methods(block, Recipe(Affine(2, 16), methods))
+        return Reconstruction(done, 4).loss(done.decoded(), 8)
+
+    rtn, awq, tesseraq = error(RTN()), error(AWQ()), error(AWQ(), FAST)
+    assert awq < rtn
+    assert tesseraq < 0.8 * awq
+
+
+def test_soft_weights_start_as_the_float_ones_except_at_range_ends(block):
+    soft = SoftBlock(block)
+    weights = soft.weights()
+    for name in block.wiring.linears:
+        grid, params = block.grids[name], block.range_of(name)
+        position = grid.position(block.weight(name), params)
+        inside = (position >= 0) & (position <= grid.top)
+        torch.testing.assert_close(weights[f"{name}.weight"][inside], block.weight(name)[inside], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_match_finite_differences(block):
+    soft = SoftBlock(block)
+    for b in soft.buckets:
+        b.v.add_(0.1)
+    target = {k: torch.randn_like(block.weights[k]) for k in soft.keys}
+
+    def loss():
+        w = soft.weights()
+        return sum((w[k].double() * target[k].double()).sum() for k in soft.keys)
+
+    loss()
+    soft.backward([target[k] for k in soft.keys], scales=True)
+    b = soft.buckets[0]
+    for variable, grad in ((b.nu, b.nu.grad.clone()), (b.v, b.v.grad.clone())):
+        for at in [(0, 0), (3, 0), (7, variable.shape[1] - 1), (20, variable.shape[1] // 2)]:
+            keep, eps = variable[at].item(), 1e-2
+            variable[at] = keep + eps
+            up = loss()
+            variable[at] = keep - eps
+            down = loss()
+            variable[at] = keep
+            assert abs(float((up - down) / (2 * eps)) - float(grad[at])) < 2e-3 + 2e-2 * abs(float(grad[at]))
+
+
+def test_hardening_follows_the_schedule_and_never_thaws(block):
+    soft, frozen = SoftBlock(block), None
+    for share in soft_shares("handcrafted-20"):
+        soft.harden(share)
+        assert abs(soft.soft_share() - share) < 5e-3
+        now = torch.cat([(b.nu * (b.nu.abs() >= FROZEN)).flatten() for b in soft.buckets])
+        if frozen is not None:
+            assert torch.equal(now[frozen != 0], frozen[frozen != 0])
+        frozen = now
+
+
+def test_codes_differ_from_nearest_by_at_most_one(block):
+    tuned, nearest = (apply_methods(block, Recipe(Affine(2, 16), (m,))) for m in (FAST, RTN()))
+    moved = 0
+    for name in block.wiring.linears:
+        difference = (tuned.coded[name].codes.int() - nearest.coded[name].codes.int()).abs()
+        assert int(difference.max()) <= 1
+        moved += int(difference.sum())
+    assert moved > 0
+
+
+def test_non_finite_loss_falls_back_and_is_recorded(block):
+    broken = replace(block, target=torch.full_like(block.target, float("nan")))
+    done = FAST(broken)
+    assert done.notes["trouble"]
+    assert all(int(q.codes.max()) <= 3 for q in done.coded.values())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 3000), st.floats(0, 1), st.floats(0, 0.9), st.integers(0, 100))
+def test_quantile_equals_numpy(n, q, saturated, seed):
+    v = torch.rand(n, generator=torch.Generator().manual_seed(seed)) / 2
+    v[: int(n * saturated)] = 0.5
+    assert math.isclose(float(quantile(v, q)), float(np.quantile(v.double().numpy(), q)), rel_tol=1e-5, abs_tol=1e-6)
+
+
+def test_golden_rounding_variables():
+    r = torch.tensor([0.75, 0.225, 0.7, 0.1, 0.325, 0.55, 0.925, 0.75], dtype=torch.float64)
+    nu = [0.887303, -0.990399, 0.693147, -1.609438, -0.600774, 0.167054, 1.767662, 0.887303]
+    torch.testing.assert_close(inverse_rectified(r), torch.tensor(nu, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(rectified(inverse_rectified(r)), r)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_clip_search_equals_brute_force(symmetric):
+    g = torch.Generator().manual_seed(0)
+    w, x, grid = torch.randn(3, 16, generator=g), torch.randn(40, 16, generator=g), Affine(2, 8)
+    low, high = search_clip(w, x, grid, 10, symmetric=symmetric)
+    for row in range(3):
+        for group in range(2):
+            part, inputs = w[row, group * 8 : group * 8 + 8].double(), x[:, group * 8 : group * 8 + 8].double()
+            ends = (-part.abs().max(), part.abs().max()) if symmetric else (part.min(), part.max())
+            errors = []
+            for i in range(10):
+                clamped = part.clamp(ends[0] * (1 - i / 20), ends[1] * (1 - i / 20))[None]
+                params = grid.fit(clamped)
+                errors.append(float((inputs @ (grid.decode(grid.encode(clamped, params), params)[0] - part)).pow(2).sum()))
+            best = int(np.argmin(errors))
+            assert math.isclose(float(high[row, group]), float(ends[1]) * (1 - best / 20), rel_tol=1e-5)
+            assert math.isclose(float(low[row, group]), float(ends[0]) * (1 - best / 20), rel_tol=1e-5)
+
+
+def test_transform_after_solver_raises(block):
+    with pytest.raises(LowbitError, match="transforms come before solvers"):
+        AWQ()(RTN()(block))

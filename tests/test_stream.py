@@ -1,0 +1,55 @@
+"""The block stream computes what transformers computes, and rewrites keep the function, for every family."""
+
+import pytest
+import torch
+import transformers as T
+from helpers import FAMILIES, save_tiny
+
+from lowbit.errors import LowbitError
+from lowbit.grid import Affine
+from lowbit.methods.awq import search_scale
+from lowbit.model.rewrite import fold
+from lowbit.model.stream import ModelStream
+from lowbit.recipe import Recipe, Streams, begin
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_equal_the_whole_models(tmp_path, family):
+    save_tiny(tmp_path, family, torch.float32, max_shard_size="60KB")
+    stream = ModelStream(tmp_path)
+    ids = torch.randint(3, 280, (3, 40))
+    x = stream.embed(ids)
+    for i, kwargs in enumerate(stream.block_kwargs(40)):
+        x = begin(stream, i, Recipe(Affine(4)), Streams(x, x, 3), kwargs, 0).target
+    whole = T.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(stream.head(x), whole(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folding_a_factor_keeps_the_function(tmp_path, family):
+    save_tiny(tmp_path, family, torch.float32)
+    stream = ModelStream(tmp_path, compute=torch.float64)
+    x = stream.embed(torch.randint(3, 280, (4, 32)))
+    block = begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 4), stream.block_kwargs(32)[0], 0)
+    before = block.forward(x.double())
+    folded = 0
+    for site in block.wiring.sites:
+        if site.source is not None:
+            factor, _ = search_scale(block, site, 4, 4)
+            block = fold(block, site, factor * torch.linspace(0.5, 2, len(factor)).double())
+            folded += 1
+    if folded:
+        changed = sum(not torch.equal(block.weights[k], v) for k, v in stream.block_weights(0).items())
+        assert changed > folded
+    torch.testing.assert_close(block.forward(x.double()), before, rtol=1e-6, atol=1e-6)
+
+
+def test_unknown_family_and_experts_are_refused_by_name(tmp_path):
+    T.GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
+    T.MixtralConfig(num_hidden_layers=1).save_pretrained(tmp_path / "moe")
+    for folder, word in (("gpt2", "gpt2"), ("moe", "mixture of experts")):
+        save_tiny(tmp_path / "ok")
+        (tmp_path / folder / "model.safetensors").write_bytes((tmp_path / "ok" / "model.safetensors").read_bytes())
+        with pytest.raises(LowbitError, match=word):
+            ModelStream(tmp_path / folder)

@@ -1,0 +1,290 @@
+"""Sources of text: every one gives the documents it holds, and every bad one says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit.errors import LowbitError
+from lowbit.model.text import CORPORA, documents, named_documents
+
+
+def refused(source: object, split: Any = "train") -> str:
+    with pytest.raises(LowbitError) as e:
+        documents(str(source), split)
+    return str(e.value)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# --- local files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\n\ntwo\n", ["one\n\ntwo\n"]),
+        ("a", "no suffix", ["no suffix"]),
+        ("a.py", "x = '{'\n", ["x = '{'\n"]),
+        ("crlf.txt", "one\r\ntwo", ["one\ntwo"]),
+        ("bom.txt", b"\xef\xbb\xbfmarked", ["marked"]),
+        ("a.json", '["one", {"text": "two", "id": 2}]', ["one", "two"]),
+        ("a.jsonl", '{"text": "one"}\n"two"\n\n{"text": "", "id": 3}\r\n{"text": "four"}', ["one", "two", "four"]),
+        ("A.JSONL", '{"text": "upper"}', ["upper"]),
+        ("unicode.jsonl", '{"text": "ein\u2028Satz \x85 \u00fc"}\n', ["ein\u2028Satz \x85 \u00fc"]),
+        ("pair.jsonl", '"\\ud83d\\ude00"', ["\U0001f600"]),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_file_gives_its_documents_on_both_sides(tmp_path: Path, name: str, content: str | bytes, expected: list[str], split: Any) -> None:
+    assert documents(str(write(tmp_path / name, content)), split) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.txt", "", "holds no text"),
+        ("blank.txt", " \n\t\n", "holds no text"),
+        ("empty.jsonl", "\n", "holds no text"),
+        ("empty.json", "", "holds no text"),
+        ("none.json", "[]", "holds no text"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "is not UTF-8 text (byte 3)"),
+        ("latin.jsonl", b'{"text": "\xff"}', "is not UTF-8 text"),
+        ("broken.jsonl", '{"text": "a"}\n\n{"text": \n', "broken.jsonl, line 3 is not valid JSON"),
+        ("nofield.jsonl", '{"text": "a"}\n{"content": "b"}\n', "nofield.jsonl, line 2: expected a text or an object with a field 'text'"),
+        ("number.jsonl", '{"text": 3}\n', "number.jsonl, line 1: expected a text"),
+        ("null.jsonl", "null\n", "null.jsonl, line 1: expected a text"),
+        ("broken.json", '["a", ', "broken.json is not valid JSON"),
+        ("deep.json", "[" * 200_000, "deep.json is not valid JSON"),
+        ("object.json", '{"text": "a"}', "must hold a list"),
+        ("nofield.json", '["a", {"content": "b"}]', "nofield.json, item 2: expected a text"),
+        ("half.jsonl", '"ok"\n"\\ud83d"\n', "half.jsonl, line 2: the text holds half of a surrogate pair"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
+    assert says in refused(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("nosuch.txt", "no such text file or folder: 'nosuch.txt'"),
+        ("./data", "no such text file or folder: './data'"),
+        ("data/part.jsonl", "no such text file or folder: 'data/part.jsonl'"),
+        ("/a/b/c", "no such text file or folder: '/a/b/c'"),
+        ("~/nosuch", "no such text file or folder: '~/nosuch'"),
+        ("wikitext", "did you mean 'wikitext2'?"),
+        ("STDLIB", "did you mean 'stdlib'?"),
+        ("zzzzzz", "known: c4, pile-val, stdlib, wikitext2."),
+    ],
+)
+def test_a_missing_source_is_refused_with_the_nearest_name(source: str, says: str) -> None:
+    assert says in refused(source)
+
+
+# --- the standard library --------------------------------------------------------------------------------------------------
+
+
+def test_the_sides_of_the_standard_library_share_no_file() -> None:
+    train, held = documents("stdlib", "train"), documents("stdlib", "eval")
+    assert len(train) > 5 * len(held) > 0
+    assert not set(train) & set(held)
+
+
+def test_an_interpreter_without_sources_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(split: str) -> None:
+        raise FileNotFoundError("no Python sources here. Give a text file instead.")
+
+    monkeypatch.setattr("lowbit.model.text.stdlib_files", none)
+    assert "Give a text file" in refused("stdlib")
+
+
+# --- the datasets library, played by a stand-in ----------------------------------------------------------------------------
+
+
+class Table:
+    """The part of a datasets.Dataset that is used."""
+
+    def __init__(self, **columns: list[Any]) -> None:
+        self.columns = columns
+        self.column_names = list(columns)
+
+    def select_columns(self, names: list[str]) -> Table:
+        return Table(**{n: self.columns[n] for n in names})
+
+    def __getitem__(self, at: slice) -> dict[str, list[Any]]:
+        return {k: v[at] for k, v in self.columns.items()}
+
+
+Loader = Callable[..., Table]
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loader], list[tuple[Any, ...]]]:
+    """Install a stand-in that answers with ``loader``; gives back the list of calls."""
+
+    def install(loader: Loader) -> list[tuple[Any, ...]]:
+        calls: list[tuple[Any, ...]] = []
+
+        def load_dataset(repo: str, config: str | None = None, *, split: str, **options: Any) -> Table:
+            calls.append((repo, config, split, options))
+            return loader(repo, split)
+
+        fake = types.ModuleType("datasets")
+        monkeypatch.setattr(fake, "load_dataset", load_dataset, raising=False)
+        monkeypatch.setitem(sys.modules, "datasets", fake)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("source", ["wikitext2", "c4", "pile-val", "owner/name"])
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    said = refused(source)
+    assert "pip install 'lowbit[eval]'" in said and "local text file" in said
+
+
+def test_without_a_network_it_says_what_was_tried_once(library: Any) -> None:
+    def unreachable(repo: str, split: str) -> Table:
+        raise ConnectionError(f"Couldn't reach '{repo}' on the Hub\nlong\ntrace")
+
+    calls = library(unreachable)
+    assert refused("wikitext2", "eval") == (
+        "dataset 'Salesforce/wikitext' (split test) cannot be loaded: Couldn't reach 'Salesforce/wikitext' on the Hub. A local text file works too."
+    )
+    assert "'owner/name' (split test)" in refused("owner/name", "eval")
+    assert len(calls) == 2  # the other splits of an unreachable repository are not tried: each costs many seconds
+
+
+def test_an_error_without_a_message_still_says_something(library: Any) -> None:
+    def silent(repo: str, split: str) -> Table:
+        raise TimeoutError
+
+    library(silent)
+    assert "TimeoutError" in refused("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "expected"),
+    [
+        ("wikitext2", "train", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None)),
+        ("wikitext2", "eval", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None)),
+        ("c4", "train", ("allenai/c4", None, "train", {"train": "en/c4-train.00000-of-01024.json.gz"})),
+        ("c4", "eval", ("allenai/c4", None, "validation", {"validation": "en/c4-validation.00000-of-00008.json.gz"})),
+        ("pile-val", "train", ("mit-han-lab/pile-val-backup", None, "validation", None)),
+        ("pile-val", "eval", ("mit-han-lab/pile-val-backup", None, "validation", None)),
+    ],
+)
+def test_named_corpora_are_the_ones_the_papers_use(library: Any, source: str, split: Any, expected: tuple[Any, ...]) -> None:
+    calls = library(lambda repo, split: Table(text=["a", "", "b"], url=["u"] * 3))
+    assert documents(source, split)
+    ((repo, config, name, options),) = calls
+    assert (repo, config, name, options.get("data_files")) == expected
+
+
+def test_a_hub_dataset_gives_its_texts_and_its_name_may_hold_a_dot(library: Any) -> None:
+    calls = library(lambda repo, split: Table(id=[1, 2, 3, 4], text=["a", None, " ", "b"]))
+    assert documents("owner/pile-v1.5", "train") == ["a", "b"]
+    assert calls == [("owner/pile-v1.5", None, "train", {})]
+
+
+@pytest.mark.parametrize("held", [("train", "validation", "test"), ("train", "validation"), ("train",)])
+def test_evaluation_takes_test_else_validation_else_train(library: Any, held: tuple[str, ...]) -> None:
+    def loader(repo: str, split: str) -> Table:
+        if split not in held:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(held)}.')
+        return Table(text=[f"from {split}"])
+
+    library(loader)
+    assert documents("owner/name", "eval") == [f"from {held[-1]}"]
+    assert documents("owner/name", "train") == ["from train"]
+
+
+def test_a_dataset_without_text_is_refused(library: Any) -> None:
+    library(lambda repo, split: Table(content=["a"], url=["u"]))
+    assert "no field 'text' (it has content, url)" in refused("owner/name")
+    library(lambda repo, split: Table(text=["", "  "]))
+    assert "dataset 'owner/name' (split train) holds no text" in refused("owner/name")
+    library(lambda repo, split: (_ for _ in ()).throw(ValueError('Unknown split "train".')))
+    assert "Unknown split" in refused("owner/name")
+
+
+# --- the datasets library itself, on folders laid out like the hub's repositories ------------------------------------------
+
+
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    return folder
+
+
+def readme(folder: Path, config: str, files: dict[str, str], announced: int = 0) -> None:
+    """The part of a dataset card that the library reads; ``announced`` rows a split, if any."""
+    lines = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
+    lines += [f"  - split: {s}\n    path: {p}" for s, p in files.items()]
+    if announced:
+        lines += ["dataset_info:", f"- config_name: {config}", "  features:"]
+        lines += [f"  - name: {n}\n    dtype: string" for n in ("text", "url")]
+        lines += ["  splits:", *(f"  - name: {s}\n    num_bytes: 1\n    num_examples: {announced}" for s in files)]
+    write(folder / "README.md", "\n".join([*lines, "---", ""]))
+
+
+def test_wikitext2_is_one_document_a_side(real: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    sides = {"train": ["", " = Title = \n", " some text \n"], "validation": ["v"], "test": [" = Other = \n", "", " held out \n"]}
+    (real / "wikitext-2-raw-v1").mkdir()
+    for side, rows in sides.items():
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), real / "wikitext-2-raw-v1" / f"{side}-00000-of-00001.parquet")
+    readme(real, "wikitext-2-raw-v1", {s: f"wikitext-2-raw-v1/{s}-*" for s in sides})
+    assert named_documents(CORPORA["wikitext2"], "train", str(real)) == ["\n\n = Title = \n\n\n some text \n"]
+    assert named_documents(CORPORA["wikitext2"], "eval", str(real)) == [" = Other = \n\n\n\n\n held out \n"]
+
+
+def test_c4_reads_one_shard_and_evaluates_on_1100_documents(real: Path) -> None:
+    (real / "en").mkdir()
+    for name, count in (("train.00000-of-01024", 7), ("train.00001-of-01024", 3), ("validation.00000-of-00008", 1200)):
+        rows = [json.dumps({"text": f"{name[:5]} {i}", "url": "u"}) for i in range(count)]
+        write(real / "en" / f"c4-{name}.json.gz", gzip.compress("\n".join(rows).encode()))
+    readme(real, "en", {s: f"en/c4-{s}.*.json.gz" for s in ("train", "validation")}, announced=364_868_892)
+    assert named_documents(CORPORA["c4"], "train", str(real)) == [f"train {i}" for i in range(7)]
+    assert named_documents(CORPORA["c4"], "eval", str(real)) == [" ".join(f"valid {i}" for i in range(1100))]
+
+
+def test_pile_val_has_one_split(real: Path) -> None:
+    write(real / "val.jsonl", "\n".join(json.dumps({"text": t, "meta": {"pile_set_name": "x"}}) for t in ("a", "", "b")))
+    assert named_documents(CORPORA["pile-val"], "train", str(real)) == ["a", "b"]
+    assert named_documents(CORPORA["pile-val"], "eval", str(real)) == ["a", "b"]
+
+
+def test_a_folder_is_read_like_a_dataset(real: Path) -> None:
+    write(real / "train.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    assert documents(str(real), "train") == documents(str(real), "eval") == ["a", "b"]
+    write(real / "test.jsonl", '{"text": "c"}\n')
+    assert documents(str(real), "eval") == ["c"]
+
+
+def test_a_folder_of_text_files_gives_whole_files(real: Path) -> None:
+    write(real / "README.md", "about")
+    write(real / "a.txt", "one\ntwo\n\nthree")
+    write(real / "b.txt", "four")
+    assert sorted(documents(str(real), "train")) == ["four", "one\ntwo\n\nthree"]
+
+
+def test_an_empty_folder_is_refused(real: Path) -> None:
+    assert "cannot be loaded" in refused(real)
