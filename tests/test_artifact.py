@@ -1,0 +1,260 @@
+"""From the command line to the artifact and back: proof, resume, determinism, bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import FAMILIES, save_tiny
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.artifact import _write_shard
+from lowbit.cli import app
+from lowbit.errors import LowbitError, VerificationError
+
+ARGS = dict(samples=8, length=32)
+FAST = ["tesseraq.schedule=exponential-4-4", "tesseraq.iters=4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def artifact(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "artifact"
+    lowbit.quantize(str(model), "W2A16g16", "tesseraq", out=out, calib=str(model / "text.txt"), settings=FAST, **ARGS)
+    return out
+
+
+def shards(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "report.json"}
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def said(result):
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("family, scheme", [(f, "W2A16g16") for f in FAMILIES] + [("llama", s) for s in ("W3A16g32", "W4A16", "W4A16g16sym", "W8A16g32sym")])
+def test_plain_transformers_computes_the_tuned_models_logits(tmp_path, family, scheme):
+    source = save_tiny(tmp_path / "m", family)
+    done = lowbit.quantize(str(source), scheme, "awq", out=tmp_path / "out", calib=str(source / "text.txt"), **ARGS)
+    assert done.verification.loader == "passed"
+    assert done.verification.top1 > 0.99
+    linears = {e["name"] for e in done.report["linears"]}
+    assert len(linears) == len(done.report["linears"])
+    assert any("skipped" in e for e in done.report["linears"])
+
+
+def test_report_counts_bits_from_bytes(artifact):
+    report = json.loads((artifact / "report.json").read_text())
+    held = [load_file(p) for p in artifact.glob("*.safetensors")]
+    stored = sum(t.nbytes for s in held for k, t in s.items() if ".weight_" in k)
+    weights = sum(a * b for e in report["linears"] if "skipped" not in e for a, b in [e["shape"]])
+    assert report["size"]["bits_per_weight"] == pytest.approx(8 * stored / weights)
+    assert report["quality"]["quantized"]["kl"] > 0
+    assert set(report["shards"]) == {p.name for p in artifact.glob("*.safetensors")}
+
+
+def test_same_seed_same_bytes_and_a_moved_copy_verifies(artifact, model, tmp_path):
+    lowbit.quantize(str(model), "W2A16g16", "tesseraq", out=tmp_path / "again", calib=str(model / "text.txt"), settings=FAST, **ARGS)
+    assert shards(tmp_path / "again") == shards(artifact)
+    os.rename(tmp_path / "again", tmp_path / "moved")
+    assert run("verify", tmp_path / "moved").exit_code == 0
+
+
+def test_killed_runs_continue_and_end_with_the_same_bytes(artifact, model, tmp_path):
+    rng = random.Random(0)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "lowbit", "quantize", str(model), "--scheme", "W2A16g16", "-o", str(out), "--calib", str(model / "text.txt")]
+    command += ["--samples", "8", "--length", "32", *(x for s in FAST for x in ("--set", s))]
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(3 + 3 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if out.exists():
+            break
+    if not out.exists():
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert shards(out) == shards(artifact)
+
+
+def test_interrupt_after_each_block_continues_with_the_same_bytes(artifact, model, tmp_path):
+    def stop(done):
+        if not done.resumed:
+            raise KeyboardInterrupt
+
+    arguments = dict(out=tmp_path / "out", calib=str(model / "text.txt"), settings=FAST, **ARGS)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            lowbit.quantize(str(model), "W2A16g16", "tesseraq", progress=stop, **arguments)
+    lowbit.quantize(str(model), "W2A16g16", "tesseraq", progress=stop, **arguments)
+    assert shards(tmp_path / "out") == shards(artifact)
+
+
+def test_a_resume_with_another_recipe_is_refused(model, tmp_path):
+    def stop(done):
+        raise KeyboardInterrupt
+
+    arguments = dict(out=tmp_path / "out", calib=str(model / "text.txt"), **ARGS)
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.quantize(str(model), "W2A16g16", "rtn", progress=stop, **arguments)
+    with pytest.raises(LowbitError, match="unfinished run with another recipe"):
+        lowbit.quantize(str(model), "W3A16g16", "rtn", **arguments)
+
+
+@pytest.mark.parametrize("kind", ["weight_packed", "weight_scale", "weight_zero_point", "layernorm.weight"])
+def test_a_flipped_bit_is_found_and_named(artifact, tmp_path, kind):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", artifact, copy], check=True)
+    path = sorted(copy.glob("*.safetensors"))[1]
+    held = load_file(path)
+    name = next(k for k in held if kind in k)
+    raw = held[name].contiguous().view(torch.uint8)
+    raw.view(-1)[3] ^= 1
+    save_file(held, path, metadata={"format": "pt"})
+    result = run("verify", copy)
+    assert result.exit_code == 1
+    assert name in said(result)
+
+
+def test_a_truncated_shard_fails_verification(artifact, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", artifact, copy], check=True)
+    path = sorted(copy.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    result = run("verify", copy)
+    assert result.exit_code == 1 and path.name in said(result)
+
+
+def test_generate_inspect_eval_and_plan(artifact, model, tmp_path):
+    assert run("generate", artifact, "--prompt", "def add", "--tokens", "4").exit_code == 0
+    assert "W2A16g16" in said(run("inspect", artifact))
+    result = run("eval", artifact, "--text", model / "text.txt", "--length", "32", "--windows", "8", "--reference", model, "--json", tmp_path / "e.json")
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "e.json").read_text())
+    assert list(data) == ["perplexity", "nll", "tokens", "windows", "length", "kl", "top1"]
+    assert data["tokens"] == 8 * 31 and data["kl"] > 0
+    assert run("plan", model, "--scheme", "W2A16g16").exit_code == 0
+
+
+def test_recipe_toml_round_trip_and_overrides(artifact, model, tmp_path):
+    text = (artifact / "recipe.toml").read_text()
+    recipe = lowbit.Recipe.from_toml(text)
+    assert lowbit.Recipe.from_toml(recipe.to_toml()) == recipe
+    (tmp_path / "r.toml").write_text('scheme = "W2A16g16"\nmethods = ["rtn"]\n[overrides]\n"*.down_proj" = "W4A16g32"\n')
+    done = lowbit.quantize(str(model), None, str(tmp_path / "r.toml"), out=tmp_path / "out", calib=str(model / "text.txt"), **ARGS)
+    schemes = {e["name"].rsplit(".", 1)[1]: e["scheme"] for e in done.report["linears"] if "scheme" in e}
+    assert schemes["down_proj"] == "W4A16g32" and schemes["q_proj"] == "W2A16g16"
+
+
+def broken(tmp_path, change):
+    source = save_tiny(tmp_path / "broken")
+    change(source)
+    return source
+
+
+def _edit(source, name, value):
+    held = load_file(source / "model.safetensors")
+    held[name].view(-1)[5] = value
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+
+
+Q = "model.layers.1.mlp.up_proj.weight"
+BAD_MODELS = {
+    "truncated": (lambda s: (s / "model.safetensors").write_bytes((s / "model.safetensors").read_bytes()[:-50]), "truncated"),
+    "no safetensors": (lambda s: (s / "model.safetensors").unlink(), "Only safetensors"),
+    "no config": (lambda s: (s / "config.json").unlink(), "no config.json"),
+    "nan": (lambda s: _edit(s, Q, float("nan")), Q),
+    "inf": (lambda s: _edit(s, Q, float("inf")), Q),
+    "no tokenizer": (lambda s: [p.unlink() for p in s.glob("tokenizer*")], "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models_are_refused_by_name(tmp_path, case):
+    change, words = BAD_MODELS[case]
+    source = broken(tmp_path, change)
+    result = run("quantize", source, "--scheme", "W2A16g16", "-o", tmp_path / "out", "--calib", source / "text.txt", "--recipe", "rtn", "--samples", 4, "--length", 32)
+    assert result.exit_code == 2, result.output
+    assert words in said(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_shard_is_named(tmp_path):
+    source = save_tiny(tmp_path / "m", max_shard_size="40KB")
+    victim = sorted(source.glob("model-*.safetensors"))[1]
+    victim.unlink()
+    result = run("quantize", source, "-o", tmp_path / "out", "--scheme", "W2A16g16")
+    assert result.exit_code == 2 and victim.name in said(result)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--scheme", "W2A16g24"], "group size 24 does not divide the 64 inputs of 'model.layers.0.self_attn.q_proj'"),
+        (["--scheme", "2bit"], "unknown scheme '2bit'"),
+        (["--scheme", "W4A4"], "use A16"),
+        (["--recipe", "teseraq"], "did you mean 'tesseraq'?"),
+        (["--set", "tesseraq.itters=3"], "did you mean 'iters'?"),
+        (["--set", "tesseraq.iters=many"], "must be of type int"),
+        (["--set", "awk.rows=3"], "did you mean 'awq'?"),
+        (["--samples", "100000"], "100000"),
+        (["--length", "4096"], "context of 128"),
+        (["--calib", "nowhere.txt"], "nowhere.txt"),
+        (["--device", "gpu9"], "gpu9"),
+    ],
+)
+def test_bad_options_are_explained(model, tmp_path, arguments, words):
+    base = ["quantize", model, "--scheme", "W2A16g16", "-o", tmp_path / "out", "--calib", model / "text.txt", "--samples", "4", "--length", "32"]
+    result = run(*base, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in said(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_text_and_full_output_are_refused(model, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    result = run("quantize", model, "--scheme", "W2A16g16", "-o", tmp_path / "out", "--calib", tmp_path / "empty.txt")
+    assert result.exit_code == 2 and "empty.txt" in said(result)
+    result = run("quantize", model, "--scheme", "W2A16g16", "-o", tmp_path, "--calib", model / "text.txt", "--samples", "4", "--length", "32")
+    assert result.exit_code == 2 and "not empty" in said(result)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path):
+    target = tmp_path / "full"
+    target.symlink_to("/dev/full")
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    from lowbit import artifact as a
+
+    def refuse(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    keep, a.save_file = a.save_file, refuse
+    try:
+        with pytest.raises(LowbitError, match="no space left"):
+            _write_shard(tmp_path / "x.safetensors", {"t": torch.zeros(3)})
+    finally:
+        a.save_file = keep
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "x.safetensors").exists()
+
+
+def test_not_an_artifact(model):
+    with pytest.raises(LowbitError, match=r"has no report\.json"):
+        lowbit.verify(model)
+    with pytest.raises(VerificationError):
+        raise VerificationError("kept distinct from other errors")

@@ -1,0 +1,48 @@
+"""The dependency direction of docs/architecture.md, and the size of the public interface."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lowbit
+
+ROOT = Path(lowbit.__file__).parent
+ALLOWED = {
+    "grid": set(),
+    "model": {"grid", "errors"},
+    "methods": {"grid", "model", "errors"},
+    "formats": {"grid", "errors"},
+    "errors": set(),
+    "report": set(),
+    "evaluate": {"model", "errors"},
+    "recipe": {"grid", "model", "methods", "errors"},
+    "artifact": {"grid", "model", "formats", "errors"},
+    "proof": {"artifact", "formats", "errors"},
+    "plan": {"grid", "model", "methods", "formats", "recipe", "errors"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    package = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            full = (*base, *(node.module or "").split(".")) if node.module else base
+            found |= {full[0]} if full else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_a_part_imports_only_what_lies_below_it(part):
+    files = sorted((ROOT / part).rglob("*.py")) if (ROOT / part).is_dir() else [ROOT / f"{part}.py"]
+    assert files
+    for path in files:
+        assert imports(path) - {part} <= ALLOWED[part], path
+
+
+def test_public_names():
+    assert sorted(lowbit.__all__) == sorted(
+        ["AWQ", "RTN", "Affine", "LowbitError", "QTensor", "Recipe", "TesseraQ", "VerificationError", "quantize", "verify"]
+    )
