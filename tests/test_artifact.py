@@ -52,7 +52,8 @@ def test_plain_transformers_computes_the_tuned_models_logits(tmp_path, family, s
     source = save_tiny(tmp_path / "m", family)
     done = lowbit.quantize(str(source), scheme, "awq", out=tmp_path / "out", calib=str(source / "text.txt"), **ARGS)
     assert done.verification.loader == "passed"
-    assert done.verification.top1 > 0.99
+    # Symmetric artifacts are decoded in float32 by the loader, without the 16-bit rounding of the tuned weights.
+    assert done.verification.logits_rms < (2e-2 if scheme.endswith("sym") else 1e-4)
     linears = {e["name"] for e in done.report["linears"]}
     assert len(linears) == len(done.report["linears"])
     assert any("skipped" in e for e in done.report["linears"])
@@ -155,10 +156,12 @@ def test_recipe_toml_round_trip_and_overrides(artifact, model, tmp_path):
     text = (artifact / "recipe.toml").read_text()
     recipe = lowbit.Recipe.from_toml(text)
     assert lowbit.Recipe.from_toml(recipe.to_toml()) == recipe
-    (tmp_path / "r.toml").write_text('scheme = "W2A16g16"\nmethods = ["rtn"]\n[overrides]\n"*.down_proj" = "W4A16g32"\n')
+    (tmp_path / "r.toml").write_text('scheme = "W2A16g16sym"\nmethods = ["rtn"]\n[overrides]\n"*.down_proj" = "W4A16g32sym"\n')
     done = lowbit.quantize(str(model), None, str(tmp_path / "r.toml"), out=tmp_path / "out", calib=str(model / "text.txt"), **ARGS)
     schemes = {e["name"].rsplit(".", 1)[1]: e["scheme"] for e in done.report["linears"] if "scheme" in e}
-    assert schemes["down_proj"] == "W4A16g32" and schemes["q_proj"] == "W2A16g16"
+    assert schemes["down_proj"] == "W4A16g32sym" and schemes["q_proj"] == "W2A16g16sym"
+    with pytest.raises(LowbitError, match="only if all are symmetric"):
+        lowbit.quantize(str(model), "W2A16g16", str(tmp_path / "r.toml"), out=tmp_path / "no", calib=str(model / "text.txt"), **ARGS)
 
 
 def broken(tmp_path, change):

@@ -26,7 +26,7 @@ from .grid import Affine, QTensor
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
-from .plan import check_divides
+from .plan import check_divides, check_loadable
 from .proof import Verification, verify
 from .recipe import Recipe, Streams, advance, begin, load_recipe, parse_scheme, run, scheme_name
 
@@ -128,6 +128,7 @@ def quantize(
     where = pick_device(device)
     stream = ModelStream(model, where)
     check_divides(stream.linear_shapes(), recipe)
+    check_loadable(stream.linear_shapes(), recipe)
     context = getattr(stream.config, "max_position_embeddings", None) or 2048
     if length is not None and length > context:
         raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,19 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
             raise LowbitError(f"override {i + 1}, '{pattern}', matches no linear of this model; names look like '{next(iter(shapes))}'.")
 
 
+def check_loadable(names: Iterable[str], recipe: Recipe) -> None:
+    """Refuse what plain transformers could not load, before any work.
+
+    Raises:
+        LowbitError: several grids of which one is asymmetric; its loader takes one scheme for all asymmetric linears.
+    """
+    grids = {recipe.grid_of(n) for n in names}
+    if len(grids) > 1 and not all(g.symmetric for g in grids):
+        raise LowbitError(
+            "plain transformers loads mixed grids only if all are symmetric: add 'sym' to every scheme of the recipe, or use one for all linears."
+        )
+
+
 def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int]:
     """(linear -> shape of one block, parameters of a block outside its linears, parameters outside the blocks, of it the tied head)."""
     from transformers import AutoModelForCausalLM
@@ -157,6 +170,7 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
     blocks, layers = config.num_hidden_layers, wiring_of(config).layers
     names = {f"{layers}.{i}.{n}": shape for i in range(blocks) for n, shape in linears.items()}
     check_divides(names, recipe)
+    check_loadable(names, recipe)
     quantized = sum(a * b for a, b in names.values())
     packed = sum(tensor_bytes(recipe.grid_of(n), a, b, _SCALE_BYTES) for n, (a, b) in names.items())
     untouched = rest * blocks + outside
