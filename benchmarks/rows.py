@@ -1,0 +1,59 @@
+"""Recipes on given rows of tokens: perplexity, KL to the float model, seconds. The same input as benchmarks/peers/*.py.
+
+    python benchmarks/rows.py MODEL ROWS.json SCHEME OUT.json RECIPE [RECIPE[,method.option=value...] ...]
+
+ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. Prints a table and writes JSON. "seconds" leaves imports and the
+evaluation rows' share of the passes out: they are fed after tuning.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+
+from lowbit.evaluate import Tally
+from lowbit.model.stream import ModelStream
+from lowbit.recipe import Streams, load_recipe, parse_scheme, run
+
+
+def main() -> None:
+    model, rows_file, scheme, out, *recipes = sys.argv[1:]
+    rows = json.load(open(rows_file))
+    calibration, evaluation = torch.tensor(rows["calibration"]), torch.tensor(rows["evaluation"])
+    stream = ModelStream(model)
+    kwargs = stream.block_kwargs(calibration.shape[1])
+    results = []
+    for entry in recipes:
+        name, *settings = entry.split(",")
+        recipe = load_recipe(name, grid=parse_scheme(scheme), settings=settings)
+        x, held = stream.embed(calibration), stream.embed(evaluation)
+        float_held = held
+        blocks, start, apart = [], time.perf_counter(), 0.0
+        for i, (block, _) in enumerate(run(stream, recipe, Streams(x, x, len(x)), 0, kwargs, kwargs)):
+            pause = time.perf_counter()
+            float_held = block.run(float_held, stream.block_weights(i))
+            held = block.run(held, block.decoded())
+            blocks.append({"before": block.notes.get("loss_before"), "after": block.notes.get("loss_after")})
+            apart += time.perf_counter() - pause
+        seconds = time.perf_counter() - start - apart
+        tuned, floating = Tally(), Tally()
+        for at in range(0, len(evaluation), 8):
+            ids = evaluation[at : at + 8]
+            expected = stream.head(float_held[at : at + 8])
+            floating.add(expected, ids, None)
+            tuned.add(stream.head(held[at : at + 8]), ids, expected)
+        found = tuned.result()
+        results.append(
+            {"recipe": entry, "scheme": scheme, "perplexity": found.perplexity, "kl": found.kl, "top1": found.top1,
+             "float": floating.result().perplexity, "seconds": seconds, "blocks": blocks}
+        )  # fmt: skip
+        r = results[-1]
+        print(f"{entry:40} {scheme:12} float {r['float']:.4f}  perplexity {r['perplexity']:.4f}  KL {r['kl']:.4f}  {seconds:.1f} s", flush=True)
+        json.dump(results, open(out, "w"), indent=1)
+
+
+if __name__ == "__main__":
+    main()
