@@ -12,14 +12,12 @@ test: $(VENV)/.installed
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --diff . > /dev/null || echo "note: ruff format would change some files"
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/par_step.py
-	$(BIN)/python benchmarks/memory.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -166,8 +166,9 @@ class _Run:
         """Everything from the first tensor to the verified directory."""
         self._outer_shard()
         streams = self._enter()
-        for block, streams, resumed in self._blocks(streams):
-            self._told(block, resumed)
+        for record, after, resumed in self._blocks(streams):
+            streams = after
+            self._told(record, resumed)
         verification = self._close(streams)
         report = json.loads((self.place.out / artifact.REPORT).read_text())
         return Result(self.place.out, report, verification)
@@ -204,12 +205,12 @@ class _Run:
             yield record, streams, True
             start += 1
         clock = time.time()
-        for i, (block, streams) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start), start):
+        for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start), start):
             tensors = artifact.block_tensors(block)
             record = self.place.finish(i + 1, tensors, self._record(block, tensors, time.time() - clock))
             artifact.compare_block(block, artifact.read_shard(self.place.shard(i + 1)))
             clock = time.time()
-            yield record, streams, False
+            yield record, after, False
 
     def _reloaded(self, block: Block) -> Block:
         """A block of an earlier run, its weights and codes read from its finished shard."""

@@ -149,7 +149,8 @@ def loader_logits(folder: Path, ids: Tensor) -> Tensor:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise VerificationError(f"transformers cannot load '{folder}': {last}")
-        return load_file(out)["logits"]
+        logits: Tensor = load_file(out)["logits"]
+        return logits
 
 
 def compare_logits(tuned: Tensor, loaded: Tensor) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{h}</th>" for h in ("recipe", "scheme", "bits/weight", "MB", "perplexity", "KL", "top-1", "seconds"))
     lines = []
     for r in rows:
-        kl, top = ("–", "–") if r["kl"] is None else (f"{r['kl']:.4f}", f"{r['top1']:.1%}")
+        kl, top = ("-", "-") if r["kl"] is None else (f"{r['kl']:.4f}", f"{r['top1']:.1%}")
         cells = (r["recipe"], r["scheme"], f"{r['bits']:.3f}", f"{r['bytes'] / 1e6:.2f}", f"{r['perplexity']:.3f}", kl, top, f"{r['seconds']:.1f}")
         lines.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"

@@ -91,7 +91,7 @@ def describe(grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
         skipped: full names of the linears kept in floating point.
     """
     kinds = sorted(set(grids.values()), key=lambda g: (-sum(x == g for x in grids.values()), str(g)))
-    groups = {}
+    groups: dict[str, Any] = {}
     for i, grid in enumerate(kinds):
         names = sorted(n for n, g in grids.items() if g == grid)
         groups[f"group_{i}"] = {

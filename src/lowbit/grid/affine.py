@@ -51,7 +51,7 @@ class Affine:
     @property
     def top(self) -> int:
         """The highest code, 2**bits - 1."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def group(self, in_features: int) -> int:
         """The number of inputs that share a scale in a layer this wide.
@@ -66,7 +66,7 @@ class Affine:
 
     def grouped(self, w: Tensor) -> Tensor:
         """View (out, in) as (out, groups, group)."""
-        return w.unflatten(1, (-1, self.group(w.shape[1])))
+        return w.reshape(w.shape[0], -1, self.group(w.shape[1]))
 
     def fit(self, w: Tensor, clip: Tensor | float = 1.0) -> AffineParams:
         """Scale and zero point from the minimum and maximum of each group, both multiplied by ``clip``.

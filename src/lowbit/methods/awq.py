@@ -162,7 +162,7 @@ def search_clip(
         low, high: (out, groups), the limits to clamp the weights to.
     """
     g = grid.grouped(weight)  # (out, groups, group)
-    blocks = x.unflatten(1, (-1, g.shape[-1]))  # (tokens, groups, group)
+    blocks = x.reshape(len(x), -1, g.shape[-1])  # (tokens, groups, group)
     gram = torch.einsum("tgi,tgj->gij", blocks, blocks)  # (groups, group, group)
     low_full, high_full = g.amin(-1), g.amax(-1)
     if symmetric:

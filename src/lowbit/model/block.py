@@ -20,7 +20,8 @@ _TOKENS_PER_PASS = 8192
 
 def first(output: Any) -> Tensor:
     """A layer's hidden states: some transformers versions return a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class ModelStream:
             self.skeleton: Any = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
         self.skeleton.eval()
         self._trunk: Any = _submodule(self.skeleton, self.wiring.trunk)
-        self._blocks: list[nn.Module] = list(self._trunk.layers)
+        self._blocks: list[nn.Module] = list(_submodule(self.skeleton, self.wiring.layers).children())
         self._recorders = [_Recorder() for _ in self._blocks]
         self._trunk.layers = nn.ModuleList(self._recorders)
         # What is computed rather than stored (rotary frequencies, Gemma's embedding factor) must be real, not meta.
@@ -195,7 +195,8 @@ class ModelStream:
         self._fixed = None
 
     def _name_of(self, module: nn.Module | None) -> str:
-        return next(n for n, m in self.skeleton.named_modules() if m is module)
+        name: str = next(n for n, m in self.skeleton.named_modules() if m is module)
+        return name
 
     def _head_name(self) -> str:
         return self._name_of(self.skeleton.get_output_embeddings()) + ".weight"
