@@ -183,7 +183,7 @@ class _Run:
     def _enter(self) -> Streams:
         held = self.rows.held_out
         x = self.stream.embed(torch.cat([self.rows.calibration, held]))
-        proof = self.stream.embed(self._proof_ids()).to(self.stream.compute)
+        proof = self.stream.embed(self._proof_ids(), self.stream.compute)
         self.stream.release()
         return Streams(x, x, len(self.rows.calibration), proof)
 

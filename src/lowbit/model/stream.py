@@ -208,16 +208,16 @@ class ModelStream:
         return {k[len(prefix) + 1 :]: v for k, v in self._outer().items() if k.startswith(prefix + ".")}
 
     @torch.no_grad()
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (n, length) int64 -> the first block's input (n, length, hidden) in the model's dtype."""
-        rows = [self._enter(row[None]) for row in ids]
+    def embed(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Token ids (n, length) int64 -> the first block's input (n, length, hidden) in ``dtype``, by default the model's."""
+        rows = [self._enter(row[None]).to(dtype or self.dtype) for row in ids]
         return torch.cat(rows)
 
     def _enter(self, ids: Tensor) -> Tensor:
         functional_call(self._trunk, self._under(self.wiring.trunk), (ids.to(self.device),), {"use_cache": False})
         seen = self._recorders[0].seen
         assert seen is not None
-        return seen[0].to(self.dtype)
+        return seen[0]
 
     @torch.no_grad()
     def block_kwargs(self, length: int) -> list[dict[str, Any]]:
