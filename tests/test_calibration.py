@@ -168,7 +168,7 @@ def test_wikitext2_needs_one_token_more_than_a_row(corpus: Any, tokenizer: Any) 
 
 
 def test_c4_rows_are_windows_of_different_long_documents(corpus: Any, tokenizer: Any) -> None:
-    texts = [prose(f"d{i}x", 6 if i % 3 else 60) for i in range(300)]
+    texts = [prose(f"d{i}x", 3 if i % 3 else 60) for i in range(300)]
     corpus({"train": texts, "eval": [prose("e", 100)]})
     rows = draw_rows(Calibration("c4", 100, 40), tokenizer, 0, held_out=2)
     long = [i for i in map(tokenizer.encode, texts) if len(i) > 40]
