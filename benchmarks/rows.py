@@ -36,7 +36,7 @@ def main() -> None:
             pause = time.perf_counter()
             float_held = block.run(float_held, stream.block_weights(i))
             held = block.run(held, block.decoded())
-            blocks.append({"before": block.notes.get("loss_before"), "after": block.notes.get("loss_after")})
+            blocks.append({"before": block.notes["loss_before"], "after": block.notes["loss_after"]})
             apart += time.perf_counter() - pause
         seconds = time.perf_counter() - start - apart
         tuned, floating = Tally(), Tally()

@@ -15,7 +15,7 @@ from lowbit.grid import Affine
 from lowbit.methods import AWQ, RTN, TesseraQ
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._soft import FROZEN, SoftBlock, inverse_rectified, quantile, rectified
-from lowbit.methods.awq import search_clip
+from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe, Streams, apply_methods, begin
@@ -130,7 +130,8 @@ def test_golden_rounding_variables():
 def test_clip_search_equals_brute_force(symmetric):
     g = torch.Generator().manual_seed(0)
     w, x, grid = torch.randn(3, 16, generator=g), torch.randn(40, 16, generator=g), Affine(2, 8)
-    low, high = search_clip(w, x, grid, 10, symmetric=symmetric)
+    parts = x.reshape(40, 2, 8)
+    low, high = search_clip(w, torch.einsum("tgi,tgj->gij", parts, parts), grid, 10, symmetric=symmetric)
     for row in range(3):
         for group in range(2):
             part, inputs = w[row, group * 8 : group * 8 + 8].double(), x[:, group * 8 : group * 8 + 8].double()
@@ -148,3 +149,17 @@ def test_clip_search_equals_brute_force(symmetric):
 def test_transform_after_solver_raises(block):
     with pytest.raises(LowbitError, match="transforms come before solvers"):
         AWQ()(RTN()(block))
+
+
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_group_grams_are_the_inputs_seen_by_the_linears(block, tokens):
+    grams = AWQ(rows=8, clip_tokens=tokens)._group_grams(block, 8)
+    seen = []
+    block.observe(["self_attn.q_proj"], block.xq, 8, lambda _, call: seen.append(call.args[0].flatten(0, -2).double()))
+    x = torch.cat(seen)
+    picked = pick_tokens(len(x), tokens, "random", torch.Generator().manual_seed(block.seed))
+    x = x if picked is None else x[picked]
+    assert len(x) == (tokens or 8 * 32)
+    for g in range(x.shape[1] // 16):
+        part = x[:, 16 * g : 16 * g + 16]
+        assert torch.allclose(grams["self_attn.q_proj", 16][g].double(), part.T @ part, rtol=1e-5, atol=1e-5)

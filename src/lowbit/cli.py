@@ -201,8 +201,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
             table.add_row(e["name"], e["scheme"], " x ".join(map(str, e["shape"])), size(e["bytes"]), f"{e['bits_per_weight']:.3f}")
     out.print(table)
     for b in report["blocks"]:
-        if "loss_before" in b:
-            out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}", highlight=False)
+        out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}", highlight=False)
     out.print((folder / "recipe.toml").read_text().strip(), highlight=False, markup=False)
     for name, shard in report["shards"].items():
         out.print(f"{name}  {size(shard['bytes'])}  sha256 {shard['sha256']}", highlight=False, soft_wrap=True)

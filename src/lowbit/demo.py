@@ -68,7 +68,7 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
             {"recipe": recipe, "scheme": scheme, "bytes": report["size"]["after"], "bits": report["size"]["bits_per_weight"],
              "seconds": sum(b["seconds"] for b in report["blocks"]), **found.as_dict(), "sample": continue_text(loaded, tokenizer, _PROMPT, 48),
              "verified": done.verification.summary, "hash": report["hash"],
-             "losses": [(b["loss_before"], b["loss_after"]) for b in report["blocks"] if "loss_before" in b]}
+             "losses": [(b["loss_before"], b["loss_after"]) for b in report["blocks"]]}
         )  # fmt: skip
     title = f"{windows.shape[0]} x {windows.shape[1]} tokens of held-out standard library sources, demo model"
     _show(rows, title, console)

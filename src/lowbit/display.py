@@ -36,14 +36,13 @@ def duration(seconds: float) -> str:
 
 def _row(done: BlockDone, left: float) -> tuple[str, ...]:
     r = done.record
-    before, after = r.get("loss_before"), r.get("loss_after")
     linears = r["linears"]
     bits = sum(8 * e["bytes"] for e in linears) / sum(e["shape"][0] * e["shape"][1] for e in linears)
     return (
         f"{done.index + 1}/{done.blocks}" + (" (resumed)" if done.resumed else ""),
         str(len(linears)),
-        "-" if before is None else f"{before:.4g}",
-        "-" if after is None else f"{after:.4g}",
+        f"{r['loss_before']:.4g}",
+        f"{r['loss_after']:.4g}",
         f"{bits:.3f}",
         duration(r["seconds"]),
         size(r["peak_memory"]),

@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import LowbitError, unknown
 from .grid import Affine
 from .methods import METHODS, RTN, Method
+from .methods._reconstruct import Reconstruction
 from .model.block import Block
 from .model.stream import ModelStream
 
@@ -252,10 +253,16 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
 
 
 def apply_methods(block: Block, recipe: Recipe) -> Block:
-    """All methods of the recipe in order, then nearest rounding for whatever is left."""
+    """All methods of the recipe in order, then nearest rounding for whatever is left.
+
+    Notes ``loss_before`` and ``loss_after``: the squared error of the block's output on the quantized prefix, summed over
+    hidden units and averaged over tokens, of plain nearest rounding and of the result.
+    """
+    judge = Reconstruction(block, batch=1)
+    before = judge.loss(RTN()(block).decoded())
     for method in (*recipe.methods, RTN()):
         block = method(block)
-    return block
+    return block.noted(loss_before=before, loss_after=judge.loss(block.decoded()))
 
 
 @torch.no_grad()

@@ -74,13 +74,12 @@ def _plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         axes = figure.subplots()
         for r in tuned:
             numbers = range(1, len(r["losses"]) + 1)
-            axes.plot(numbers, [b for b, _ in r["losses"]], "o--", color="#a85a3b", label="before")
-            axes.plot(numbers, [a for _, a in r["losses"]], "o-", color="#3b6ea8", label=f"after {r['recipe']}")
+            axes.plot(numbers, [after for _, after in r["losses"]], "o-", label=str(r["recipe"]))
         axes.set_yscale("log")
         axes.set_xlabel("block")
-        axes.set_ylabel("loss, log scale")
+        axes.set_ylabel("squared error per token, log scale")
         axes.legend()
-        out.append(("Loss of each block", _svg(figure)))
+        out.append(("Output error of each block on the quantized prefix", _svg(figure)))
     return out
 
 

@@ -40,7 +40,7 @@ class AWQ:
     clip: Clip = "asymmetric"
     exponents: int = 20
     shrinks: int = 10
-    rows: int = 128
+    rows: int = 32
     clip_tokens: int = 512
     clip_sampling: Literal["random", "strided"] = "random"
 
@@ -59,20 +59,45 @@ class AWQ:
         return block.noted(awq_exponents=chosen)
 
     def _clipped(self, block: Block, rows: int) -> Block:
-        inputs = block.inputs(block.wiring.linears, block.xq, rows)
+        grams = self._group_grams(block, rows)
         spared = dict(block.wiring.unclipped)
-        generator = torch.Generator().manual_seed(block.seed)
         weights, params = {}, {}
-        for name, x in inputs.items():
-            weight, grid = block.weight(name), block.grids[name]
-            skip = spared.get(name, 0)
-            picked = pick_tokens(x, self.clip_tokens, self.clip_sampling, generator)
-            low, high = search_clip(weight, picked, grid, self.shrinks, symmetric=self.clip == "symmetric", skip_rows=skip)
-            g = grid.grouped(weight)
-            clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(1)
-            weights[f"{name}.weight"] = clamped
-            params[name] = grid.fit(clamped)
+        for site in block.wiring.sites:
+            for name in site.reads:
+                weight, grid = block.weight(name), block.grids[name]
+                gram = grams[site.reads[0], grid.group(weight.shape[1])]
+                low, high = search_clip(
+                    weight, gram, grid, self.shrinks, symmetric=self.clip == "symmetric", skip_rows=spared.get(name, 0)
+                )
+                g = grid.grouped(weight)
+                clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(1)
+                weights[f"{name}.weight"] = clamped
+                params[name] = grid.fit(clamped)
         return block.rewritten(weights).ranged(params)
+
+    def _group_grams(self, block: Block, rows: int) -> dict[tuple[str, int], Tensor]:
+        """(first reader of a site, group length) -> (groups, group, group) Gram matrices of its inputs on the quantized stream."""
+        groups: dict[str, set[int]] = {}
+        for site in block.wiring.sites:
+            groups[site.reads[0]] = {block.grids[n].group(block.weight(n).shape[1]) for n in site.reads}
+        picked = pick_tokens(rows * block.xq.shape[1], self.clip_tokens, self.clip_sampling, torch.Generator().manual_seed(block.seed))
+        grams: dict[tuple[str, int], Tensor] = {}
+        seen = dict.fromkeys(groups, 0)
+
+        def visit(name: str, call: Call) -> None:
+            x = call.args[0].flatten(0, -2)
+            at = seen[name]
+            seen[name] += len(x)
+            if picked is not None:
+                x = x[(picked[(picked >= at) & (picked < at + len(x))] - at).to(x.device)]
+            for group in groups[name]:
+                g = x.reshape(len(x), -1, group).transpose(0, 1).float()  # (groups, tokens, group)
+                found = g.transpose(1, 2) @ g
+                grams[name, group] = grams[name, group] + found if (name, group) in grams else found
+
+        with torch.no_grad():
+            block.observe(list(groups), block.xq, rows, visit)
+        return grams
 
 
 def _rtn(weight: Tensor, grid: Affine, stored: torch.dtype) -> Tensor:
@@ -87,7 +112,8 @@ def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[T
     Returns:
         (channels,) factor, and its exponent in [0, 1).
     """
-    calls = block.calls([site.reads[0], site.probe], block.x, rows)
+    calls: dict[str, list[Call]] = {site.reads[0]: [], site.probe: []}
+    block.observe(list(calls), block.x, rows, lambda name, call: calls[name].append(call))
     inputs = [c.args[0].flatten(0, -2) for c in calls[site.reads[0]]]
     tokens = sum(len(x) for x in inputs)
     mean = sum((x.abs().sum(0, dtype=torch.float64) for x in inputs), start=torch.zeros((), dtype=torch.float64)) / tokens
@@ -138,23 +164,24 @@ class _module_probe:
         return float(sum(errors))
 
 
-def pick_tokens(x: Tensor, count: int, sampling: str, generator: torch.Generator) -> Tensor:
-    """(tokens, in) -> (count, in): random tokens without replacement, or every n-th; all of them if ``count`` is 0."""
-    if count == 0 or len(x) <= count:
-        return x
+def pick_tokens(total: int, count: int, sampling: str, generator: torch.Generator) -> Tensor | None:
+    """Numbers of ``count`` of ``total`` tokens: random ones without replacement or every n-th; None for all (count 0 or enough)."""
+    if count == 0 or total <= count:
+        return None
     if sampling == "strided":
-        return x[:: len(x) // count][:count]
-    return x[torch.randperm(len(x), generator=generator)[:count].to(x.device)]
+        return torch.arange(0, total, total // count)[:count]
+    return torch.randperm(total, generator=generator)[:count]
 
 
 @torch.no_grad()
 def search_clip(
-    weight: Tensor, x: Tensor, grid: Affine, shrinks: int, *, symmetric: bool = False, skip_rows: int = 0
+    weight: Tensor, gram: Tensor, grid: Affine, shrinks: int, *, symmetric: bool = False, skip_rows: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Per group, the shrunk range whose rounded weights change that group's partial output least.
 
     Args:
-        weight: (out, in) float. x: (tokens, in) inputs. shrinks: factors 1 - i/20 for i < shrinks.
+        weight: (out, in) float. gram: (groups, group, group) float, the sum of x x^T over the inputs x of each group.
+        shrinks: factors 1 - i/20 for i < shrinks.
         symmetric: clip to the shrunk absolute maximum on both sides instead of to the shrunk minimum and maximum.
         skip_rows: leading rows that keep their full range.
 
@@ -162,8 +189,6 @@ def search_clip(
         low, high: (out, groups), the limits to clamp the weights to.
     """
     g = grid.grouped(weight)  # (out, groups, group)
-    blocks = x.reshape(len(x), -1, g.shape[-1])  # (tokens, groups, group)
-    gram = torch.einsum("tgi,tgj->gij", blocks, blocks)  # (groups, group, group)
     low_full, high_full = g.amin(-1), g.amax(-1)
     if symmetric:
         high_full = torch.maximum(-low_full, high_full)

@@ -64,8 +64,8 @@ class TesseraQ:
     """
 
     schedule: str = "exponential-5-50"
-    iters: int = 20
-    lr: float = 1.25e-2
+    iters: int = 12
+    lr: float = 2e-2
     batch: int = 4
     tune_scale: bool = True
     rounds: int = 1
@@ -101,7 +101,7 @@ class TesseraQ:
             soft = SoftBlock(block)
             soft.restore(start)
             after = before
-        notes: dict[str, Any] = {"loss_before": before, "loss_after": after}
+        notes: dict[str, Any] = {"tesseraq": {"objective": job.objective, "before": before, "after": after}}
         if trouble:
             notes["trouble"] = trouble
         return block.solved(soft.codes()).noted(**notes)

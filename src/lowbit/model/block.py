@@ -111,31 +111,28 @@ class Block:
         return out
 
     @torch.no_grad()
-    def calls(self, modules: Sequence[str], x: Tensor, rows: int) -> dict[str, list[Call]]:
-        """What each of these submodules is called with when the first ``rows`` rows of ``x`` pass, batch by batch."""
-        seen: dict[str, list[Call]] = {m: [] for m in modules}
+    def observe(self, modules: Sequence[str], x: Tensor, rows: int, visit: Callable[[str, Call], None]) -> None:
+        """Tell ``visit`` what each of these submodules is called with when the first ``rows`` rows of ``x`` pass.
+
+        It is called once per submodule and batch of rows, and need not keep what it sees.
+        """
         handles: list[RemovableHandle] = []
 
-        def record(name: str) -> Any:
+        def hook_of(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen[name].append(Call(args, kwargs))
+                visit(name, Call(args, kwargs))
 
             return hook
 
         try:
             for name in modules:
                 submodule = self.module.get_submodule(name)
-                handles.append(submodule.register_forward_pre_hook(record(name), with_kwargs=True))
+                handles.append(submodule.register_forward_pre_hook(hook_of(name), with_kwargs=True))
             for _, batch in self.passes(x[:rows]):
                 self.forward(batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return seen
-
-    def inputs(self, modules: Sequence[str], x: Tensor, rows: int) -> dict[str, Tensor]:
-        """The input activations of these linears, (tokens, in) each, when the first ``rows`` rows of ``x`` pass."""
-        return {m: torch.cat([c.args[0].flatten(0, -2) for c in calls]) for m, calls in self.calls(modules, x, rows).items()}
 
     # --- changing ------------------------------------------------------------------------------------------------------
 
