@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .job import BlockDone, Result
+from .job import BlockDone, Result, Working
 
 _SHOWN = 12  # rows of the live table
 
@@ -41,8 +40,7 @@ def _row(done: BlockDone, left: float) -> tuple[str, ...]:
     return (
         f"{done.index + 1}/{done.blocks}" + (" (resumed)" if done.resumed else ""),
         str(len(linears)),
-        f"{r['loss_before']:.4g}",
-        f"{r['loss_after']:.4g}",
+        f"{r['loss_before']:.4g} -> {r['loss_after']:.4g}",
         f"{bits:.3f}",
         duration(r["seconds"]),
         size(r["peak_memory"]),
@@ -51,11 +49,11 @@ def _row(done: BlockDone, left: float) -> tuple[str, ...]:
     )
 
 
-_COLUMNS = ("block", "linears", "loss before", "loss after", "bits/weight", "time", "peak memory", "left", "remarks")
+_COLUMNS = ("block", "linears", "loss rtn -> tuned", "bits", "time", "memory", "left", "remarks")
 
 
 class Progress:
-    """A context manager that is told of each finished block and shows it.
+    """A context manager that is told how a run goes on and shows it.
 
     Args:
         console: where to write; a live table if it is a terminal.
@@ -64,37 +62,47 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._rows: list[tuple[str, ...]] = []
+        self._now = ""
         self._live = Live(self._table(), console=console, auto_refresh=False) if console.is_terminal else None
         self._spent: list[float] = []
 
     def __enter__(self) -> Progress:
         if self._live:
             self._live.start()
-        else:
-            self.console.print("  ".join(_COLUMNS[:-1]), highlight=False)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
+            self._now = ""
+            self._live.update(self._table() if self._rows else "", refresh=True)
             self._live.stop()
 
-    def __call__(self, done: BlockDone) -> None:
+    def __call__(self, event: BlockDone | Working) -> None:
+        if isinstance(event, Working):
+            self._now = f"block {event.index + 1}/{event.blocks}, {event.what}"
+        else:
+            self._finished(event)
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+
+    def _finished(self, done: BlockDone) -> None:
         if not done.resumed:
             self._spent.append(done.record["seconds"])
         mean = sum(self._spent) / len(self._spent) if self._spent else done.record["seconds"]
         row = _row(done, mean * (done.blocks - done.index - 1))
         self._rows.append(row)
-        if self._live:
-            self._live.update(self._table(), refresh=True)
-        else:
+        if not self._live:
+            if len(self._rows) == 1:
+                self.console.print("  ".join(_COLUMNS[:-1]), highlight=False)
             self.console.print("  ".join(c for c in row if c), highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
-        table = Table(title="lowbit " + time.strftime("%H:%M:%S"))
-        for name in _COLUMNS:
+        columns = _COLUMNS if any(row[-1] for row in self._rows) else _COLUMNS[:-1]
+        table = Table(caption=self._now or None, caption_justify="left")
+        for name in columns:
             table.add_column(name, justify="right")
         for row in self._rows[-_SHOWN:]:
-            table.add_row(*row)
+            table.add_row(*row[: len(columns)])
         return table
 
 

@@ -50,7 +50,21 @@ class BlockDone:
     resumed: bool
 
 
-Progress = Callable[[BlockDone], None]
+@dataclass(frozen=True)
+class Working:
+    """What a progress display is told within a block.
+
+    Attributes:
+        index, blocks: number of the block and how many there are.
+        what: the step of the method that begins.
+    """
+
+    index: int
+    blocks: int
+    what: str
+
+
+Progress = Callable[[BlockDone | Working], None]
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ def quantize(
         calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens a row; None means 2048
             or the model's context if that is shorter.
         settings: "method.option=value" changes to the recipe.
-        progress: told after each block.
+        progress: told after each block and of each step within it.
 
     Raises:
         LowbitError: bad input, named. VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
@@ -205,7 +219,7 @@ class _Run:
             yield record, streams, True
             start += 1
         clock = time.time()
-        for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start), start):
+        for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce), start):
             tensors = artifact.block_tensors(block)
             record = self.place.finish(i + 1, tensors, self._record(block, tensors, time.time() - clock))
             artifact.compare_block(block, artifact.read_shard(self.place.shard(i + 1)))
@@ -236,6 +250,10 @@ class _Run:
         return {
             "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,
         }  # fmt: skip
+
+    def _announce(self, what: str) -> None:
+        if self.progress:
+            self.progress(Working(len(self.records) - 1, len(self.stream), what))
 
     def _told(self, record: dict[str, Any], resumed: bool) -> None:
         self.records.append(record)

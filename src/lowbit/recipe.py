@@ -20,7 +20,7 @@ from .errors import LowbitError, unknown
 from .grid import Affine
 from .methods import METHODS, RTN, Method
 from .methods._reconstruct import Reconstruction
-from .model.block import Block
+from .model.block import Announce, Block, silent
 from .model.stream import ModelStream
 
 if sys.version_info >= (3, 11):
@@ -240,14 +240,14 @@ class Streams:
     proof: Tensor | None = None
 
 
-def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int) -> Block:
+def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int, announce: Announce = silent) -> Block:
     """Block i with its weights read, its inputs attached and its float target computed."""
     name = stream.block_name(i)
     block = Block(
         name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
         stored=stream.dtype, grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
         x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
-        readout=stream.readout() if i == len(stream) - 1 else None,
+        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce,
     )  # fmt: skip
     return replace(block, target=block.run(streams.x))
 
@@ -283,17 +283,19 @@ def run(
     kwargs: Sequence[Mapping[str, Any]],
     proof_kwargs: Sequence[Mapping[str, Any]],
     start: int = 0,
+    announce: Announce = silent,
 ) -> Iterator[tuple[Block, Streams]]:
     """Quantize the blocks from number ``start`` on, one in memory at a time.
 
     Args:
         streams: the activations that enter block ``start``.
         kwargs, proof_kwargs: what each block is called with, for the streams' and for the proof's row length.
+        announce: told what a method is about to do.
 
     Yields:
         each finished block with the streams that leave it; the point to write, to report and to resume from.
     """
     for i in range(start, len(stream)):
-        block = apply_methods(begin(stream, i, recipe, streams, kwargs[i], seed), recipe)
+        block = apply_methods(begin(stream, i, recipe, streams, kwargs[i], seed, announce), recipe)
         streams = advance(block, streams, proof_kwargs[i])
         yield block, streams

@@ -50,6 +50,7 @@ class AWQ:
         if self.scales:
             for site in block.wiring.sites:
                 if site.source is not None:
+                    block.announce(f"awq: scales of {', '.join(site.reads)}")
                     factor, exponent = search_scale(block, site, rows, self.exponents)
                     chosen[site.reads[0]] = exponent
                     if exponent > 0:
@@ -64,6 +65,7 @@ class AWQ:
         weights, params = {}, {}
         for site in block.wiring.sites:
             for name in site.reads:
+                block.announce(f"awq: clip of {name}")
                 weight, grid = block.weight(name), block.grids[name]
                 gram = grams[site.reads[0], grid.group(weight.shape[1])]
                 low, high = search_clip(

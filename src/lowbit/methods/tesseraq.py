@@ -90,7 +90,9 @@ class TesseraQ:
         for round_ in range(self.rounds):
             if round_:
                 self._restart(soft, job)
-            for share in soft_shares(self.schedule):
+            shares = soft_shares(self.schedule)
+            for phase, share in enumerate(shares, 1):
+                block.announce(f"tesseraq: round {round_ + 1}, phase {phase} of {len(shares)}, {share:.1%} still soft")
                 soft.harden(share)
                 if not self._phase(soft, job, trouble):
                     break

@@ -24,6 +24,13 @@ def first(output: Any) -> Tensor:
     return hidden
 
 
+Announce = Callable[[str], None]
+
+
+def silent(what: str) -> None:
+    """Nobody watches."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What a submodule was called with, for one batch of rows."""
@@ -51,6 +58,7 @@ class Block:
         tuned_rows: how many leading rows methods may learn from; later rows only pass through (held-out evaluation).
         seed: for everything random in this block.
         readout: the last block's output -> logits, None for every other block.
+        announce: told what a method is about to do, for whoever watches.
         params: linear -> fixed grid parameters.
         coded: linear -> codes.
         notes: decisions and losses, for the report.
@@ -69,6 +77,7 @@ class Block:
     tuned_rows: int
     seed: int
     readout: Callable[[Tensor], Tensor] | None = None
+    announce: Announce = silent
     params: Mapping[str, AffineParams] = field(default_factory=dict)
     coded: Mapping[str, QTensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
