@@ -81,7 +81,7 @@ def quantize(
     with Progress(out) as progress:
         result = job(
             model, scheme, recipe, out=output, calib=calib, samples=samples, length=length, seed=seed, device=device,
-            settings=set_ or [], progress=progress,
+            settings=set_ or [], progress=progress, watch=progress.working,
         )  # fmt: skip
     out.print(summary(result), highlight=False, soft_wrap=True)
 

@@ -59,7 +59,7 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
         with Progress(console) as progress:
             done = quantize(
                 source, scheme, recipe, out=folder / recipe, samples=_SAMPLES, length=_LENGTH, device=device,
-                settings=_LIGHTER[recipe], progress=progress,
+                settings=_LIGHTER[recipe], progress=progress, watch=progress.working,
             )
         loaded = load_causal_lm(str(folder / recipe), where)
         found = evaluate(loaded, windows, original)

@@ -77,21 +77,21 @@ class Progress:
             self._live.update(self._table() if self._rows else "", refresh=True)
             self._live.stop()
 
-    def __call__(self, event: BlockDone | Working) -> None:
-        if isinstance(event, Working):
-            self._now = f"block {event.index + 1}/{event.blocks}, {event.what}"
-        else:
-            self._finished(event)
+    def working(self, event: Working) -> None:
+        """A step within a block begins."""
+        self._now = f"block {event.index + 1}/{event.blocks}, {event.what}"
         if self._live:
             self._live.update(self._table(), refresh=True)
 
-    def _finished(self, done: BlockDone) -> None:
+    def __call__(self, done: BlockDone) -> None:
         if not done.resumed:
             self._spent.append(done.record["seconds"])
         mean = sum(self._spent) / len(self._spent) if self._spent else done.record["seconds"]
         row = _row(done, mean * (done.blocks - done.index - 1))
         self._rows.append(row)
-        if not self._live:
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+        else:
             if len(self._rows) == 1:
                 self.console.print("  ".join(_COLUMNS[:-1]), highlight=False)
             self.console.print("  ".join(c for c in row if c), highlight=False, soft_wrap=True)

@@ -64,7 +64,8 @@ class Working:
     what: str
 
 
-Progress = Callable[[BlockDone | Working], None]
+Progress = Callable[[BlockDone], None]
+Watch = Callable[[Working], None]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def quantize(
     device: str = "auto",
     settings: Sequence[str] = (),
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Quantize a model and write a verified artifact; continue an unfinished run of the same command.
 
@@ -129,7 +131,7 @@ def quantize(
         calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens a row; None means 2048
             or the model's context if that is shorter.
         settings: "method.option=value" changes to the recipe.
-        progress: told after each block and of each step within it.
+        progress: told after each block. watch: told of each step within a block.
 
     Raises:
         LowbitError: bad input, named. VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
@@ -150,14 +152,14 @@ def quantize(
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
-    return _Run(stream, recipe, rows, Path(out), seed, progress).finish()
+    return _Run(stream, recipe, rows, Path(out), seed, progress, watch).finish()
 
 
 class _Run:
     """One run: the state that outlives a block."""
 
-    def __init__(self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, progress: Progress | None) -> None:
-        self.stream, self.recipe, self.rows, self.seed, self.progress = stream, recipe, rows, seed, progress
+    def __init__(self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, progress: Progress | None, watch: Watch | None) -> None:
+        self.stream, self.recipe, self.rows, self.seed, self.progress, self.watch = stream, recipe, rows, seed, progress, watch
         self.started = time.time()
         self.place = Workplace(out, self._fingerprint(), len(stream) + 1)
         self.records: list[dict[str, Any]] = []
@@ -252,8 +254,8 @@ class _Run:
         }  # fmt: skip
 
     def _announce(self, what: str) -> None:
-        if self.progress:
-            self.progress(Working(len(self.records) - 1, len(self.stream), what))
+        if self.watch:
+            self.watch(Working(len(self.records) - 1, len(self.stream), what))
 
     def _told(self, record: dict[str, Any], resumed: bool) -> None:
         self.records.append(record)

@@ -19,15 +19,19 @@ _SINGLE = "model.safetensors"
 def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
     """Download (or find in the cache) one file of a hub repository; None if the repository has no such file.
 
+    Without a network, a repository whose config.json is cached has the files that are cached and no others.
+
     Raises:
         LowbitError: the repository cannot be reached or does not exist.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(hf_hub_download(model, name, revision=revision))
     except LocalEntryNotFoundError as e:
+        if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+            return None
         raise LowbitError(
             f"'{model}' is not a local folder, and '{name}' of that hub repository is neither cached nor reachable. "
             "Check the path, or the network (HF_HUB_OFFLINE, HF_ENDPOINT)."
@@ -69,8 +73,9 @@ class Checkpoint:
                 raise LowbitError(f"{index} is not a readable safetensors index ({e}). Download it again.") from e
         else:
             if self.file(_SINGLE) is None:
+                unreached = "" if self.folder else " (or neither is cached, and the hub was not reached)"
                 raise LowbitError(
-                    f"'{self.name}' has neither {_SINGLE} nor {_INDEX}. Only safetensors are read; convert other formats with "
+                    f"'{self.name}' has neither {_SINGLE} nor {_INDEX}{unreached}. Only safetensors are read; convert other formats with "
                     "transformers' save_pretrained."
                 )
             with self._open(_SINGLE) as f:
