@@ -1,0 +1,30 @@
+"""Rows of tokens for rows.py and peers/*.py, so that every method sees the same ones.
+
+    python benchmarks/make_rows.py MODEL TEXT CALIBRATION EVALUATION LENGTH OUT.json
+
+TEXT is a file (.txt, or .json/.jsonl with one document per entry: each gets its BOS) or "stdlib". Documents follow one another
+in one stream of tokens; the first CALIBRATION rows of LENGTH tokens are for tuning, the last EVALUATION rows for judging.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from lowbit.model.calibration import evaluation_windows
+from lowbit.model.checkpoint import Checkpoint
+from lowbit.model.stream import load_tokenizer
+
+
+def main() -> None:
+    model, text, calibration, evaluation, length, out = sys.argv[1:]
+    rows = evaluation_windows(text, load_tokenizer(Checkpoint(model)), int(length))
+    first, last = int(calibration), int(evaluation)
+    if len(rows) < first + last:
+        raise SystemExit(f"{text} has {len(rows)} rows of {length} tokens, {first + last} are needed.")
+    json.dump({"calibration": rows[:first].tolist(), "evaluation": rows[-last:].tolist()}, open(out, "w"))
+    print(f"{first} rows to tune on, {last} to judge by, of {len(rows)}")
+
+
+if __name__ == "__main__":
+    main()
