@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
+import transformers
 from helpers import FAMILIES, save_tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.artifact import _write_shard
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 
@@ -237,23 +237,71 @@ def test_empty_text_and_full_output_are_refused(model, tmp_path):
     assert result.exit_code == 2 and "not empty" in said(result)
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path):
-    target = tmp_path / "full"
-    target.symlink_to("/dev/full")
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full on this system")
-    from lowbit import artifact as a
+def test_a_full_disk_is_one_sentence_and_the_run_continues_afterwards(artifact, model, tmp_path, monkeypatch):
+    calls = []
 
-    def refuse(*_args, **_options):
-        raise OSError(28, "No space left on device")
+    def refuse_the_third(tensors, path, **options):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, **options)
 
-    keep, a.save_file = a.save_file, refuse
-    try:
-        with pytest.raises(LowbitError, match="no space left"):
-            _write_shard(tmp_path / "x.safetensors", {"t": torch.zeros(3)})
-    finally:
-        a.save_file = keep
-    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "x.safetensors").exists()
+    monkeypatch.setattr("lowbit.artifact.save_file", refuse_the_third)
+    out = tmp_path / "out"
+    command = ["quantize", model, "--scheme", "W2A16g16", "-o", out, "--calib", model / "text.txt", "--samples", "8", "--length", "32"]
+    command += [x for s in FAST for x in ("--set", s)]
+    result = run(*command)
+    assert result.exit_code == 2 and "no space left on disk" in said(result)
+    assert not list(tmp_path.rglob("*.tmp")) and not out.exists()
+    assert run(*command).exit_code == 0
+    assert shards(out) == shards(artifact)
+
+
+def test_repeating_a_finished_command_verifies_it_and_changes_nothing(artifact, model):
+    before = shards(artifact)
+    (artifact / "run.json").write_text("{}")  # as if killed between the rename and the tidying up
+    again = lowbit.quantize(str(model), "W2A16g16", "tesseraq", out=artifact, calib=str(model / "text.txt"), settings=FAST, **ARGS)
+    assert again.repeated and again.verification.loader == "passed"
+    assert shards(artifact) == before
+    with pytest.raises(LowbitError, match="not empty"):
+        lowbit.quantize(str(model), "W2A16g16", "rtn", out=artifact, calib=str(model / "text.txt"), **ARGS)
+
+
+def test_a_resume_on_another_model_is_refused(model, tmp_path):
+    def stop(done):
+        raise KeyboardInterrupt
+
+    other = save_tiny(tmp_path / "other")
+    arguments = dict(out=tmp_path / "out", calib=str(model / "text.txt"), **ARGS)
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.quantize(str(other), "W2A16g16", "rtn", progress=stop, **arguments)
+    _edit(other, "model.layers.1.mlp.up_proj.weight", 0.25)
+    with pytest.raises(LowbitError, match="unfinished run with another model"):
+        lowbit.quantize(str(other), "W2A16g16", "rtn", **arguments)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "recipe.toml", "proof/logits.safetensors"])
+def test_a_changed_file_is_found_and_named(artifact, tmp_path, name):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", artifact, copy], check=True)
+    raw = bytearray((copy / name).read_bytes())
+    raw[-2] ^= 1
+    (copy / name).write_bytes(raw)
+    result = run("verify", copy)
+    assert result.exit_code == 1 and name in said(result)
+
+
+def test_an_unwritable_output_and_an_unsupported_architecture_are_refused(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    base = ["--scheme", "W2A16g16", "--calib", model / "text.txt", "--samples", "4", "--length", "32"]
+    result = run("quantize", model, "-o", tmp_path / "file" / "out", *base)
+    assert result.exit_code == 2 and "cannot write" in said(result)
+    transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
+    save_file({"wte.weight": torch.zeros(2)}, tmp_path / "gpt2" / "model.safetensors")
+    result = run("quantize", tmp_path / "gpt2", "-o", tmp_path / "out", *base)
+    assert result.exit_code == 2 and "unknown model family 'gpt2'" in said(result)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_not_an_artifact(model):

@@ -30,7 +30,7 @@ def block(tmp_path_factory):
     return begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
 
 
-@pytest.mark.parametrize("method", [RTN(), AWQ(), AWQ(clip="symmetric"), FAST, replace(FAST, rounds=2)])
+@pytest.mark.parametrize("method", [RTN(), AWQ(), AWQ(clip="symmetric"), FAST, replace(FAST, rounds=2), replace(FAST, refit=5)])
 def test_every_method_ends_on_the_grid_and_is_deterministic(block, method):
     once, twice = (apply_methods(block, Recipe(Affine(2, 16), (method,))) for _ in range(2))
     assert set(once.coded) == set(block.wiring.linears)
@@ -47,6 +47,19 @@ def test_losses_fall_from_method_to_method(block):
     rtn, awq, tesseraq = error(RTN()), error(AWQ()), error(AWQ(), FAST)
     assert awq < rtn
     assert tesseraq < 0.8 * awq
+
+
+def test_a_16_bit_forward_pass_leaves_the_rounding_in_float32(tmp_path):
+    stream = ModelStream(save_tiny(tmp_path), compute=torch.bfloat16)
+    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
+    block = begin(stream, 0, Recipe(Affine(3, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
+    exact = replace(block, compute=torch.float32)
+    assert block.forward(x[:2]).dtype == torch.bfloat16
+    for name, q in RTN()(block).coded.items():
+        assert q.same_as(RTN()(exact).coded[name]) is None
+    start, tuned = SoftBlock(block), apply_methods(block, Recipe(Affine(3, 16), (AWQ(), FAST)))
+    assert all(b.nu.unique().numel() > 0.5 * b.nu.numel() for b in start.buckets)  # not the few values that 8 bits leave
+    assert tuned.notes["loss_after"] < 0.6 * tuned.notes["loss_before"]
 
 
 def test_soft_weights_start_as_the_float_ones_except_at_range_ends(block):

@@ -6,8 +6,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from .model.block import Block
 REPORT = "report.json"
 RECIPE = "recipe.toml"
 PROOF = Path("proof") / "logits.safetensors"
+INDEX = "model.safetensors.index.json"
+HASHED = ("config.json", INDEX, RECIPE, PROOF.as_posix())  # files that decide what is loaded or compared, besides the shards
 _STATE = "run.json"
 _CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -116,6 +117,9 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 class Workplace:
     """The directory of a run in progress: OUT.partial until everything is in it and verified, then OUT.
 
+    Attributes:
+        done: OUT holds the finished artifact of this very run already.
+
     Args:
         out: the final directory.
         fingerprint: everything that decides the bytes; a resume must match it.
@@ -128,9 +132,14 @@ class Workplace:
     def __init__(self, out: Path, fingerprint: Mapping[str, Any], shards: int) -> None:
         self.out, self.shards = out, shards
         self.partial = out.with_name(out.name + ".partial")
+        state = json.dumps(fingerprint, indent=1, sort_keys=True)
+        self.run = hashlib.sha256(state.encode()).hexdigest()
+        self.done = self._is_finished()
+        if self.done:
+            self._tidy(out)
+            return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise LowbitError(f"'{out}' exists and is not empty. Choose another -o, or remove it first.")
-        state = json.dumps(fingerprint, indent=1, sort_keys=True)
         with _disk(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
         found = self.partial / _STATE
@@ -142,6 +151,18 @@ class Workplace:
             write_atomic(found, state.encode())
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
+
+    def _is_finished(self) -> bool:
+        report = self.out / REPORT
+        try:
+            return report.is_file() and json.loads(report.read_text()).get("run") == self.run
+        except (OSError, ValueError):
+            return False
+
+    def _tidy(self, folder: Path) -> None:
+        for number in range(self.shards):
+            (folder / self._note(number).name).unlink(missing_ok=True)
+        (folder / _STATE).unlink(missing_ok=True)
 
     def _must_match(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         different = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
@@ -165,11 +186,19 @@ class Workplace:
         record: dict[str, Any] = json.loads(self._note(number).read_text())
         return record if file_hash(self.shard(number)) == record["sha256"] else None
 
-    def finish(self, number: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a shard, then its record with the hashes read back from disk."""
+    def finish(
+        self, number: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], check: Callable[[Mapping[str, Tensor]], None] | None = None
+    ) -> dict[str, Any]:
+        """Write a shard, read it back, let ``check`` look at what was read, then write its record with the hashes.
+
+        Without its record a shard does not count as finished: a resume makes it again.
+        """
         path = self.shard(number)
         _write_shard(path, tensors)
-        hashes = {k: tensor_hash(t) for k, t in read_shard(path).items()}
+        held = read_shard(path)
+        if check:
+            check(held)
+        hashes = {k: tensor_hash(t) for k, t in held.items()}
         full = {**record, "shard": path.name, "sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": hashes}
         write_atomic(self._note(number), json.dumps(full).encode())
         return full
@@ -190,18 +219,12 @@ class Workplace:
                 write_atomic(self.partial / name, path.read_bytes())
 
     def complete(self) -> None:
-        """Drop the working notes and give the directory its final name."""
+        """Give the directory its final name, then drop the working notes: killed in between, it is finished all the same."""
         with _disk(self.out):
-            for number in range(self.shards):
-                self._note(number).unlink(missing_ok=True)
-            (self.partial / _STATE).unlink(missing_ok=True)
             if self.out.is_dir():
                 self.out.rmdir()
             os.replace(self.partial, self.out)
-
-    def discard(self) -> None:
-        """Remove an unfinished run."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+            self._tidy(self.out)
 
 
 def shard_name(number: int, shards: int) -> str:

@@ -141,6 +141,7 @@ def eval_(
     json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, kl, top1 here.")] = None,
 ) -> None:
     """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and top-1 agreement."""
+    from .display import windows_bar
     from .evaluate import evaluate, load_causal_lm
     from .job import pick_device
     from .model.calibration import evaluation_windows
@@ -155,7 +156,8 @@ def eval_(
     ids = evaluation_windows(text, load_tokenizer(checkpoint), length or min(2048, context), windows)
     loaded = load_causal_lm(model, where, dtype)
     other = load_causal_lm(reference, where, dtype) if reference else None
-    result = evaluate(loaded, ids, other)
+    with windows_bar(out) as tell:
+        result = evaluate(loaded, ids, other, progress=tell)
     line = f"{model} on {text}: perplexity {result.perplexity:.4f} (nll {result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens)"
     if result.kl is not None and result.top1 is not None:
         line += f"; to {reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
@@ -193,12 +195,12 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
     from .proof import read_report
 
     report = read_report(folder)
-    table = Table("linear", "scheme", "shape", "bytes", "bits/weight")
+    table = Table("linear", "scheme", "shape", "bytes", "bits/weight", "codes not nearest")
     for e in report["linears"]:
         if "skipped" in e:
-            table.add_row(e["name"], "skipped", e["skipped"], "", "")
+            table.add_row(e["name"], "skipped", e["skipped"], "", "", "")
         else:
-            table.add_row(e["name"], e["scheme"], " x ".join(map(str, e["shape"])), size(e["bytes"]), f"{e['bits_per_weight']:.3f}")
+            table.add_row(e["name"], e["scheme"], " x ".join(map(str, e["shape"])), size(e["bytes"]), f"{e['bits_per_weight']:.3f}", f"{e['moved']:.1%}")
     out.print(table)
     for b in report["blocks"]:
         out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}", highlight=False)

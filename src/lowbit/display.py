@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .job import BlockDone, Result, Working
@@ -39,7 +42,7 @@ def _row(done: BlockDone, left: float) -> tuple[str, ...]:
     bits = sum(8 * e["bytes"] for e in linears) / sum(e["shape"][0] * e["shape"][1] for e in linears)
     return (
         f"{done.index + 1}/{done.blocks}" + (" (resumed)" if done.resumed else ""),
-        str(len(linears)),
+        f"{len(linears)} linears",
         f"{r['loss_before']:.4g} -> {r['loss_after']:.4g}",
         f"{bits:.3f}",
         duration(r["seconds"]),
@@ -49,7 +52,16 @@ def _row(done: BlockDone, left: float) -> tuple[str, ...]:
     )
 
 
-_COLUMNS = ("block", "linears", "loss rtn -> tuned", "bits", "time", "memory", "left", "remarks")
+_COLUMNS = ("block", "linear", "loss rtn -> tuned", "bits", "time", "memory", "left", "remarks")
+
+
+def _linear_rows(done: BlockDone) -> list[tuple[str, ...]]:
+    """The linears of a block: a block is tuned as a whole, so what is theirs alone is bits and how many codes moved."""
+    cut = len(done.record["name"]) + 1
+    return [
+        ("", e["name"][cut:], f"{e['moved']:.1%} not nearest", f"{e['bits_per_weight']:.3f}", "", "", "", "")
+        for e in done.record["linears"]
+    ]  # fmt: skip
 
 
 class Progress:
@@ -62,6 +74,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._rows: list[tuple[str, ...]] = []
+        self._last: list[tuple[str, ...]] = []
         self._now = ""
         self._live = Live(self._table(), console=console, auto_refresh=False) if console.is_terminal else None
         self._spent: list[float] = []
@@ -89,6 +102,7 @@ class Progress:
         mean = sum(self._spent) / len(self._spent) if self._spent else done.record["seconds"]
         row = _row(done, mean * (done.blocks - done.index - 1))
         self._rows.append(row)
+        self._last = _linear_rows(done)
         if self._live:
             self._live.update(self._table(), refresh=True)
         else:
@@ -101,9 +115,18 @@ class Progress:
         table = Table(caption=self._now or None, caption_justify="left")
         for name in columns:
             table.add_column(name, justify="right")
-        for row in self._rows[-_SHOWN:]:
+        for row in (*self._rows[-_SHOWN:], *self._last):
             table.add_row(*row[: len(columns)])
         return table
+
+
+@contextmanager
+def windows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over evaluation windows on a terminal, nothing elsewhere; yields what to tell (done, in all)."""
+    columns = (TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("windows", total=None)
+        yield lambda done, count: bar.update(task, completed=done, total=count)
 
 
 def summary(result: Result) -> str:
@@ -111,7 +134,7 @@ def summary(result: Result) -> str:
     report: Mapping[str, Any] = result.report
     s, folder = report["size"], result.folder
     lines = [
-        "",
+        "already made by an earlier run of this command; verified again" if result.repeated else "",
         f"{size(s['before'])} -> {size(s['after'])} on disk; {s['bits_per_weight']:.3f} bits per quantized weight, "
         f"{s['model_bits_per_weight']:.3f} over all parameters",
     ]

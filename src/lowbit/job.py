@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
 from .plan import check_divides, check_loadable
-from .proof import Verification, verify
+from .proof import Verification, read_report, verify
 from .recipe import Recipe, Streams, advance, begin, load_recipe, parse_scheme, run, scheme_name
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
@@ -76,11 +77,13 @@ class Result:
         folder: where it lies.
         report: the contents of its report.json.
         verification: what was checked after writing.
+        repeated: an earlier run of the same command had made it; it was only verified again.
     """
 
     folder: Path
     report: Mapping[str, Any]
     verification: Verification
+    repeated: bool = False
 
 
 def peak_memory(device: torch.device) -> int:
@@ -168,26 +171,24 @@ class _Run:
         s = self.stream
         config = s.checkpoint.file("config.json")
         assert config is not None
-        weights = hashlib.sha256(json.dumps(sorted(s.checkpoint.shapes().items())).encode())
-        first = s.checkpoint.read([f"{s.block_name(0)}.{s.wiring.linears[0]}.weight"])
-        weights.update("".join(artifact.tensor_hash(t) for t in first.values()).encode())
         return {
-            "model": hashlib.sha256(config.read_bytes() + weights.digest()).hexdigest(), "recipe": self.recipe.as_dict(),
+            "model": hashlib.sha256(config.read_bytes() + s.checkpoint.digest().encode()).hexdigest(), "recipe": self.recipe.as_dict(),
             "calibration": self.rows.sha256, "seed": self.seed, "compute": str(s.compute), "versions": _versions(),
         }  # fmt: skip
 
     # --- the blocks ------------------------------------------------------------------------------------------------------
 
     def finish(self) -> Result:
-        """Everything from the first tensor to the verified directory."""
+        """Everything from the first tensor to the verified directory; if that exists already, it is only verified again."""
+        if self.place.done:
+            return Result(self.place.out, read_report(self.place.out), verify(self.place.out), repeated=True)
         self._outer_shard()
         streams = self._enter()
         for record, after, resumed in self._blocks(streams):
             streams = after
             self._told(record, resumed)
         verification = self._close(streams)
-        report = json.loads((self.place.out / artifact.REPORT).read_text())
-        return Result(self.place.out, report, verification)
+        return Result(self.place.out, read_report(self.place.out), verification)
 
     def _outer_shard(self) -> None:
         record = self.place.finished(0)
@@ -223,8 +224,7 @@ class _Run:
         clock = time.time()
         for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce), start):
             tensors = artifact.block_tensors(block)
-            record = self.place.finish(i + 1, tensors, self._record(block, tensors, time.time() - clock))
-            artifact.compare_block(block, artifact.read_shard(self.place.shard(i + 1)))
+            record = self.place.finish(i + 1, tensors, self._record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
             yield record, after, False
 
@@ -238,7 +238,7 @@ class _Run:
             codes[linear] = artifact.unpack_linear(held, full, block.grids[linear], block.device)
         for name in weights:
             if name.removesuffix(".weight") not in codes:
-                weights[name] = held[f"{block.name}.{name}"].to(block.device, block.compute)
+                weights[name] = held[f"{block.name}.{name}"].to(block.device, weights[name].dtype)
         return replace(block, weights=weights, coded=codes)
 
     def _record(self, block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class _Run:
             stored = sum(tensors[f"{block.name}.{name}.{s}"].nbytes for s in ct.SUFFIXES if f"{block.name}.{name}.{s}" in tensors)
             linears.append(
                 {"name": f"{block.name}.{name}", "scheme": scheme_name(q.grid), "shape": list(q.codes.shape), "bytes": stored,
-                 "bits_per_weight": 8 * stored / q.codes.numel()}
+                 "bits_per_weight": 8 * stored / q.codes.numel(), "moved": _moved(block, name, q)}
             )  # fmt: skip
         return {
             "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,
@@ -277,7 +277,7 @@ class _Run:
         place.carry(self.stream.checkpoint)
         weight_map = {t: r["shard"] for r in self.records for t in r["tensors"]}
         total = sum(r["bytes"] for r in self.records)
-        place.write_json("model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        place.write_json(artifact.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         artifact.write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
         quality = self._quality(streams)
         self._write_proof(streams)
@@ -322,15 +322,22 @@ class _Run:
         digest = hashlib.sha256("".join(s["sha256"] for s in shards.values()).encode()).hexdigest()
         blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
         return {
-            "lowbit": own_version, "versions": _versions(), "model": self.stream.checkpoint.name, "recipe": self.recipe.as_dict(),
+            "lowbit": own_version, "run": self.place.run, "versions": _versions(), "model": self.stream.checkpoint.name,
+            "recipe": self.recipe.as_dict(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
             "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "hash": digest,
             "size": {"before": before, "after": total, "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / weights,
                      "model_bits_per_weight": 8 * total / sum(_numel(s) for s, _ in shapes.values())},
-            "quality": quality, "blocks": blocks,
+            "quality": quality, "blocks": blocks, "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},
             "linears": linears + [{"name": n, "skipped": why} for n, why in skipped.items()], "shards": shards,
         }  # fmt: skip
+
+
+def _moved(block: Block, linear: str, q: QTensor) -> float:
+    """The share of codes that are not the nearest ones to the weight on its range before scales were tuned."""
+    nearest = q.grid.encode(block.weight(linear), block.range_of(linear))
+    return float((q.codes != nearest).double().mean())
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -88,7 +88,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
-    """Compare every tensor on disk with the hashes in the report, and unpack every linear.
+    """Compare every file and tensor on disk with the hashes in the report, and unpack every linear.
 
     Returns:
         number of tensors, number of linears.
@@ -96,6 +96,12 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
     Raises:
         VerificationError: naming the tensor that differs, or the file that is missing or unreadable.
     """
+    for name, digest in report["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise VerificationError(f"'{path}' is missing.")
+        if file_hash(path) != digest:
+            raise VerificationError(f"'{path}' is not what was written: its bytes have changed.")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     tensors = linears = 0
     for shard, record in report["shards"].items():

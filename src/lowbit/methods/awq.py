@@ -140,7 +140,8 @@ class _linear_probe:
 
     def __init__(self, block: Block, site: Site, inputs: list[Tensor]) -> None:
         self.name, self.weight = site.probe, block.weight(site.probe)
-        self.gram = sum((x.T @ x for x in inputs), start=torch.zeros((), device=block.device, dtype=block.compute))
+        wide = self.weight.dtype
+        self.gram = sum((x.T.to(wide) @ x.to(wide) for x in inputs), start=torch.zeros((), device=block.device, dtype=wide))
 
     def __call__(self, quantized: Mapping[str, Tensor]) -> float:
         delta = quantized[self.name] - self.weight
@@ -152,11 +153,13 @@ class _module_probe:
 
     def __init__(self, block: Block, site: Site, calls: list[Call]) -> None:
         self.module, self.calls, self.prefix = block.module.get_submodule(site.probe), calls, site.probe + "."
+        self.compute = block.compute
         self.weights = {k[len(self.prefix) :]: v for k, v in block.weights.items() if k.startswith(self.prefix)}
         self.expected = [self._run(call, self.weights) for call in calls]
 
     def _run(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
-        return first(functional_call(self.module, dict(weights), call.args, dict(call.kwargs)))
+        cast = {k: w.to(self.compute) for k, w in weights.items()}
+        return first(functional_call(self.module, cast, call.args, dict(call.kwargs)))
 
     def __call__(self, quantized: Mapping[str, Tensor]) -> float:
         weights = {**self.weights, **{f"{k[len(self.prefix) :]}.weight": v for k, v in quantized.items()}}

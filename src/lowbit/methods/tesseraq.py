@@ -61,6 +61,7 @@ class TesseraQ:
             loss, also beyond floor and ceiling.
         objective: "logits" tunes the last block on the KL divergence of the next-token distribution instead of on its
             hidden state, as published ("block").
+        refit: steps on the scales alone after the last weight is frozen.
     """
 
     schedule: str = "exponential-5-50"
@@ -70,16 +71,17 @@ class TesseraQ:
     tune_scale: bool = True
     rounds: int = 1
     objective: Objective = "logits"
+    refit: int = 0
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
-        if self.iters < 1 or self.batch < 1 or self.rounds not in (1, 2) or not self.lr > 0:
-            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0 and rounds 1 or 2.")
+        if self.iters < 1 or self.batch < 1 or self.rounds not in (1, 2) or not self.lr > 0 or self.refit < 0:
+            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds 1 or 2 and refit >= 0.")
 
     @property
     def steps(self) -> int:
         """Optimizer steps per block."""
-        return len(soft_shares(self.schedule)) * self.iters * self.rounds
+        return len(soft_shares(self.schedule)) * self.iters * self.rounds + self.refit
 
     def __call__(self, block: Block) -> Block:
         soft = SoftBlock(block)
@@ -97,6 +99,9 @@ class TesseraQ:
                 if not self._phase(soft, job, trouble):
                     break
             soft.harden_all()
+        if self.refit:
+            block.announce(f"tesseraq: {self.refit} steps on the scales alone")
+            self._refit(soft, job, trouble)
         after = job.loss(soft.hard_weights())
         if not after < before:  # also when it is NaN: rather the start than something worse
             trouble.append(f"tuning ended at loss {after:.4g}, above the {before:.4g} it started from; kept the start")
@@ -129,14 +134,29 @@ class TesseraQ:
         optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
         total = torch.zeros((), device=soft.block.device)
         for _ in range(self.iters):
-            with torch.no_grad():
-                weights = soft.weights()
-            loss, gradients = job.gradients(weights, soft.keys, job.draw())
-            with torch.no_grad():
-                soft.backward(gradients, scales=self.tune_scale)
-            optimizer.step()
-            total += loss  # stays on the device: no step waits for the host
+            total += self._step(soft, job, optimizer)  # stays on the device: no step waits for the host
         return total
+
+    def _step(self, soft: SoftBlock, job: Reconstruction, optimizer: torch.optim.Optimizer) -> Tensor:
+        with torch.no_grad():
+            weights = soft.weights()
+        loss, gradients = job.gradients(weights, soft.keys, job.draw())
+        with torch.no_grad():
+            soft.backward(gradients, scales=self.tune_scale)
+        optimizer.step()
+        return loss
+
+    def _refit(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> None:
+        """The scales alone, all codes frozen, with a step size that falls to zero."""
+        saved = soft.snapshot()
+        _, v = soft.parameters()
+        optimizer = torch.optim.Adam(v, lr=self.lr / 4, fused=True)
+        for step in range(self.refit):
+            optimizer.param_groups[0]["lr"] = self.lr / 4 * (1 - step / self.refit)
+            self._step(soft, job, optimizer)
+        if not soft.finite():
+            soft.restore(saved)
+            trouble.append("non-finite loss while refitting scales; kept those before it")
 
     def _restart(self, soft: SoftBlock, job: Reconstruction) -> None:
         """Prepare the second round: first derivatives at the hard codes, second ones by random probes (Gauss-Newton)."""

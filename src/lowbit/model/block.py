@@ -50,7 +50,9 @@ class Block:
         name: prefix in the checkpoint, e.g. "model.layers.3".
         module: the transformers layer on the meta device.
         kwargs: what the layer is called with besides its input.
-        weights: every parameter by its name inside the block, in the compute dtype.
+        weights: every parameter by its name inside the block, in float32 (float64 if that is the compute dtype): methods
+            reason in it whatever the forward pass runs in.
+        compute: dtype of the forward pass.
         stored: the dtype of the checkpoint, in which scales, norms and activation streams are kept.
         grids: linear -> grid.
         x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them.
@@ -69,6 +71,7 @@ class Block:
     wiring: Wiring
     kwargs: Mapping[str, Any]
     weights: Mapping[str, Tensor]
+    compute: torch.dtype
     stored: torch.dtype
     grids: Mapping[str, Affine]
     x: Tensor
@@ -87,11 +90,8 @@ class Block:
     def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The layer's output for (n, length, hidden) inputs, in the compute dtype, with these weights or the block's own."""
         own = self.weights if weights is None else weights
-        return first(functional_call(self.module, dict(own), (x,), dict(self.kwargs)))
-
-    @property
-    def compute(self) -> torch.dtype:
-        return next(iter(self.weights.values())).dtype
+        cast = {name: w.to(self.compute) for name, w in own.items()}
+        return first(functional_call(self.module, cast, (x,), dict(self.kwargs)))
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +116,7 @@ class Block:
         """All weights with the coded ones as a loader would decode them (rounded to the stored dtype)."""
         out = dict(self.weights)
         for name, q in self.coded.items():
-            out[f"{name}.weight"] = q.decode(self.stored).to(self.compute)
+            out[f"{name}.weight"] = q.decode(self.stored).to(self.weight(name).dtype)
         return out
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -116,6 +117,19 @@ class Checkpoint:
                     part = f.get_slice(name)
                     found[name] = (tuple(part.get_shape()), part.get_dtype())
         return found
+
+    def digest(self) -> str:
+        """sha256 over every tensor's name, type, shape and first row: tells models apart without reading them whole."""
+        h = hashlib.sha256()
+        for shard in sorted(set(self._where.values())):
+            with self._open(shard) as f:
+                for name in sorted(n for n, s in self._where.items() if s == shard):
+                    part = f.get_slice(name)
+                    shape = part.get_shape()
+                    h.update(f"{name}{part.get_dtype()}{shape}".encode())
+                    row = part[:1] if shape else f.get_tensor(name)[None]
+                    h.update(row.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by name, in their stored dtype.

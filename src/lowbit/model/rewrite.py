@@ -17,10 +17,10 @@ def _into_norm(block: Block, source: Source, factor: Tensor) -> tuple[dict[str, 
     effective = gain / (stored.double() + offset)
     dead = ~torch.isfinite(effective) | (effective <= 0)  # a gain of zero, or one that rounding made zero
     effective = torch.where(dead, torch.ones_like(effective), effective)
-    changes = {key: torch.where(dead, block.weights[key], stored.to(block.compute))}
+    changes = {key: torch.where(dead, block.weights[key], stored.to(block.weights[key].dtype))}
     bias = f"{source.module}.bias"
     if bias in block.weights:
-        changes[bias] = (block.weights[bias].double() / effective).to(block.stored).to(block.compute)
+        changes[bias] = (block.weights[bias].double() / effective).to(block.stored).to(block.weights[bias].dtype)
     return changes, effective
 
 
@@ -43,7 +43,7 @@ def fold(block: Block, site: Site, factor: Tensor) -> Block:
     """Divide a site's activation by a positive per-channel factor and multiply its readers' columns by it.
 
     The factor that reaches the readers is the one the norm's gain could really take in the stored dtype, so the function is
-    preserved to the compute dtype's rounding even when the norm is kept in 16 bits.
+    preserved to float32 rounding even when the norm is kept in 16 bits.
 
     Args:
         factor: (channels,) > 0.
@@ -55,5 +55,5 @@ def fold(block: Block, site: Site, factor: Tensor) -> Block:
     for name in site.reads:
         key = f"{name}.weight"
         weight = changes.get(key, block.weights[key])
-        changes[key] = (weight.double() * effective).to(block.compute)
+        changes[key] = (weight.double() * effective).to(weight.dtype)
     return block.rewritten(changes)

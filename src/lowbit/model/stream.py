@@ -154,10 +154,11 @@ class ModelStream:
         return out
 
     def block_weights(self, i: int) -> dict[str, Tensor]:
-        """The block's tensors by their names inside the block, in the compute dtype on the device."""
+        """The block's tensors by their names inside the block, on the device, in float32 (float64 if that is the compute dtype)."""
         prefix = self.block_name(i) + "."
         names = [prefix + n for n, _ in self._blocks[i].named_parameters()]
-        return {k[len(prefix) :]: self._ready(v) for k, v in self.checkpoint.read(names).items()}
+        held = torch.promote_types(self.compute, torch.float32)
+        return {k[len(prefix) :]: v.to(self.device, held) for k, v in self.checkpoint.read(names).items()}
 
     def _ready(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)
