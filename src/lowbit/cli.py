@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-Calib = Annotated[str, typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val.")]  # fmt: skip
+Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but tesseraq-paper (wikitext2).")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps, xpu.")]
 Scheme = Annotated[str, typer.Option(help="W<bits>A16[g<group size>][sym], for example W2A16g64; without g one scale per output channel.")]
 
@@ -68,9 +68,9 @@ def quantize(
     scheme: Scheme = "W4A16g128",
     recipe: Annotated[str, typer.Option(help="A named recipe (rtn, awq, tesseraq, tesseraq-best, tesseraq-paper) or a .toml file.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable.")] = None,
-    calib: Calib = "stdlib",
-    samples: Annotated[int, typer.Option(help="Calibration rows; exactly as many or an error.")] = 128,
-    length: Annotated[Optional[int], typer.Option(help="Tokens per row; default 2048 or the model's context if shorter.")] = None,
+    calib: Calib = None,
+    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-paper (512).")] = None,
+    length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.")] = None,
     seed: Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -93,8 +93,8 @@ def plan(
     scheme: Scheme = "W2A16g128",
     recipe: Annotated[str, typer.Option(help="Recipe whose cost to estimate.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens per row.")] = 2048,
+    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; default: the recipe's.")] = None,
+    length: Annotated[Optional[int], typer.Option(help="Tokens per row; default: the recipe's, or the model's context if that is shorter.")] = None,
     device: Device = "auto",
     json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
 ) -> None:
@@ -106,7 +106,8 @@ def plan(
 
     chosen = load_recipe(recipe, grid=parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
-    p = make_plan(config, chosen, samples, length, measure_rate(str(pick_device(device))))
+    c = chosen.calibration
+    p = make_plan(config, chosen, samples or c.samples, length or c.length, measure_rate(str(pick_device(device))))
     gib = 2**30
     rows = (
         ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),

@@ -115,8 +115,8 @@ def quantize(
     recipe: str | Recipe = "tesseraq",
     *,
     out: str | Path,
-    calib: str = "stdlib",
-    samples: int = 128,
+    calib: str | None = None,
+    samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -131,8 +131,8 @@ def quantize(
         scheme: such as "W2A16g64"; None takes the recipe's own.
         recipe: a name, a .toml file or a Recipe.
         out: the artifact's directory; OUT.partial while it is being made.
-        calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens a row; None means 2048
-            or the model's context if that is shorter.
+        calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens a row. None takes the
+            recipe's, which is stdlib, 128 and 2048 (or the model's context if that is shorter) if it does not say.
         settings: "method.option=value" changes to the recipe.
         progress: told after each block. watch: told of each step within a block.
 
@@ -148,14 +148,24 @@ def quantize(
     stream = ModelStream(model, where)
     check_divides(stream.linear_shapes(), recipe)
     check_loadable(stream.linear_shapes(), recipe)
-    context = getattr(stream.config, "max_position_embeddings", None) or 2048
-    if length is not None and length > context:
-        raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
-    rows = draw_rows(Calibration(calib, samples, length or min(2048, context)), load_tokenizer(stream.checkpoint), seed, _HELD_OUT)
+    recipe = replace(recipe, calibration=_calibration(recipe.calibration, stream, calib, samples, length))
+    rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, _HELD_OUT)
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
     return _Run(stream, recipe, rows, Path(out), seed, progress, watch).finish()
+
+
+def _calibration(given: Calibration, stream: ModelStream, source: str | None, samples: int | None, length: int | None) -> Calibration:
+    """The recipe's calibration with what was asked for on top, rows no longer than the model's context."""
+    context = getattr(stream.config, "max_position_embeddings", None) or given.length
+    if length is not None and length > context:
+        raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
+    return Calibration(
+        source if source is not None else given.source,
+        samples if samples is not None else given.samples,
+        length if length is not None else min(given.length, context),
+    )
 
 
 class _Run:
@@ -172,7 +182,8 @@ class _Run:
         config = s.checkpoint.file("config.json")
         assert config is not None
         return {
-            "model": hashlib.sha256(config.read_bytes() + s.checkpoint.digest().encode()).hexdigest(), "recipe": self.recipe.as_dict(),
+            "model": hashlib.sha256(config.read_bytes() + s.checkpoint.digest().encode()).hexdigest(),
+            "recipe": {k: v for k, v in self.recipe.as_dict().items() if k != "calibration"},  # its tokens count, not their path
             "calibration": self.rows.sha256, "seed": self.seed, "compute": str(s.compute), "versions": _versions(),
         }  # fmt: skip
 

@@ -21,6 +21,7 @@ from .grid import Affine
 from .methods import METHODS, RTN, Method
 from .methods._reconstruct import Reconstruction
 from .model.block import Announce, Block, silent
+from .model.calibration import Calibration
 from .model.stream import ModelStream
 
 if sys.version_info >= (3, 11):
@@ -62,12 +63,14 @@ class Recipe:
         grid: for every linear that no override names.
         methods: applied to each block in this order; what they leave uncoded is rounded to nearest.
         overrides: (pattern, grid), shell patterns on full linear names such as "*.down_proj"; the last match counts.
+        calibration: the text that methods learn from, where a run is not given another.
         name: a label for reports.
     """
 
     grid: Affine
     methods: tuple[Method, ...] = (RTN(),)
     overrides: tuple[tuple[str, Affine], ...] = field(default=())
+    calibration: Calibration = field(default_factory=Calibration)
     name: str = "custom"
 
     def grid_of(self, linear: str) -> Affine:
@@ -79,6 +82,7 @@ class Recipe:
         out: dict[str, Any] = {"name": self.name, "scheme": scheme_name(self.grid), "methods": [_method_name(m) for m in self.methods]}
         if self.overrides:
             out["overrides"] = {pattern: scheme_name(g) for pattern, g in self.overrides}
+        out["calibration"] = dataclasses.asdict(self.calibration)
         for method in self.methods:
             options = dataclasses.asdict(method)
             if options:
@@ -101,9 +105,10 @@ class Recipe:
         Raises:
             LowbitError: an unknown key, method, option or value, named with ``origin``.
         """
+        known = ("name", "scheme", "methods", "overrides", "calibration", *METHODS)
         for key in data:
-            if key not in ("name", "scheme", "methods", "overrides", *METHODS):
-                raise unknown(f"key in {origin}", key, ("name", "scheme", "methods", "overrides", *METHODS))
+            if key not in known:
+                raise unknown(f"key in {origin}", key, known)
         names = data.get("methods", [])
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise LowbitError(f"{origin}: 'methods' must be a list of method names ({', '.join(METHODS)}).")
@@ -113,9 +118,10 @@ class Recipe:
         for key in METHODS:
             if key in data and key not in names:
                 raise LowbitError(f"{origin} sets options of '{key}', which is not among its methods {names}.")
-        methods = tuple(build_method(n, data.get(n, {}), origin) for n in names)
+        methods: tuple[Method, ...] = tuple(_built(METHODS[n], n, data.get(n, {}), origin) for n in names)
+        calibration = _built(Calibration, "calibration", data.get("calibration", {}), origin)
         overrides = tuple((p, parse_scheme(s)) for p, s in data.get("overrides", {}).items())
-        return cls(parse_scheme(data.get("scheme", "W4A16g128")), methods, overrides, data.get("name", "custom"))
+        return cls(parse_scheme(data.get("scheme", "W4A16g128")), methods, overrides, calibration, data.get("name", "custom"))
 
     @classmethod
     def from_toml(cls, text: str, origin: str = "recipe") -> Recipe:
@@ -140,13 +146,11 @@ def _method_name(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
-def build_method(name: str, options: Mapping[str, Any], origin: str) -> Method:
-    """A method by name with some of its options.
+_T = typing.TypeVar("_T")
 
-    Raises:
-        LowbitError: an option that the method does not have, or a value of the wrong type.
-    """
-    kind = METHODS[name]
+
+def _built(kind: type[_T], name: str, options: Mapping[str, Any], origin: str) -> _T:
+    """A dataclass from some of its fields; an unknown field or a value of the wrong type is an error."""
     hints = typing.get_type_hints(kind)
     checked = {}
     for key, value in options.items():
@@ -211,8 +215,9 @@ def _apply(data: dict[str, Any], setting: str) -> None:
     section, dot, key = target.strip().partition(".")
     if not equals or not dot or not key:
         raise LowbitError(f"--set takes METHOD.OPTION=VALUE, for example tesseraq.iters=100; got '{setting}'.")
-    if section != "overrides" and section not in METHODS:
-        raise unknown("method in --set", section, METHODS)
+    sections = ("overrides", "calibration", *METHODS)
+    if section not in sections:
+        raise unknown("section in --set", section, sections)
     try:
         value = tomllib.loads(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:

@@ -51,6 +51,18 @@ class Reconstruction:
             expected = self._readout(target).log_softmax(-1)
         return torch.nn.functional.kl_div(self._readout(y).log_softmax(-1), expected, reduction="sum", log_target=True)
 
+    def probe(self, y: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        """A random scalar whose squared derivatives average to the diagonal of the loss's Gauss-Newton matrix.
+
+        Random signs for the squared error, next tokens drawn from the float model for the divergence.
+        """
+        if self._readout is None:
+            signs = torch.randint(0, 2, y.shape, generator=generator, device=y.device).to(y.dtype) * 2 - 1
+            return (y * signs).sum() * 2**0.5
+        with torch.no_grad():
+            drawn = torch.multinomial(self._readout(target).softmax(-1).flatten(0, -2), 1, generator=generator)
+        return self._readout(y).log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
+
     def gradients(self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss on some rows and its gradients by the parameters named in ``trained``."""
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}

@@ -57,8 +57,8 @@ class TesseraQ:
             what matters; 0.25 as published.
         batch: rows per step.
         tune_scale: dequantization-scale tuning.
-        rounds: 2 adds a second run of the phases in which every weight may move to the neighbouring code that lowers the
-            loss, also beyond floor and ceiling.
+        rounds: every further one runs the phases again, each weight between its code and the neighbour toward which the loss
+            falls: so it may leave floor and ceiling behind.
         objective: "logits" tunes the last block on the KL divergence of the next-token distribution instead of on its
             hidden state, as published ("block").
         refit: steps on the scales alone after the last weight is frozen.
@@ -75,8 +75,8 @@ class TesseraQ:
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
-        if self.iters < 1 or self.batch < 1 or self.rounds not in (1, 2) or not self.lr > 0 or self.refit < 0:
-            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds 1 or 2 and refit >= 0.")
+        if self.iters < 1 or self.batch < 1 or self.rounds < 1 or not self.lr > 0 or self.refit < 0:
+            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1 and refit >= 0.")
 
     @property
     def steps(self) -> int:
@@ -91,7 +91,7 @@ class TesseraQ:
         trouble: list[str] = []
         for round_ in range(self.rounds):
             if round_:
-                self._restart(soft, job)
+                self._restart(soft, job, round_)
             shares = soft_shares(self.schedule)
             for phase, share in enumerate(shares, 1):
                 block.announce(f"tesseraq: round {round_ + 1}, phase {phase} of {len(shares)}, {share:.1%} still soft")
@@ -158,22 +158,17 @@ class TesseraQ:
             soft.restore(saved)
             trouble.append("non-finite loss while refitting scales; kept those before it")
 
-    def _restart(self, soft: SoftBlock, job: Reconstruction) -> None:
-        """Prepare the second round: first derivatives at the hard codes, second ones by random probes (Gauss-Newton)."""
+    def _restart(self, soft: SoftBlock, job: Reconstruction, round_: int) -> None:
+        """Prepare another round: first derivatives at the hard codes, second ones by random probes (Gauss-Newton)."""
         hard = soft.hard_weights()
-        rows = [torch.arange(at, min(at + job.batch, soft.block.tuned_rows)) for at in range(0, soft.block.tuned_rows, job.batch)]
         gradient = {k: torch.zeros_like(hard[k]) for k in soft.keys}
         curvature = {k: torch.zeros_like(hard[k]) for k in soft.keys}
-        generator = torch.Generator().manual_seed(soft.block.seed + 1)
-        tokens = 0
-        for some in rows:
+        generator = torch.Generator(soft.block.device).manual_seed(soft.block.seed + round_)
+        for at in range(0, soft.block.tuned_rows, job.batch):
             leaves = {k: hard[k].detach().requires_grad_() for k in soft.keys}
-            y, target = job.output({**hard, **leaves}, some)
-            residual = y - target
-            signs = torch.randint(0, 2, residual.shape, generator=generator).to(residual) * 2 - 1
-            tokens += residual[..., 0].numel()
-            for total, seed, power in ((gradient, residual.detach(), 1), (curvature, signs, 2)):
-                found = torch.autograd.grad(residual, list(leaves.values()), seed, retain_graph=power == 1)
+            y, target = job.output({**hard, **leaves}, slice(at, min(at + job.batch, soft.block.tuned_rows)))
+            for total, scalar, power in ((gradient, job.distance(y, target), 1), (curvature, job.probe(y, target, generator), 2)):
+                found = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=power == 1)
                 for key, g in zip(soft.keys, found, strict=True):
                     total[key] += g.pow(power)
-        soft.flip_candidates(gradient, curvature, least=0.02, most=0.5)
+        soft.aim(gradient, curvature)

@@ -26,7 +26,7 @@ class Calibration:
     Attributes:
         source: see `lowbit.model.text.documents`.
         samples: rows, exactly as many or an error.
-        length: tokens a row.
+        length: tokens a row; in a recipe, the model's context if that is shorter.
 
     Raises:
         LowbitError: fewer than one sample or two tokens, or no source.
