@@ -11,7 +11,7 @@ import sys, lowbit
 from pathlib import Path
 peak = []
 out = Path(sys.argv[1]).parent / "out"
-brief = ["tesseraq.schedule=exponential-5-2", "tesseraq.iters=2"]  # more steps take more time, not more memory
+brief = ["tesseraq.schedule=exponential-5-2", "tesseraq.iters=2", "awq.exponents=2", "awq.shrinks=2"]  # more steps: time, not memory
 lowbit.quantize(
     sys.argv[1], "W2A16g64", "tesseraq", out=out, samples=8, length=64, settings=brief, progress=lambda b: peak.append(b.record["peak_memory"])
 )

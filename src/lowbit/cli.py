@@ -25,7 +25,7 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 
 Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but tesseraq-paper (wikitext2).")]  # fmt: skip
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps, xpu.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
 Scheme = Annotated[str, typer.Option(help="W<bits>A16[g<group size>][sym], for example W2A16g64; without g one scale per output channel.")]
 
 

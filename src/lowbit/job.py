@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import platform
@@ -93,15 +94,25 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps it, and the holes between blocks would add up with depth."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
+
+
 def pick_device(name: str) -> torch.device:
-    """"auto" is the accelerator if there is one, else the CPU.
+    """"auto" is the accelerator if there is one (with float64), else the CPU.
 
     Raises:
         LowbitError: no such device here.
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        return found if found and found.type != "mps" else torch.device("cpu")
+    if name.startswith("mps"):
+        raise LowbitError("device 'mps' has no float64, which folding factors into 16-bit norms needs. Use --device cpu.")
     try:
         torch.empty(0, device=name)
         return torch.device(name)
@@ -232,12 +243,15 @@ class _Run:
             streams = advance(self._reloaded(block), streams, proof_kwargs[start])
             yield record, streams, True
             start += 1
+            give_back_memory()
         clock = time.time()
         for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce), start):
             tensors = artifact.block_tensors(block)
             record = self.place.finish(i + 1, tensors, self._record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
             yield record, after, False
+            del block, tensors
+            give_back_memory()
 
     def _reloaded(self, block: Block) -> Block:
         """A block of an earlier run, its weights and codes read from its finished shard."""

@@ -304,3 +304,4 @@ def run(
         block = apply_methods(begin(stream, i, recipe, streams, kwargs[i], seed, announce), recipe)
         streams = advance(block, streams, proof_kwargs[i])
         yield block, streams
+        del block  # else it would be held while the next one is tuned
