@@ -79,7 +79,7 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
 def _show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
     for row in rows:
         console.print(f"\n[{row['recipe']}]\n{row['sample']}", markup=False, highlight=False)
-    table = Table("recipe", "scheme", "bits/weight", "size", "perplexity", "KL", "top-1", "time", title=title)
+    table = Table("recipe", "scheme", "bits", "size", "perplexity", "KL", "top-1", "time", title=title)
     for r in rows:
         kl, top = ("-", "-") if r["kl"] is None else (f"{r['kl']:.4f}", f"{r['top1']:.1%}")
         table.add_row(r["recipe"], r["scheme"], f"{r['bits']:.3f}", size(r["bytes"]), f"{r['perplexity']:.3f}", kl, top, duration(r["seconds"]))
