@@ -164,6 +164,25 @@ def test_recipe_toml_round_trip_and_overrides(artifact, model, tmp_path):
         lowbit.quantize(str(model), "W2A16g16", str(tmp_path / "r.toml"), out=tmp_path / "no", calib=str(model / "text.txt"), **ARGS)
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [("calibration = 3", "'calibration' must be a table"), ("scheme = 2", "'scheme' must be a string"), ("overrides = 'x'", "'overrides' must be a table"),
+     ("[calibration]\nsample = 3", "did you mean 'samples'?"), ("[calibration]\nsamples = 0", "at least 1 sample")],
+)  # fmt: skip
+def test_bad_recipes_are_explained(text, words):
+    with pytest.raises(LowbitError, match=words.replace("?", r"\?")):
+        lowbit.Recipe.from_toml(text)
+
+
+def test_a_report_of_another_version_and_a_plan_without_samples_are_refused(artifact, model, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", artifact, copy], check=True)
+    (copy / "report.json").write_text("{}")
+    result = run("verify", copy)
+    assert result.exit_code == 1 and "not a complete report" in said(result)
+    assert run("plan", model, "--scheme", "W2A16g16", "--samples", "0").exit_code == 2
+
+
 def broken(tmp_path, change):
     source = save_tiny(tmp_path / "broken")
     change(source)

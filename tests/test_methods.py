@@ -96,6 +96,36 @@ def test_gradients_match_finite_differences(block):
             assert abs(float((up - down) / (2 * eps)) - float(grad[at])) < 2e-3 + 2e-2 * abs(float(grad[at]))
 
 
+@pytest.mark.parametrize("tune_scale", [True, False])
+def test_a_refit_moves_scales_and_no_codes(block, tune_scale):
+    plain, refit = (replace(FAST, tune_scale=tune_scale, refit=n)(block) for n in (0, 20))
+    for name, q in plain.coded.items():
+        assert torch.equal(q.codes, refit.coded[name].codes)
+        assert not torch.equal(q.params.scale, refit.coded[name].params.scale)
+    assert refit.notes["tesseraq"]["after"] < plain.notes["tesseraq"]["after"]
+
+
+def test_another_round_aims_each_weight_where_its_own_loss_falls(block):
+    soft, job = SoftBlock(block), Reconstruction(block, 8)
+    soft.harden_all()
+    hard = soft.hard_weights()
+    FAST._restart(soft, job, 1)
+    b = soft.buckets[0]
+    assert float(rectified(b.nu).max()) <= 0.2 + 1e-6
+    key = soft.keys[0]
+    place = soft.places[soft.names[0]]
+    step, scale = b.step[place.rows], b.scale[place.rows]
+    codes = b.base[place.rows] + b.zero_point[place.rows] + step
+    assert float(codes.min()) >= 0 and float(codes.max()) <= 3
+    before = job.loss(hard, 8)
+    free = step.nonzero()[::97]
+    assert len(free) > 10
+    for row, column in free.tolist():
+        nudged = hard[key].clone()
+        nudged.view_as(step)[row, column] += 1e-2 * step[row, column] * scale[row, 0]
+        assert job.loss({**hard, key: nudged}, 8) < before
+
+
 def test_hardening_follows_the_schedule_and_never_thaws(block):
     soft, frozen = SoftBlock(block), None
     for share in soft_shares("handcrafted-20"):

@@ -136,7 +136,8 @@ class Workplace:
         self.run = hashlib.sha256(state.encode()).hexdigest()
         self.done = self._is_finished()
         if self.done:
-            self._tidy(out)
+            with _disk(out):
+                self._tidy(out)
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise LowbitError(f"'{out}' exists and is not empty. Choose another -o, or remove it first.")
@@ -155,7 +156,8 @@ class Workplace:
     def _is_finished(self) -> bool:
         report = self.out / REPORT
         try:
-            return report.is_file() and json.loads(report.read_text()).get("run") == self.run
+            found = json.loads(report.read_text()) if report.is_file() else None
+            return isinstance(found, dict) and found.get("run") == self.run
         except (OSError, ValueError):
             return False
 

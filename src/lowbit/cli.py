@@ -101,13 +101,15 @@ def plan(
     """Say before any work what a run will need and which runtimes will load its result."""
     from .display import duration
     from .job import pick_device
+    from .model.calibration import Calibration
     from .plan import make_plan, measure_rate, read_config
     from .recipe import load_recipe, parse_scheme
 
     chosen = load_recipe(recipe, grid=parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
-    c = chosen.calibration
-    p = make_plan(config, chosen, samples or c.samples, length or c.length, measure_rate(str(pick_device(device))))
+    own = chosen.calibration
+    c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
+    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(pick_device(device))))
     gib = 2**30
     rows = (
         ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),

@@ -84,6 +84,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(path.read_text())
     except ValueError as e:
         raise VerificationError(f"'{path}' is not readable JSON: {e}") from e
+    if not isinstance(data, dict) or not {"files", "shards", "linears", "blocks"} <= set(data):
+        raise VerificationError(f"'{path}' is not a complete report: damaged, or made by another version of lowbit.")
     return data
 
 

@@ -120,6 +120,9 @@ class Recipe:
                 raise LowbitError(f"{origin} sets options of '{key}', which is not among its methods {names}.")
         methods: tuple[Method, ...] = tuple(_built(METHODS[n], n, data.get(n, {}), origin) for n in names)
         calibration = _built(Calibration, "calibration", data.get("calibration", {}), origin)
+        for key, kind in (("scheme", str), ("name", str), ("overrides", dict)):
+            if key in data and not isinstance(data[key], kind):
+                raise LowbitError(f"{origin}: '{key}' must be {'a table' if kind is dict else 'a string'}, got {data[key]!r}.")
         overrides = tuple((p, parse_scheme(s)) for p, s in data.get("overrides", {}).items())
         return cls(parse_scheme(data.get("scheme", "W4A16g128")), methods, overrides, calibration, data.get("name", "custom"))
 
@@ -151,6 +154,8 @@ _T = typing.TypeVar("_T")
 
 def _built(kind: type[_T], name: str, options: Mapping[str, Any], origin: str) -> _T:
     """A dataclass from some of its fields; an unknown field or a value of the wrong type is an error."""
+    if not isinstance(options, dict):
+        raise LowbitError(f"{origin}: '{name}' must be a table of options ([{name}]), got {options!r}.")
     hints = typing.get_type_hints(kind)
     checked = {}
     for key, value in options.items():

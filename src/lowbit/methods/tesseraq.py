@@ -134,15 +134,15 @@ class TesseraQ:
         optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
         total = torch.zeros((), device=soft.block.device)
         for _ in range(self.iters):
-            total += self._step(soft, job, optimizer)  # stays on the device: no step waits for the host
+            total += self._step(soft, job, optimizer, self.tune_scale)  # stays on the device: no step waits for the host
         return total
 
-    def _step(self, soft: SoftBlock, job: Reconstruction, optimizer: torch.optim.Optimizer) -> Tensor:
+    def _step(self, soft: SoftBlock, job: Reconstruction, optimizer: torch.optim.Optimizer, scales: bool) -> Tensor:
         with torch.no_grad():
             weights = soft.weights()
         loss, gradients = job.gradients(weights, soft.keys, job.draw())
         with torch.no_grad():
-            soft.backward(gradients, scales=self.tune_scale)
+            soft.backward(gradients, scales=scales)
         optimizer.step()
         return loss
 
@@ -153,7 +153,7 @@ class TesseraQ:
         optimizer = torch.optim.Adam(v, lr=self.lr / 4, fused=True)
         for step in range(self.refit):
             optimizer.param_groups[0]["lr"] = self.lr / 4 * (1 - step / self.refit)
-            self._step(soft, job, optimizer)
+            self._step(soft, job, optimizer, scales=True)
         if not soft.finite():
             soft.restore(saved)
             trouble.append("non-finite loss while refitting scales; kept those before it")
