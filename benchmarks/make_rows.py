@@ -1,9 +1,10 @@
 """Rows of tokens for rows.py and peers/*.py, so that every method sees the same ones.
 
-    python benchmarks/make_rows.py MODEL TEXT CALIBRATION EVALUATION LENGTH OUT.json
+    python benchmarks/make_rows.py MODEL TEXT CALIBRATION EVALUATION LENGTH OUT.json [SKIP]
 
 TEXT is a file (.txt, or .json/.jsonl with one document per entry: each gets its BOS) or "stdlib". Documents follow one another
 in one stream of tokens; the first CALIBRATION rows of LENGTH tokens are for tuning, the last EVALUATION rows for judging.
+With SKIP, the last SKIP rows are left out first: choose between settings on one set, report on another.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from lowbit.model.stream import load_tokenizer
 
 
 def main() -> None:
-    model, text, calibration, evaluation, length, out = sys.argv[1:]
+    model, text, calibration, evaluation, length, out, *skip = sys.argv[1:]
     rows = evaluation_windows(text, load_tokenizer(Checkpoint(model)), int(length))
+    rows = rows[: len(rows) - int(skip[0])] if skip else rows
     first, last = int(calibration), int(evaluation)
     if len(rows) < first + last:
         raise SystemExit(f"{text} has {len(rows)} rows of {length} tokens, {first + last} are needed.")

@@ -16,19 +16,20 @@ import torch
 
 from lowbit.evaluate import Tally
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Streams, load_recipe, parse_scheme, run
+from lowbit.recipe import Streams, load_recipe, parse_scheme, prepared, run
 
 
 def main() -> None:
     model, rows_file, scheme, out, *recipes = sys.argv[1:]
     rows = json.load(open(rows_file))
     calibration, evaluation = torch.tensor(rows["calibration"]), torch.tensor(rows["evaluation"])
-    stream = ModelStream(model)
-    kwargs = stream.block_kwargs(calibration.shape[1])
+    plain = ModelStream(model)
+    kwargs = plain.block_kwargs(calibration.shape[1])
     results = []
     for entry in recipes:
         name, *settings = entry.split(",")
-        recipe = load_recipe(name, grid=parse_scheme(scheme), settings=settings)
+        recipe = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
+        stream = prepared(plain, recipe, 0)
         x, held = stream.embed(calibration), stream.embed(evaluation)
         float_held = held
         blocks, start, apart = [], time.perf_counter(), 0.0

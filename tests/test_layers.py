@@ -9,7 +9,7 @@ import lowbit
 
 ROOT = Path(lowbit.__file__).parent
 ALLOWED = {
-    "grid": set(),
+    "grid": {"errors"},
     "model": {"grid", "errors"},
     "methods": {"grid", "model", "errors"},
     "formats": {"grid", "errors"},

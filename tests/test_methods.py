@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
-from lowbit.methods import AWQ, RTN, TesseraQ
+from lowbit.methods import AWQ, GPTQ, RTN, TesseraQ
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._soft import FROZEN, SoftBlock, inverse_rectified, quantile, rectified
 from lowbit.methods.awq import pick_tokens, search_clip
@@ -30,7 +30,7 @@ def block(tmp_path_factory):
     return begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
 
 
-@pytest.mark.parametrize("method", [RTN(), AWQ(), AWQ(clip="symmetric"), FAST, replace(FAST, rounds=2), replace(FAST, refit=5)])
+@pytest.mark.parametrize("method", [RTN(), AWQ(), AWQ(clip="symmetric"), GPTQ(), GPTQ(act_order=True, clip="mse"), FAST, replace(FAST, rounds=2), replace(FAST, refit=5)])
 def test_every_method_ends_on_the_grid_and_is_deterministic(block, method):
     once, twice = (apply_methods(block, Recipe(Affine(2, 16), (method,))) for _ in range(2))
     assert set(once.coded) == set(block.wiring.linears)
@@ -195,8 +195,8 @@ def test_transform_after_solver_raises(block):
 
 
 @pytest.mark.parametrize("tokens", [0, 100])
-def test_group_grams_are_the_inputs_seen_by_the_linears(block, tokens):
-    grams = AWQ(rows=8, clip_tokens=tokens)._group_grams(block, 8)
+def test_group_moments_are_the_inputs_seen_by_the_linears(block, tokens):
+    moments = AWQ(rows=8, clip_tokens=tokens)._group_moments(block, 8)
     seen = []
     block.observe(["self_attn.q_proj"], block.xq, 8, lambda _, call: seen.append(call.args[0].flatten(0, -2).double()))
     x = torch.cat(seen)
@@ -205,4 +205,4 @@ def test_group_grams_are_the_inputs_seen_by_the_linears(block, tokens):
     assert len(x) == (tokens or 8 * 32)
     for g in range(x.shape[1] // 16):
         part = x[:, 16 * g : 16 * g + 16]
-        assert torch.allclose(grams["self_attn.q_proj", 16][g].double(), part.T @ part, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(moments["self_attn.q_proj", 16][0][g].double(), part.T @ part, rtol=1e-5, atol=1e-5)

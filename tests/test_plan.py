@@ -12,7 +12,7 @@ from lowbit.recipe import load_recipe, parse_scheme
 
 
 def recipe(scheme):
-    return load_recipe("tesseraq", grid=parse_scheme(scheme))
+    return load_recipe("tesseraq", scheme=parse_scheme(scheme))
 
 
 def llama(hidden, inner, layers, heads, vocab):

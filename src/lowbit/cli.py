@@ -105,7 +105,7 @@ def plan(
     from .plan import make_plan, measure_rate, read_config
     from .recipe import load_recipe, parse_scheme
 
-    chosen = load_recipe(recipe, grid=parse_scheme(scheme), settings=set_ or [])
+    chosen = load_recipe(recipe, scheme=parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
     own = chosen.calibration
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)

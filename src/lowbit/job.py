@@ -30,7 +30,7 @@ from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
 from .plan import check_divides, check_loadable
 from .proof import Verification, read_report, verify
-from .recipe import Recipe, Streams, advance, begin, load_recipe, parse_scheme, run, scheme_name
+from .recipe import Recipe, Scheme, Streams, advance, as_read, begin, load_recipe, parse_scheme, prepared, run, scheme_name
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
 _HELD_OUT = 16
@@ -122,7 +122,7 @@ def pick_device(name: str) -> torch.device:
 
 def quantize(
     model: str,
-    scheme: str | Affine | None = None,
+    scheme: str | Scheme | Affine | None = None,
     recipe: str | Recipe = "tesseraq",
     *,
     out: str | Path,
@@ -139,7 +139,7 @@ def quantize(
 
     Args:
         model: local folder or hub id.
-        scheme: such as "W2A16g64"; None takes the recipe's own.
+        scheme: such as "W2A16g64" or "W4A8KV4"; None takes the recipe's own.
         recipe: a name, a .toml file or a Recipe.
         out: the artifact's directory; OUT.partial while it is being made.
         calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens a row. None takes the
@@ -150,15 +150,19 @@ def quantize(
     Raises:
         LowbitError: bad input, named. VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
     """
-    grid = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    if isinstance(scheme, str):
+        scheme = parse_scheme(scheme)
+    elif isinstance(scheme, Affine):
+        scheme = Scheme(scheme)
     if isinstance(recipe, str):
-        recipe = load_recipe(recipe, grid=grid, settings=settings)
-    elif grid is not None:
-        recipe = replace(recipe, grid=grid)
+        recipe = load_recipe(recipe, scheme=scheme, settings=settings)
+    elif scheme is not None:
+        recipe = recipe.with_scheme(scheme)
     where = pick_device(device)
     stream = ModelStream(model, where)
     check_divides(stream.linear_shapes(), recipe)
     check_loadable(stream.linear_shapes(), recipe)
+    stream = prepared(stream, recipe, seed)
     recipe = replace(recipe, calibration=_calibration(recipe.calibration, stream, calib, samples, length))
     rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, _HELD_OUT)
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
@@ -215,8 +219,7 @@ class _Run:
     def _outer_shard(self) -> None:
         record = self.place.finished(0)
         if record is None:
-            tensors = self.stream.checkpoint.read(self.stream.outer_names())
-            record = self.place.finish(0, tensors, {"name": "outside the blocks"})
+            record = self.place.finish(0, self.stream.outer_tensors(), {"name": "outside the blocks"})
         self.records.append(record)
 
     def _enter(self) -> Streams:
@@ -240,7 +243,7 @@ class _Run:
             if record is None:
                 break
             block = begin(self.stream, start, self.recipe, streams, kwargs[start], self.seed)
-            streams = advance(self._reloaded(block), streams, proof_kwargs[start])
+            streams = advance(self._reloaded(as_read(block, self.recipe)), streams, proof_kwargs[start])
             yield record, streams, True
             start += 1
             give_back_memory()
@@ -296,7 +299,7 @@ class _Run:
         grids = {e["name"]: self.recipe.grid_of(e["name"]) for r in self.records[1:] for e in r["linears"]}
         config_file = self.stream.checkpoint.file("config.json")
         assert config_file is not None
-        config = json.loads(config_file.read_text())
+        config = {**json.loads(config_file.read_text()), **self.stream.config_changes}
         config["quantization_config"] = ct.describe(grids, list(skipped))
         place.write_json("config.json", config)
         place.carry(self.stream.checkpoint)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .errors import LowbitError, unknown
-from .grid import Affine
-from .methods import METHODS, RTN, Method
+from .grid import Affine, KVGrid, PerToken, Reading
+from .methods import METHODS, RTN, SOLVERS, Method, QuaRot
 from .methods._reconstruct import Reconstruction
 from .model.block import Announce, Block, silent
 from .model.calibration import Calibration
@@ -29,30 +29,60 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_SCHEME = re.compile(r"w(\d+)(?:a(\d+))?(?:g(\d+))?(sym|asym)?", re.IGNORECASE)
+_SCHEME = re.compile(r"w(\d+)(?:a(\d+))?(?:kv(\d+))?(?:g(\d+))?(sym|asym)?", re.IGNORECASE)
 
 
-def parse_scheme(text: str) -> Affine:
-    """A weight grid from its usual name: W2A16g128, W4A16 (one scale per output channel), W3A16g64sym; A16 may be left out.
+@dataclass(frozen=True)
+class Scheme:
+    """What a scheme's name says.
+
+    Attributes:
+        weights: grid of the weights.
+        activation_bits: of linears' inputs, None for floating point.
+        kv_bits: of keys and values, None for floating point.
+    """
+
+    weights: Affine
+    activation_bits: int | None = None
+    kv_bits: int | None = None
+
+    def __str__(self) -> str:
+        w = self.weights
+        kv = f"KV{self.kv_bits}" if self.kv_bits else ""
+        return f"W{w.bits}A{self.activation_bits or 16}{kv}" + (f"g{w.group_size}" if w.group_size else "") + ("sym" if w.symmetric else "")
+
+
+def parse_scheme(text: str) -> Scheme:
+    """A scheme from its usual name: W2A16g128, W4A16 (one scale per output channel), W3A16g64sym, W4A4, W4A8KV4; A16 may be left out.
 
     Raises:
-        LowbitError: not a scheme, bits out of range, or quantized activations.
+        LowbitError: not a scheme, or bits out of range.
     """
     found = _SCHEME.fullmatch(text.strip())
     if not found:
-        raise LowbitError(f"unknown scheme '{text}': write W<bits>A16[g<group size>][sym], for example W2A16g64 or W4A16.")
-    bits, activation, group, kind = found.groups()
-    if activation is not None and int(activation) != 16:
-        raise LowbitError(f"scheme '{text}' asks for {activation}-bit activations; this version quantizes weights only: use A16.")
+        raise LowbitError(f"unknown scheme '{text}': write W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4.")
+    bits, activation, kv, group, kind = found.groups()
     try:
-        return Affine(int(bits), int(group) if group else None, (kind or "").lower() == "sym")
+        grid = Affine(int(bits), int(group) if group else None, (kind or "").lower() == "sym")
+        for given in (activation, kv):
+            if given is not None and int(given) != 16:
+                PerToken(int(given))
     except ValueError as e:
         raise LowbitError(f"scheme '{text}': {e}.") from e
+    return Scheme(grid, *(int(b) if b and int(b) != 16 else None for b in (activation, kv)))
+
+
+def _weights_only(text: str) -> Affine:
+    """The grid of an override, which cannot change what activations are."""
+    scheme = parse_scheme(text)
+    if scheme.activation_bits or scheme.kv_bits:
+        raise LowbitError(f"override scheme '{text}': overrides are about weights; write W{scheme.weights.bits}A16 or leave A out.")
+    return scheme.weights
 
 
 def scheme_name(grid: Affine) -> str:
-    """The inverse of `parse_scheme`."""
-    return f"W{grid.bits}A16" + (f"g{grid.group_size}" if grid.group_size else "") + ("sym" if grid.symmetric else "")
+    """The scheme of a weight grid alone."""
+    return str(Scheme(grid))
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,8 @@ class Recipe:
         methods: applied to each block in this order; what they leave uncoded is rounded to nearest.
         overrides: (pattern, grid), shell patterns on full linear names such as "*.down_proj"; the last match counts.
         calibration: the text that methods learn from, where a run is not given another.
+        activations: grid of every quantized linear's input, None for floating point.
+        kv: grid of keys and values, None for floating point.
         name: a label for reports.
     """
 
@@ -72,6 +104,28 @@ class Recipe:
     overrides: tuple[tuple[str, Affine], ...] = field(default=())
     calibration: Calibration = field(default_factory=Calibration)
     name: str = "custom"
+    activations: PerToken | None = None
+    kv: PerToken | None = None
+
+    def __post_init__(self) -> None:
+        names = [_method_name(m) for m in self.methods]
+        for at, method in enumerate(self.methods):
+            before = next((n for n, m in zip(names[:at], self.methods, strict=False) if isinstance(m, SOLVERS)), None)
+            if before and not isinstance(method, SOLVERS):
+                raise LowbitError(f"'{names[at]}' after '{before}' in a recipe: what changes weights or ranges comes before what codes them.")
+            if isinstance(method, QuaRot) and at:
+                raise LowbitError(f"'{names[at]}' must come first in a recipe, before '{names[0]}': rotations mix the channels others scale.")
+
+    @property
+    def scheme(self) -> Scheme:
+        """The bits of weights, activations, keys and values."""
+        return Scheme(self.grid, self.activations.bits if self.activations else None, self.kv.bits if self.kv else None)
+
+    def with_scheme(self, scheme: Scheme) -> Recipe:
+        """The recipe for other bits; how activations, keys and values are quantized stays as the recipe has it."""
+        return replace(
+            self, grid=scheme.weights, activations=_rebit(self.activations, scheme.activation_bits), kv=_rebit(self.kv, scheme.kv_bits)
+        )
 
     def grid_of(self, linear: str) -> Affine:
         """The grid of a linear by its full name."""
@@ -79,10 +133,13 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as written to TOML and to report.json."""
-        out: dict[str, Any] = {"name": self.name, "scheme": scheme_name(self.grid), "methods": [_method_name(m) for m in self.methods]}
+        out: dict[str, Any] = {"name": self.name, "scheme": str(self.scheme), "methods": [_method_name(m) for m in self.methods]}
         if self.overrides:
             out["overrides"] = {pattern: scheme_name(g) for pattern, g in self.overrides}
         out["calibration"] = dataclasses.asdict(self.calibration)
+        for key, grid in (("activations", self.activations), ("kv", self.kv)):
+            if grid is not None:
+                out[key] = {k: v for k, v in dataclasses.asdict(grid).items() if k != "bits"}
         for method in self.methods:
             options = dataclasses.asdict(method)
             if options:
@@ -105,7 +162,7 @@ class Recipe:
         Raises:
             LowbitError: an unknown key, method, option or value, named with ``origin``.
         """
-        known = ("name", "scheme", "methods", "overrides", "calibration", *METHODS)
+        known = ("name", "scheme", "methods", "overrides", "calibration", "activations", "kv", *METHODS)
         for key in data:
             if key not in known:
                 raise unknown(f"key in {origin}", key, known)
@@ -123,8 +180,11 @@ class Recipe:
         for key, kind in (("scheme", str), ("name", str), ("overrides", dict)):
             if key in data and not isinstance(data[key], kind):
                 raise LowbitError(f"{origin}: '{key}' must be {'a table' if kind is dict else 'a string'}, got {data[key]!r}.")
-        overrides = tuple((p, parse_scheme(s)) for p, s in data.get("overrides", {}).items())
-        return cls(parse_scheme(data.get("scheme", "W4A16g128")), methods, overrides, calibration, data.get("name", "custom"))
+        overrides = tuple((p, _weights_only(s)) for p, s in data.get("overrides", {}).items())
+        scheme = parse_scheme(data.get("scheme", "W4A16g128"))
+        activations = _per_token(data, "activations", scheme.activation_bits, origin)
+        kv = _per_token(data, "kv", scheme.kv_bits, origin)
+        return cls(scheme.weights, methods, overrides, calibration, data.get("name", "custom"), activations, kv)
 
     @classmethod
     def from_toml(cls, text: str, origin: str = "recipe") -> Recipe:
@@ -147,6 +207,24 @@ def _toml(value: Any) -> str:
 
 def _method_name(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
+
+
+def _rebit(grid: PerToken | None, bits: int | None) -> PerToken | None:
+    if bits is None:
+        return None
+    return PerToken(bits) if grid is None else replace(grid, bits=bits)
+
+
+def _per_token(data: Mapping[str, Any], key: str, bits: int | None, origin: str) -> PerToken | None:
+    """The grid that the options under ``key`` describe; they apply to schemes that quantize it and wait for one otherwise."""
+    options = data.get(key, {})
+    if isinstance(options, dict) and "bits" in options:
+        raise LowbitError(f"{origin}: '{key}.bits' is said by the scheme, as in W4A8KV4.")
+    try:
+        grid = _built(PerToken, key, {**options, "bits": bits or 8} if isinstance(options, dict) else options, origin)
+    except ValueError as e:
+        raise LowbitError(f"{origin}: {key}: {e}.") from e
+    return grid if bits else None
 
 
 _T = typing.TypeVar("_T")
@@ -187,8 +265,8 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
 
 
-def load_recipe(name: str, *, grid: Affine | None = None, settings: Sequence[str] = ()) -> Recipe:
-    """A named recipe or one from a .toml file, with another grid and single options changed.
+def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[str] = ()) -> Recipe:
+    """A named recipe or one from a .toml file, for another scheme and with single options changed.
 
     Args:
         settings: "method.option=value" or "overrides.PATTERN=SCHEME" strings, the value written as in TOML (quotes optional).
@@ -211,8 +289,9 @@ def load_recipe(name: str, *, grid: Affine | None = None, settings: Sequence[str
         raise LowbitError(f"{origin} is not valid TOML: {e}") from e
     for setting in settings:
         _apply(data, setting)
-    recipe = Recipe.from_dict(data, origin)
-    return recipe if grid is None else replace(recipe, grid=grid)
+    if scheme is not None:
+        data["scheme"] = str(scheme)
+    return Recipe.from_dict(data, origin)
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:
@@ -220,7 +299,7 @@ def _apply(data: dict[str, Any], setting: str) -> None:
     section, dot, key = target.strip().partition(".")
     if not equals or not dot or not key:
         raise LowbitError(f"--set takes METHOD.OPTION=VALUE, for example tesseraq.iters=100; got '{setting}'.")
-    sections = ("overrides", "calibration", *METHODS)
+    sections = ("overrides", "calibration", "activations", "kv", *METHODS)
     if section not in sections:
         raise unknown("section in --set", section, sections)
     try:
@@ -250,8 +329,13 @@ class Streams:
     proof: Tensor | None = None
 
 
+def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
+    """The model as the recipe's methods want to see it: in a rotated basis if one of them rotates the residual stream."""
+    return stream.rotated(seed) if any(isinstance(m, QuaRot) and m.residual for m in recipe.methods) else stream
+
+
 def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int, announce: Announce = silent) -> Block:
-    """Block i with its weights read, its inputs attached and its float target computed."""
+    """Block i with its weights read, its inputs attached, its float target computed and its activations on their grids."""
     name = stream.block_name(i)
     block = Block(
         name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
@@ -259,7 +343,19 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
         x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
         readout=stream.readout() if i == len(stream) - 1 else None, announce=announce,
     )  # fmt: skip
-    return replace(block, target=block.run(streams.x))
+    block = replace(block, target=block.run(streams.x))
+    if recipe.activations is not None:
+        block = block.read({linear: Reading(grid=recipe.activations) for linear in stream.wiring.linears})
+    return block if recipe.kv is None else replace(block, kv=KVGrid(recipe.kv))
+
+
+def as_read(block: Block, recipe: Recipe) -> Block:
+    """A block just begun with the online rotations that the recipe's methods give it, without doing their work on the weights."""
+    for method in recipe.methods:
+        if isinstance(method, QuaRot):
+            turned = method(block)
+            block = replace(block, readings=turned.readings, kv=turned.kv)
+    return block
 
 
 def apply_methods(block: Block, recipe: Recipe) -> Block:
@@ -268,11 +364,10 @@ def apply_methods(block: Block, recipe: Recipe) -> Block:
     Notes ``loss_before`` and ``loss_after``: the squared error of the block's output on the quantized prefix, summed over
     hidden units and averaged over tokens, of plain nearest rounding and of the result.
     """
-    judge = Reconstruction(block, batch=1)
-    before = judge.loss(RTN()(block).decoded())
+    before = Reconstruction(block, batch=1).loss(RTN()(block).decoded())
     for method in (*recipe.methods, RTN()):
         block = method(block)
-    return block.noted(loss_before=before, loss_after=judge.loss(block.decoded()))
+    return block.noted(loss_before=before, loss_after=Reconstruction(block, batch=1).loss(block.decoded()))  # as it reads now
 
 
 @torch.no_grad()

@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Union
 
 from .awq import AWQ as AWQ
+from .gptq import GPTQ as GPTQ
+from .quarot import QuaRot as QuaRot
 from .rtn import RTN as RTN
+from .smoothquant import SmoothQuant as SmoothQuant
 from .tesseraq import TesseraQ as TesseraQ
 
-Method = Union[RTN, AWQ, TesseraQ]
+Method = Union[QuaRot, SmoothQuant, AWQ, RTN, GPTQ, TesseraQ]
+SOLVERS = (RTN, GPTQ, TesseraQ)  # end on codes; what changes weights or ranges comes before them
 
-METHODS: dict[str, type[RTN] | type[AWQ] | type[TesseraQ]] = {"rtn": RTN, "awq": AWQ, "tesseraq": TesseraQ}
+METHODS: dict[str, type[Method]] = {
+    "quarot": QuaRot, "smoothquant": SmoothQuant, "awq": AWQ, "rtn": RTN, "gptq": GPTQ, "tesseraq": TesseraQ,
+}  # fmt: skip

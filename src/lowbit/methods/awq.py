@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..grid import Affine
+from ..grid import Affine, Reading
 from ..model.block import Block, Call, first
 from ..model.rewrite import fold
 from ..model.wiring import Site
@@ -49,7 +49,7 @@ class AWQ:
         chosen: dict[str, float] = {}
         if self.scales:
             for site in block.wiring.sites:
-                if site.source is not None:
+                if site.source is not None and foldable(block, site):
                     block.announce(f"awq: scales of {', '.join(site.reads)}")
                     factor, exponent = search_scale(block, site, rows, self.exponents)
                     chosen[site.reads[0]] = exponent
@@ -60,16 +60,16 @@ class AWQ:
         return block.noted(awq_exponents=chosen)
 
     def _clipped(self, block: Block, rows: int) -> Block:
-        grams = self._group_grams(block, rows)
+        grams = self._group_moments(block, rows)
         spared = dict(block.wiring.unclipped)
         weights, params = {}, {}
         for site in block.wiring.sites:
             for name in site.reads:
                 block.announce(f"awq: clip of {name}")
                 weight, grid = block.weight(name), block.grids[name]
-                gram = grams[site.reads[0], grid.group(weight.shape[1])]
+                gram, drift = grams[site.reads[0], grid.group(weight.shape[1])]
                 low, high = search_clip(
-                    weight, gram, grid, self.shrinks, symmetric=self.clip == "symmetric", skip_rows=spared.get(name, 0)
+                    weight, gram, grid, self.shrinks, symmetric=self.clip == "symmetric", skip_rows=spared.get(name, 0), drift=drift
                 )
                 g = grid.grouped(weight)
                 clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(1)
@@ -77,14 +77,19 @@ class AWQ:
                 params[name] = grid.fit(clamped)
         return block.rewritten(weights).ranged(params)
 
-    def _group_grams(self, block: Block, rows: int) -> dict[tuple[str, int], Tensor]:
-        """(first reader of a site, group length) -> (groups, group, group) Gram matrices of its inputs on the quantized stream."""
+    def _group_moments(self, block: Block, rows: int) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
+        """(first reader of a site, group length) -> sums over the quantized stream, (groups, group, group) each.
+
+        With x the input in floating point and q what its activation grid makes of it: q q^T, and q (q - x)^T, or None where
+        activations are not quantized.
+        """
         groups: dict[str, set[int]] = {}
         for site in block.wiring.sites:
             groups[site.reads[0]] = {block.grids[n].group(block.weight(n).shape[1]) for n in site.reads}
         picked = pick_tokens(rows * block.xq.shape[1], self.clip_tokens, self.clip_sampling, torch.Generator().manual_seed(block.seed))
-        grams: dict[tuple[str, int], Tensor] = {}
+        moments: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
         seen = dict.fromkeys(groups, 0)
+        exact = block.exact()
 
         def visit(name: str, call: Call) -> None:
             x = call.args[0].flatten(0, -2)
@@ -92,14 +97,25 @@ class AWQ:
             seen[name] += len(x)
             if picked is not None:
                 x = x[(picked[(picked >= at) & (picked < at + len(x))] - at).to(x.device)]
+            q = block.entering(name, x)
+            reading = block.readings.get(name)
+            e = None if reading is None or reading.grid is None else q - exact.entering(name, x)
             for group in groups[name]:
-                g = x.reshape(len(x), -1, group).transpose(0, 1).float()  # (groups, tokens, group)
-                found = g.transpose(1, 2) @ g
-                grams[name, group] = grams[name, group] + found if (name, group) in grams else found
+                cut = [None if t is None else t.reshape(len(x), -1, group).transpose(0, 1).float() for t in (q, e)]
+                found = [None if t is None else cut[0].transpose(1, 2) @ t for t in cut]  # type: ignore[union-attr]
+                before = moments.get((name, group), (None, None))
+                gram, drift = (b if f is None else f if b is None else b + f for b, f in zip(before, found, strict=True))
+                assert gram is not None
+                moments[name, group] = gram, drift
 
         with torch.no_grad():
             block.observe(list(groups), block.xq, rows, visit)
-        return grams
+        return moments
+
+
+def foldable(block: Block, site: Site) -> bool:
+    """Whether a per-channel factor can be folded at a site: not behind an online rotation, where channels are mixed."""
+    return all(block.readings[n].rotation is None for n in site.reads if n in block.readings)
 
 
 def _rtn(weight: Tensor, grid: Affine, stored: torch.dtype) -> Tensor:
@@ -115,7 +131,7 @@ def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[T
         (channels,) factor, and its exponent in [0, 1).
     """
     calls: dict[str, list[Call]] = {site.reads[0]: [], site.probe: []}
-    block.observe(list(calls), block.x, rows, lambda name, call: calls[name].append(call))
+    block.exact().observe(list(calls), block.x, rows, lambda name, call: calls[name].append(call))
     inputs = [c.args[0].flatten(0, -2) for c in calls[site.reads[0]]]
     tokens = sum(len(x) for x in inputs)
     mean = sum((x.abs().sum(0, dtype=torch.float64) for x in inputs), start=torch.zeros((), dtype=torch.float64)) / tokens
@@ -129,42 +145,50 @@ def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[T
             weight = block.weight(name)
             scaled = (weight.double() * factor).to(weight.dtype)
             quantized[name] = (_rtn(scaled, block.grids[name], block.stored).double() / factor).to(weight.dtype)
-        error = probe(quantized)
+        error = probe(quantized, {n: block.readings[n].with_factor(factor) for n in site.reads if n in block.readings})
         if error < best_error:
             best, best_error, best_exponent = factor, error, n / exponents
     return best, best_exponent
 
 
 class _linear_probe:
-    """Output error of a single linear through its inputs' Gram matrix: exact, and free of the number of tokens."""
+    """Output error of a single linear, through its inputs' Gram matrix where they stay in floating point: exact, and free of
+    the number of tokens."""
 
     def __init__(self, block: Block, site: Site, inputs: list[Tensor]) -> None:
-        self.name, self.weight = site.probe, block.weight(site.probe)
+        self.name, self.weight, self.inputs = site.probe, block.weight(site.probe), inputs
         wide = self.weight.dtype
         self.gram = sum((x.T.to(wide) @ x.to(wide) for x in inputs), start=torch.zeros((), device=block.device, dtype=wide))
 
-    def __call__(self, quantized: Mapping[str, Tensor]) -> float:
-        delta = quantized[self.name] - self.weight
-        return float(((delta @ self.gram) * delta).sum(dtype=torch.float64))
+    def __call__(self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading]) -> float:
+        weight = quantized[self.name]
+        if self.name not in readings:
+            delta = weight - self.weight
+            return float(((delta @ self.gram) * delta).sum(dtype=torch.float64))
+        read = readings[self.name]
+        errors = [(read(x).to(weight.dtype) @ weight.T - x.to(weight.dtype) @ self.weight.T).pow(2).sum(dtype=torch.float64) for x in self.inputs]
+        return float(sum(errors))
 
 
 class _module_probe:
     """Output error of a submodule (attention, MLP) on the calls it received."""
 
     def __init__(self, block: Block, site: Site, calls: list[Call]) -> None:
-        self.module, self.calls, self.prefix = block.module.get_submodule(site.probe), calls, site.probe + "."
+        self.block, self.module, self.calls, self.prefix = block, block.module.get_submodule(site.probe), calls, site.probe + "."
         self.compute = block.compute
         self.weights = {k[len(self.prefix) :]: v for k, v in block.weights.items() if k.startswith(self.prefix)}
-        self.expected = [self._run(call, self.weights) for call in calls]
+        self.expected = [self._run(call, self.weights, block.exact().readings) for call in calls]
 
-    def _run(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, call: Call, weights: Mapping[str, Tensor], readings: Mapping[str, Reading]) -> Tensor:
         cast = {k: w.to(self.compute) for k, w in weights.items()}
-        return first(functional_call(self.module, cast, call.args, dict(call.kwargs)))
+        with self.block.reading(readings):
+            return first(functional_call(self.module, cast, call.args, dict(call.kwargs)))
 
-    def __call__(self, quantized: Mapping[str, Tensor]) -> float:
+    def __call__(self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading]) -> float:
         weights = {**self.weights, **{f"{k[len(self.prefix) :]}.weight": v for k, v in quantized.items()}}
+        read = {**self.block.exact().readings, **readings}
         errors = [
-            (self._run(call, weights) - y).pow(2).sum(dtype=torch.float64) for call, y in zip(self.calls, self.expected, strict=True)
+            (self._run(call, weights, read) - y).pow(2).sum(dtype=torch.float64) for call, y in zip(self.calls, self.expected, strict=True)
         ]
         return float(sum(errors))
 
@@ -180,15 +204,16 @@ def pick_tokens(total: int, count: int, sampling: str, generator: torch.Generato
 
 @torch.no_grad()
 def search_clip(
-    weight: Tensor, gram: Tensor, grid: Affine, shrinks: int, *, symmetric: bool = False, skip_rows: int = 0
+    weight: Tensor, gram: Tensor, grid: Affine, shrinks: int, *, symmetric: bool = False, skip_rows: int = 0, drift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Per group, the shrunk range whose rounded weights change that group's partial output least.
 
     Args:
-        weight: (out, in) float. gram: (groups, group, group) float, the sum of x x^T over the inputs x of each group.
+        weight: (out, in) float. gram: (groups, group, group) float, the sum of q q^T over what enters each group's product.
         shrinks: factors 1 - i/20 for i < shrinks.
         symmetric: clip to the shrunk absolute maximum on both sides instead of to the shrunk minimum and maximum.
         skip_rows: leading rows that keep their full range.
+        drift: (groups, group, group), the sum of q (q - x)^T, if q is a quantized form of the input x; the output to be kept is x's.
 
     Returns:
         low, high: (out, groups), the limits to clamp the weights to.
@@ -198,6 +223,8 @@ def search_clip(
     if symmetric:
         high_full = torch.maximum(-low_full, high_full)
         low_full = -high_full
+    # |w' q - w x|^2 = d Q d + 2 d D w + const, with d = w' - w, Q the gram and D the drift.
+    pull = 0.0 if drift is None else 2 * g.transpose(0, 1) @ drift.transpose(1, 2)
     best = torch.full_like(low_full, float("inf"))
     factor = torch.ones_like(low_full)
     for i in range(shrinks):
@@ -205,7 +232,7 @@ def search_clip(
         clamped = torch.minimum(torch.maximum(g, (low_full * p)[..., None]), (high_full * p)[..., None])
         params = grid.fit(clamped.flatten(1))
         delta = (grid.grouped(grid.decode(grid.encode(clamped.flatten(1), params), params)) - g).transpose(0, 1)
-        error = ((delta @ gram) * delta).sum(-1).T  # (groups, out, group) -> (out, groups)
+        error = ((delta @ gram + pull) * delta).sum(-1).T  # (groups, out, group) -> (out, groups)
         better = error < best
         best, factor = torch.where(better, error, best), torch.where(better, p, factor)
     factor[:skip_rows] = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import LowbitError
-from ..grid import Affine, AffineParams, QTensor
+from ..grid import Affine, AffineParams, KVGrid, QTensor, QuantizedStates, Reading
 from .wiring import Wiring
 
 _TOKENS_PER_PASS = 8192
@@ -61,6 +62,8 @@ class Block:
         seed: for everything random in this block.
         readout: the last block's output -> logits, None for every other block.
         announce: told what a method is about to do, for whoever watches.
+        readings: linear -> what happens to its input (activation grid, online rotation); nothing where it is missing.
+        kv: grid of keys and values, None for floating point.
         params: linear -> fixed grid parameters.
         coded: linear -> codes.
         notes: decisions and losses, for the report.
@@ -81,6 +84,8 @@ class Block:
     seed: int
     readout: Callable[[Tensor], Tensor] | None = None
     announce: Announce = silent
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    kv: KVGrid | None = None
     params: Mapping[str, AffineParams] = field(default_factory=dict)
     coded: Mapping[str, QTensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -91,7 +96,41 @@ class Block:
         """The layer's output for (n, length, hidden) inputs, in the compute dtype, with these weights or the block's own."""
         own = self.weights if weights is None else weights
         cast = {name: w.to(self.compute) for name, w in own.items()}
-        return first(functional_call(self.module, cast, (x,), dict(self.kwargs)))
+        kwargs = dict(self.kwargs)
+        if self.kv is not None:
+            kwargs["past_key_values"] = QuantizedStates(self.kv)
+        with self.reading(self.readings):
+            return first(functional_call(self.module, cast, (x,), kwargs))
+
+    @contextmanager
+    def reading(self, readings: Mapping[str, Reading]) -> Iterator[None]:
+        """Within, linears that run get their inputs through these readings."""
+        handles = []
+        last: list[tuple[Tensor, Reading, Tensor]] = []  # linears of a site read the same tensor: prepare it once
+
+        def hook_of(reading: Reading) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+                if not (last and last[0][0] is args[0] and last[0][1] is reading):
+                    last[:] = [(args[0], reading, reading(args[0]))]
+                return (last[0][2], *args[1:])
+
+            return hook
+
+        try:
+            for name, reading in readings.items():
+                handles.append(self.module.get_submodule(name).register_forward_pre_hook(hook_of(reading)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def exact(self) -> Block:
+        """The block with activations, keys and values in floating point."""
+        return replace(self, readings={n: r.exact() for n, r in self.readings.items() if r.rotation is not None}, kv=None)
+
+    def entering(self, linear: str, x: Tensor) -> Tensor:
+        """What meets a linear's weight when ``x`` arrives at it."""
+        return self.readings[linear](x) if linear in self.readings else x
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +162,8 @@ class Block:
     def observe(self, modules: Sequence[str], x: Tensor, rows: int, visit: Callable[[str, Call], None]) -> None:
         """Tell ``visit`` what each of these submodules is called with when the first ``rows`` rows of ``x`` pass.
 
-        It is called once per submodule and batch of rows, and need not keep what it sees.
+        A linear's input is shown as it arrives, before its reading; `entering` gives what meets the weight. ``visit`` is
+        called once per submodule and batch of rows, and need not keep what it sees.
         """
         handles: list[RemovableHandle] = []
 
@@ -173,6 +213,10 @@ class Block:
             return self.params[linear]
         grid = self.grids[linear]
         return grid.stored(grid.fit(self.weight(linear)), self.stored)
+
+    def read(self, readings: Mapping[str, Reading]) -> Block:
+        """The block with some linears' inputs read in another way."""
+        return replace(self, readings={**self.readings, **readings})
 
     def solved(self, codes: Mapping[str, QTensor]) -> Block:
         """The block with codes for some linears."""

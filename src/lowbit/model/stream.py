@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.func import functional_call
 
 from ..errors import LowbitError
 from .checkpoint import Checkpoint
+from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .wiring import Wiring, wiring_of
 
 Kwargs = Mapping[str, Any]
@@ -89,6 +91,25 @@ class ModelStream:
         self.dtype = self._stored_dtype(shapes)
         self.compute = compute or (torch.float32 if self.device.type == "cpu" else self.dtype)
         self._fixed: dict[str, Tensor] | None = None
+        self._basis: Basis | None = None
+
+    def rotated(self, seed: int) -> ModelStream:
+        """The same model in a random Hadamard basis of its residual stream, norms fused; see `lowbit.model.residual`.
+
+        Raises:
+            LowbitError: the family or its hidden size does not allow it.
+        """
+        out = copy(self)
+        norms = [site.source.module for site in self.wiring.sites if site.residual and site.source is not None]
+        layer_norm = any(isinstance(self._blocks[0].get_submodule(n), nn.LayerNorm) for n in norms)
+        out._basis = basis_of(self.wiring, self.config.hidden_size, layer_norm, self.config.model_type, seed)
+        out._fixed = None
+        return out
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """What an artifact's config.json must say differently from the original's."""
+        return {} if self._basis is None else {"tie_word_embeddings": False}
 
     def _build_skeleton(self) -> None:
         from transformers import AutoModelForCausalLM
@@ -158,7 +179,8 @@ class ModelStream:
         prefix = self.block_name(i) + "."
         names = [prefix + n for n, _ in self._blocks[i].named_parameters()]
         held = torch.promote_types(self.compute, torch.float32)
-        return {k[len(prefix) :]: v.to(self.device, held) for k, v in self.checkpoint.read(names).items()}
+        weights = {k[len(prefix) :]: v.to(self.device, held) for k, v in self.checkpoint.read(names).items()}
+        return weights if self._basis is None else rotate_block(weights, self.wiring, self._basis)
 
     def _ready(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)
@@ -168,9 +190,20 @@ class ModelStream:
         own = [n for n, _ in self.skeleton.named_parameters(remove_duplicate=False)]
         return [n for n in own if n in self.checkpoint]
 
+    def outer_tensors(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks as an artifact stores them: by name, in the checkpoint's dtypes."""
+        tensors = self.checkpoint.read(self.outer_names())
+        if self._basis is None:
+            return tensors
+        trunk, head = self.wiring.trunk, self._head_name()
+        tensors.setdefault(head, tensors[self._embed_name()])
+        norm = f"{trunk}.{self.wiring.final[0]}" if self.wiring.final else None
+        embeddings = tuple(f"{trunk}.{n}.weight" for n in self.wiring.embeddings)
+        return rotate_outer(tensors, embeddings, norm, head, self.wiring.norm_offset, self._basis)
+
     def skipped_linears(self) -> dict[str, str]:
         """Linears outside the blocks, with the reason why they are not quantized."""
-        tied = getattr(self.config, "tie_word_embeddings", False)
+        tied = getattr(self.config, "tie_word_embeddings", False) and self._basis is None
         reason = "output head, kept in the model's dtype" + (" (tied to the embedding)" if tied else "")
         head = self.skeleton.get_output_embeddings()
         return {
@@ -182,7 +215,7 @@ class ModelStream:
     def _outer(self) -> dict[str, Tensor]:
         """Everything outside the blocks, ready to compute, tied names included."""
         if self._fixed is None:
-            held = {k: self._ready(v) for k, v in self.checkpoint.read(self.outer_names()).items()}
+            held = {k: self._ready(v) for k, v in self.outer_tensors().items()}
             head_name, embed_name = self._head_name(), self._embed_name()
             if head_name not in held:
                 held[head_name] = held[embed_name]

@@ -32,11 +32,31 @@ class Site:
         reads: names of the linears inside the block; they see the same input.
         source: where a per-channel factor may be folded, or None if nowhere.
         probe: the module whose output tells how much an error in ``reads`` hurts (AWQ's inspected module).
+        residual: the activation is the residual stream after the source norm.
     """
 
     reads: tuple[str, ...]
     source: Source | None
     probe: str
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How values go through attention.
+
+    Attributes:
+        values: the linear's output rows that are the values, head by head.
+        output: the linear that reads all heads side by side.
+        count: query heads. width: channels of a head.
+        norm: module between attention and ``output``, None if there is none.
+    """
+
+    values: Source
+    output: str
+    count: int
+    width: int
+    norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,9 @@ class Wiring:
         norm_offset: what the family adds to a norm's stored gain before it multiplies (Gemma: 1).
         unclipped: linear -> number of its first output rows that produce queries and keys; clip searches leave them alone.
         final: trunk modules applied after the last block, in order.
+        writers: linears whose output is added to the residual stream.
+        heads: attention's values.
+        embeddings: trunk modules whose rows are added up to the first block's input.
     """
 
     trunk: str
@@ -56,6 +79,9 @@ class Wiring:
     norm_offset: float = 0.0
     unclipped: tuple[tuple[str, int], ...] = ()
     final: tuple[str, ...] = ("norm",)
+    writers: tuple[str, ...] = ()
+    heads: Heads | None = None
+    embeddings: tuple[str, ...] = ("embed_tokens",)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -74,6 +100,11 @@ def _heads(config: Any) -> tuple[int, int, int]:
     return config.num_attention_heads * head, config.num_key_value_heads * head, config.hidden_size
 
 
+def _attention(config: Any, values: Source, output: str, norm: str | None = None) -> Heads:
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Heads(values, output, config.num_attention_heads, width, norm)
+
+
 def _llama(config: Any, *, norm_offset: float = 0.0) -> Wiring:
     queries, keys, _ = _heads(config)
     attention, mlp = "self_attn", "mlp"
@@ -82,13 +113,15 @@ def _llama(config: Any, *, norm_offset: float = 0.0) -> Wiring:
     return Wiring(
         trunk="model",
         sites=(
-            Site(tuple(f"{attention}.{n}_proj" for n in "qkv"), Source("input_layernorm", "norm"), attention),
+            Site(tuple(f"{attention}.{n}_proj" for n in "qkv"), Source("input_layernorm", "norm"), attention, residual=True),
             Site((f"{attention}.o_proj",), value, f"{attention}.o_proj"),
-            Site((f"{mlp}.gate_proj", f"{mlp}.up_proj"), Source("post_attention_layernorm", "norm"), mlp),
+            Site((f"{mlp}.gate_proj", f"{mlp}.up_proj"), Source("post_attention_layernorm", "norm"), mlp, residual=True),
             Site((f"{mlp}.down_proj",), Source(f"{mlp}.up_proj", "linear"), f"{mlp}.down_proj"),
         ),
         norm_offset=norm_offset,
         unclipped=((f"{attention}.q_proj", queries), (f"{attention}.k_proj", keys)),
+        writers=(f"{attention}.o_proj", f"{mlp}.down_proj"),
+        heads=_attention(config, Source(f"{attention}.v_proj", "linear"), f"{attention}.o_proj"),
     )
 
 
@@ -101,28 +134,33 @@ def _bitnet(config: Any) -> Wiring:
     return Wiring(
         trunk="model",
         sites=(
-            Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), Source("input_layernorm", "norm"), "self_attn"),
+            Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), Source("input_layernorm", "norm"), "self_attn", residual=True),
             Site(("self_attn.o_proj",), Source("self_attn.attn_sub_norm", "norm"), "self_attn.o_proj"),
-            Site(("mlp.gate_proj", "mlp.up_proj"), Source("post_attention_layernorm", "norm"), "mlp"),
+            Site(("mlp.gate_proj", "mlp.up_proj"), Source("post_attention_layernorm", "norm"), "mlp", residual=True),
             Site(("mlp.down_proj",), Source("mlp.ffn_sub_norm", "norm"), "mlp.down_proj"),
         ),
         unclipped=(("self_attn.q_proj", queries), ("self_attn.k_proj", keys)),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+        heads=_attention(config, Source("self_attn.v_proj", "linear"), "self_attn.o_proj", "self_attn.attn_sub_norm"),
     )
 
 
 def _phi3(config: Any) -> Wiring:
     queries, keys, _ = _heads(config)
     inner = config.intermediate_size
-    value = Source("self_attn.qkv_proj", "linear", (queries + keys, queries + 2 * keys)) if queries == keys else None
+    values = Source("self_attn.qkv_proj", "linear", (queries + keys, queries + 2 * keys))
+    value = values if queries == keys else None
     return Wiring(
         trunk="model",
         sites=(
-            Site(("self_attn.qkv_proj",), Source("input_layernorm", "norm"), "self_attn"),
+            Site(("self_attn.qkv_proj",), Source("input_layernorm", "norm"), "self_attn", residual=True),
             Site(("self_attn.o_proj",), value, "self_attn.o_proj"),
-            Site(("mlp.gate_up_proj",), Source("post_attention_layernorm", "norm"), "mlp"),
+            Site(("mlp.gate_up_proj",), Source("post_attention_layernorm", "norm"), "mlp", residual=True),
             Site(("mlp.down_proj",), Source("mlp.gate_up_proj", "linear", (inner, 2 * inner)), "mlp.down_proj"),
         ),
         unclipped=(("self_attn.qkv_proj", queries + keys),),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+        heads=_attention(config, values, "self_attn.o_proj"),
     )
 
 
@@ -141,13 +179,17 @@ def _opt(config: Any) -> Wiring:
                 tuple(f"self_attn.{n}_proj" for n in "qkv"),
                 Source("self_attn_layer_norm", "norm") if before else None,
                 "self_attn",
+                residual=before,
             ),
             Site(("self_attn.out_proj",), Source("self_attn.v_proj", "linear"), "self_attn.out_proj"),
-            Site(("fc1",), Source("final_layer_norm", "norm") if before else None, "fc1"),
+            Site(("fc1",), Source("final_layer_norm", "norm") if before else None, "fc1", residual=before),
             Site(("fc2",), fold_fc1, "fc2"),
         ),
         unclipped=(("self_attn.q_proj", config.hidden_size), ("self_attn.k_proj", config.hidden_size)),
         final=final,
+        writers=("self_attn.out_proj", "fc2"),
+        heads=_attention(config, Source("self_attn.v_proj", "linear"), "self_attn.out_proj"),
+        embeddings=("embed_tokens", "embed_positions"),
     )
 
 

@@ -1,0 +1,142 @@
+"""The same model in another basis of the residual stream: x -> x Q with an orthogonal Q, norms reduced to bare normalisation.
+
+Readers become W g Q (g the norm's gain), writers Q^T W, embeddings E Q, the head W g Q. All products are taken in float64.
+Models with LayerNorm stay models with LayerNorm: their writers and embeddings lose their mean over channels, which no reader
+sees, and Q is chosen to map the vector of ones to itself, so that what was centred stays centred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..grid import Rotation
+from .wiring import Site, Wiring
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """An orthogonal change of basis of the residual stream.
+
+    Attributes:
+        rotation: a Hadamard rotation H of the hidden size.
+        signs: (hidden,) of +-1, float64.
+        centred: LayerNorm: Q = H^T diag(signs) H, with the first sign +1, instead of Q = diag(signs) H.
+    """
+
+    rotation: Rotation
+    signs: Tensor
+    centred: bool
+
+    @classmethod
+    def random(cls, hidden: int, centred: bool, seed: int) -> Basis:
+        """A Hadamard matrix with random signs.
+
+        Raises:
+            LowbitError: the hidden size has no Hadamard matrix.
+        """
+        rotation = Rotation.hadamard(hidden, "the hidden size")
+        signs = torch.randint(0, 2, (hidden,), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+        if centred:
+            signs[0] = 1
+            # The first row of every factor all +1: the vector of ones is then H's first row, the one whose sign is fixed.
+            rotation = Rotation(tuple(f if isinstance(f, int) else f * f[:1] for f in rotation.factors))
+        return cls(rotation, signs, centred)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> x Q in float64."""
+        x = x.double()
+        signs = self.signs.to(x.device)
+        return self.rotation(self.rotation.inverse(x) * signs) if self.centred else self.rotation(x * signs)
+
+    def written(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> x Q for what is added to the stream: without its mean if the norms remove that anyway."""
+        return self.rotate(x.double() - x.double().mean(-1, keepdim=True) if self.centred else x)
+
+
+def basis_of(wiring: Wiring, hidden: int, centred: bool, family: str, seed: int) -> Basis:
+    """The basis for a family.
+
+    Args:
+        centred: the family's norms are LayerNorms.
+
+    Raises:
+        LowbitError: the family's residual stream cannot be rotated, or the hidden size has no Hadamard matrix.
+    """
+    open_end = "project_out" in wiring.final or (centred and not wiring.final)
+    if not wiring.writers or not any(site.residual for site in wiring.sites) or open_end:
+        raise LowbitError(
+            f"the residual stream of this '{family}' model cannot be rotated: it is normalised after each addition or projected at "
+            "its ends. Use another recipe, or --set quarot.residual=false."
+        )
+    return Basis.random(hidden, centred, seed)
+
+
+def rotate_block(weights: Mapping[str, Tensor], wiring: Wiring, basis: Basis) -> dict[str, Tensor]:
+    """A block's parameters, by their names inside the block, in the new basis and in their own dtypes."""
+    out = dict(weights)
+    for site in wiring.sites:
+        if site.residual:
+            out.update(_unit_norm(out, site, wiring.norm_offset))
+            for name in site.reads:
+                key = f"{name}.weight"
+                out[key] = basis.rotate(out[key]).to(weights[key].dtype)
+    for name in wiring.writers:
+        key, bias = f"{name}.weight", f"{name}.bias"
+        out[key] = basis.written(out[key].T).T.contiguous().to(weights[key].dtype)
+        if bias in out:
+            out[bias] = basis.written(out[bias]).to(weights[bias].dtype)
+    return out
+
+
+def _unit_norm(weights: Mapping[str, Tensor], site: Site, offset: float) -> dict[str, Tensor]:
+    """Move a norm's gain and bias into the linears that read it; float64 where the weights are to be rotated next."""
+    assert site.source is not None
+    key, bias = f"{site.source.module}.weight", f"{site.source.module}.bias"
+    gain = weights[key].double() + offset
+    out = {key: torch.full_like(weights[key], 1 - offset)}
+    for name in site.reads:
+        weight = weights[f"{name}.weight"].double()
+        out[f"{name}.weight"] = weight * gain
+        if bias in weights:
+            own = f"{name}.bias"
+            if own not in weights:
+                raise LowbitError(f"'{name}' has no bias that could take over the one of '{site.source.module}': the norm cannot be fused.")
+            out[own] = (weights[own].double() + weight @ weights[bias].double()).to(weights[own].dtype)
+    if bias in weights:
+        out[bias] = torch.zeros_like(weights[bias])
+    return out
+
+
+def rotate_outer(
+    tensors: Mapping[str, Tensor], embeddings: tuple[str, ...], norm: str | None, head: str, offset: float, basis: Basis
+) -> dict[str, Tensor]:
+    """The tensors outside the blocks in the new basis, in their own dtypes; the head gets a tensor of its own.
+
+    Args:
+        tensors: by full name, the head under ``head`` even where the checkpoint ties it to the embedding.
+        embeddings: names of the embedding tensors. norm: the final norm's prefix, None if there is none.
+
+    Raises:
+        LowbitError: a final norm whose bias cannot be carried over.
+    """
+    out = dict(tensors)
+    for key in embeddings:
+        out[key] = basis.written(tensors[key]).to(tensors[key].dtype)
+    weight = tensors[head].double()
+    if norm is not None:
+        gain = tensors[f"{norm}.weight"].double() + offset
+        weight = weight * gain
+        out[f"{norm}.weight"] = torch.full_like(tensors[f"{norm}.weight"], 1 - offset)
+        bias = f"{norm}.bias"
+        if bias in tensors:
+            # The head has no bias to take it: it stays the norm's, expressed before the gain.
+            if bool((gain == 0).any()):
+                raise LowbitError(f"'{norm}.weight' has a gain of zero, so its bias cannot be carried into the rotated basis.")
+            out[bias] = basis.rotate(tensors[bias].double() / gain).to(tensors[bias].dtype)
+    out[head] = basis.rotate(weight).to(tensors[head].dtype)
+    return out

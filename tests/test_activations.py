@@ -1,0 +1,250 @@
+"""Activation grids, online rotations and quantized keys and values: against brute force, and in a block."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import FAMILIES, save_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from lowbit.errors import LowbitError
+from lowbit.grid import Affine, KVGrid, PerToken, QuantizedStates, Reading, Rotation
+from lowbit.grid.rotation import dense
+from lowbit.methods import AWQ, RTN, QuaRot, SmoothQuant, TesseraQ
+from lowbit.methods.awq import search_clip
+from lowbit.model.stream import ModelStream
+from lowbit.recipe import Recipe, Streams, apply_methods, begin, load_recipe, parse_scheme, prepared
+
+W4A4 = Recipe(Affine(4), activations=PerToken(4))
+IDS = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))
+
+
+def opened(stream, recipe, i=0):
+    x = stream.embed(IDS)
+    return begin(stream, i, recipe, Streams(x, x, 8), stream.block_kwargs(24)[i], 0)
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    return ModelStream(save_tiny(tmp_path_factory.mktemp("m"), dtype=torch.float32))
+
+
+# --- the grid ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 8), st.booleans(), st.sampled_from([1.0, 0.9]), st.integers(0, 2**31))
+def test_per_token_against_a_loop(bits, symmetric, clip, seed):
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(seed)) + 0.3
+    got = PerToken(bits, symmetric, clip)(x)
+    for token, out in zip(x.flatten(0, 1).double(), got.flatten(0, 1).double(), strict=True):
+        if symmetric:
+            scale, zero, low, high = float(token.abs().max()) * clip / (2 ** (bits - 1) - 1), 0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        else:
+            bottom, top = min(float(token.min()), 0) * clip, max(float(token.max()), 0) * clip
+            scale = (top - bottom) / (2**bits - 1)
+            zero, low, high = min(max(round(-bottom / scale), 0), 2**bits - 1), 0, 2**bits - 1
+        exact = ((token / scale).round() + zero).clamp(low, high) - zero
+        # Where float32 and float64 round a tie apart, one step lies between them.
+        assert ((exact * scale - out).abs() < 1e-4 * scale).double().mean() > 0.98
+        assert ((exact * scale - out).abs() < 1.001 * scale).all()
+
+
+def test_per_token_passes_gradients_and_refuses_nonsense():
+    x = torch.randn(4, 8, requires_grad=True)
+    (PerToken(4)(x) * torch.arange(8.0)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(8.0).expand(4, 8))
+    for bad in ({"bits": 1}, {"bits": 9}, {"bits": 4, "clip": 0.0}, {"bits": 4, "clip": 1.5}):
+        with pytest.raises(ValueError):
+            PerToken(**bad)
+
+
+# --- rotations -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 64, 128, 12, 172, 344, 352, 768])
+def test_a_rotation_is_its_dense_matrix_and_orthogonal(size):
+    rotation, x = Rotation.hadamard(size), torch.randn(3, 2, size, dtype=torch.float64)
+    matrix = dense(rotation.factors)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(matrix.abs(), torch.full((size, size), size**-0.5, dtype=torch.float64))
+    torch.testing.assert_close(rotation(x), x @ matrix)
+    torch.testing.assert_close(rotation.inverse(rotation(x)), x)
+
+
+def test_sizes_without_a_hadamard_matrix_are_named():
+    with pytest.raises(LowbitError, match="the width is 262 = 2 x 131"):
+        Rotation.hadamard(262, "the width")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quarot", [QuaRot(heads=False, online=False), QuaRot(residual=False), QuaRot(residual=False, online=False), QuaRot()])
+def test_rotations_keep_the_logits_of_every_family(tmp_path, family, quarot):
+    folder = save_tiny(tmp_path, family, torch.float32)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(IDS, use_cache=False).logits
+    recipe, plain = Recipe(Affine(8), (quarot,)), ModelStream(folder, compute=torch.float64)
+    if family == "opt-post-norm" and quarot.residual:
+        with pytest.raises(LowbitError, match="cannot be rotated"):
+            prepared(plain, recipe, 0)
+        return
+    rotated = prepared(plain, recipe, 0)
+    x = rotated.embed(IDS, torch.float64)
+    changed = 0
+    for i in range(len(rotated)):
+        block = quarot(opened(rotated, recipe, i))
+        changed += sum(not torch.equal(block.weight(n), plain.block_weights(i)[f"{n}.weight"]) for n in block.wiring.linears)
+        x = block.forward(x)
+    assert changed >= 2 * len(rotated)
+    torch.testing.assert_close(rotated.head(x), expected.float(), rtol=0, atol=5e-6)
+
+
+def test_rotation_spreads_an_outlier_channel(stream):
+    block = opened(stream, W4A4)
+    loud = block.x.clone()
+    loud[..., 3] *= 30
+    rotated = Rotation.hadamard(64)(loud)
+    peak = lambda x: float((x.abs().amax(-1) / x.pow(2).mean(-1).sqrt()).mean())  # noqa: E731
+    assert peak(rotated) < 0.6 * peak(loud)
+
+
+# --- transforms for activations -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma", "bitnet", "phi3"])
+def test_smoothquant_keeps_the_function_and_evens_out_channels(tmp_path, family):
+    block = opened(ModelStream(save_tiny(tmp_path, family, torch.float32)), Recipe(Affine(8)))
+    smooth = SmoothQuant(0.5)(block)
+    torch.testing.assert_close(smooth.forward(block.x[:4]), block.forward(block.x[:4]), rtol=1e-4, atol=1e-4)
+    site = block.wiring.sites[0]
+    seen = {}
+    for name, b in (("before", block), ("after", smooth)):
+        b.observe([site.reads[0]], b.x, 8, lambda _, call, name=name: seen.setdefault(name, call.args[0].flatten(0, -2).abs().amax(0)))
+    spread = {k: float(v.max() / v.median()) for k, v in seen.items()}
+    assert spread["after"] < spread["before"]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.sampled_from([2, 4]), st.booleans())
+def test_clip_under_quantized_activations_against_every_token(seed, bits, symmetric):
+    g = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(3, 16, generator=g).double(), torch.randn(40, 16, generator=g).double()
+    q, grid = PerToken(3)(x), Affine(bits, 8)
+    cut = lambda t: t.reshape(40, 2, 8).transpose(0, 1)  # noqa: E731
+    _, high = search_clip(
+        weight, cut(q).transpose(1, 2) @ cut(q), grid, 10, symmetric=symmetric, drift=cut(q).transpose(1, 2) @ (cut(q) - cut(x))
+    )
+    for row in range(3):
+        for group in range(2):
+            w, at = weight[row, 8 * group : 8 * group + 8], slice(8 * group, 8 * group + 8)
+            bottom, top = (-float(w.abs().max()), float(w.abs().max())) if symmetric else (float(w.min()), float(w.max()))
+            errors = []
+            for i in range(10):
+                p = 1 - i / 20
+                clamped = w.clamp(bottom * p, top * p)[None]
+                own = Affine(bits)
+                params = own.fit(clamped)
+                decoded = own.decode(own.encode(clamped, params), params)[0]
+                errors.append(float((q[:, at] @ decoded - x[:, at] @ w).pow(2).sum()))
+            chosen = round((1 - float(high[row, group]) / top) * 20)
+            assert errors[chosen] <= min(errors) * (1 + 1e-9)
+
+
+# --- in a block ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_linear_of_a_block_reads_quantized_inputs(stream):
+    block = opened(stream, W4A4)
+    seen = {}
+    handles = [
+        block.module.get_submodule(n).register_forward_hook(lambda _, args, __, n=n: seen.__setitem__(n, args[0])) for n in block.wiring.linears
+    ]
+    block.forward(block.x[:2])
+    for handle in handles:
+        handle.remove()
+    assert set(seen) == set(block.wiring.linears)
+    for x in seen.values():
+        levels = max(len(token.unique()) for token in x.flatten(0, -2))
+        assert 2 < levels <= 16
+    assert torch.equal(seen["self_attn.q_proj"], seen["self_attn.v_proj"])
+    assert not torch.allclose(block.forward(block.x[:2]), block.exact().forward(block.x[:2]), atol=1e-4)
+    assert torch.equal(block.target, block.exact().run(block.x))
+
+
+def test_no_hook_survives_a_pass(stream):
+    block = opened(stream, W4A4)
+    with pytest.raises(RuntimeError):
+        block.forward(block.x[:2, :, :5])
+    assert not any(m._forward_pre_hooks for m in block.module.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "qwen3", "bitnet"])
+def test_keys_and_values_are_quantized_in_every_family(tmp_path, family):
+    stream = ModelStream(save_tiny(tmp_path, family, torch.float32))
+    block = opened(stream, Recipe(Affine(8), kv=PerToken(2)))
+    exact = block.exact().forward(block.x[:4])
+    errors = [float((replace(block, kv=KVGrid(PerToken(b))).forward(block.x[:4]) - exact).pow(2).mean()) for b in (2, 4, 8)]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] > 0
+
+
+def test_keys_are_rotated_around_their_grid():
+    k, rotation = torch.randn(2, 2, 5, 16), Rotation.hadamard(16)
+    kv = KVGrid(PerToken(3), rotation)
+    keys, values = QuantizedStates(kv).update(k, k, 0)
+    torch.testing.assert_close(keys, PerToken(3)(k @ dense(rotation.factors).float()) @ dense(rotation.factors).T.float())
+    assert torch.equal(values, PerToken(3)(k))
+
+
+@pytest.mark.parametrize("methods", [(AWQ(),), (SmoothQuant(), AWQ()), (QuaRot(), AWQ(scales=False)), (QuaRot(), SmoothQuant())])
+def test_tuning_helps_under_quantized_activations(stream, methods):
+    tuned = (*methods, TesseraQ(schedule="exponential-4-6", iters=8, lr=3e-2))
+    losses = []
+    for chain in (methods, tuned):
+        recipe = Recipe(Affine(3, 16), chain, activations=PerToken(6))
+        block = apply_methods(opened(prepared(stream, recipe, 0), recipe), recipe)
+        assert set(block.coded) == set(block.wiring.linears)
+        losses.append(block.notes["loss_after"])
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_readings_apply_rotation_then_factor_then_grid():
+    x, factor, rotation = torch.randn(3, 8), torch.rand(8) + 0.5, Rotation.hadamard(8)
+    torch.testing.assert_close(Reading(rotation, PerToken(4), factor)(x), PerToken(4)(rotation(x) / factor) * factor)
+    torch.testing.assert_close(Reading(rotation, PerToken(4)).exact()(x), rotation(x))
+
+
+# --- recipes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["W4A4", "W4A8KV4", "W3A3g64sym", "W2A16g64", "W8A8sym", "W4A16KV8"])
+def test_scheme_names_are_inverse(name):
+    assert str(parse_scheme(name)) == name
+    recipe = load_recipe("awq", scheme=parse_scheme(name))
+    assert str(recipe.scheme) == name
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+def test_activation_options_wait_for_a_scheme_that_has_them():
+    assert load_recipe("smoothquant").activations == PerToken(8, symmetric=True)
+    assert load_recipe("smoothquant", scheme=parse_scheme("W4A4")).activations == PerToken(4, symmetric=True)
+    assert load_recipe("smoothquant", scheme=parse_scheme("W4A16")).activations is None
+    assert load_recipe("awq", scheme=parse_scheme("W4A4"), settings=["activations.clip=0.9"]).activations == PerToken(4, clip=0.9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: parse_scheme("W4A1"), "2 to 8"),
+        (lambda: load_recipe("awq", scheme=parse_scheme("W4A4"), settings=["activations.clip=2.0"]), "clip"),
+        (lambda: load_recipe("awq", settings=["activations.bits=4"]), "said by the scheme"),
+        (lambda: load_recipe("awq", settings=["overrides.*=W4A4"]), "overrides are about weights"),
+        (lambda: Recipe(Affine(4), (RTN(), AWQ())), "'awq' after 'rtn'"),
+        (lambda: Recipe(Affine(4), (AWQ(), QuaRot())), "must come first"),
+        (lambda: QuaRot(False, False, False), "rotates nothing"),
+        (lambda: SmoothQuant(alpha=1.5), "alpha"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(LowbitError, match=message):
+        make()
