@@ -98,9 +98,10 @@ def test_the_factor_is_the_upper_one_of_the_inverse(columns, seed):
 
 
 def test_no_factor_of_a_matrix_that_rounding_alone_keeps_positive():
-    x = torch.randn(5, 12, dtype=torch.float64)
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert inverse_factor(x.T @ x) is None
-    assert inverse_factor(torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))) is None
+    for least, works in ((-1.0, False), (1e-17, False), (1e-14, True)):
+        assert (inverse_factor(torch.diag(torch.tensor([1.0, least], dtype=torch.float64))) is not None) == works
 
 
 @pytest.mark.parametrize("grid", [Affine(2, 8), Affine(3, None, True), Affine(4, 4)])
@@ -196,6 +197,12 @@ def test_a_hessian_is_that_of_the_inputs_on_the_quantized_prefix(block):
     moved.observe([name], moved.xq, 5, lambda _, call: seen.append(call.args[0].flatten(0, -2).double()))
     x = torch.cat(seen)
     torch.testing.assert_close(input_hessians(moved, [name], 5)[name], 2 / len(x) * x.T @ x, rtol=1e-5, atol=1e-6)
+
+
+def test_only_as_many_rows_as_asked_for_are_used(block):
+    some, few = GPTQ(rows=3)(block), GPTQ()(replace(block, tuned_rows=3))
+    assert all(q.same_as(few.coded[n]) is None for n, q in some.coded.items())
+    assert any(q.same_as(some.coded[n]) is not None for n, q in GPTQ(rows=100)(block).coded.items())
 
 
 def test_a_later_site_sees_the_codes_of_the_earlier_ones(block):

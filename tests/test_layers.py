@@ -16,6 +16,7 @@ ALLOWED = {
     "errors": set(),
     "report": set(),
     "evaluate": {"model", "errors"},
+    "tasks": {"errors"},
     "recipe": {"grid", "model", "methods", "errors"},
     "artifact": {"grid", "model", "formats", "errors"},
     "proof": {"artifact", "formats", "errors"},

@@ -4,6 +4,7 @@ from .errors import LowbitError as LowbitError
 from .errors import VerificationError as VerificationError
 from .grid import Affine as Affine
 from .grid import QTensor as QTensor
+from .hf import register_when_needed
 from .job import quantize as quantize
 from .methods import AWQ as AWQ
 from .methods import RTN as RTN
@@ -11,5 +12,6 @@ from .methods import TesseraQ as TesseraQ
 from .proof import verify as verify
 from .recipe import Recipe as Recipe
 
+register_when_needed()
 __version__ = "0.1.0"
 __all__ = ["AWQ", "RTN", "Affine", "LowbitError", "QTensor", "Recipe", "TesseraQ", "VerificationError", "quantize", "verify"]

@@ -135,38 +135,68 @@ def plan(
 @_reported
 def eval_(
     model: Annotated[str, typer.Argument(help="Model or artifact: folder or hub id.")],
-    text: Annotated[str, typer.Option(help="stdlib (its held-out side), a file, a folder or hub dataset, or wikitext2, c4.")] = "stdlib",
+    text: Annotated[Optional[str], typer.Option(help="Text for perplexity: stdlib (its held-out side), a file, a folder or hub dataset, or wikitext2, c4. Default: stdlib, or no text if there are --tasks.")] = None,
     length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.")] = None,
     windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.")] = None,
-    reference: Annotated[Optional[str], typer.Option(help="Also measure mean KL and top-1 agreement to this model.")] = None,
+    reference: Annotated[Optional[str], typer.Option(help="Also measure mean KL and top-1 agreement to this model, on the text.")] = None,
+    tasks: Annotated[Optional[str], typer.Option(help="Accuracy on lm-eval's tasks, with commas: piqa,arc_easy,arc_challenge,hellaswag,winogrande,mmlu. Needs pip install 'lowbit[eval]'.")] = None,
+    shots: Annotated[Optional[int], typer.Option(help="Worked examples in each prompt of --tasks; default: none, unless the task says so.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples of each task.")] = None,
+    task_data: Annotated[Optional[Path], typer.Option(help="Folder of JSONL files for --tasks, in place of the Hugging Face hub; docs/evaluation.md has the form.")] = None,
+    batch: Annotated[Optional[int], typer.Option(help="Prompts of --tasks a forward pass; default 8.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16.")] = "auto",
     device: Device = "auto",
-    json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, kl, top1 here.")] = None,
+    json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, kl, top1 here, and tasks.")] = None,
 ) -> None:
-    """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and top-1 agreement."""
+    """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and top-1 agreement; with --tasks accuracy."""
     from .display import windows_bar
     from .evaluate import evaluate, load_causal_lm
     from .job import pick_device
     from .model.calibration import evaluation_windows
     from .model.checkpoint import Checkpoint
     from .model.stream import load_config, load_tokenizer
+    from .tasks import evaluate_tasks, prepare
+    from .tasks.show import notes, rows_bar, table
 
+    for name, given, needs, there in (
+        *(("--" + n, v, "--tasks", tasks) for n, v in (("shots", shots), ("limit", limit), ("task-data", task_data), ("batch", batch))),
+        *(("--" + n, v, "--text", text or not tasks) for n, v in (("length", length), ("windows", windows), ("reference", reference))),
+    ):
+        if given is not None and not there:
+            raise LowbitError(f"{name} has no effect without {needs}. Give both or neither.")
+    if text is None and tasks is None:
+        text = "stdlib"
     where = str(pick_device(device))
     checkpoint = Checkpoint(model)
     context = getattr(load_config(checkpoint), "max_position_embeddings", None) or 2048
     if length is not None and length > context:
         raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
-    ids = evaluation_windows(text, load_tokenizer(checkpoint), length or min(2048, context), windows)
+    tokenizer = load_tokenizer(checkpoint)
+    ids = evaluation_windows(text, tokenizer, length or min(2048, context), windows) if text is not None else None
+    if tasks is not None:
+        with out.status("finding tasks"):
+            prepared = prepare(tasks.split(","), shots=shots, limit=limit, folder=task_data)
     loaded = load_causal_lm(model, where, dtype)
-    other = load_causal_lm(reference, where, dtype) if reference else None
-    with windows_bar(out) as tell:
-        result = evaluate(loaded, ids, other, progress=tell)
-    line = f"{model} on {text}: perplexity {result.perplexity:.4f} (nll {result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens)"
-    if result.kl is not None and result.top1 is not None:
-        line += f"; to {reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
-    out.print(line, highlight=False, soft_wrap=True)
+    data: dict[str, Any] = {}
+    if ids is not None:
+        other = load_causal_lm(reference, where, dtype) if reference else None
+        with windows_bar(out) as tell:
+            result = evaluate(loaded, ids, other, progress=tell)
+        del other
+        line = f"{model} on {text}: perplexity {result.perplexity:.4f} (nll {result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens)"
+        if result.kl is not None and result.top1 is not None:
+            line += f"; to {reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
+        out.print(line, highlight=False, soft_wrap=True)
+        data = result.as_dict()
+    if tasks is not None:
+        with rows_bar(out) as tell:
+            found = evaluate_tasks(prepared, loaded, tokenizer, limit=limit, batch=8 if batch is None else batch, progress=tell)
+        out.print(table(found))
+        for note in notes(found):
+            out.print(note, highlight=False, soft_wrap=True)
+        data["tasks"] = found.as_dict()
     if json_:
-        _write_json(json_, result.as_dict())
+        _write_json(json_, data)
 
 
 @app.command()

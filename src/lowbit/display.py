@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -148,9 +149,20 @@ def summary(result: Result) -> str:
         f"verified: {result.verification.summary}",
         f"hash {report['hash'][:16]}, {duration(report['seconds'])}, report in {folder / 'report.json'}",
         "",
-        f'load      AutoModelForCausalLM.from_pretrained("{folder}")    (plain transformers with compressed-tensors)',
+        *_use(folder, report),
         f"evaluate  lowbit eval {folder} --text stdlib --reference {report['model']}",
-        f"serve     vllm serve {folder}    (which versions: lowbit plan {report['model']} --scheme {report['recipe']['scheme']})",
         f"check     lowbit verify {folder}",
     ]
     return "\n".join(lines)
+
+
+def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
+    if report["format"] == "lowbit":
+        return [
+            f'load      import lowbit; AutoModelForCausalLM.from_pretrained("{folder}")    (quantized activations, active in transformers)',
+            "serve     no server reads this format: quantized activations with rotations, zero points or quantized keys and values",
+        ]
+    return [
+        f'load      AutoModelForCausalLM.from_pretrained("{folder}")    (plain transformers with compressed-tensors)',
+        f"serve     vllm serve {folder}    (which versions: lowbit plan {report['model']} --scheme {report['recipe']['scheme']})",
+    ]

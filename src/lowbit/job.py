@@ -24,13 +24,14 @@ from .artifact import Workplace
 from .errors import LowbitError
 from .evaluate import Tally
 from .formats import compressed_tensors as ct
+from .formats import native
 from .grid import Affine, QTensor
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
 from .plan import check_divides, check_loadable
 from .proof import Verification, read_report, verify
-from .recipe import Recipe, Scheme, Streams, advance, as_read, begin, load_recipe, parse_scheme, prepared, run, scheme_name
+from .recipe import Recipe, Scheme, Streams, advance, as_read, begin, load_recipe, parse_scheme, prepared, readings_of, run, scheme_name
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
 _HELD_OUT = 16
@@ -300,7 +301,7 @@ class _Run:
         config_file = self.stream.checkpoint.file("config.json")
         assert config_file is not None
         config = {**json.loads(config_file.read_text()), **self.stream.config_changes}
-        config["quantization_config"] = ct.describe(grids, list(skipped))
+        config["quantization_config"] = self._describe(grids, list(skipped))
         place.write_json("config.json", config)
         place.carry(self.stream.checkpoint)
         weight_map = {t: r["shard"] for r in self.records for t in r["tensors"]}
@@ -318,6 +319,16 @@ class _Run:
         place.write_json(artifact.REPORT, report)
         place.complete()
         return verification
+
+    def _format(self) -> str:
+        readings, kv = readings_of(self.stream, self.recipe)
+        return native.NAME if readings or kv is not None else ct.NAME
+
+    def _describe(self, grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
+        if self._format() == ct.NAME:
+            return ct.describe(grids, skipped)
+        readings, kv = readings_of(self.stream, self.recipe)
+        return native.describe(grids, skipped, self.stream.dtype, readings, kv, self.stream.wiring.attention)
 
     @torch.no_grad()
     def _quality(self, streams: Streams) -> dict[str, Any] | None:
@@ -351,7 +362,7 @@ class _Run:
         blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
         return {
             "lowbit": own_version, "run": self.place.run, "versions": _versions(), "model": self.stream.checkpoint.name,
-            "recipe": self.recipe.as_dict(),
+            "recipe": self.recipe.as_dict(), "format": self._format(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
             "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "hash": digest,

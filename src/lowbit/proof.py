@@ -26,9 +26,12 @@ _LOADER = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-folder, ids, out = sys.argv[1:]
+folder, ids, out, needs = sys.argv[1:]
+needs_lowbit = needs == "lowbit"
+if needs_lowbit:
+    import lowbit
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-assert "lowbit" not in sys.modules
+assert ("lowbit" in sys.modules) == needs_lowbit
 with torch.no_grad():
     logits = torch.cat([model(row[None], use_cache=False).logits.float() for row in load_file(ids)["ids"]])
 save_file({"logits": logits.contiguous()}, out)
@@ -140,7 +143,9 @@ def _unpack(held: dict[str, Tensor], name: str, config: dict[str, Any]) -> None:
 
 
 def loader_logits(folder: Path, ids: Tensor) -> Tensor:
-    """Logits (n, length, vocab) float32 that plain transformers computes from the artifact, in a process without lowbit.
+    """Logits (n, length, vocab) float32 that transformers computes from the artifact, in a process of its own.
+
+    That process imports lowbit only for artifacts in its own format, as their user has to.
 
     Raises:
         VerificationError: the loader fails.
@@ -150,9 +155,10 @@ def loader_logits(folder: Path, ids: Tensor) -> Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         given, out = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"ids": ids.contiguous()}, given)
+        method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", _LOADER, str(folder), str(given), str(out)], capture_output=True, text=True, env=environment, check=False
+            [sys.executable, "-c", _LOADER, str(folder), str(given), str(out), method], capture_output=True, text=True, env=environment, check=False
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -343,9 +343,12 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
         x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
         readout=stream.readout() if i == len(stream) - 1 else None, announce=announce,
     )  # fmt: skip
-    block = replace(block, target=block.run(streams.x))
+    return _gridded(replace(block, target=block.run(streams.x)), recipe)
+
+
+def _gridded(block: Block, recipe: Recipe) -> Block:
     if recipe.activations is not None:
-        block = block.read({linear: Reading(grid=recipe.activations) for linear in stream.wiring.linears})
+        block = block.read({linear: Reading(grid=recipe.activations) for linear in block.wiring.linears})
     return block if recipe.kv is None else replace(block, kv=KVGrid(recipe.kv))
 
 
@@ -356,6 +359,17 @@ def as_read(block: Block, recipe: Recipe) -> Block:
             turned = method(block)
             block = replace(block, readings=turned.readings, kv=turned.kv)
     return block
+
+
+def readings_of(stream: ModelStream, recipe: Recipe) -> tuple[Mapping[str, Reading], KVGrid | None]:
+    """How the finished model reads activations, keys and values, the same in every block."""
+    empty = torch.empty(0, 1, 1)
+    block = Block(
+        name=stream.block_name(0), module=stream.block_module(0), wiring=stream.wiring, kwargs={}, weights=stream.block_weights(0),
+        compute=stream.compute, stored=stream.dtype, grids={}, x=empty, xq=empty, target=empty, tuned_rows=0, seed=0,
+    )  # fmt: skip
+    block = as_read(_gridded(block, recipe), recipe)
+    return block.readings, block.kv
 
 
 def apply_methods(block: Block, recipe: Recipe) -> Block:

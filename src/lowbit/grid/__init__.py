@@ -1,9 +1,9 @@
 """Which numbers a tensor may take."""
 
+from .activation import PerToken as PerToken
 from .affine import Affine as Affine
 from .affine import AffineParams as AffineParams
 from .base import QTensor as QTensor
-from .activation import PerToken as PerToken
 from .reading import KVGrid as KVGrid
 from .reading import QuantizedStates as QuantizedStates
 from .reading import Reading as Reading

@@ -17,8 +17,9 @@ from ..errors import LowbitError
 _DENSE = 64  # Sylvester factors up to this size are applied as one matrix product
 
 
-def _sylvester(size: int) -> Tensor:
-    h = torch.ones(1, 1, dtype=torch.int8)
+def sylvester(size: int) -> Tensor:
+    """The (size, size) int8 matrix of +-1 for a power of two."""
+    h = torch.ones(1, 1, dtype=torch.int8, device="cpu")  # also while a loader builds on the meta device
     while len(h) < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h
@@ -64,7 +65,7 @@ def hadamard_factors(size: int, what: str) -> tuple[Tensor, ...]:
         else:
             raise LowbitError(f"{what} is {size} = {size // odd} x {odd}: no Hadamard matrix of that size is known here, so it cannot be rotated.")
     while rest > 1:
-        factors.insert(0, _sylvester(min(rest, _DENSE)))
+        factors.insert(0, sylvester(min(rest, _DENSE)))
         rest //= min(rest, _DENSE)
     return tuple(factors)
 

@@ -85,7 +85,7 @@ class GPTQ:
         if not bool(torch.isfinite(hessian).all()):
             raise LowbitError(
                 f"the inputs of '{label}' are not finite on the calibration rows: nothing can be learned from them. "
-                "Check the model with 'lowbit eval', or compute in a wider dtype."
+                "See whether 'lowbit eval' finds the float model's perplexity finite."
             )
         if not bool(hessian.any()):
             trouble.append(f"gptq: '{label}' saw no input but zeros; rounded to nearest what reads it")
@@ -128,8 +128,7 @@ class GPTQ:
             failed.append(damping)
             damping = max(10 * damping, _LEAST_RETRIED_DAMPING)
         raise LowbitError(
-            f"the Hessian of '{label}' could not be inverted, not even with damping {failed[-1]:g}: "
-            "calibrate on more rows, or raise gptq.damping."
+            f"the Hessian of '{label}' could not be inverted, not even with damping {failed[-1]:g}: calibrate on more rows, or raise gptq.damping."
         )
 
 
@@ -175,9 +174,7 @@ def fit_range(grid: Affine, weight: Tensor, clip: Clip, stored: torch.dtype) -> 
         error = _distance(grid, weight, tried)
         better = error < least
         least = torch.where(better, error, least)
-        best = AffineParams(
-            torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero_point, best.zero_point)
-        )
+        best = AffineParams(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero_point, best.zero_point))
     return best
 
 
@@ -196,9 +193,7 @@ class _AffineColumns:
         params: of all groups, or None; then the coding order must be that of the inputs.
     """
 
-    def __init__(
-        self, grid: Affine, width: int, groups: Sequence[int], params: AffineParams | None, stored: torch.dtype, clip: Clip
-    ) -> None:
+    def __init__(self, grid: Affine, width: int, groups: Sequence[int], params: AffineParams | None, stored: torch.dtype, clip: Clip) -> None:
         self.period = 1 if params else grid.group(width)
         self._row = replace(grid, group_size=None)  # one scale per row of what it is given: a column, or a group's columns
         self._groups, self._stored, self._clip = groups, stored, clip

@@ -89,6 +89,11 @@ class Wiring:
         return tuple(name for site in self.sites for name in site.reads)
 
     @property
+    def attention(self) -> str:
+        """Name of the attention module inside a block."""
+        return self.sites[0].reads[0].rpartition(".")[0]
+
+    @property
     def layers(self) -> str:
         """Attribute path of the list of blocks."""
         return f"{self.trunk}.layers"

@@ -1,0 +1,117 @@
+"""The library's own `quantization_config`: what compressed-tensors cannot say about activations, keys, values and rotations.
+
+Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The config adds
+
+    dtype        of the scales, to which decoded weights are rounded whatever dtype the model is loaded in: quantized
+                 activations turn the smallest differences of weights into whole steps
+    activations  {bits, symmetric, clip} of every quantized linear's input, or null
+    rotations    pattern on linear names -> factors of an online rotation of its input
+    kv           {bits, symmetric, clip, attention: pattern on module names, rotation: factors or null}, or null
+    tables       size -> rows of +-1 of the Hadamard matrices that are not Sylvester's, one hexadecimal number a row
+
+A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers quantizer in `lowbit.hf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..grid import Affine, KVGrid, PerToken, Reading, Rotation
+from ..grid.rotation import sylvester
+from . import compressed_tensors as ct
+
+NAME = "lowbit"
+VERSION = 1
+
+
+def describe(
+    grids: Mapping[str, Affine], skipped: Sequence[str], dtype: torch.dtype, readings: Mapping[str, Reading], kv: KVGrid | None, attention: str
+) -> dict[str, Any]:
+    """`quantization_config` for config.json.
+
+    Args:
+        grids: full linear name -> grid, for every quantized linear. skipped: linears kept in floating point.
+        dtype: of the stored scales.
+        readings: linear's name inside its block -> reading; the same in every block, one activation grid for all.
+        attention: name of the attention module inside a block.
+    """
+    tables: dict[str, list[str]] = {}
+    activations = {r.grid for r in readings.values() if r.grid is not None}
+    if len(activations) > 1:
+        raise LowbitError("linears of one model with different activation grids cannot be stored.")
+    weights = ct.describe(grids, list(skipped))
+    grid = next(iter(activations), None)
+    return {
+        "quant_method": NAME, "version": VERSION, "format": weights["format"], "ignore": weights["ignore"],
+        "config_groups": weights["config_groups"], "dtype": str(dtype).removeprefix("torch."),
+        "activations": None if grid is None else asdict(grid),
+        "rotations": {f"*.{n}": _factors(r.rotation, tables) for n, r in readings.items() if r.rotation is not None},
+        "kv": None if kv is None else {
+            **asdict(kv.grid), "attention": f"*.{attention}",
+            "rotation": None if kv.rotation is None else _factors(kv.rotation, tables),
+        },
+        "tables": tables,
+    }  # fmt: skip
+
+
+def _factors(rotation: Rotation, tables: dict[str, list[str]]) -> list[dict[str, int]]:
+    out = []
+    for factor in rotation.factors:
+        if isinstance(factor, int):
+            out.append({"identity": factor})
+        elif torch.equal(factor, sylvester(len(factor))):
+            out.append({"sylvester": len(factor)})
+        else:
+            tables[str(len(factor))] = [hex(int("".join("1" if v > 0 else "0" for v in row), 2)) for row in factor.tolist()]
+            out.append({"table": len(factor)})
+    return out
+
+
+def _rotation(factors: Sequence[Mapping[str, int]], tables: Mapping[str, Sequence[str]]) -> Rotation:
+    out: list[Tensor | int] = []
+    for factor in factors:
+        ((kind, size),) = factor.items()
+        if kind == "table":
+            rows = [[1 if c == "1" else -1 for c in format(int(row, 16), f"0{size}b")] for row in tables[str(size)]]
+            out.append(torch.tensor(rows, dtype=torch.int8, device="cpu"))
+        else:
+            out.append(size if kind == "identity" else sylvester(size))
+    return Rotation(tuple(out))
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise LowbitError if this version cannot read the config."""
+    if config.get("quant_method") != NAME or config.get("version") != VERSION:
+        raise LowbitError(
+            f"quantization_config is of '{config.get('quant_method')}' version {config.get('version')}; this version of lowbit reads "
+            f"'{NAME}' version {VERSION}. Install the version of lowbit that made the artifact."
+        )
+
+
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the stored scales."""
+    found: torch.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config["dtype"]]
+    return found
+
+
+def reading_of(config: Mapping[str, Any], name: str) -> Reading:
+    """What happens to the input of the linear with this full name."""
+    grid = None if config["activations"] is None else PerToken(**config["activations"])
+    factors = next((f for pattern, f in config["rotations"].items() if fnmatchcase(name, pattern)), None)
+    return Reading(None if factors is None else _rotation(factors, config["tables"]), grid)
+
+
+def kv_of(config: Mapping[str, Any]) -> tuple[KVGrid, str] | None:
+    """The grid of keys and values and the pattern of the attention modules' names; None for floating point."""
+    kv = config["kv"]
+    if kv is None:
+        return None
+    rotation = None if kv["rotation"] is None else _rotation(kv["rotation"], config["tables"])
+    return KVGrid(PerToken(kv["bits"], kv["symmetric"], kv["clip"]), rotation), kv["attention"]
