@@ -16,7 +16,9 @@ import torch
 
 from lowbit.evaluate import Tally
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Streams, load_recipe, parse_scheme, prepared, run
+from lowbit.presets import load_recipe
+from lowbit.recipe import Streams, prepared, run
+from lowbit.scheme import parse_scheme
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ from lowbit.grid.rotation import dense
 from lowbit.methods import AWQ, RTN, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods.awq import search_clip
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Recipe, Streams, apply_methods, begin, load_recipe, parse_scheme, prepared
+from lowbit.presets import load_recipe
+from lowbit.recipe import Recipe, Streams, apply_methods, begin, prepared
+from lowbit.scheme import parse_scheme
 
 W4A4 = Recipe(Affine(4), activations=PerToken(4))
 IDS = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))

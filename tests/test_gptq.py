@@ -15,7 +15,8 @@ from lowbit.methods._columns import code_columns, inverse_factor
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods.gptq import fit_range, input_hessians, solve
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Recipe, Streams, apply_methods, begin, load_recipe
+from lowbit.presets import load_recipe
+from lowbit.recipe import Recipe, Streams, apply_methods, begin
 
 
 def block_of(folder, grid, family="llama", rows=12):

@@ -8,7 +8,8 @@ from helpers import FAMILIES
 
 from lowbit.errors import LowbitError
 from lowbit.plan import make_plan, read_config
-from lowbit.recipe import load_recipe, parse_scheme
+from lowbit.presets import load_recipe
+from lowbit.scheme import parse_scheme
 
 
 def recipe(scheme):

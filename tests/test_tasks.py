@@ -269,7 +269,7 @@ _HELLASWAG = [
 ]  # fmt: skip
 _WINOGRANDE = [
     {"sentence": "The cup did not fit the box because the _ was too big.", "option1": "cup", "option2": "box", "answer": "1"},
-    {"sentence": "Ann thanked Eve since _  's help was good .", "option1": "Ann", "option2": "Eve", "answer": "2"},
+    {"sentence": "Ann thanked Eve since _  's help was good . ", "option1": "Ann", "option2": "Eve", "answer": "2"},
 ]  # fmt: skip
 _COPA = [{"premise": "The lamp went out.", "choice1": "The bulb broke.", "choice2": "It was noon.", "question": q, "idx": i, "label": i % 2} for i, q in enumerate(("cause", "effect"))]
 _BOOLQ = [{"passage": f"Rivers {w} to the sea.", "question": f"do rivers {w}", "idx": i, "label": i % 2} for i, w in enumerate(("run", "rush"))]
@@ -471,6 +471,15 @@ def test_prompts_beyond_the_context_are_counted_and_answers_beyond_it_refused(mo
     write(tmp_path, "piqa.jsonl", [*rows, choice("Question: a", [" a", " b" * 200], 0)])
     said = refused(model, "--tasks", "piqa", "--task-data", tmp_path)
     assert "task 'piqa', example 3: an answer takes" in said and "the model's context 128" in said
+
+
+def test_a_prompt_that_just_fits_is_not_cut(model: Path, tmp_path: Path) -> None:
+    need_lm_eval()
+    tokens = 129  # the last one is only predicted, so one more than the context
+    for extra, cut in ((0, 0), (1, 1)):
+        context = next(c for n in range(300) if len(tiny_tokenizer().encode((c := "Question: " + "\x7f" * n) + "\nAnswer: zz")) == tokens + extra)
+        write(tmp_path, "piqa.jsonl", [choice(context, [" zz", " z"], 0)])
+        assert scored(model, tmp_path, tmp_path, "piqa")["each"]["piqa"]["cut"] == cut
 
 
 def broken(name: str, folder: Path) -> str:

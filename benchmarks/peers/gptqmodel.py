@@ -32,11 +32,10 @@ def log_probs(model, rows):
     return torch.cat([model(rows[i : i + 8]).logits[:, :-1].float().log_softmax(-1) for i in range(0, len(rows), 8)])
 
 
-def unpack(words, bits, dim):
-    """Codes that lie, lowest bits first, in int32 words along a dimension; bits divides 32."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    codes = (words.unsqueeze(dim + 1) >> shifts.view([-1 if i == dim + 1 else 1 for i in range(3)])) & ((1 << bits) - 1)
-    return codes.flatten(dim, dim + 1)
+def unpack(words, bits):
+    """(rows, words) int32 -> (rows, codes): a row is one string of bits, the lowest of a word and of a code first."""
+    flags = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)) & 1
+    return (flags.reshape(len(words), -1, bits) << torch.arange(bits, dtype=torch.int32)).sum(-1)
 
 
 def decoded(folder, bits):
@@ -47,8 +46,8 @@ def decoded(folder, bits):
         name, _, kind = key.rpartition(".")
         if kind == "qweight":
             group = tensors[f"{name}.g_idx"].long()
-            scale, zero = tensors[f"{name}.scales"].float()[group], unpack(tensors[f"{name}.qzeros"], bits, 1)[group]
-            out[name] = ((unpack(tensors[key], bits, 0) - zero) * scale).T
+            scale, zero = tensors[f"{name}.scales"].float()[group], unpack(tensors[f"{name}.qzeros"], bits)[group]
+            out[name] = (unpack(tensors[key].T, bits) - zero.T) * scale.T
     return out
 
 

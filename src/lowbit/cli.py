@@ -103,7 +103,8 @@ def plan(
     from .job import pick_device
     from .model.calibration import Calibration
     from .plan import make_plan, measure_rate, read_config
-    from .recipe import load_recipe, parse_scheme
+    from .presets import load_recipe
+    from .scheme import parse_scheme
 
     chosen = load_recipe(recipe, scheme=parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)

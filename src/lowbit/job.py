@@ -30,8 +30,10 @@ from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
 from .plan import check_divides, check_loadable
+from .presets import load_recipe
 from .proof import Verification, read_report, verify
-from .recipe import Recipe, Scheme, Streams, advance, as_read, begin, load_recipe, parse_scheme, prepared, readings_of, run, scheme_name
+from .recipe import Recipe, Streams, advance, as_read, begin, prepared, readings_of, run
+from .scheme import Scheme, parse_scheme, scheme_name
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
 _HELD_OUT = 16

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,67 +20,12 @@ from .methods._reconstruct import Reconstruction
 from .model.block import Announce, Block, silent
 from .model.calibration import Calibration
 from .model.stream import ModelStream
+from .scheme import Scheme, parse_scheme, scheme_name, weights_only
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-_SCHEME = re.compile(r"w(\d+)(?:a(\d+))?(?:kv(\d+))?(?:g(\d+))?(sym|asym)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What a scheme's name says.
-
-    Attributes:
-        weights: grid of the weights.
-        activation_bits: of linears' inputs, None for floating point.
-        kv_bits: of keys and values, None for floating point.
-    """
-
-    weights: Affine
-    activation_bits: int | None = None
-    kv_bits: int | None = None
-
-    def __str__(self) -> str:
-        w = self.weights
-        kv = f"KV{self.kv_bits}" if self.kv_bits else ""
-        return f"W{w.bits}A{self.activation_bits or 16}{kv}" + (f"g{w.group_size}" if w.group_size else "") + ("sym" if w.symmetric else "")
-
-
-def parse_scheme(text: str) -> Scheme:
-    """A scheme from its usual name: W2A16g128, W4A16 (one scale per output channel), W3A16g64sym, W4A4, W4A8KV4; A16 may be left out.
-
-    Raises:
-        LowbitError: not a scheme, or bits out of range.
-    """
-    found = _SCHEME.fullmatch(text.strip())
-    if not found:
-        raise LowbitError(f"unknown scheme '{text}': write W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4.")
-    bits, activation, kv, group, kind = found.groups()
-    try:
-        grid = Affine(int(bits), int(group) if group else None, (kind or "").lower() == "sym")
-        for given in (activation, kv):
-            if given is not None and int(given) != 16:
-                PerToken(int(given))
-    except ValueError as e:
-        raise LowbitError(f"scheme '{text}': {e}.") from e
-    return Scheme(grid, *(int(b) if b and int(b) != 16 else None for b in (activation, kv)))
-
-
-def _weights_only(text: str) -> Affine:
-    """The grid of an override, which cannot change what activations are."""
-    scheme = parse_scheme(text)
-    if scheme.activation_bits or scheme.kv_bits:
-        raise LowbitError(f"override scheme '{text}': overrides are about weights; write W{scheme.weights.bits}A16 or leave A out.")
-    return scheme.weights
-
-
-def scheme_name(grid: Affine) -> str:
-    """The scheme of a weight grid alone."""
-    return str(Scheme(grid))
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -180,7 +122,7 @@ class Recipe:
         for key, kind in (("scheme", str), ("name", str), ("overrides", dict)):
             if key in data and not isinstance(data[key], kind):
                 raise LowbitError(f"{origin}: '{key}' must be {'a table' if kind is dict else 'a string'}, got {data[key]!r}.")
-        overrides = tuple((p, _weights_only(s)) for p, s in data.get("overrides", {}).items())
+        overrides = tuple((p, weights_only(s)) for p, s in data.get("overrides", {}).items())
         scheme = parse_scheme(data.get("scheme", "W4A16g128"))
         activations = _per_token(data, "activations", scheme.activation_bits, origin)
         kv = _per_token(data, "kv", scheme.kv_bits, origin)
@@ -254,59 +196,6 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise LowbitError(f"{where} must be of type {hint.__name__}, got {value!r}.")
     return value
-
-
-# --- named recipes -------------------------------------------------------------------------------------------------------
-
-
-def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files(__package__) / "recipes"
-    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
-
-
-def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[str] = ()) -> Recipe:
-    """A named recipe or one from a .toml file, for another scheme and with single options changed.
-
-    Args:
-        settings: "method.option=value" or "overrides.PATTERN=SCHEME" strings, the value written as in TOML (quotes optional).
-
-    Raises:
-        LowbitError: no such recipe, file, method, option or value.
-    """
-    if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
-            raise LowbitError(f"no such recipe file: '{name}'.")
-        text, origin = path.read_text(encoding="utf-8"), name
-    elif name in recipe_names():
-        text, origin = (resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8"), f"recipe '{name}'"
-    else:
-        raise unknown("recipe", name, recipe_names())
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise LowbitError(f"{origin} is not valid TOML: {e}") from e
-    for setting in settings:
-        _apply(data, setting)
-    if scheme is not None:
-        data["scheme"] = str(scheme)
-    return Recipe.from_dict(data, origin)
-
-
-def _apply(data: dict[str, Any], setting: str) -> None:
-    target, equals, text = setting.partition("=")
-    section, dot, key = target.strip().partition(".")
-    if not equals or not dot or not key:
-        raise LowbitError(f"--set takes METHOD.OPTION=VALUE, for example tesseraq.iters=100; got '{setting}'.")
-    sections = ("overrides", "calibration", "activations", "kv", *METHODS)
-    if section not in sections:
-        raise unknown("section in --set", section, sections)
-    try:
-        value = tomllib.loads(f"v = {text.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    data.setdefault(section, {})[key] = value
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------------

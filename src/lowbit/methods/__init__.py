@@ -6,14 +6,15 @@ from typing import Union
 
 from .awq import AWQ as AWQ
 from .gptq import GPTQ as GPTQ
+from .omniquant import OmniQuant as OmniQuant
 from .quarot import QuaRot as QuaRot
 from .rtn import RTN as RTN
 from .smoothquant import SmoothQuant as SmoothQuant
 from .tesseraq import TesseraQ as TesseraQ
 
-Method = Union[QuaRot, SmoothQuant, AWQ, RTN, GPTQ, TesseraQ]
+Method = Union[QuaRot, SmoothQuant, AWQ, OmniQuant, RTN, GPTQ, TesseraQ]
 SOLVERS = (RTN, GPTQ, TesseraQ)  # end on codes; what changes weights or ranges comes before them
 
 METHODS: dict[str, type[Method]] = {
-    "quarot": QuaRot, "smoothquant": SmoothQuant, "awq": AWQ, "rtn": RTN, "gptq": GPTQ, "tesseraq": TesseraQ,
+    "quarot": QuaRot, "smoothquant": SmoothQuant, "awq": AWQ, "omniquant": OmniQuant, "rtn": RTN, "gptq": GPTQ, "tesseraq": TesseraQ,
 }  # fmt: skip

@@ -33,24 +33,29 @@ class SmoothQuant:
 
     def __call__(self, block: Block) -> Block:
         sites = {s.reads[0]: s for s in block.wiring.sites if s.source is not None and s.source.kind == "norm" and s.residual}
-        peaks = channel_peaks(block, list(sites), min(self.rows or block.tuned_rows, block.tuned_rows))
+        ranges = channel_ranges(block, list(sites), min(self.rows or block.tuned_rows, block.tuned_rows))
         for name, site in sites.items():
             weights = torch.stack([block.weight(n).abs().amax(0) for n in site.reads]).amax(0)
-            block = fold(block, site, smoothing(peaks[name], weights, self.alpha))
+            low, high = ranges[name]
+            block = fold(block, site, smoothing(torch.maximum(-low, high), weights, self.alpha))
         return block
 
 
 @torch.no_grad()
-def channel_peaks(block: Block, linears: list[str], rows: int) -> dict[str, Tensor]:
-    """Largest magnitude of each input channel of some linears on the float stream, (channels,) each."""
-    peaks: dict[str, Tensor] = {}
+def channel_ranges(block: Block, linears: list[str], rows: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Least and largest value of each input channel of some linears on the float stream, (channels,) each."""
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
     def visit(name: str, call: Call) -> None:
-        found = call.args[0].flatten(0, -2).abs().amax(0)
-        peaks[name] = torch.maximum(peaks[name], found) if name in peaks else found
+        x = call.args[0].flatten(0, -2)
+        low, high = x.amin(0), x.amax(0)
+        if name in ranges:
+            low, high = torch.minimum(ranges[name][0], low), torch.maximum(ranges[name][1], high)
+        ranges[name] = low, high
 
-    block.exact().observe(linears, block.x, rows, visit)
-    return peaks
+    if linears:
+        block.exact().observe(linears, block.x, rows, visit)
+    return ranges
 
 
 def smoothing(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:

@@ -1,7 +1,8 @@
 """TesseraQ (arXiv 2410.19103): progressive adaptive rounding with dequantization-scale tuning, block by block.
 
-Weights are rounded between the two codes around them. Phase by phase the most decided ones are frozen, and Adam moves the
-rest, together with one scale factor per group, to bring the block's output on the quantized prefix back to the float one.
+Weights are rounded between the two codes around them; after a solver, between its code and a neighbour. Phase by phase the most
+decided ones are frozen, and Adam moves the rest, together with one scale factor per group, to bring the block's output on the
+quantized prefix back to the float one.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class TesseraQ:
         start = soft.snapshot()
         trouble: list[str] = []
         for round_ in range(self.rounds):
-            if round_:
+            if round_ or soft.from_codes:
                 self._restart(soft, job, round_)
             shares = soft_shares(self.schedule)
             for phase, share in enumerate(shares, 1):

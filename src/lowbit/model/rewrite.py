@@ -9,7 +9,7 @@ from .block import Block
 from .wiring import Site, Source
 
 
-def _into_norm(block: Block, source: Source, factor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _into_norm(block: Block, source: Source, factor: Tensor, shift: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
     """Divide a norm's gain by ``factor`` as far as the stored dtype allows; also the factor that this really was."""
     key, offset = f"{source.module}.weight", block.wiring.norm_offset
     gain = block.weights[key].double() + offset
@@ -20,11 +20,12 @@ def _into_norm(block: Block, source: Source, factor: Tensor) -> tuple[dict[str, 
     changes = {key: torch.where(dead, block.weights[key], stored.to(block.weights[key].dtype))}
     bias = f"{source.module}.bias"
     if bias in block.weights:
-        changes[bias] = (block.weights[bias].double() / effective).to(block.stored).to(block.weights[bias].dtype)
+        moved = block.weights[bias].double() - (0.0 if shift is None else shift)
+        changes[bias] = (moved / effective).to(block.stored).to(block.weights[bias].dtype)
     return changes, effective
 
 
-def _into_rows(block: Block, source: Source, factor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _into_rows(block: Block, source: Source, factor: Tensor, shift: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
     """Divide a linear's output rows (and bias) by ``factor``."""
     key = f"{source.module}.weight"
     rows = slice(*source.rows) if source.rows else slice(None)
@@ -34,26 +35,32 @@ def _into_rows(block: Block, source: Source, factor: Tensor) -> tuple[dict[str, 
     bias = f"{source.module}.bias"
     if bias in block.weights:
         shifted = block.weights[bias].clone()
-        shifted[rows] = (shifted[rows].double() / factor).to(block.stored).to(shifted.dtype)
+        shifted[rows] = ((shifted[rows].double() - (0.0 if shift is None else shift)) / factor).to(block.stored).to(shifted.dtype)
         changes[bias] = shifted
     return changes, factor
 
 
-def fold(block: Block, site: Site, factor: Tensor) -> Block:
+def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) -> Block:
     """Divide a site's activation by a positive per-channel factor and multiply its readers' columns by it.
+
+    With ``shift`` the activation x becomes (x - shift) / factor, and the readers' biases take what was taken off.
 
     The factor that reaches the readers is the one the norm's gain could really take in the stored dtype, so the function is
     preserved to float32 rounding even when the norm is kept in 16 bits.
 
     Args:
         factor: (channels,) > 0.
+        shift: (channels,), only where the source and all readers have biases.
     """
     if site.source is None:
         raise ValueError("this site has no source to fold a factor into")
     into = _into_norm if site.source.kind == "norm" else _into_rows
-    changes, effective = into(block, site.source, factor.double())
+    changes, effective = into(block, site.source, factor.double(), None if shift is None else shift.double())
     for name in site.reads:
-        key = f"{name}.weight"
+        key, bias = f"{name}.weight", f"{name}.bias"
         weight = changes.get(key, block.weights[key])
+        if shift is not None:
+            held = changes.get(bias, block.weights[bias])
+            changes[bias] = (held.double() + weight.double() @ shift.double()).to(block.stored).to(held.dtype)
         changes[key] = (weight.double() * effective).to(weight.dtype)
     return block.rewritten(changes)

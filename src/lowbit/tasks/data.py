@@ -144,7 +144,7 @@ def _doc(line: str, number: int, path: Path, form: Form) -> Doc:
     if form.subjects:
         doc["subject"] = row["subject"]
     if form.kind == "ending":
-        return doc | {"contexts": contexts, "ending": choices[0].lstrip()}
+        return doc | {"contexts": contexts, "ending": choices[0].strip()}
     if form.kind == "word":
         return doc | {"context": contexts[0], "word": choices[0]}
     return doc | {"context": form.prompt(contexts[0]), "choices": choices if form.spaced else [c.removeprefix(" ") for c in choices]}

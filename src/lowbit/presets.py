@@ -1,0 +1,91 @@
+"""Recipes by name: those that come with the package, files, and parts joined by "+"."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .errors import LowbitError, unknown
+from .methods import METHODS
+from .recipe import Recipe
+from .scheme import Scheme
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files(__package__) / "recipes"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[str] = ()) -> Recipe:
+    """A named recipe, several of them joined by "+", or one from a .toml file; for another scheme, with single options changed.
+
+    Of each part of a joined name the method that the part is called after is taken, with its options ("smoothquant+gptq",
+    "omniquant+tesseraq-best"); how activations, keys and values are quantized and the calibration come from the last part
+    that says so.
+
+    Args:
+        settings: "method.option=value" or "overrides.PATTERN=SCHEME" strings, the value written as in TOML (quotes optional).
+
+    Raises:
+        LowbitError: no such recipe, file, method, option or value.
+    """
+    origin = name if name.endswith(".toml") else f"recipe '{name}'"
+    data = _joined(name) if "+" in name and not name.endswith(".toml") and name not in recipe_names() else _read(name, origin)
+    for setting in settings:
+        _apply(data, setting)
+    if scheme is not None:
+        data["scheme"] = str(scheme)
+    return Recipe.from_dict(data, origin)
+
+
+def _read(name: str, origin: str) -> dict[str, Any]:
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise LowbitError(f"no such recipe file: '{name}'.")
+        text = path.read_text(encoding="utf-8")
+    elif name in recipe_names():
+        text = (resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise unknown("recipe", name, recipe_names())
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise LowbitError(f"{origin} is not valid TOML: {e}") from e
+
+
+def _joined(name: str) -> dict[str, Any]:
+    out: dict[str, Any] = {"name": name, "methods": []}
+    for part in name.split("+"):
+        data, method = _read(part, f"recipe '{part}'"), part.split("-")[0]
+        if method in out["methods"]:
+            raise LowbitError(f"recipe '{name}' has '{method}' twice.")
+        out["methods"].append(method)
+        for key in (method, "activations", "kv", "calibration"):
+            if key in data:
+                out[key] = data[key]
+    return out
+
+
+def _apply(data: dict[str, Any], setting: str) -> None:
+    target, equals, text = setting.partition("=")
+    section, dot, key = target.strip().partition(".")
+    if not equals or not dot or not key:
+        raise LowbitError(f"--set takes METHOD.OPTION=VALUE, for example tesseraq.iters=100; got '{setting}'.")
+    sections = ("overrides", "calibration", "activations", "kv", *METHODS)
+    if section not in sections:
+        raise unknown("section in --set", section, sections)
+    try:
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    data.setdefault(section, {})[key] = value

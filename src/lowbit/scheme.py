@@ -1,0 +1,64 @@
+"""The names of bit widths: W2A16g64, W4A4, W4A8KV4g128sym."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import LowbitError
+from .grid import Affine, PerToken
+
+_SCHEME = re.compile(r"w(\d+)(?:a(\d+))?(?:kv(\d+))?(?:g(\d+))?(sym|asym)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a scheme's name says.
+
+    Attributes:
+        weights: grid of the weights.
+        activation_bits: of linears' inputs, None for floating point.
+        kv_bits: of keys and values, None for floating point.
+    """
+
+    weights: Affine
+    activation_bits: int | None = None
+    kv_bits: int | None = None
+
+    def __str__(self) -> str:
+        w = self.weights
+        kv = f"KV{self.kv_bits}" if self.kv_bits else ""
+        return f"W{w.bits}A{self.activation_bits or 16}{kv}" + (f"g{w.group_size}" if w.group_size else "") + ("sym" if w.symmetric else "")
+
+
+def parse_scheme(text: str) -> Scheme:
+    """A scheme from its usual name: W2A16g128, W4A16 (one scale per output channel), W3A16g64sym, W4A4, W4A8KV4; A16 may be left out.
+
+    Raises:
+        LowbitError: not a scheme, or bits out of range.
+    """
+    found = _SCHEME.fullmatch(text.strip())
+    if not found:
+        raise LowbitError(f"unknown scheme '{text}': write W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4.")
+    bits, activation, kv, group, kind = found.groups()
+    try:
+        grid = Affine(int(bits), int(group) if group else None, (kind or "").lower() == "sym")
+        for given in (activation, kv):
+            if given is not None and int(given) != 16:
+                PerToken(int(given))
+    except ValueError as e:
+        raise LowbitError(f"scheme '{text}': {e}.") from e
+    return Scheme(grid, *(int(b) if b and int(b) != 16 else None for b in (activation, kv)))
+
+
+def weights_only(text: str) -> Affine:
+    """The grid of an override, which cannot change what activations are."""
+    scheme = parse_scheme(text)
+    if scheme.activation_bits or scheme.kv_bits:
+        raise LowbitError(f"override scheme '{text}': overrides are about weights; write W{scheme.weights.bits}A16 or leave A out.")
+    return scheme.weights
+
+
+def scheme_name(grid: Affine) -> str:
+    """The scheme of a weight grid alone."""
+    return str(Scheme(grid))
