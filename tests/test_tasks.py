@@ -373,7 +373,7 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval.tasks
 
     home = Path(lm_eval.tasks.__file__).parent
-    paths = [home / p for p in ("piqa", "arc", "gsm8k", "super_glue/copa")]
+    paths = [home / p for p in ("piqa", "arc", "gsm8k", "mmlu/default")]
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_path=paths, include_defaults=False))
 
 
@@ -383,11 +383,25 @@ def test_tasks_of_the_hub(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path
 
     held = {"baber/piqa": _PIQA, "allenai/ai2_arc": _ARC}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: {s: datasets.Dataset.from_list(held[path]) for s in ("train", "validation", "test")})
-    result = run("eval", model, "--tasks", "piqa, ai2_arc", "--json", tmp_path / "e.json")
+    result = run("eval", model, "--tasks", "arc_easy,piqa, ai2_arc", "--json", tmp_path / "e.json")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "e.json").read_text())["tasks"]
     assert sorted(found["each"]) == ["arc_challenge", "arc_easy", "piqa"]
     assert found["each"]["piqa"]["source"] == {"data": "hub: baber/piqa"} and found["each"]["arc_easy"]["examples"] == 3
+
+
+@pytest.mark.usefixtures("few_tasks")
+def test_groups_of_the_hub(monkeypatch: pytest.MonkeyPatch, model: Path, folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list(_MMLU)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: {"dev": data, "test": data})
+    result = run("eval", model, "--tasks", "mmlu_stem", "--limit", 2, "--json", tmp_path / "e.json")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads((tmp_path / "e.json").read_text())["tasks"]["each"].values()
+    assert found["source"] == {"data": "hub: cais/mmlu"} and found["examples"] == 2 * len(found["parts"]) > 20
+    assert found["acc"] == pytest.approx(sum(p["acc"] for p in found["parts"].values()) / len(found["parts"]))
+    assert "Duplicate task" in refused(model, "--tasks", "mmlu_stem,mmlu_abstract_algebra")
 
 
 @pytest.mark.usefixtures("few_tasks")

@@ -67,7 +67,8 @@ def prepare(names: Sequence[str], *, shots: int | None = None, limit: int | None
     except ImportError as e:
         raise LowbitError(f"--tasks needs lm-eval ({e}): pip install 'lowbit[eval]'.") from e
     with quietly():
-        found = tuple(_local(read_task(n, folder)) for n in wanted) if folder else tuple(_hub(wanted))
+        made = [_local(read_task(n, folder)) for n in wanted] if folder else _hub(wanted)
+        found = tuple({p.name: p for p in made}.values())  # a tag may hold what is also named by itself
         for task in (leaf for p in found for leaf in p.leaves):
             _set_shots(task, shots)
     return found
