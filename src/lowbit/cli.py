@@ -258,6 +258,67 @@ def verify(
 
 @app.command()
 @_reported
+def compare(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    schemes: Annotated[str, typer.Option(help="With commas: W2A16g64,W3A16g64,W4A4,W4A8KV4.")],
+    recipes: Annotated[str, typer.Option(help="With commas: rtn,awq,gptq,omniquant,tesseraq; parts are joined by +, as in smoothquant+gptq.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for cells and reports; a repeated command goes on from it.")],
+    calib: Annotated[str, typer.Option(help="Calibration text of every recipe: stdlib, a file, a folder or hub dataset, wikitext2, c4, pile-val.")] = "stdlib",
+    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    length: Annotated[Optional[int], typer.Option(help="Tokens a calibration row; default 2048 or the model's context.")] = None,
+    text: Annotated[str, typer.Option(help="Evaluation text: stdlib (its held-out side), a file, a folder or hub dataset, wikitext2, c4.")] = "stdlib",
+    eval_length: Annotated[Optional[int], typer.Option(help="Tokens an evaluation window; default 2048 or the model's context.")] = None,
+    windows: Annotated[Optional[int], typer.Option(help="Only the first so many evaluation windows.")] = None,
+    tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, with commas.")] = None,
+    task_data: Annotated[Optional[Path], typer.Option(help="Folder of JSONL files for --tasks.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples of each task.")] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="METHOD.OPTION=VALUE for every recipe that has the method; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    keep: Annotated[bool, typer.Option(help="Keep the artifacts, in OUTPUT/artifacts.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Every recipe with every scheme on the same calibration tokens, seed and evaluation: table, Markdown, CSV, JSON, HTML with plots."""
+    from .compare import Cell, Comparison, Terms, cells, fitting_length
+    from .display import Progress, comparison_table
+    from .model.calibration import Calibration
+    from .report import write_comparison
+
+    for name, given in (("--task-data", task_data), ("--limit", limit)):
+        if given is not None and not tasks:
+            raise LowbitError(f"{name} has no effect without --tasks. Give both or neither.")
+    wanted = cells(_names(schemes), _names(recipes), set_ or [])
+    terms = Terms(
+        model, Calibration(calib, samples, fitting_length(model, length, "--length")), text, fitting_length(model, eval_length, "--eval-length"),
+        windows, tuple(_names(tasks or "")), None if task_data is None else str(task_data), limit, seed, device, tuple(set_ or ()),
+    )  # fmt: skip
+
+    def show(cell: Cell) -> Progress:
+        out.print(f"\n{cell.recipe}, {cell.scheme}", highlight=False)
+        return Progress(out)
+
+    comparison = Comparison(terms, output, keep)
+    rows = []
+    for row in comparison.run(wanted, show):
+        rows.append(row)
+        if "error" in row:
+            out.print(f"failed: {row['recipe']}, {row['scheme']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
+        title = (
+            f"{model}; calibration {calib}, {samples} x {terms.calibration.length} tokens, seed {seed}; "
+            f"evaluation {text}, windows of {terms.length} tokens"
+        )
+        write_comparison(output, rows, title)
+    out.print(comparison_table(rows, title))
+    out.print(f"{output / 'report.html'}, comparison.md, comparison.csv, comparison.json", highlight=False, soft_wrap=True)
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
+
+
+def _names(given: str) -> list[str]:
+    return [n.strip() for n in given.split(",") if n.strip()]
+
+
+@app.command()
+@_reported
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts and the report.")] = Path("demo-out"),
     scheme: Scheme = "W2A16g64",

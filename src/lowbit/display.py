@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -128,6 +128,23 @@ def windows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("windows", total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """All cells of a comparison, failures included."""
+    tasks = any(r.get("tasks") for r in rows)
+    table = Table("scheme", "recipe", "bits", "size", "perplexity", "KL", "top-1", *(("mean acc",) if tasks else ()), "time", title=title)
+    for r in rows:
+        if "error" in r:
+            table.add_row(r["scheme"], r["recipe"], "", "", "failed", *("",) * (4 if tasks else 3), style="red")
+            continue
+        bits = "" if r["bits"] is None else f"{r['bits']:.3f}"
+        accuracy = (f"{r['tasks']['mean_acc']:.3f}",) if tasks and r["tasks"]["mean_acc"] is not None else ("",) if tasks else ()
+        table.add_row(
+            r["scheme"], r["recipe"], bits, size(r["bytes"]), f"{r['perplexity']:.4g}", f"{r['kl']:.4f}", f"{r['top1']:.1%}", *accuracy,
+            duration(r["seconds"]) if r["seconds"] else "",
+        )  # fmt: skip
+    return table
 
 
 def summary(result: Result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
 import json
@@ -40,6 +41,81 @@ def write_page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str) -> P
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>lowbit</title><style>{_STYLE}</style>'
     page.write_text(head + "\n".join(body) + "</html>\n", encoding="utf-8")
     return page
+
+
+def write_comparison(folder: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Write comparison.json, .csv, .md and report.html into a folder.
+
+    Args:
+        rows: one per cell, with scheme, recipe and either error or bits, bytes, perplexity, kl, top1, seconds, blocks, tasks.
+    """
+    (folder / "comparison.json").write_text(json.dumps({"title": title, "rows": list(rows)}, indent=1) + "\n")
+    names = sorted({t for r in rows for t in (r.get("tasks") or {}).get("each", {})})
+    head = ["scheme", "recipe", "bits/weight", "bytes", "perplexity", "KL", "top-1", *names, *(["mean acc"] if names else []), "seconds"]
+    cells = [_cells(r, names) for r in rows]
+    with open(folder / "comparison.csv", "w", newline="") as f:
+        csv.writer(f).writerows([head, *cells])
+    lines = [title, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(c) + " |" for c in cells]
+    (folder / "comparison.md").write_text("\n".join(lines) + "\n")
+    table = "<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"
+    table += "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells)
+    body = [f"<h1>Comparison</h1><p>{html.escape(title)}</p><table>{table}</table>"]
+    plots = _comparison_plots([r for r in rows if "error" not in r])
+    body += [f'<h2>{html.escape(n)}</h2><img alt="{html.escape(n)}" src="data:image/svg+xml;base64,{data}">' for n, data in plots]
+    if not plots:
+        body.append("<p>Plots need matplotlib: <code>pip install 'lowbit[report]'</code>.</p>")
+    failed = [f"<li>{html.escape(r['recipe'])}, {html.escape(r['scheme'])}: {html.escape(r['error'])}</li>" for r in rows if "error" in r]
+    body += ["<h2>Failures</h2><ul>", *failed, "</ul>"] if failed else []
+    head_ = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>comparison</title><style>{_STYLE}</style>'
+    (folder / "report.html").write_text(head_ + "\n".join(body) + "</html>\n", encoding="utf-8")
+
+
+def _cells(r: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    if "error" in r:
+        return [r["scheme"], r["recipe"], "", "", "failed: " + r["error"].replace("|", "/"), "", "", *[""] * (len(tasks) + bool(tasks)), ""]
+    found = (r.get("tasks") or {}).get("each", {})
+    accuracies = [f"{found[t]['metrics']['acc']:.4f}" if "acc" in found.get(t, {}).get("metrics", {}) else "" for t in tasks]
+    mean = (r.get("tasks") or {}).get("mean_acc")
+    return [
+        r["scheme"], r["recipe"], "" if r["bits"] is None else f"{r['bits']:.3f}", str(r["bytes"]), f"{r['perplexity']:.4f}", f"{r['kl']:.5f}",
+        f"{r['top1']:.4f}", *accuracies, *([f"{mean:.4f}" if mean is not None else ""] if tasks else []), f"{r['seconds']:.1f}",
+    ]  # fmt: skip
+
+
+def _comparison_plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    quantized = [r for r in rows if r["bits"] is not None]
+    out = []
+    axes_of = (("Quality against size", "bits", "bits per weight, from bytes"), ("Quality against time", "seconds", "seconds of tuning"))
+    for name, key, label in axes_of:
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for recipe in dict.fromkeys(r["recipe"] for r in quantized):
+            points = [(r[key], r["kl"]) for r in quantized if r["recipe"] == recipe]
+            axes.plot(*zip(*sorted(points), strict=True), "o-" if key == "bits" else "o", label=recipe)
+        if key == "seconds" and quantized:
+            axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel("KL to the original, nats per token")
+        axes.legend(fontsize="small")
+        out.append((name, _svg(figure)))
+    for scheme in dict.fromkeys(r["scheme"] for r in quantized):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for r in quantized:
+            if r["scheme"] == scheme:
+                axes.plot(range(1, len(r["blocks"]) + 1), [b["after"] for b in r["blocks"]], "o-", label=r["recipe"])
+        axes.set_yscale("log")
+        axes.set_xlabel("block")
+        axes.set_ylabel("squared error per token")
+        axes.legend(fontsize="small")
+        out.append((f"Block losses, {scheme}", _svg(figure)))
+    return out
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -111,7 +111,7 @@ class TesseraQ:
             after = before
         notes: dict[str, Any] = {"tesseraq": {"objective": job.objective, "before": before, "after": after}}
         if trouble:
-            notes["trouble"] = trouble
+            notes["trouble"] = [*block.notes.get("trouble", []), *trouble]
         return block.solved(soft.codes()).noted(**notes)
 
     def _phase(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> bool:

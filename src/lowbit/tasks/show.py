@@ -24,7 +24,9 @@ def rows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
 def table(results: TaskResults) -> Table:
     """One line a task, the mean last; accuracies in percent, each metric with its standard error where there is one."""
     metrics = sorted({m for r in results.each for m in r.metrics})  # acc and acc_norm come first
-    shown = Table(Column("task", no_wrap=True), *(Column(name, justify="right") for name in (*metrics, "examples", "shots")))
+    shown = Table(
+        Column("task", no_wrap=True), *(Column(name, justify="right", no_wrap=name.startswith("acc")) for name in (*metrics, "examples", "shots"))
+    )
     for r in results.each:
         shown.add_row(r.name, *(_value(r, m) for m in metrics), str(r.examples), str(r.shots))
     if results.mean_acc is not None and len(results.averaged) > 1:

@@ -1,0 +1,225 @@
+"""Recipes and schemes side by side on one model: the same calibration tokens, seed and evaluation for all, cell by cell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .artifact import write_atomic
+from .errors import LowbitError
+from .evaluate import evaluate, load_causal_lm
+from .job import pick_device, quantize
+from .model.calibration import Calibration, evaluation_windows
+from .model.checkpoint import Checkpoint
+from .model.stream import load_config, load_tokenizer
+from .presets import load_recipe
+from .scheme import parse_scheme
+
+_STATE = "compare.json"
+_CELLS = "cells"
+_ARTIFACTS = "artifacts"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is the same for every cell.
+
+    Attributes:
+        model: folder or hub id.
+        calibration: text, samples and length that every recipe learns from, whatever it asks for itself.
+        text: for perplexity, KL and top-1, in windows of ``length`` tokens, at most ``windows`` of them (None: all).
+        tasks: lm-eval task names, with data from ``task_data`` or the hub, ``limit`` examples each (None: all).
+        settings: "method.option=value", for the recipes that have the method.
+    """
+
+    model: str
+    calibration: Calibration
+    text: str
+    length: int
+    windows: int | None = None
+    tasks: tuple[str, ...] = ()
+    task_data: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination; "float" and "bfloat16" as a scheme stand for the original model in that arithmetic."""
+
+    scheme: str
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.scheme}-{self.recipe}"
+
+
+def cells(schemes: Sequence[str], recipes: Sequence[str], settings: Sequence[str] = ()) -> list[Cell]:
+    """All combinations, every name checked, the original model first.
+
+    Raises:
+        LowbitError: an unknown scheme or recipe, one given twice, or a setting that no recipe takes.
+    """
+    for given, what in ((schemes, "scheme"), (recipes, "recipe")):
+        if not given:
+            raise LowbitError(f"no {what} to compare.")
+        for name in given:
+            if given.count(name) > 1:
+                raise LowbitError(f"{what} '{name}' is given twice.")
+    for recipe in recipes:
+        load_recipe(recipe)
+    for setting in settings:
+        if not any(_applicable(recipe, (setting,)) for recipe in recipes):
+            raise LowbitError(f"--set {setting} is about a method that none of the recipes {', '.join(recipes)} has.")
+    for scheme in schemes:
+        parse_scheme(scheme)
+    originals = [Cell("float", "original"), Cell("bfloat16", "original")]
+    return originals + [Cell(s, r) for s in schemes for r in recipes]
+
+
+def _applicable(recipe: str, settings: Sequence[str]) -> list[str]:
+    """The settings whose method the recipe has."""
+    tables = {*load_recipe(recipe).as_dict()["methods"], "activations", "kv"}
+    return [s for s in settings if s.partition(".")[0].strip() in tables]
+
+
+Row = dict[str, Any]  # plain data for the report: scheme, recipe, and either error or the measured figures
+
+
+class Comparison:
+    """A directory of finished cells.
+
+    Args:
+        folder: one JSON file per finished cell lies in it; a repeated call goes on from them.
+        keep: keep the artifacts too.
+
+    Raises:
+        LowbitError: the folder holds a comparison on other terms, or something else.
+    """
+
+    def __init__(self, terms: Terms, folder: Path, keep: bool = False) -> None:
+        self.terms, self.folder, self.keep = terms, folder, keep
+        state = json.loads(json.dumps(asdict(terms) | {"device": None}))
+        found = folder / _STATE
+        if found.is_file():
+            old = json.loads(found.read_text())
+            changed = [k for k in state if old.get(k) != state[k]]
+            if changed:
+                raise LowbitError(f"'{folder}' holds a comparison with another {', '.join(changed)}. Choose another -o, or remove it.")
+        elif folder.exists() and any(folder.iterdir()):
+            raise LowbitError(f"'{folder}' exists and holds no comparison. Choose another -o.")
+        (folder / _CELLS).mkdir(parents=True, exist_ok=True)
+        write_atomic(found, (json.dumps(state, indent=1) + "\n").encode())
+        self.device = str(pick_device(terms.device))
+        self._tokenizer = load_tokenizer(Checkpoint(terms.model))
+        self._windows: Tensor | None = None
+        self._reference: Any = None
+
+    def finished(self, cell: Cell) -> Row | None:
+        """What an earlier call measured, None if it failed or never ran."""
+        path = self.folder / _CELLS / f"{cell.name}.json"
+        if not path.is_file():
+            return None
+        row: Row = json.loads(path.read_text())
+        return None if "error" in row else row
+
+    def run(
+        self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]], tell: Callable[[Row], None] = lambda row: None
+    ) -> Iterator[Row]:
+        """Measure every cell that is not finished yet.
+
+        Args:
+            show: makes a progress display for the quantization of a cell, see `lowbit.display.Progress`.
+            tell: told of each row as it comes.
+
+        Yields:
+            a row for each cell, failures included.
+        """
+        for cell in wanted:
+            row = self.finished(cell)
+            if row is None:
+                try:
+                    row = self._original(cell) if cell.recipe == "original" else self._quantized(cell, show)
+                except Exception as e:  # a failing method is a result too; the others go on
+                    said = str(e) if isinstance(e, LowbitError) else f"{type(e).__name__}: {e}"
+                    row = {"scheme": cell.scheme, "recipe": cell.recipe, "error": " ".join(said.split())}
+                write_atomic(self.folder / _CELLS / f"{cell.name}.json", (json.dumps(row, indent=1) + "\n").encode())
+            tell(row)
+            yield row
+
+    def _original(self, cell: Cell) -> Row:
+        size = sum(_bytes(shape, kind) for shape, kind in Checkpoint(self.terms.model).shapes().values())
+        kind = "bfloat16" if cell.scheme == "bfloat16" else "float32"
+        model = load_causal_lm(self.terms.model, self.device, kind)
+        return {"scheme": cell.scheme, "recipe": cell.recipe, "bits": None, "bytes": size, "seconds": 0.0, **self._judged(model)}
+
+    def _quantized(self, cell: Cell, show: Callable[[Cell], AbstractContextManager[Any]]) -> Row:
+        t = self.terms
+        out = self.folder / _ARTIFACTS / cell.name
+        out.parent.mkdir(exist_ok=True)
+        recipe = load_recipe(cell.recipe, scheme=parse_scheme(cell.scheme), settings=_applicable(cell.recipe, t.settings))
+        with show(cell) as progress:
+            done = quantize(
+                t.model, None, recipe, out=out, calib=t.calibration.source, samples=t.calibration.samples, length=t.calibration.length,
+                seed=t.seed, device=t.device, progress=progress, watch=getattr(progress, "working", None),
+            )  # fmt: skip
+        report = done.report
+        row = {
+            "scheme": cell.scheme, "recipe": cell.recipe, "bits": report["size"]["bits_per_weight"], "bytes": report["size"]["after"],
+            "model_bits": report["size"]["model_bits_per_weight"], "seconds": sum(b["seconds"] for b in report["blocks"]),
+            **self._judged(load_causal_lm(str(out), self.device)),
+            "blocks": [{"before": b["loss_before"], "after": b["loss_after"]} for b in report["blocks"]],
+            "trouble": sorted({r for b in report["blocks"] for r in b.get("trouble", [])}),
+            "verified": done.verification.summary, "hash": report["hash"], "format": report["format"],
+            "calibration": report["calibration"],
+        }  # fmt: skip
+        if not self.keep:
+            shutil.rmtree(out)
+        return row
+
+    def _judged(self, model: Any) -> Row:
+        """Perplexity, KL and top-1 to the model in float32, and the tasks' accuracies."""
+        if self._windows is None:
+            self._windows = evaluation_windows(self.terms.text, self._tokenizer, self.terms.length, self.terms.windows)
+        if self._reference is None:
+            self._reference = load_causal_lm(self.terms.model, self.device, "float32")
+        found = evaluate(model, self._windows, self._reference).as_dict()
+        if self.terms.tasks:
+            from .tasks import evaluate_tasks, prepare
+
+            folder = None if self.terms.task_data is None else Path(self.terms.task_data)
+            prepared = prepare(list(self.terms.tasks), shots=None, limit=self.terms.limit, folder=folder)
+            results = evaluate_tasks(prepared, model, self._tokenizer, limit=self.terms.limit, batch=8)
+            found["tasks"] = results.as_dict()
+        return {**found, "windows_sha256": hashlib.sha256(self._windows.to(torch.int64).numpy().tobytes()).hexdigest()}
+
+
+def _bytes(shape: Sequence[int], kind: str) -> int:
+    out = {"F32": 4, "F64": 8}.get(kind, 2)
+    for n in shape:
+        out *= n
+    return out
+
+
+def fitting_length(model: str, asked: int | None, option: str) -> int:
+    """The row length asked for, by default 2048 tokens or the model's context.
+
+    Raises:
+        LowbitError: beyond the context.
+    """
+    context = getattr(load_config(Checkpoint(model)), "max_position_embeddings", None) or 2048
+    if asked is not None and asked > context:
+        raise LowbitError(f"{option} {asked} is beyond the model's context of {context} tokens.")
+    return asked or min(2048, context)
