@@ -3,7 +3,8 @@
     python benchmarks/rows.py MODEL ROWS.json SCHEME OUT.json RECIPE [RECIPE[,method.option=value...] ...]
 
 ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. Prints a table and writes JSON. "seconds" leaves imports and the
-evaluation rows' share of the passes out: they are fed after tuning.
+evaluation rows' share of the passes out: they are fed after tuning. "forward" is the part of them spent in forward passes of
+the block or of a part of it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+import lowbit.methods.awq
+import lowbit.model.block
 from lowbit.evaluate import Tally
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
@@ -21,7 +26,23 @@ from lowbit.recipe import Streams, prepared, run
 from lowbit.scheme import parse_scheme
 
 
+class Clock:
+    """Adds up the seconds spent in a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
 def main() -> None:
+    clock = Clock(lowbit.model.block.functional_call)
+    lowbit.model.block.functional_call = lowbit.methods.awq.functional_call = clock
     model, rows_file, scheme, out, *recipes = sys.argv[1:]
     rows = json.load(open(rows_file))
     calibration, evaluation = torch.tensor(rows["calibration"]), torch.tensor(rows["evaluation"])
@@ -34,13 +55,14 @@ def main() -> None:
         stream = prepared(plain, recipe, 0)
         x, held = stream.embed(calibration), stream.embed(evaluation)
         float_held = held
-        blocks, start, apart = [], time.perf_counter(), 0.0
+        blocks, start, apart, clock.seconds, forward = [], time.perf_counter(), 0.0, 0.0, 0.0
         for i, (block, _) in enumerate(run(stream, recipe, Streams(x, x, len(x)), 0, kwargs, kwargs)):
-            pause = time.perf_counter()
+            pause, forward = time.perf_counter(), forward + clock.seconds
             float_held = block.run(float_held, stream.block_weights(i))
             held = block.run(held, block.decoded())
             blocks.append({"before": block.notes["loss_before"], "after": block.notes["loss_after"]})
             apart += time.perf_counter() - pause
+            clock.seconds = 0.0
         seconds = time.perf_counter() - start - apart
         tuned, floating = Tally(), Tally()
         for at in range(0, len(evaluation), 8):
@@ -51,10 +73,11 @@ def main() -> None:
         found = tuned.result()
         results.append(
             {"recipe": entry, "scheme": scheme, "perplexity": found.perplexity, "kl": found.kl, "top1": found.top1,
-             "float": floating.result().perplexity, "seconds": seconds, "blocks": blocks}
+             "float": floating.result().perplexity, "seconds": seconds, "forward": forward, "blocks": blocks}
         )  # fmt: skip
         r = results[-1]
-        print(f"{entry:40} {scheme:12} float {r['float']:.4f}  perplexity {r['perplexity']:.4f}  KL {r['kl']:.4f}  {seconds:.1f} s", flush=True)
+        share = f"{seconds:.1f} s, {forward / seconds:.0%} in forward passes"
+        print(f"{entry:40} {scheme:12} float {r['float']:.4f}  perplexity {r['perplexity']:.4f}  KL {r['kl']:.4f}  {share}", flush=True)
         json.dump(results, open(out, "w"), indent=1)
 
 

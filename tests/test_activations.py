@@ -37,13 +37,14 @@ def stream(tmp_path_factory):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(2, 8), st.booleans(), st.sampled_from([1.0, 0.9]), st.integers(0, 2**31))
-def test_per_token_against_a_loop(bits, symmetric, clip, seed):
+@given(st.integers(2, 8), st.sampled_from(["asymmetric", "symmetric", "full"]), st.sampled_from([1.0, 0.9]), st.integers(0, 2**31))
+def test_per_token_against_a_loop(bits, kind, clip, seed):
+    symmetric, full = kind != "asymmetric", kind == "full"
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(seed)) + 0.3
-    got = PerToken(bits, symmetric, clip)(x)
+    got = PerToken(bits, symmetric, clip, full)(x)
     for token, out in zip(x.flatten(0, 1).double(), got.flatten(0, 1).double(), strict=True):
         if symmetric:
-            scale, zero, low, high = float(token.abs().max()) * clip / (2 ** (bits - 1) - 1), 0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+            scale, zero, low, high = float(token.abs().max()) * clip / (2 ** (bits - 1) - (0.5 if full else 1)), 0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         else:
             bottom, top = min(float(token.min()), 0) * clip, max(float(token.max()), 0) * clip
             scale = (top - bottom) / (2**bits - 1)
@@ -58,7 +59,7 @@ def test_per_token_passes_gradients_and_refuses_nonsense():
     x = torch.randn(4, 8, requires_grad=True)
     (PerToken(4)(x) * torch.arange(8.0)).sum().backward()
     assert torch.equal(x.grad, torch.arange(8.0).expand(4, 8))
-    for bad in ({"bits": 1}, {"bits": 9}, {"bits": 4, "clip": 0.0}, {"bits": 4, "clip": 1.5}):
+    for bad in ({"bits": 1}, {"bits": 9}, {"bits": 4, "clip": 0.0}, {"bits": 4, "clip": 1.5}, {"bits": 4, "full_range": True}):
         with pytest.raises(ValueError):
             PerToken(**bad)
 

@@ -62,9 +62,9 @@ def test_what_is_learned_is_what_is_folded(tmp_path, family):
     decoded = RTN()(learned.folded(block)).decoded()
     for key in inside:
         apart = (inside[key] - decoded[key]).abs()
-        assert (apart > 1e-5).double().mean() < 0.02, key  # a rounding tie may fall either way
-        # a tie of the scale or of a code is one step at most
-        assert apart.max() <= 1.01 * decoded[key].abs().max(), key
+        assert (apart > 1e-5).double().mean() < 0.02, key  # a rounding tie may fall either way, by one step
+        scale = learned.folded(block).params.get(key.removesuffix(".weight"))
+        assert apart.max() <= (1e-4 if scale is None else 1.01 * scale.scale.max()), key
 
 
 def test_learning_lowers_the_loss_and_leaves_weights_alone(llama):

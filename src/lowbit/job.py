@@ -29,7 +29,7 @@ from .grid import Affine, QTensor
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
-from .plan import check_divides, check_loadable
+from .plan import check_divides, check_loadable, fits_compressed_tensors
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
 from .recipe import Recipe, Streams, advance, as_read, begin, prepared, readings_of, run
@@ -323,12 +323,11 @@ class _Run:
         return verification
 
     def _format(self) -> str:
-        readings, kv = readings_of(self.stream, self.recipe)
-        return native.NAME if readings or kv is not None else ct.NAME
+        return ct.NAME if fits_compressed_tensors(self.stream.linear_shapes(), self.recipe) else native.NAME
 
     def _describe(self, grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
         if self._format() == ct.NAME:
-            return ct.describe(grids, skipped)
+            return ct.describe(grids, skipped, self.recipe.activations)
         readings, kv = readings_of(self.stream, self.recipe)
         return native.describe(grids, skipped, self.stream.dtype, readings, kv, self.stream.wiring.attention)
 

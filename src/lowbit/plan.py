@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .errors import LowbitError
-from .formats.compressed_tensors import tensor_bytes
-from .grid import Affine
-from .methods import AWQ, TesseraQ
+from .formats.compressed_tensors import carries, tensor_bytes
+from .grid import Affine, PerToken
+from .methods import AWQ, GPTQ, OmniQuant, TesseraQ
+from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import hub_file
 from .model.wiring import wiring_of
 from .recipe import Recipe
@@ -121,12 +122,21 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
             raise LowbitError(f"override {i + 1}, '{pattern}', matches no linear of this model; names look like '{next(iter(shapes))}'.")
 
 
+def fits_compressed_tensors(names: Iterable[str], recipe: Recipe) -> bool:
+    """Whether plain loaders can run the result; else it is written in the library's own format."""
+    return recipe.kv is None and not recipe.rotates_online and carries([recipe.grid_of(n) for n in names], recipe.activations)
+
+
 def check_loadable(names: Iterable[str], recipe: Recipe) -> None:
     """Refuse what plain transformers could not load, before any work.
 
     Raises:
-        LowbitError: several grids of which one is asymmetric; its loader takes one scheme for all asymmetric linears.
+        LowbitError: several grids of which one is asymmetric; its loader takes one scheme for all asymmetric linears. The
+            library's own format has no such limit.
     """
+    names = list(names)
+    if not fits_compressed_tensors(names, recipe):
+        return
     grids = {recipe.grid_of(n) for n in names}
     if len(grids) > 1 and not all(g.symmetric for g in grids):
         raise LowbitError(
@@ -178,7 +188,7 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
     per_block = quantized // blocks
     context = getattr(config, "max_position_embeddings", None) or length
     tokens = samples * min(length, context)
-    learner = next((m for m in recipe.methods if isinstance(m, TesseraQ)), None)
+    learner = next((m for m in reversed(recipe.methods) if isinstance(m, (TesseraQ, OmniQuant))), None)
     batch_tokens = min(length, context) * (learner.batch if learner else 1)
     saved = batch_tokens * 4 * (sum(a + b for a, b in linears.values()) + 8 * config.hidden_size)
     return Plan(
@@ -187,20 +197,27 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
         model_bits_per_weight=8 * (packed + 2 * untouched) / parameters,
         block_memory=4 * per_block * (4 + (8 if learner else 0)), outer_memory=4 * outside,
         activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
-        seconds=None if rate is None else _flops(recipe, per_block, tokens, batch_tokens) * blocks / rate,
-        runtimes=runtimes(recipe.grid, linears),
+        seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
+        runtimes=runtimes(recipe.grid, linears, recipe.activations) if fits_compressed_tensors(names, recipe) else _own_format_only(),
     )  # fmt: skip
 
 
-def _flops(recipe: Recipe, weights: int, tokens: int, batch_tokens: int) -> float:
-    """Multiply-adds times two, per block: stream passes, AWQ's search, a learner's steps (forward and two backward products)."""
+def _flops(recipe: Recipe, linears: Mapping[str, tuple[int, int]], tokens: int, samples: int, length: int) -> float:
+    """Multiply-adds times two, per block: stream passes, searches, Hessians, a learner's steps (forward and two backward products)."""
+    weights = sum(a * b for a, b in linears.values())
     total = 2.0 * weights * tokens * 3
     for method in recipe.methods:
         if isinstance(method, AWQ):
-            searched = min(1.0, method.rows * batch_tokens / tokens) if method.rows else 1.0
+            searched = min(1.0, method.rows / samples) if method.rows else 1.0
             total += 2.0 * weights * tokens * searched * (2 + (method.exponents if method.scales else 0))
-        if isinstance(method, TesseraQ):
-            total += 6.0 * weights * batch_tokens * method.steps * 1.2
+        elif isinstance(method, GPTQ):
+            passes = 4 if method.true_sequential else 1
+            total += 2.0 * weights * tokens * passes + sum(2.0 * tokens * b * b + 2.0 * a * b * b + b**3 for a, b in linears.values())
+        elif isinstance(method, OmniQuant):
+            epochs = method.epochs or (40 if recipe.grid.bits <= 2 else 20)
+            total += 6.0 * weights * length * method.batch * omniquant_steps(epochs, samples, method.batch) * 1.5
+        elif isinstance(method, TesseraQ):
+            total += 6.0 * weights * length * method.batch * method.steps * 1.2
     return total
 
 
@@ -216,8 +233,25 @@ def measure_rate(device: str = "cpu") -> float:
     return 2 * 1024**3 * count / (time.perf_counter() - start)
 
 
-def runtimes(grid: Affine, linears: Mapping[str, tuple[int, int]]) -> tuple[Runtime, ...]:
-    """Who will load a compressed-tensors artifact on this grid, by the rules their sources state."""
+def _own_format_only() -> tuple[Runtime, ...]:
+    """Quantized activations, keys and values or online rotations: the library's own format."""
+    why = "quantized activations, keys and values or online rotations, in the format of lowbit"
+    return (
+        Runtime("transformers", "decompresses", "after 'import lowbit'; activations are quantized in every forward pass"),
+        *(Runtime(n, "refuses", why) for n in ("vLLM (CUDA)", "vLLM (CPU, ROCm)", "SGLang", "llama.cpp", "MLX")),
+    )
+
+
+def runtimes(grid: Affine, linears: Mapping[str, tuple[int, int]], activations: PerToken | None = None) -> tuple[Runtime, ...]:
+    """Who will load a compressed-tensors artifact on these grids, by the rules their sources state."""
+    if activations is not None:
+        narrow = grid.bits <= 4 or activations.bits == 8
+        return (
+            Runtime("transformers", "decompresses", "compressed-tensors 0.15 or newer; activations are quantized in every forward pass"),
+            Runtime("vLLM (CUDA)", "loads" if narrow else "refuses",
+                    f"0.33 or newer, {activations.bits}-bit activations on compute capability 8.0 or newer" if narrow else "4-bit activations need weights of at most 4 bits"),
+            *(Runtime(n, "refuses", "no quantized activations in this format") for n in ("vLLM (CPU, ROCm)", "SGLang", "llama.cpp", "MLX")),
+        )  # fmt: skip
     kind = f"{grid.bits}-bit {'symmetric' if grid.symmetric else 'asymmetric'}"
     odd = grid.bits in (3, 5, 6, 7)
     common = grid.bits in (4, 8)

@@ -30,9 +30,14 @@ folder, ids, out, needs = sys.argv[1:]
 needs_lowbit = needs == "lowbit"
 if needs_lowbit:
     import lowbit
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
 assert ("lowbit" in sys.modules) == needs_lowbit
 with torch.no_grad():
+    model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)  # some loaders decode their weights at the first pass
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            module.quantization_scheme.weights = None  # decoded by now; rounding them again would be in another dtype
+    torch.nn.Module.float(model)  # weights as users get them, arithmetic as in tuning
     logits = torch.cat([model(row[None], use_cache=False).logits.float() for row in load_file(ids)["ids"]])
 save_file({"logits": logits.contiguous()}, out)
 """

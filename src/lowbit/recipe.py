@@ -63,6 +63,11 @@ class Recipe:
         """The bits of weights, activations, keys and values."""
         return Scheme(self.grid, self.activations.bits if self.activations else None, self.kv.bits if self.kv else None)
 
+    @property
+    def rotates_online(self) -> bool:
+        """Whether the finished model rotates activations while it runs."""
+        return any(isinstance(m, QuaRot) and m.online for m in self.methods)
+
     def with_scheme(self, scheme: Scheme) -> Recipe:
         """The recipe for other bits; how activations, keys and values are quantized stays as the recipe has it."""
         return replace(

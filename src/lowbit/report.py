@@ -89,7 +89,9 @@ def _comparison_plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
     except ImportError:
         return []
     quantized = [r for r in rows if r["bits"] is not None]
-    out = []
+    out: list[tuple[str, str]] = []
+    if not quantized:
+        return out
     axes_of = (("Quality against size", "bits", "bits per weight, from bytes"), ("Quality against time", "seconds", "seconds of tuning"))
     for name, key, label in axes_of:
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -97,7 +99,7 @@ def _comparison_plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
         for recipe in dict.fromkeys(r["recipe"] for r in quantized):
             points = [(r[key], r["kl"]) for r in quantized if r["recipe"] == recipe]
             axes.plot(*zip(*sorted(points), strict=True), "o-" if key == "bits" else "o", label=recipe)
-        if key == "seconds" and quantized:
+        if key == "seconds":
             axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel(label)

@@ -4,9 +4,9 @@ Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The c
 
     dtype        of the scales, to which decoded weights are rounded whatever dtype the model is loaded in: quantized
                  activations turn the smallest differences of weights into whole steps
-    activations  {bits, symmetric, clip} of every quantized linear's input, or null
+    activations  {bits, symmetric, clip, full_range} of every quantized linear's input, or null
     rotations    pattern on linear names -> factors of an online rotation of its input
-    kv           {bits, symmetric, clip, attention: pattern on module names, rotation: factors or null}, or null
+    kv           {bits, symmetric, clip, full_range, attention: pattern on module names, rotation: factors or null}, or null
     tables       size -> rows of +-1 of the Hadamard matrices that are not Sylvester's, one hexadecimal number a row
 
 A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers quantizer in `lowbit.hf`.
@@ -114,4 +114,4 @@ def kv_of(config: Mapping[str, Any]) -> tuple[KVGrid, str] | None:
     if kv is None:
         return None
     rotation = None if kv["rotation"] is None else _rotation(kv["rotation"], config["tables"])
-    return KVGrid(PerToken(kv["bits"], kv["symmetric"], kv["clip"]), rotation), kv["attention"]
+    return KVGrid(PerToken(kv["bits"], kv["symmetric"], kv["clip"], kv["full_range"]), rotation), kv["attention"]

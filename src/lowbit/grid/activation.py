@@ -21,6 +21,8 @@ class PerToken:
         symmetric: levels on both sides of zero, scale = max|x| / (2**(bits-1) - 1); else scale = (max - min) / (2**bits - 1)
             with the range extended to zero and an integer zero point.
         clip: both ends of the range are multiplied by it, in (0, 1].
+        full_range: symmetric only, scale = max|x| / (2**(bits-1) - 0.5) as compressed-tensors has it: the lowest level is used
+            too, the largest positive value is cut by half a step.
 
     Source: dynamic per-token quantization as in SmoothQuant (arXiv 2211.10438), QuaRot (2404.00456) and TesseraQ's WxAx runs.
     """
@@ -28,12 +30,15 @@ class PerToken:
     bits: int
     symmetric: bool = False
     clip: float = 1.0
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"activation bits must be 2 to 8 (or 16 for none), got {self.bits}")
         if not 0 < self.clip <= 1:
             raise ValueError(f"an activation clip must be in (0, 1], got {self.clip}")
+        if self.full_range and not self.symmetric:
+            raise ValueError("full_range is a kind of symmetric grid: set symmetric too")
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., n) float -> codes of the same shape in 0 ... 2**bits - 1, scale (..., 1), zero_point (..., 1); all float32."""
@@ -41,8 +46,12 @@ class PerToken:
         grid = Affine(self.bits, symmetric=self.symmetric)
         low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
         params = grid.from_range(low * self.clip, high * self.clip)
-        codes = ((wide / params.scale).round_() + params.zero_point).clamp_(0, grid.top)
-        return codes, params.scale, params.zero_point
+        scale = params.scale
+        if self.full_range:
+            # -max|x| lies halfway between two codes: only the very division of the other loaders rounds it as they do.
+            scale = (torch.maximum(-low, high) * self.clip).clamp(min=1e-5) / (2 ** (self.bits - 1) - 0.5)
+        codes = ((wide / scale).round_() + params.zero_point).clamp_(0, grid.top)
+        return codes, scale, params.zero_point
 
     def __call__(self, x: Tensor) -> Tensor:
         """The nearest representable values, in x's dtype; gradients pass unchanged (straight-through)."""

@@ -61,7 +61,7 @@ class QuaRot:
             changes = {key: weight}
             if bias in block.weights:
                 shift = block.weights[bias].clone()
-                shift[rows] = _each_head(shift[rows].double(), inner).to(shift.dtype)
+                shift[rows] = _each_head(shift[rows].double(), inner).to(block.stored).to(shift.dtype)
                 changes[bias] = shift
             changes[out] = _each_head(block.weights[out].double(), inner).to(weight.dtype)
             block = block.rewritten(changes)

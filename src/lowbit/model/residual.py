@@ -76,8 +76,12 @@ def basis_of(wiring: Wiring, hidden: int, centred: bool, family: str, seed: int)
     return Basis.random(hidden, centred, seed)
 
 
-def rotate_block(weights: Mapping[str, Tensor], wiring: Wiring, basis: Basis) -> dict[str, Tensor]:
-    """A block's parameters, by their names inside the block, in the new basis and in their own dtypes."""
+def rotate_block(weights: Mapping[str, Tensor], wiring: Wiring, basis: Basis, stored: torch.dtype) -> dict[str, Tensor]:
+    """A block's parameters, by their names inside the block, in the new basis and in their own dtypes.
+
+    Args:
+        stored: the artifact's dtype; what it keeps as it is (biases) is rounded to it, weights that will be coded are not.
+    """
     out = dict(weights)
     for site in wiring.sites:
         if site.residual:
@@ -90,7 +94,7 @@ def rotate_block(weights: Mapping[str, Tensor], wiring: Wiring, basis: Basis) ->
         out[key] = basis.written(out[key].T).T.contiguous().to(weights[key].dtype)
         if bias in out:
             out[bias] = basis.written(out[bias]).to(weights[bias].dtype)
-    return out
+    return {k: v.to(stored).to(v.dtype) if k.endswith(".bias") else v for k, v in out.items()}
 
 
 def _unit_norm(weights: Mapping[str, Tensor], site: Site, offset: float) -> dict[str, Tensor]:

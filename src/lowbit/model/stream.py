@@ -180,7 +180,7 @@ class ModelStream:
         names = [prefix + n for n, _ in self._blocks[i].named_parameters()]
         held = torch.promote_types(self.compute, torch.float32)
         weights = {k[len(prefix) :]: v.to(self.device, held) for k, v in self.checkpoint.read(names).items()}
-        return weights if self._basis is None else rotate_block(weights, self.wiring, self._basis)
+        return weights if self._basis is None else rotate_block(weights, self.wiring, self._basis, self.dtype)
 
     def _ready(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)

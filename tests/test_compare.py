@@ -1,0 +1,107 @@
+"""`lowbit compare`: equal terms, resumable cells, failures shown as failures, reports that agree with the cells."""
+
+import csv
+import json
+
+import pytest
+from helpers import save_tiny
+from typer.testing import CliRunner
+
+import lowbit.compare
+from lowbit.cli import app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+def compare(model, out, *more, schemes="W4A16,W4A8", recipes="rtn,awq+gptq"):
+    text = str(model / "text.txt")
+    args = ["compare", model, "--schemes", schemes, "--recipes", recipes, "--calib", text, "--samples", 8, "--length", 32]
+    args += ["--text", text, "--eval-length", 32, "--windows", 6, "-o", out, *more]
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("c") / "cmp"
+    result = compare(model, out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_all_cells_on_equal_terms(done):
+    rows = json.loads((done / "comparison.json").read_text())["rows"]
+    assert [(r["scheme"], r["recipe"]) for r in rows] == [
+        ("float", "original"), ("bfloat16", "original"), ("W4A16", "rtn"), ("W4A16", "awq+gptq"), ("W4A8", "rtn"), ("W4A8", "awq+gptq"),
+    ]  # fmt: skip
+    assert len({r["windows_sha256"] for r in rows}) == 1
+    assert len({r["calibration"]["sha256"] for r in rows[2:]}) == 1
+    assert rows[0]["kl"] < 1e-6 < rows[2]["kl"]
+    assert rows[3]["kl"] < rows[2]["kl"]
+
+
+def test_reports_agree_with_the_cells(done):
+    rows = json.loads((done / "comparison.json").read_text())["rows"]
+    table = list(csv.DictReader((done / "comparison.csv").read_text().splitlines()))
+    assert [float(t["perplexity"]) for t in table] == pytest.approx([r["perplexity"] for r in rows], abs=1e-4)
+    page = (done / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == 4
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert all(t["perplexity"] in (done / "comparison.md").read_text() for t in table)
+    assert not (done / "artifacts" / "W4A16-rtn").exists()
+
+
+def test_a_repeated_command_measures_nothing_again_and_a_new_cell_is_added(done, model, monkeypatch):
+    ran = []
+    quantize = lowbit.compare.quantize
+    monkeypatch.setattr(lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k))
+    assert compare(model, done).exit_code == 0
+    assert ran == []
+    assert compare(model, done, "--keep", recipes="rtn,awq").exit_code == 0
+    assert ran == ["W4A16-awq", "W4A8-awq"]
+    assert (done / "artifacts" / "W4A8-awq" / "report.json").is_file()
+
+
+def test_a_failure_is_a_row_and_is_tried_again(model, tmp_path, monkeypatch):
+    result = compare(model, tmp_path / "c", schemes="W4A16g48,W4A16g32", recipes="rtn")
+    assert result.exit_code == 1
+    assert "group size 48 does not divide" in " ".join(result.output.split())
+    rows = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
+    assert ["error" in r for r in rows] == [False, False, True, False]
+    assert "failed" in (tmp_path / "c" / "comparison.md").read_text()
+    ran = []
+    quantize = lowbit.compare.quantize
+    monkeypatch.setattr(lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k))
+    compare(model, tmp_path / "c", schemes="W4A16g48,W4A16g32", recipes="rtn")
+    assert ran == ["W4A16g48-rtn"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(recipes="rtn,awk"), "awq"),
+        (dict(recipes="rtn,rtn"), "given twice"),
+        (dict(schemes="W44"), "2 to 8|must be 1 to 8"),
+        (dict(schemes=""), "no scheme"),
+    ],
+)
+def test_bad_names_are_refused_before_work(model, tmp_path, options, words):
+    import re
+
+    result = compare(model, tmp_path / "c", **options)
+    assert result.exit_code == 2
+    assert re.search(words, " ".join(result.output.split()))
+    assert not (tmp_path / "c").exists()
+
+
+def test_settings_reach_the_recipes_that_have_the_method(model, tmp_path):
+    result = compare(model, tmp_path / "c", "--set", "tesseraq.iters=4")
+    assert result.exit_code == 2 and "none of the recipes" in " ".join(result.output.split())
+    assert compare(model, tmp_path / "c", "--set", "gptq.damping=0.05", schemes="W4A16").exit_code == 0
+
+
+def test_other_terms_are_refused(done, model):
+    result = compare(model, done, "--seed", 5)
+    assert result.exit_code == 2 and "another seed" in " ".join(result.output.split())
