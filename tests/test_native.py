@@ -177,6 +177,22 @@ def test_formats_that_cannot_carry_it_say_so(model):
     assert "vLLM" in plan.output and "refuses" in plan.output
 
 
+@pytest.mark.parametrize(
+    "scheme, recipe, words", [("W4A4", "rtn", "activations other than"), ("W4A16KV4", "rtn", "keys and values"), ("W4A16", "quarot", "online rotations")]
+)
+def test_what_plain_loaders_cannot_carry_is_refused_on_request(model, tmp_path, scheme, recipe, words):
+    args = ["quantize", model, "--scheme", scheme, "--recipe", recipe, "--plain", "-o", tmp_path / "out"]
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == 2 and words in " ".join(result.output.split())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_recipes_own_scheme_is_the_default(model, tmp_path):
+    args = ["quantize", model, "--recipe", "quarot", "--calib", model / "text.txt", "--samples", 4, "--length", 32, "-o", tmp_path / "out"]
+    assert CliRunner().invoke(app, [str(a) for a in args]).exit_code == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["scheme"] == "W4A4KV4sym"
+
+
 def test_a_head_width_without_hadamard_matrix_is_named(tmp_path):
     import transformers as T
 

@@ -26,7 +26,9 @@ out, err = Console(), Console(stderr=True)
 
 Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but tesseraq-paper (wikitext2).")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
-Scheme = Annotated[str, typer.Option(help="W<bits>A16[g<group size>][sym], for example W2A16g64; without g one scale per output channel.")]
+_SCHEME = "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without g one scale per output channel."
+Scheme = Annotated[str, typer.Option(help=_SCHEME)]
+OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the recipe's, W4A16g128 if it has none.")]
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -65,23 +67,24 @@ def _quiet() -> None:
 def quantize(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Artifact folder; OUT.partial while it is being made.")],
-    scheme: Scheme = "W4A16g128",
-    recipe: Annotated[str, typer.Option(help="A named recipe (rtn, awq, tesseraq, tesseraq-best, tesseraq-paper) or a .toml file.")] = "tesseraq",
+    scheme: OwnScheme = None,
+    recipe: Annotated[str, typer.Option(help="A named recipe (README lists them), names joined by + (smoothquant+gptq), or a .toml file.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable.")] = None,
     calib: Calib = None,
     samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-paper (512).")] = None,
     length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.")] = None,
     seed: Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Refuse what only this library could load: online rotations, quantized keys and values, most quantized activations.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Quantize a model into a verified compressed-tensors artifact. Repeating an interrupted command continues it."""
+    """Quantize a model into a verified artifact. Repeating an interrupted command continues it."""
     from .display import Progress, summary
     from .job import quantize as job
 
     with Progress(out) as progress:
         result = job(
             model, scheme, recipe, out=output, calib=calib, samples=samples, length=length, seed=seed, device=device,
-            settings=set_ or [], progress=progress, watch=progress.working,
+            settings=set_ or [], plain=plain, progress=progress, watch=progress.working,
         )  # fmt: skip
     out.print(summary(result), highlight=False, soft_wrap=True)
 
@@ -90,7 +93,7 @@ def quantize(
 @_reported
 def plan(
     model: Annotated[str, typer.Argument(help="Model folder, a config.json, or hub id; weights are not needed.")],
-    scheme: Scheme = "W2A16g128",
+    scheme: OwnScheme = None,
     recipe: Annotated[str, typer.Option(help="Recipe whose cost to estimate.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe.")] = None,
     samples: Annotated[Optional[int], typer.Option(help="Calibration rows; default: the recipe's.")] = None,
@@ -106,7 +109,7 @@ def plan(
     from .presets import load_recipe
     from .scheme import parse_scheme
 
-    chosen = load_recipe(recipe, scheme=parse_scheme(scheme), settings=set_ or [])
+    chosen = load_recipe(recipe, scheme=None if scheme is None else parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
     own = chosen.calibration
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)

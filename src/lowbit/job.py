@@ -29,7 +29,7 @@ from .grid import Affine, QTensor
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
-from .plan import check_divides, check_loadable, fits_compressed_tensors
+from .plan import beyond_compressed_tensors, check_divides, check_loadable
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
 from .recipe import Recipe, Streams, advance, as_read, begin, prepared, readings_of, run
@@ -135,6 +135,7 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     settings: Sequence[str] = (),
+    plain: bool = False,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Result:
@@ -148,6 +149,7 @@ def quantize(
         calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens a row. None takes the
             recipe's, which is stdlib, 128 and 2048 (or the model's context if that is shorter) if it does not say.
         settings: "method.option=value" changes to the recipe.
+        plain: refuse what plain loaders could not run instead of writing it in the library's own format.
         progress: told after each block. watch: told of each step within a block.
 
     Raises:
@@ -165,6 +167,9 @@ def quantize(
     stream = ModelStream(model, where)
     check_divides(stream.linear_shapes(), recipe)
     check_loadable(stream.linear_shapes(), recipe)
+    beyond = beyond_compressed_tensors(stream.linear_shapes(), recipe)
+    if plain and beyond:
+        raise LowbitError(f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or leave --plain out.")
     stream = prepared(stream, recipe, seed)
     recipe = replace(recipe, calibration=_calibration(recipe.calibration, stream, calib, samples, length))
     rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, _HELD_OUT)
@@ -323,7 +328,7 @@ class _Run:
         return verification
 
     def _format(self) -> str:
-        return ct.NAME if fits_compressed_tensors(self.stream.linear_shapes(), self.recipe) else native.NAME
+        return native.NAME if beyond_compressed_tensors(self.stream.linear_shapes(), self.recipe) else ct.NAME
 
     def _describe(self, grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
         if self._format() == ct.NAME:

@@ -122,9 +122,15 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
             raise LowbitError(f"override {i + 1}, '{pattern}', matches no linear of this model; names look like '{next(iter(shapes))}'.")
 
 
-def fits_compressed_tensors(names: Iterable[str], recipe: Recipe) -> bool:
-    """Whether plain loaders can run the result; else it is written in the library's own format."""
-    return recipe.kv is None and not recipe.rotates_online and carries([recipe.grid_of(n) for n in names], recipe.activations)
+def beyond_compressed_tensors(names: Iterable[str], recipe: Recipe) -> str | None:
+    """What plain loaders of compressed-tensors could not run of the result; None if they can run it all."""
+    if recipe.kv is not None:
+        return "quantized keys and values"
+    if recipe.rotates_online:
+        return "online rotations (--set quarot.online=false leaves them out)"
+    if not carries([recipe.grid_of(n) for n in names], recipe.activations):
+        return "activations other than symmetric 8-bit (or 4-bit with activations.full_range=true) ones under symmetric weights"
+    return None
 
 
 def check_loadable(names: Iterable[str], recipe: Recipe) -> None:
@@ -135,7 +141,7 @@ def check_loadable(names: Iterable[str], recipe: Recipe) -> None:
             library's own format has no such limit.
     """
     names = list(names)
-    if not fits_compressed_tensors(names, recipe):
+    if beyond_compressed_tensors(names, recipe):
         return
     grids = {recipe.grid_of(n) for n in names}
     if len(grids) > 1 and not all(g.symmetric for g in grids):
@@ -198,7 +204,7 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
         block_memory=4 * per_block * (4 + (8 if learner else 0)), outer_memory=4 * outside,
         activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
-        runtimes=runtimes(recipe.grid, linears, recipe.activations) if fits_compressed_tensors(names, recipe) else _own_format_only(),
+        runtimes=runtimes(recipe.grid, linears, recipe.activations) if not beyond_compressed_tensors(names, recipe) else _own_format_only(),
     )  # fmt: skip
 
 
