@@ -50,8 +50,9 @@ def test_per_token_against_a_loop(bits, kind, clip, seed):
             scale = (top - bottom) / (2**bits - 1)
             zero, low, high = min(max(round(-bottom / scale), 0), 2**bits - 1), 0, 2**bits - 1
         exact = ((token / scale).round() + zero).clamp(low, high) - zero
-        # Where float32 and float64 round a tie apart, one step lies between them.
-        assert ((exact * scale - out).abs() < 1e-4 * scale).double().mean() > 0.98
+        # Where float32 and float64 round a tie apart, one step lies between them; with the full range -max|x| is always a tie.
+        sure = token.abs() < token.abs().max() if full else torch.ones_like(token, dtype=torch.bool)
+        assert ((exact * scale - out).abs() < 1e-4 * scale)[sure].double().mean() > 0.98
         assert ((exact * scale - out).abs() < 1.001 * scale).all()
 
 

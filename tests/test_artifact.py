@@ -229,7 +229,7 @@ def test_missing_shard_is_named(tmp_path):
     [
         (["--scheme", "W2A16g24"], "group size 24 does not divide the 64 inputs of 'model.layers.0.self_attn.q_proj'"),
         (["--scheme", "2bit"], "unknown scheme '2bit'"),
-        (["--scheme", "W4A4"], "use A16"),
+        (["--scheme", "W4A1"], "2 to 8"),
         (["--recipe", "teseraq"], "did you mean 'tesseraq'?"),
         (["--set", "tesseraq.itters=3"], "did you mean 'iters'?"),
         (["--set", "tesseraq.iters=many"], "must be of type int"),

@@ -207,3 +207,12 @@ def test_a_head_width_without_hadamard_matrix_is_named(tmp_path):
     with pytest.raises(LowbitError, match="the width of a head is 134 = 2 x 67"):
         made(tmp_path / "m", tmp_path / "out", settings=["quarot.residual=false"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loaded_model_can_be_saved_again(artifact, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(artifact)
+    loaded.save_pretrained(tmp_path / "copy")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    ids = torch.randint(3, 280, (1, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, again(ids).logits)

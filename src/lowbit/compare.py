@@ -91,7 +91,7 @@ def cells(schemes: Sequence[str], recipes: Sequence[str], settings: Sequence[str
 
 def _applicable(recipe: str, settings: Sequence[str]) -> list[str]:
     """The settings whose method the recipe has."""
-    tables = {*load_recipe(recipe).as_dict()["methods"], "activations", "kv"}
+    tables = {*load_recipe(recipe).as_dict()["methods"], "activations", "kv", "overrides"}
     return [s for s in settings if s.partition(".")[0].strip() in tables]
 
 
