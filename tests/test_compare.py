@@ -105,3 +105,32 @@ def test_settings_reach_the_recipes_that_have_the_method(model, tmp_path):
 def test_other_terms_are_refused(done, model):
     result = compare(model, done, "--seed", 5)
     assert result.exit_code == 2 and "another seed" in " ".join(result.output.split())
+
+
+def test_missing_text_and_unknown_options_are_refused_before_work(model, tmp_path):
+    bad = compare(model, tmp_path / "c", "--text", tmp_path / "none.txt")
+    assert bad.exit_code == 2 and "none.txt" in " ".join(bad.output.split())
+    bad = compare(model, tmp_path / "c", "--set", "gptq.nosuch=1")
+    assert bad.exit_code == 2 and "nosuch" in bad.output
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_recipe_file_is_a_cell_and_a_changed_one_is_measured_again(model, tmp_path, monkeypatch):
+    ran = []
+    quantize = lowbit.compare.quantize
+    monkeypatch.setattr(lowbit.compare, "quantize", lambda *a, **k: ran.append(1) or quantize(*a, **k))
+    recipe = tmp_path / "mine.toml"
+    for methods, runs in (("rtn", 1), ("rtn", 1), ("awq", 2)):
+        recipe.write_text(f'name = "mine"\nmethods = ["{methods}"]\n')
+        assert compare(model, tmp_path / "c", recipes=str(recipe), schemes="W4A16").exit_code == 0
+        assert len(ran) == runs
+
+
+def test_accuracies_of_tasks_are_in_every_report(tmp_path):
+    from lowbit.report import write_comparison
+
+    tasks = {"each": {"piqa": {"acc": 0.5, "acc_norm": 0.25}}, "mean_acc": 0.5}
+    row = {"scheme": "W4A16", "recipe": "rtn", "bits": 4.0, "bytes": 1, "perplexity": 2.0, "kl": 0.1, "top1": 0.9, "seconds": 1.0}
+    write_comparison(tmp_path, [{**row, "blocks": [{"before": 2.0, "after": 1.0}], "tasks": tasks}], "title")
+    (line,) = csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines())
+    assert line["piqa"] == "0.5000" and line["mean acc"] == "0.5000"

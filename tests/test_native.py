@@ -204,7 +204,7 @@ def test_a_head_width_without_hadamard_matrix_is_named(tmp_path):
 
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "text.txt").write_text(TEXT)
-    with pytest.raises(LowbitError, match="the width of a head is 134 = 2 x 67"):
+    with pytest.raises(LowbitError, match="the width of a head is 134 = 2 x 67.*quarot.heads=false"):
         made(tmp_path / "m", tmp_path / "out", settings=["quarot.residual=false"])
     assert not (tmp_path / "out").exists()
 
@@ -216,3 +216,34 @@ def test_a_loaded_model_can_be_saved_again(artifact, tmp_path):
     ids = torch.randint(3, 280, (1, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, again(ids).logits)
+
+
+@pytest.mark.parametrize("scheme, recipe", [("W4A4", "rtn"), ("W4A4KV4", "quarot"), ("W8A8sym", "smoothquant"), ("W4A16", "awq")])
+def test_tuning_in_16_bits_still_proves_the_artifact(model, tmp_path, monkeypatch, scheme, recipe):
+    from functools import partial
+
+    import lowbit.job
+    from lowbit.model.stream import ModelStream
+
+    monkeypatch.setattr(lowbit.job, "ModelStream", partial(ModelStream, compute=torch.bfloat16))
+    done = made(model, tmp_path / "out", scheme, recipe)
+    assert done.report["compute"] == "torch.bfloat16"
+    assert done.verification.logits_rms < (2e-2 if scheme == "W8A8sym" else 1e-3)
+
+
+def test_a_size_that_cannot_be_rotated_is_refused_before_work(tmp_path):
+    import transformers as T
+    from helpers import TEXT, tiny_tokenizer
+
+    config = T.LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=14, num_key_value_heads=2, head_dim=8
+    )
+    T.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "text.txt").write_text(TEXT)
+    for call in (["quantize", tmp_path / "m", "--recipe", "quarot", "-o", tmp_path / "out"], ["plan", tmp_path / "m", "--recipe", "quarot"]):
+        result = CliRunner().invoke(app, [str(a) for a in call])
+        assert result.exit_code == 2
+        assert "14 = 2 x 7" in (text := " ".join(result.output.split())) and "--set quarot.online=false" in text
+    assert not (tmp_path / "out.partial").exists()
+    made(tmp_path / "m", tmp_path / "out", "W4A16", settings=["quarot.online=false"])

@@ -76,6 +76,35 @@ def test_tesseraq_improves_every_base(tmp_path, base, scheme):
     assert losses[1] < 0.95 * losses[0]
 
 
+def test_a_transform_after_a_clip_is_refused(tmp_path):
+    stream = ModelStream(save_tiny(tmp_path, "llama-mha", torch.float32))
+    x = stream.embed(torch.randint(3, 280, (4, 24), generator=torch.Generator().manual_seed(0)))
+    for name, words in (("awq+smoothquant", "on a fixed range"), ("awq+omniquant", "nothing to learn")):
+        recipe = load_recipe(name, scheme=parse_scheme("W4A16"))
+        with pytest.raises(LowbitError, match=words):
+            apply_methods(begin(stream, 0, recipe, Streams(x, x, 4), stream.block_kwargs(24)[0], 0), recipe)
+
+
+def test_a_joined_recipe_has_the_scheme_of_its_parts():
+    assert str(load_recipe("smoothquant+gptq").scheme) == "W8A8sym"
+    assert str(load_recipe("quarot+gptq").scheme) == "W4A4KV4sym"
+    assert str(load_recipe("awq+gptq").scheme) == "W4A16g128"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: load_recipe("awq", scheme=parse_scheme("W4A16"), settings=["activations.clip=0.5"]), "has no effect"),
+        (lambda: load_recipe("rtn+gptq"), "would do nothing"),
+        (lambda: load_recipe("x.toml+gptq"), "cannot be joined"),
+        (lambda: prepared(None, load_recipe("omniquant", settings=["omniquant.clips=/nowhere.safetensors"]), 0), "no such file"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(make, words):
+    with pytest.raises(LowbitError, match=words):
+        make()
+
+
 def test_after_a_solver_tuning_starts_from_its_codes_and_moves_by_one(tmp_path):
     stream = ModelStream(save_tiny(tmp_path, "llama-mha", torch.float32))
     ids = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but tesseraq-paper (wikitext2).")]  # fmt: skip
+Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the -paper ones.")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
 _SCHEME = "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without g one scale per output channel."
 Scheme = Annotated[str, typer.Option(help=_SCHEME)]
@@ -71,7 +71,7 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="A named recipe (README lists them), names joined by + (smoothquant+gptq), or a .toml file.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable.")] = None,
     calib: Calib = None,
-    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-paper (512).")] = None,
+    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-best and tesseraq-paper (512).")] = None,
     length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.")] = None,
     seed: Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Refuse what only this library could load: online rotations, quantized keys and values, most quantized activations.")] = False,

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .model.calibration import Calibration, evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_config, load_tokenizer
 from .presets import load_recipe
+from .recipe import Recipe
 from .scheme import parse_scheme
 
 _STATE = "compare.json"
@@ -63,7 +65,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.scheme}-{self.recipe}"
+        """A file name, also where the recipe is a path."""
+        if not self.recipe.endswith(".toml"):
+            return f"{self.scheme}-{self.recipe}"
+        return f"{self.scheme}-{Path(self.recipe).stem}-{hashlib.sha256(self.recipe.encode()).hexdigest()[:8]}"
 
 
 def cells(schemes: Sequence[str], recipes: Sequence[str], settings: Sequence[str] = ()) -> list[Cell]:
@@ -78,21 +83,24 @@ def cells(schemes: Sequence[str], recipes: Sequence[str], settings: Sequence[str
         for name in given:
             if given.count(name) > 1:
                 raise LowbitError(f"{what} '{name}' is given twice.")
-    for recipe in recipes:
-        load_recipe(recipe)
     for setting in settings:
-        if not any(_applicable(recipe, (setting,)) for recipe in recipes):
-            raise LowbitError(f"--set {setting} is about a method that none of the recipes {', '.join(recipes)} has.")
+        if not any(_applicable(recipe, scheme, (setting,)) for recipe in recipes for scheme in schemes):
+            raise LowbitError(f"--set {setting} is about something that none of the recipes {', '.join(recipes)} has.")
     for scheme in schemes:
-        parse_scheme(scheme)
+        for recipe in recipes:
+            _resolved(recipe, scheme, settings)
     originals = [Cell("float", "original"), Cell("bfloat16", "original")]
     return originals + [Cell(s, r) for s in schemes for r in recipes]
 
 
-def _applicable(recipe: str, settings: Sequence[str]) -> list[str]:
-    """The settings whose method the recipe has."""
-    tables = {*load_recipe(recipe).as_dict()["methods"], "activations", "kv", "overrides"}
+def _applicable(recipe: str, scheme: str, settings: Sequence[str]) -> list[str]:
+    """The settings about a method that the recipe has, or about activations, keys and values that the scheme quantizes."""
+    tables = {*load_recipe(recipe, scheme=parse_scheme(scheme)).as_dict(), "overrides"} - {"calibration"}
     return [s for s in settings if s.partition(".")[0].strip() in tables]
+
+
+def _resolved(recipe: str, scheme: str, settings: Sequence[str]) -> Recipe:
+    return load_recipe(recipe, scheme=parse_scheme(scheme), settings=_applicable(recipe, scheme, settings))
 
 
 Row = dict[str, Any]  # plain data for the report: scheme, recipe, and either error or the measured figures
@@ -106,7 +114,8 @@ class Comparison:
         keep: keep the artifacts too.
 
     Raises:
-        LowbitError: the folder holds a comparison on other terms, or something else.
+        LowbitError: the folder holds a comparison on other terms, or something else; the evaluation text is missing or too
+            short, or a task unknown.
     """
 
     def __init__(self, terms: Terms, folder: Path, keep: bool = False) -> None:
@@ -120,29 +129,41 @@ class Comparison:
                 raise LowbitError(f"'{folder}' holds a comparison with another {', '.join(changed)}. Choose another -o, or remove it.")
         elif folder.exists() and any(folder.iterdir()):
             raise LowbitError(f"'{folder}' exists and holds no comparison. Choose another -o.")
-        (folder / _CELLS).mkdir(parents=True, exist_ok=True)
-        write_atomic(found, (json.dumps(state, indent=1) + "\n").encode())
         self.device = str(pick_device(terms.device))
         self._tokenizer = load_tokenizer(Checkpoint(terms.model))
-        self._windows: Tensor | None = None
-        self._reference: Any = None
+        self._windows: Tensor = evaluation_windows(terms.text, self._tokenizer, terms.length, terms.windows)
+        self._tasks()
+        (folder / _CELLS).mkdir(parents=True, exist_ok=True)
+        write_atomic(found, (json.dumps(state, indent=1) + "\n").encode())
+
+    def _tasks(self) -> Any:
+        """The tasks, ready for one evaluation; None without any."""
+        if not self.terms.tasks:
+            return None
+        from .tasks import prepare
+
+        folder = None if self.terms.task_data is None else Path(self.terms.task_data)
+        return prepare(list(self.terms.tasks), shots=None, limit=self.terms.limit, folder=folder)
+
+    def _made_with(self, cell: Cell) -> Row:
+        """What else decides a cell's figures: a finished cell that differs in it is measured anew."""
+        versions = {n: version(n) for n in ("lowbit", "torch", "transformers")}
+        resolved = {} if cell.recipe == "original" else _resolved(cell.recipe, cell.scheme, self.terms.settings).as_dict()
+        return json.loads(json.dumps({"recipe": resolved, "device": self.device.split(":")[0], "versions": versions}))  # type: ignore[no-any-return]
 
     def finished(self, cell: Cell) -> Row | None:
-        """What an earlier call measured, None if it failed or never ran."""
+        """What an earlier call measured, None if it failed, never ran, or ran with another recipe, version or kind of device."""
         path = self.folder / _CELLS / f"{cell.name}.json"
         if not path.is_file():
             return None
         row: Row = json.loads(path.read_text())
-        return None if "error" in row else row
+        return None if "error" in row or row["made_with"] != self._made_with(cell) else row
 
-    def run(
-        self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]], tell: Callable[[Row], None] = lambda row: None
-    ) -> Iterator[Row]:
+    def run(self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]]) -> Iterator[Row]:
         """Measure every cell that is not finished yet.
 
         Args:
             show: makes a progress display for the quantization of a cell, see `lowbit.display.Progress`.
-            tell: told of each row as it comes.
 
         Yields:
             a row for each cell, failures included.
@@ -152,11 +173,11 @@ class Comparison:
             if row is None:
                 try:
                     row = self._original(cell) if cell.recipe == "original" else self._quantized(cell, show)
+                    row["made_with"] = self._made_with(cell)
                 except Exception as e:  # a failing method is a result too; the others go on
                     said = str(e) if isinstance(e, LowbitError) else f"{type(e).__name__}: {e}"
                     row = {"scheme": cell.scheme, "recipe": cell.recipe, "error": " ".join(said.split())}
                 write_atomic(self.folder / _CELLS / f"{cell.name}.json", (json.dumps(row, indent=1) + "\n").encode())
-            tell(row)
             yield row
 
     def _original(self, cell: Cell) -> Row:
@@ -169,7 +190,7 @@ class Comparison:
         t = self.terms
         out = self.folder / _ARTIFACTS / cell.name
         out.parent.mkdir(exist_ok=True)
-        recipe = load_recipe(cell.recipe, scheme=parse_scheme(cell.scheme), settings=_applicable(cell.recipe, t.settings))
+        recipe = _resolved(cell.recipe, cell.scheme, t.settings)
         with show(cell) as progress:
             done = quantize(
                 t.model, None, recipe, out=out, calib=t.calibration.source, samples=t.calibration.samples, length=t.calibration.length,
@@ -191,18 +212,15 @@ class Comparison:
 
     def _judged(self, model: Any) -> Row:
         """Perplexity, KL and top-1 to the model in float32, and the tasks' accuracies."""
-        if self._windows is None:
-            self._windows = evaluation_windows(self.terms.text, self._tokenizer, self.terms.length, self.terms.windows)
-        if self._reference is None:
-            self._reference = load_causal_lm(self.terms.model, self.device, "float32")
-        found = evaluate(model, self._windows, self._reference).as_dict()
-        if self.terms.tasks:
-            from .tasks import evaluate_tasks, prepare
+        # Loaded anew each time: while a cell is quantized it would only take memory.
+        reference = load_causal_lm(self.terms.model, self.device, "float32")
+        found = evaluate(model, self._windows, reference).as_dict()
+        del reference
+        prepared = self._tasks()
+        if prepared is not None:
+            from .tasks import evaluate_tasks
 
-            folder = None if self.terms.task_data is None else Path(self.terms.task_data)
-            prepared = prepare(list(self.terms.tasks), shots=None, limit=self.terms.limit, folder=folder)
-            results = evaluate_tasks(prepared, model, self._tokenizer, limit=self.terms.limit, batch=8)
-            found["tasks"] = results.as_dict()
+            found["tasks"] = evaluate_tasks(prepared, model, self._tokenizer, limit=self.terms.limit, batch=8).as_dict()
         return {**found, "windows_sha256": hashlib.sha256(self._windows.to(torch.int64).numpy().tobytes()).hexdigest()}
 
 

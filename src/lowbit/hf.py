@@ -1,6 +1,6 @@
 """The transformers quantizer for artifacts in the library's own format: after `import lowbit`, from_pretrained just works.
 
-Weights are decoded once, when the model is loaded; activation grids, online rotations and quantized keys and values are active
+Weights are decoded at their first use and kept; activation grids, online rotations and quantized keys and values are active
 in every forward pass, also in generation.
 """
 

@@ -26,6 +26,7 @@ from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
 from .grid import Affine, QTensor
+from .methods import OmniQuant
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.stream import ModelStream, load_tokenizer
@@ -159,6 +160,8 @@ def quantize(
         scheme = parse_scheme(scheme)
     elif isinstance(scheme, Affine):
         scheme = Scheme(scheme)
+    if settings and not isinstance(recipe, str):
+        raise LowbitError("settings change a recipe given by name or file; change the Recipe itself instead.")
     if isinstance(recipe, str):
         recipe = load_recipe(recipe, scheme=scheme, settings=settings)
     elif scheme is not None:
@@ -204,9 +207,11 @@ class _Run:
         s = self.stream
         config = s.checkpoint.file("config.json")
         assert config is not None
+        files = [m.clips for m in self.recipe.methods if isinstance(m, OmniQuant) and m.clips]
         return {
             "model": hashlib.sha256(config.read_bytes() + s.checkpoint.digest().encode()).hexdigest(),
             "recipe": {k: v for k, v in self.recipe.as_dict().items() if k != "calibration"},  # its tokens count, not their path
+            "files": {f: artifact.file_hash(Path(f)) for f in files},
             "calibration": self.rows.sha256, "seed": self.seed, "compute": str(s.compute), "versions": _versions(),
         }  # fmt: skip
 
@@ -233,7 +238,8 @@ class _Run:
     def _enter(self) -> Streams:
         held = self.rows.held_out
         x = self.stream.embed(torch.cat([self.rows.calibration, held]))
-        proof = self.stream.embed(self._proof_ids(), self.stream.compute)
+        exact = self.stream.in_float32()
+        proof = exact.embed(self._proof_ids(), exact.compute)
         self.stream.release()
         return Streams(x, x, len(self.rows.calibration), proof)
 
@@ -243,7 +249,7 @@ class _Run:
 
     def _blocks(self, streams: Streams) -> Iterator[tuple[dict[str, Any], Streams, bool]]:
         kwargs = self.stream.block_kwargs(streams.x.shape[1])
-        proof_kwargs = self.stream.block_kwargs(streams.proof.shape[1] if streams.proof is not None else 2)
+        proof_kwargs = self.stream.in_float32().block_kwargs(streams.proof.shape[1] if streams.proof is not None else 2)
         self.stream.release()
         start = 0
         while start < len(self.stream):
@@ -353,7 +359,7 @@ class _Run:
     def _write_proof(self, streams: Streams) -> None:
         assert streams.proof is not None
         ids = self._proof_ids()
-        logits = self.stream.head(streams.proof[:, -_PROOF_POSITIONS:])
+        logits = self.stream.in_float32().head(streams.proof[:, -_PROOF_POSITIONS:])
         self.place.write_proof({"ids": ids.contiguous(), "logits": logits.cpu()})
 
     def _report(self, own_version: str, skipped: Mapping[str, str], quality: dict[str, Any] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from .errors import LowbitError
 from .formats.compressed_tensors import carries, tensor_bytes
 from .grid import Affine, PerToken
-from .methods import AWQ, GPTQ, OmniQuant, TesseraQ
+from .methods import AWQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import hub_file
 from .model.wiring import wiring_of
@@ -182,14 +182,21 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
     Raises:
         LowbitError: unsupported family, or a group size that does not fit.
     """
-    linears, rest, outside, _ = _skeleton(config)
+    linears, rest, outside, tied_head = _skeleton(config)
+    rotation = next((m for m in recipe.methods if isinstance(m, QuaRot)), None)
+    if rotation is not None:
+        wiring = wiring_of(config)
+        rotation.check(wiring, linears[wiring.sites[-1].reads[0]][1], recipe.kv is not None)
+        outside_stored = outside + (tied_head if rotation.residual else 0)  # a rotated model has a head of its own
+    else:
+        outside_stored = outside
     blocks, layers = config.num_hidden_layers, wiring_of(config).layers
     names = {f"{layers}.{i}.{n}": shape for i in range(blocks) for n, shape in linears.items()}
     check_divides(names, recipe)
     check_loadable(names, recipe)
     quantized = sum(a * b for a, b in names.values())
     packed = sum(tensor_bytes(recipe.grid_of(n), a, b, _SCALE_BYTES) for n, (a, b) in names.items())
-    untouched = rest * blocks + outside
+    untouched, stored = rest * blocks + outside, rest * blocks + outside_stored
     parameters = quantized + untouched
     per_block = quantized // blocks
     context = getattr(config, "max_position_embeddings", None) or length
@@ -199,13 +206,22 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
     saved = batch_tokens * 4 * (sum(a + b for a, b in linears.values()) + 8 * config.hidden_size)
     return Plan(
         model_type=config.model_type, blocks=blocks, parameters=parameters, quantized=quantized, original=2 * parameters,
-        artifact=packed + 2 * untouched, bits_per_weight=8 * packed / quantized,
-        model_bits_per_weight=8 * (packed + 2 * untouched) / parameters,
-        block_memory=4 * per_block * (4 + (8 if learner else 0)), outer_memory=4 * outside,
+        artifact=packed + 2 * stored, bits_per_weight=8 * packed / quantized,
+        model_bits_per_weight=8 * (packed + 2 * stored) / parameters,
+        block_memory=4 * per_block * (4 + (8 if learner else 0)) + _hessians(recipe, linears), outer_memory=4 * outside_stored,
         activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
         runtimes=runtimes(recipe.grid, linears, recipe.activations) if not beyond_compressed_tensors(names, recipe) else _own_format_only(),
     )  # fmt: skip
+
+
+def _hessians(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes of GPTQ's float64 Hessians: the largest with its working copies, and all of them if they are collected at once."""
+    solver = next((m for m in recipe.methods if isinstance(m, GPTQ)), None)
+    if solver is None:
+        return 0
+    squares = [8 * width * width for width in {w for _, w in linears.values()}]
+    return 4 * max(squares) + (0 if solver.true_sequential else sum(squares))
 
 
 def _flops(recipe: Recipe, linears: Mapping[str, tuple[int, int]], tokens: int, samples: int, length: int) -> float:

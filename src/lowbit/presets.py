@@ -29,8 +29,8 @@ def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[s
     """A named recipe, several of them joined by "+", or one from a .toml file; for another scheme, with single options changed.
 
     Of each part of a joined name the method that the part is called after is taken, with its options ("smoothquant+gptq",
-    "omniquant+tesseraq-best"); how activations, keys and values are quantized and the calibration come from the last part
-    that says so.
+    "omniquant+tesseraq-best"); the scheme, how activations, keys and values are quantized and the calibration come from the last
+    part that says so.
 
     Args:
         settings: "method.option=value" or "overrides.PATTERN=SCHEME" strings, the value written as in TOML (quotes optional).
@@ -44,7 +44,12 @@ def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[s
         _apply(data, setting)
     if scheme is not None:
         data["scheme"] = str(scheme)
-    return Recipe.from_dict(data, origin)
+    recipe = Recipe.from_dict(data, origin)
+    for key, grid in (("activations", recipe.activations), ("kv", recipe.kv)):
+        given = next((x for x in settings if x.strip().startswith(f"{key}.")), None)
+        if given is not None and grid is None:
+            raise LowbitError(f"--set {given} has no effect: scheme {recipe.scheme} leaves them in floating point.")
+    return recipe
 
 
 def _read(name: str, origin: str) -> dict[str, Any]:
@@ -66,11 +71,13 @@ def _read(name: str, origin: str) -> dict[str, Any]:
 def _joined(name: str) -> dict[str, Any]:
     out: dict[str, Any] = {"name": name, "methods": []}
     for part in name.split("+"):
+        if part.endswith(".toml"):
+            raise LowbitError(f"recipe '{name}': files cannot be joined; write the methods into one file.")
         data, method = _read(part, f"recipe '{part}'"), part.split("-")[0]
         if method in out["methods"]:
             raise LowbitError(f"recipe '{name}' has '{method}' twice.")
         out["methods"].append(method)
-        for key in (method, "activations", "kv", "calibration"):
+        for key in (method, "scheme", "activations", "kv", "calibration"):
             if key in data:
                 out[key] = data[key]
     return out

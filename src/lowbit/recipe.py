@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .errors import LowbitError, unknown
 from .grid import Affine, KVGrid, PerToken, Reading
-from .methods import METHODS, RTN, SOLVERS, Method, QuaRot
+from .methods import METHODS, RTN, SOLVERS, Method, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
 from .model.block import Announce, Block, silent
 from .model.calibration import Calibration
@@ -53,6 +54,8 @@ class Recipe:
         names = [_method_name(m) for m in self.methods]
         for at, method in enumerate(self.methods):
             before = next((n for n, m in zip(names[:at], self.methods, strict=False) if isinstance(m, SOLVERS)), None)
+            if before and isinstance(method, SOLVERS) and not isinstance(method, TesseraQ):
+                raise LowbitError(f"'{names[at]}' after '{before}' in a recipe would do nothing: everything is coded by then.")
             if before and not isinstance(method, SOLVERS):
                 raise LowbitError(f"'{names[at]}' after '{before}' in a recipe: what changes weights or ranges comes before what codes them.")
             if isinstance(method, QuaRot) and at:
@@ -213,8 +216,8 @@ class Streams:
     Attributes:
         x, xq: (rows, length, hidden) in the model's dtype; the same tensor before the first block.
         tuned_rows: leading rows that methods may learn from; the others are held out.
-        proof: (rows, length, hidden) in the compute dtype, the quantized model's activations for the artifact's proof,
-            never rounded between blocks.
+        proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the quantized model's activations for
+            the artifact's proof, never rounded between blocks.
     """
 
     x: Tensor
@@ -224,8 +227,19 @@ class Streams:
 
 
 def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
-    """The model as the recipe's methods want to see it: in a rotated basis if one of them rotates the residual stream."""
-    return stream.rotated(seed) if any(isinstance(m, QuaRot) and m.residual for m in recipe.methods) else stream
+    """The model as the recipe's methods want to see it: in a rotated basis if one of them rotates the residual stream.
+
+    Raises:
+        LowbitError: a size that cannot be rotated, or a file that is not there.
+    """
+    for method in recipe.methods:
+        if isinstance(method, QuaRot):
+            inner = stream.block_module(0).get_parameter(f"{stream.wiring.sites[-1].reads[0]}.weight").shape[1]
+            method.check(stream.wiring, inner, recipe.kv is not None)
+            stream = stream.rotated(seed) if method.residual else stream
+        if isinstance(method, OmniQuant) and method.clips and not Path(method.clips).is_file():
+            raise LowbitError(f"omniquant.clips: no such file: '{method.clips}'.")
+    return stream
 
 
 def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int, announce: Announce = silent) -> Block:
@@ -242,7 +256,7 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
 
 def _gridded(block: Block, recipe: Recipe) -> Block:
     if recipe.activations is not None:
-        block = block.read({linear: Reading(grid=recipe.activations) for linear in block.wiring.linears})
+        block = block.read(dict.fromkeys(block.wiring.linears, Reading(grid=recipe.activations)))
     return block if recipe.kv is None else replace(block, kv=KVGrid(recipe.kv))
 
 
@@ -284,7 +298,8 @@ def advance(block: Block, streams: Streams, proof_kwargs: Mapping[str, Any]) -> 
     decoded = block.decoded()
     proof = streams.proof
     if proof is not None:
-        proof = replace(block, kwargs=proof_kwargs).forward(proof.to(block.device), decoded)
+        wide = torch.promote_types(block.compute, torch.float32)
+        proof = replace(block, kwargs=proof_kwargs, compute=wide).forward(proof.to(block.device), decoded)
     return replace(streams, x=block.target, xq=block.run(streams.xq, decoded), proof=proof)
 
 
@@ -302,7 +317,7 @@ def run(
 
     Args:
         streams: the activations that enter block ``start``.
-        kwargs, proof_kwargs: what each block is called with, for the streams' and for the proof's row length.
+        kwargs, proof_kwargs: what each block is called with, for the streams' and for the proof's rows (in float32).
         announce: told what a method is about to do.
 
     Yields:

@@ -75,7 +75,7 @@ def _cells(r: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
     if "error" in r:
         return [r["scheme"], r["recipe"], "", "", "failed: " + r["error"].replace("|", "/"), "", "", *[""] * (len(tasks) + bool(tasks)), ""]
     found = (r.get("tasks") or {}).get("each", {})
-    accuracies = [f"{found[t]['metrics']['acc']:.4f}" if "acc" in found.get(t, {}).get("metrics", {}) else "" for t in tasks]
+    accuracies = [f"{found[t]['acc']:.4f}" if "acc" in found.get(t, {}) else "" for t in tasks]
     mean = (r.get("tasks") or {}).get("mean_acc")
     return [
         r["scheme"], r["recipe"], "" if r["bits"] is None else f"{r['bits']:.3f}", str(r["bytes"]), f"{r['perplexity']:.4f}", f"{r['kl']:.5f}",

@@ -2,8 +2,8 @@
 
 Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The config adds
 
-    dtype        of the scales, to which decoded weights are rounded whatever dtype the model is loaded in: quantized
-                 activations turn the smallest differences of weights into whole steps
+    dtype        of the scales, to which decoded weights are rounded: quantized activations turn the smallest differences of
+                 weights into whole steps. A model loaded in a narrower dtype has its scales rounded to that first
     activations  {bits, symmetric, clip, full_range} of every quantized linear's input, or null
     rotations    pattern on linear names -> factors of an online rotation of its input
     kv           {bits, symmetric, clip, full_range, attention: pattern on module names, rotation: factors or null}, or null

@@ -120,10 +120,6 @@ class Rotation:
         """The inverse rotation as a rotation."""
         return Rotation(tuple(f if isinstance(f, int) else f.T.contiguous() for f in self.factors))
 
-    def then(self, other: Rotation) -> Rotation:
-        """Kronecker product: this one on the leading part of the dimension, ``other`` on the trailing part."""
-        return Rotation((*self.factors, *other.factors))
-
 
 def dense(factors: Sequence[Tensor]) -> Tensor:
     """The orthogonal float64 matrix of a Hadamard rotation's factors."""

@@ -145,7 +145,8 @@ def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[T
             weight = block.weight(name)
             scaled = (weight.double() * factor).to(weight.dtype)
             quantized[name] = (_rtn(scaled, block.grids[name], block.stored).double() / factor).to(weight.dtype)
-        error = probe(quantized, {n: block.readings[n].with_factor(factor) for n in site.reads if n in block.readings})
+        reading = block.readings.get(site.reads[0])
+        error = probe(quantized, {} if reading is None else dict.fromkeys(site.reads, reading.with_factor(factor)))
         if error < best_error:
             best, best_error, best_exponent = factor, error, n / exponents
     return best, best_exponent

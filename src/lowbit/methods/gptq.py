@@ -76,7 +76,8 @@ class GPTQ:
             hessians = input_hessians(block, [names[0] for names in step], rows)
             for names in step:
                 block.announce(f"gptq: codes of {', '.join(names)}")
-                block = block.solved(self._site(block, names, hessians.pop(names[0]), trouble))
+                found = self._site(block, names, hessians.pop(names[0]), trouble)
+                block = block.ranged({n: q.params for n, q in found.items()}).solved(found)
         return block.noted(trouble=[*block.notes.get("trouble", ()), *trouble]) if trouble else block
 
     def _site(self, block: Block, names: Sequence[str], hessian: Tensor, trouble: list[str]) -> dict[str, QTensor]:

@@ -1,5 +1,8 @@
 """OmniQuant (arXiv 2308.13137): learned clipping of the weights' ranges and learned equivalent scaling of activations.
 
+Not included: the learned scale between queries and keys and the quantized inputs of attention's products, which the authors add
+where they quantize those.
+
 Learnable weight clipping (LWC, section 3.2) shrinks both ends of every group's range by a sigmoid of a logit. Learnable
 equivalent transformation (LET, section 3.3) divides a site's activation by a learned factor per channel, after taking a
 learned shift off it where biases can carry it. Both are trained on the block's output, then folded away; the codes are the
@@ -66,6 +69,11 @@ class OmniQuant:
             return read_clips(block, Path(self.clips))
         bits = min(block.grids[n].bits for n in block.wiring.linears)
         learned = _Learned(block, self._sites(block), self.alpha)
+        if not learned.clips() and not learned.transforms():
+            raise LowbitError(
+                "omniquant has nothing to learn: all ranges are fixed by the methods before it, and activations stay in floating point. "
+                "Leave it out, or put it first."
+            )
         second = self.second_loss == "on" or (self.second_loss == "auto" and bits <= 2)
         judge = Reconstruction(block, self.batch)
         with torch.no_grad():
@@ -73,10 +81,12 @@ class OmniQuant:
         self._train(block, learned, second, (self.epochs or (40 if bits <= 2 else 20)))
         with torch.no_grad():
             after = judge.loss(learned.weights())
+        notes = {"omniquant": {"before": before, "after": after}}
         if after < before:
-            return learned.folded(block)
-        kept = _Learned(block, (), self.alpha).folded(block)
-        return kept.noted(trouble=[*block.notes.get("trouble", []), f"omniquant ended at loss {after:.4g} from {before:.4g}; kept plain ranges"])
+            return learned.folded(block).noted(**notes)
+        start = _Learned(block, self._sites(block), self.alpha).folded(block)
+        said = f"omniquant ended at loss {after:.4g} from {before:.4g}; kept what it started from"
+        return start.noted(**notes, trouble=[*block.notes.get("trouble", []), said])
 
     def _sites(self, block: Block) -> tuple[Site, ...]:
         quantized = any(r.grid is not None for r in block.readings.values())

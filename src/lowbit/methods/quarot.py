@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import KVGrid, Reading, Rotation
 from ..model.block import Block
-from ..model.wiring import Heads
+from ..model.wiring import Heads, Wiring
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,30 @@ class QuaRot:
     def __post_init__(self) -> None:
         if not (self.residual or self.heads or self.online):
             raise LowbitError("quarot with residual, heads and online all false rotates nothing: leave it out of the methods.")
+
+    def check(self, wiring: Wiring, inner: int, kv: bool) -> None:
+        """Refuse sizes that cannot be rotated, before any work.
+
+        Args:
+            inner: inputs of the block's last linear. kv: keys are quantized.
+
+        Raises:
+            LowbitError: naming the size, with the option that leaves its rotation out.
+        """
+        heads = wiring.heads
+        wanted = [(self.online, inner, f"the number of inputs of '{wiring.sites[-1].reads[0]}'", "online")]
+        if heads is not None:
+            wanted += [
+                (self.online, heads.count, "the number of attention heads", "online"),
+                (self.heads, heads.width, "the width of a head", "heads"),
+                (self.keys and kv, heads.width, "the width of a head", "keys"),
+            ]
+        for on, size, what, option in wanted:
+            if on:
+                try:
+                    Rotation.hadamard(size, what)
+                except LowbitError as e:
+                    raise LowbitError(f"{str(e).rstrip('.')}: --set quarot.{option}=false leaves that rotation out.") from e
 
     def __call__(self, block: Block) -> Block:
         heads = block.wiring.heads

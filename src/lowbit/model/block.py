@@ -193,12 +193,15 @@ class Block:
         """The block with some parameters replaced.
 
         Raises:
-            LowbitError: one of them belongs to a linear that is already coded.
+            LowbitError: one of them belongs to a linear that is already ranged or coded.
         """
         for key in changes:
-            if key.removesuffix(".weight") in self.coded:
+            linear = key.removesuffix(".weight")
+            if linear in self.coded or linear in self.params:
+                state = "coded" if linear in self.coded else "on a fixed range"
                 raise LowbitError(
-                    f"'{self.name}.{key}' is already coded and cannot be changed: transforms come before solvers in a recipe."
+                    f"'{self.name}.{key}' is already {state} and cannot be changed: in a recipe transforms come before clips, and clips "
+                    "before solvers."
                 )
         return replace(self, weights={**self.weights, **changes})
 

@@ -7,7 +7,7 @@ sees, and Q is chosen to map the vector of ones to itself, so that what was cent
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import Rotation
 from .wiring import Site, Wiring
+
+_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +132,10 @@ def rotate_outer(
     """
     out = dict(tensors)
     for key in embeddings:
-        out[key] = basis.written(tensors[key]).to(tensors[key].dtype)
-    weight = tensors[head].double()
+        out[key] = _by_rows(basis.written, tensors[key])
+    gain = torch.ones((), dtype=torch.float64)
     if norm is not None:
         gain = tensors[f"{norm}.weight"].double() + offset
-        weight = weight * gain
         out[f"{norm}.weight"] = torch.full_like(tensors[f"{norm}.weight"], 1 - offset)
         bias = f"{norm}.bias"
         if bias in tensors:
@@ -142,5 +143,10 @@ def rotate_outer(
             if bool((gain == 0).any()):
                 raise LowbitError(f"'{norm}.weight' has a gain of zero, so its bias cannot be carried into the rotated basis.")
             out[bias] = basis.rotate(tensors[bias].double() / gain).to(tensors[bias].dtype)
-    out[head] = basis.rotate(weight).to(tensors[head].dtype)
+    out[head] = _by_rows(lambda rows: basis.rotate(rows.double() * gain), tensors[head])
     return out
+
+
+def _by_rows(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply a function of rows some rows at a time: in float64 a whole vocabulary would be large."""
+    return torch.cat([change(rows).to(tensor.dtype) for rows in torch.split(tensor, _ROWS)])

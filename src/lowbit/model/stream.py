@@ -93,6 +93,15 @@ class ModelStream:
         self._fixed: dict[str, Tensor] | None = None
         self._basis: Basis | None = None
 
+    def in_float32(self) -> ModelStream:
+        """The same model computed in float32 at least; itself if it is."""
+        wide = torch.promote_types(self.compute, torch.float32)
+        if wide == self.compute:
+            return self
+        out = copy(self)
+        out.compute, out._fixed = wide, None
+        return out
+
     def rotated(self, seed: int) -> ModelStream:
         """The same model in a random Hadamard basis of its residual stream, norms fused; see `lowbit.model.residual`.
 
