@@ -190,7 +190,7 @@ def test_clip_search_equals_brute_force(symmetric):
 
 
 def test_transform_after_solver_raises(block):
-    with pytest.raises(LowbitError, match="transforms come before solvers"):
+    with pytest.raises(LowbitError, match="transforms come before clips, and clips before solvers"):
         AWQ()(RTN()(block))
 
 

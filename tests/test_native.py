@@ -236,7 +236,7 @@ def test_a_size_that_cannot_be_rotated_is_refused_before_work(tmp_path):
     from helpers import TEXT, tiny_tokenizer
 
     config = T.LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=14, num_key_value_heads=2, head_dim=8
+        vocab_size=300, hidden_size=112, intermediate_size=96, num_hidden_layers=1, num_attention_heads=14, num_key_value_heads=2
     )
     T.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
