@@ -230,8 +230,8 @@ def test_scheme_names_are_inverse(name):
 
 
 def test_activation_options_wait_for_a_scheme_that_has_them():
-    assert load_recipe("smoothquant").activations == PerToken(8, symmetric=True)
-    assert load_recipe("smoothquant", scheme=parse_scheme("W4A4")).activations == PerToken(4, symmetric=True)
+    assert load_recipe("smoothquant").activations == PerToken(8, symmetric=True, full_range=True)
+    assert load_recipe("smoothquant", scheme=parse_scheme("W4A4")).activations == PerToken(4, symmetric=True, full_range=True)
     assert load_recipe("smoothquant", scheme=parse_scheme("W4A16")).activations is None
     assert load_recipe("awq", scheme=parse_scheme("W4A4"), settings=["activations.clip=0.9"]).activations == PerToken(4, clip=0.9)
 

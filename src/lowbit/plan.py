@@ -129,7 +129,7 @@ def beyond_compressed_tensors(names: Iterable[str], recipe: Recipe) -> str | Non
     if recipe.rotates_online:
         return "online rotations (--set quarot.online=false leaves them out)"
     if not carries([recipe.grid_of(n) for n in names], recipe.activations):
-        return "activations other than symmetric 8-bit (or 4-bit with activations.full_range=true) ones under symmetric weights"
+        return "activations other than 4- or 8-bit ones with activations.symmetric and activations.full_range under symmetric weights"
     return None
 
 
