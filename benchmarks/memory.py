@@ -26,7 +26,7 @@ def main() -> None:
     from lowbit.demo import demo_model
 
     rows = []
-    for layers in (4, 8, 16, 32):
+    for layers in [int(n) for n in sys.argv[1:]] or (4, 8, 16, 32):
         with tempfile.TemporaryDirectory() as folder:
             config = transformers.LlamaConfig.from_pretrained(demo_model())
             config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.head_dim = layers, 1024, 2816, 128

@@ -99,7 +99,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps it, and the holes between blocks would add up with depth."""
+    """Return freed memory to the system: glibc keeps it, and the holes between steps and blocks would add up with depth."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
@@ -296,6 +296,7 @@ class _Run:
         }  # fmt: skip
 
     def _announce(self, what: str) -> None:
+        give_back_memory()
         if self.watch:
             self.watch(Working(len(self.records) - 1, len(self.stream), what))
 
