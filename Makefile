@@ -22,7 +22,7 @@ bench: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[report,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[eval,report,dev]'
 	touch $@
 
 clean:
