@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
-from lowbit.methods import AWQ, GPTQ, RTN, TesseraQ
+from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._soft import FROZEN, SoftBlock, inverse_rectified, quantile, rectified
 from lowbit.methods.awq import pick_tokens, search_clip
@@ -30,7 +30,7 @@ def block(tmp_path_factory):
     return begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
 
 
-@pytest.mark.parametrize("method", [RTN(), AWQ(), AWQ(clip="symmetric"), GPTQ(), GPTQ(act_order=True, clip="mse"), FAST, replace(FAST, rounds=2), replace(FAST, refit=5)])
+@pytest.mark.parametrize("method", [RTN(), AWQ(), AWQ(clip="symmetric"), GPTQ(), GPTQ(act_order=True, clip="mse"), FAST, replace(FAST, rounds=2), replace(FAST, refit=5), SmoothQuant(), OmniQuant(epochs=1), QuaRot()])
 def test_every_method_ends_on_the_grid_and_is_deterministic(block, method):
     once, twice = (apply_methods(block, Recipe(Affine(2, 16), (method,))) for _ in range(2))
     assert set(once.coded) == set(block.wiring.linears)
