@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import platform
+import re
 import resource
 import sys
 import time
@@ -95,6 +96,10 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory use of this process so far, in bytes: on the accelerator if there is one, else resident."""
     if device.type != "cpu" and torch.accelerator.is_available():
         return int(torch.accelerator.max_memory_allocated(device))
+    if sys.platform == "linux":  # its ru_maxrss starts from what the parent process held
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
