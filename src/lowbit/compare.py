@@ -157,7 +157,7 @@ class Comparison:
         if not path.is_file():
             return None
         row: Row = json.loads(path.read_text())
-        return None if "error" in row or row["made_with"] != self._made_with(cell) else row
+        return None if "error" in row or row.get("made_with") != self._made_with(cell) else row
 
     def run(self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]]) -> Iterator[Row]:
         """Measure every cell that is not finished yet.
