@@ -333,6 +333,6 @@ def test_not_an_artifact(model):
 @pytest.mark.skipif(sys.platform != "linux", reason="the quirk is Linux's")
 def test_peak_memory_is_the_process_own_not_what_its_parent_held():
     held = torch.ones(200_000_000)  # 800 MB
-    code = "import torch; from lowbit.job import peak_memory; print(peak_memory(torch.device('cpu')))"
+    code = "import torch; from lowbit.machine import peak_memory; print(peak_memory(torch.device('cpu')))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(child.stdout) < held.nbytes

@@ -17,6 +17,7 @@ ALLOWED = {
     "report": set(),
     "evaluate": {"model", "errors"},
     "tasks": {"errors"},
+    "machine": {"errors"},
     "scheme": {"grid", "errors"},
     "recipe": {"grid", "model", "methods", "scheme", "errors"},
     "presets": {"methods", "recipe", "scheme", "errors"},

@@ -103,7 +103,7 @@ def plan(
 ) -> None:
     """Say before any work what a run will need and which runtimes will load its result."""
     from .display import duration
-    from .job import pick_device
+    from .machine import pick_device
     from .model.calibration import Calibration
     from .plan import make_plan, measure_rate, read_config
     from .presets import load_recipe
@@ -155,7 +155,7 @@ def eval_(
     """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and top-1 agreement; with --tasks accuracy."""
     from .display import windows_bar
     from .evaluate import evaluate, load_causal_lm
-    from .job import pick_device
+    from .machine import pick_device
     from .model.calibration import evaluation_windows
     from .model.checkpoint import Checkpoint
     from .model.stream import load_config, load_tokenizer
@@ -215,7 +215,7 @@ def generate(
 ) -> None:
     """Continue a text, through plain transformers."""
     from .evaluate import continue_text, load_causal_lm
-    from .job import pick_device
+    from .machine import pick_device
     from .model.checkpoint import Checkpoint
     from .model.stream import load_tokenizer
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from .artifact import write_atomic
 from .errors import LowbitError
 from .evaluate import evaluate, load_causal_lm
-from .job import pick_device, quantize
+from .job import quantize
+from .machine import pick_device
 from .model.calibration import Calibration, evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_config, load_tokenizer

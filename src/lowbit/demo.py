@@ -13,7 +13,8 @@ from rich.table import Table
 from .display import Progress, duration, size
 from .errors import LowbitError
 from .evaluate import continue_text, evaluate, load_causal_lm
-from .job import pick_device, quantize
+from .job import quantize
+from .machine import pick_device
 from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_tokenizer

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import platform
-import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +23,7 @@ from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
 from .grid import Affine, QTensor
+from .machine import give_back_memory, peak_memory, pick_device
 from .methods import OmniQuant
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
@@ -90,43 +87,6 @@ class Result:
     report: Mapping[str, Any]
     verification: Verification
     repeated: bool = False
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory use of this process so far, in bytes: on the accelerator if there is one, else resident."""
-    if device.type != "cpu" and torch.accelerator.is_available():
-        return int(torch.accelerator.max_memory_allocated(device))
-    if sys.platform == "linux":  # its ru_maxrss starts from what the parent process held
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps it, and the holes between steps and blocks would add up with depth."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is the accelerator if there is one (with float64), else the CPU.
-
-    Raises:
-        LowbitError: no such device here.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found if found and found.type != "mps" else torch.device("cpu")
-    if name.startswith("mps"):
-        raise LowbitError("device 'mps' has no float64, which folding factors into 16-bit norms needs. Use --device cpu.")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:
-        raise LowbitError(f"device '{name}' is not available here ({str(e).splitlines()[0]}). Use --device cpu or auto.") from e
 
 
 def quantize(

@@ -1,0 +1,50 @@
+"""The machine a run finds itself on: its devices, and the memory it takes and gives back."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from .errors import LowbitError
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory use of this process so far, in bytes: on the accelerator if there is one, else resident."""
+    if device.type != "cpu" and torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated(device))
+    if sys.platform == "linux":  # its ru_maxrss starts from what the parent process held
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps it, and the holes between steps and blocks would add up with depth."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is the accelerator if there is one (with float64), else the CPU.
+
+    Raises:
+        LowbitError: no such device here.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found if found and found.type != "mps" else torch.device("cpu")
+    if name.startswith("mps"):
+        raise LowbitError("device 'mps' has no float64, which folding factors into 16-bit norms needs. Use --device cpu.")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:
+        raise LowbitError(f"device '{name}' is not available here ({str(e).splitlines()[0]}). Use --device cpu or auto.") from e
