@@ -252,3 +252,11 @@ def test_activation_options_wait_for_a_scheme_that_has_them():
 def test_bad_input(make, message):
     with pytest.raises(LowbitError, match=message):
         make()
+
+
+def test_linears_of_a_site_share_their_prepared_input(stream, monkeypatch):
+    block, calls = opened(stream, W4A4), []
+    quantize = PerToken.__call__
+    monkeypatch.setattr(PerToken, "__call__", lambda self, x: calls.append(1) or quantize(self, x))
+    block.forward(block.x[:2])
+    assert len(calls) == len(block.wiring.sites)
