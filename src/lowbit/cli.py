@@ -232,12 +232,13 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
     from .proof import read_report
 
     report = read_report(folder)
-    table = Table("linear", "scheme", "shape", "bytes", "bits/weight", "codes not nearest")
+    table = Table("linear", "scheme", "shape", "bytes", "bits/weight", "codes not nearest", "error, nearest -> tuned")
     for e in report["linears"]:
         if "skipped" in e:
-            table.add_row(e["name"], "skipped", e["skipped"], "", "", "")
+            table.add_row(e["name"], "skipped", e["skipped"], "", "", "", "")
         else:
-            table.add_row(e["name"], e["scheme"], " x ".join(map(str, e["shape"])), size(e["bytes"]), f"{e['bits_per_weight']:.3f}", f"{e['moved']:.1%}")
+            table.add_row(e["name"], e["scheme"], " x ".join(map(str, e["shape"])), size(e["bytes"]), f"{e['bits_per_weight']:.3f}", f"{e['moved']:.1%}",
+                          f"{e['error_nearest']:.3g} -> {e['error']:.3g}")
     out.print(table)
     for b in report["blocks"]:
         out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}", highlight=False)

@@ -57,10 +57,11 @@ _COLUMNS = ("block", "linear", "loss rtn -> tuned", "bits", "time", "memory", "l
 
 
 def _linear_rows(done: BlockDone) -> list[tuple[str, ...]]:
-    """The linears of a block: a block is tuned as a whole, so what is theirs alone is bits and how many codes moved."""
+    """The linears of a block, each with the relative error of its own output: tuning looks at the block's output only, so one
+    linear's may rise."""
     cut = len(done.record["name"]) + 1
     return [
-        ("", e["name"][cut:], f"{e['moved']:.1%} not nearest", f"{e['bits_per_weight']:.3f}", "", "", "", "")
+        ("", e["name"][cut:], f"{e['error_nearest']:.3g} -> {e['error']:.3g}", f"{e['bits_per_weight']:.3f}", "", "", "", "")
         for e in done.record["linears"]
     ]  # fmt: skip
 

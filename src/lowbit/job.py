@@ -27,6 +27,7 @@ from .machine import give_back_memory, peak_memory, pick_device
 from .methods import OmniQuant
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
+from .model.judge import linear_errors
 from .model.stream import ModelStream, load_tokenizer
 from .plan import beyond_compressed_tensors, check_divides, check_loadable
 from .presets import load_recipe
@@ -249,12 +250,12 @@ class _Run:
         return replace(block, weights=weights, coded=codes)
 
     def _record(self, block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
-        linears = []
+        linears, errors = [], linear_errors(block)
         for name, q in block.coded.items():
             stored = sum(tensors[f"{block.name}.{name}.{s}"].nbytes for s in ct.SUFFIXES if f"{block.name}.{name}.{s}" in tensors)
             linears.append(
                 {"name": f"{block.name}.{name}", "scheme": scheme_name(q.grid), "shape": list(q.codes.shape), "bytes": stored,
-                 "bits_per_weight": 8 * stored / q.codes.numel(), "moved": _moved(block, name, q)}
+                 "bits_per_weight": 8 * stored / q.codes.numel(), "moved": _moved(block, name, q), "error_nearest": errors[name].nearest, "error": errors[name].tuned}
             )  # fmt: skip
         return {
             "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,

@@ -73,9 +73,9 @@ class AWQ:
                 )
                 g = grid.grouped(weight)
                 clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(1)
-                weights[f"{name}.weight"] = clamped
+                weights[name] = clamped
                 params[name] = grid.fit(clamped)
-        return block.rewritten(weights).ranged(params)
+        return block.clipped(weights, params)
 
     def _group_moments(self, block: Block, rows: int) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
         """(first reader of a site, group length) -> sums over the quantized stream, (groups, group, group) each.

@@ -66,6 +66,7 @@ class Block:
         kv: grid of keys and values, None for floating point.
         params: linear -> fixed grid parameters.
         coded: linear -> codes.
+        whole: linear -> its weight before a clip cut it, in the stored dtype; for judging only.
         notes: decisions and losses, for the report.
     """
 
@@ -88,6 +89,7 @@ class Block:
     kv: KVGrid | None = None
     params: Mapping[str, AffineParams] = field(default_factory=dict)
     coded: Mapping[str, QTensor] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     # --- running -------------------------------------------------------------------------------------------------------
@@ -204,6 +206,12 @@ class Block:
                     "before solvers."
                 )
         return replace(self, weights={**self.weights, **changes})
+
+    def clipped(self, weights: Mapping[str, Tensor], params: Mapping[str, AffineParams]) -> Block:
+        """The block with some linears' weights clamped to a range, whose grid parameters are fixed thereby."""
+        whole = {name: self.weight(name).to(self.stored) for name in weights}
+        changed = self.rewritten({f"{name}.weight": w for name, w in weights.items()}).ranged(params)
+        return replace(changed, whole={**self.whole, **whole})
 
     def ranged(self, params: Mapping[str, AffineParams]) -> Block:
         """The block with the grid parameters of some linears fixed, scales rounded to the stored dtype."""
