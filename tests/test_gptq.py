@@ -13,7 +13,8 @@ from lowbit.grid import Affine
 from lowbit.methods import AWQ, GPTQ, RTN
 from lowbit.methods._columns import code_columns, inverse_factor
 from lowbit.methods._reconstruct import Reconstruction
-from lowbit.methods.gptq import fit_range, input_hessians, solve
+from lowbit.methods._hessian import factored, input_hessians
+from lowbit.methods.gptq import fit_range, solve
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.recipe import Recipe, Streams, apply_methods, begin
@@ -262,7 +263,8 @@ def test_dead_inputs_leave_the_damping_alone(block):
     hessian = input_hessians(block, ["self_attn.q_proj"], 8)["self_attn.q_proj"]
     hessian[:, 5] = 0
     hessian[5] = 0
-    codes = [GPTQ()._site(block, ["self_attn.q_proj"], hessian * s, [])["self_attn.q_proj"] for s in (1.0, 2.0**-20)]
+    inputs = [factored(block, "gptq", "self_attn.q_proj", hessian * s, 0.01, False, []) for s in (1.0, 2.0**-20)]
+    codes = [GPTQ()._site(block, ["self_attn.q_proj"], i)["self_attn.q_proj"] for i in inputs]
     assert codes[0].same_as(codes[1]) is None
 
 
@@ -287,7 +289,7 @@ def test_a_singular_hessian_is_damped_until_it_works_with_a_remark(block):
 
 
 def test_a_hessian_that_no_damping_helps_is_an_error(block, monkeypatch):
-    monkeypatch.setattr("lowbit.methods.gptq.inverse_factor", lambda hessian: None)
+    monkeypatch.setattr("lowbit.methods._hessian.inverse_factor", lambda hessian: None)
     with pytest.raises(LowbitError, match=r"layers.0.self_attn.q_proj' could not be inverted, not even with damping 10:.*raise gptq.damping"):
         GPTQ()(block)
 

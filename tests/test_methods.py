@@ -14,7 +14,8 @@ from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._reconstruct import Reconstruction
-from lowbit.methods._soft import FROZEN, SoftBlock, inverse_rectified, quantile, rectified
+from lowbit.methods._buckets import FROZEN, inverse_rectified, rectified
+from lowbit.methods._soft import SoftBlock, quantile
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.stream import ModelStream

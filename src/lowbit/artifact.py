@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import LowbitError, VerificationError
-from .formats import compressed_tensors as ct
-from .grid import Affine, AffineParams, QTensor
+from .formats.packing import local_tensors, pack, unpack
+from .grid import Grid, QTensor
 from .model.block import Block
 
 REPORT = "report.json"
@@ -240,7 +240,7 @@ def block_tensors(block: Block) -> dict[str, Tensor]:
     for name, weight in block.weights.items():
         linear = name.removesuffix(".weight")
         if linear in block.coded:
-            for key, t in ct.pack(block.coded[linear], block.stored).items():
+            for key, t in pack(block.coded[linear], block.stored).items():
                 out[f"{block.name}.{linear}.{key}"] = t
         else:
             out[f"{block.name}.{name}"] = weight.to(block.stored)
@@ -264,7 +264,6 @@ def compare_block(block: Block, tensors: Mapping[str, Tensor]) -> None:
             raise VerificationError(f"'{block.name}.{name}' read back from disk differs from what was tuned.")
 
 
-def unpack_linear(tensors: Mapping[str, Tensor], full: str, grid: Affine, device: torch.device) -> QTensor:
+def unpack_linear(tensors: Mapping[str, Tensor], full: str, grid: Grid, device: torch.device) -> QTensor:
     """One linear of a shard by its full name, on a device."""
-    q = ct.unpack({s: tensors[f"{full}.{s}"] for s in ct.SUFFIXES if f"{full}.{s}" in tensors}, grid, full)
-    return QTensor(grid, q.codes.to(device), AffineParams(q.params.scale.to(device), q.params.zero_point.to(device)))
+    return unpack(local_tensors(tensors, full), grid, full).to(device)

@@ -1,6 +1,6 @@
 """The transformers quantizer for artifacts in the library's own format: after `import lowbit`, from_pretrained just works.
 
-Weights are decoded at their first use and kept; activation grids, online rotations and quantized keys and values are active
+Weights on uniform grids are decoded at their first use and kept, those on codebooks stay packed; activation grids, online rotations and quantized keys and values are active
 in every forward pass, also in generation.
 """
 
@@ -14,63 +14,31 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import LowbitError
-from .formats import compressed_tensors as ct
 from .formats import native
-from .grid import Affine, QuantizedStates, Reading
-from .grid.bits import packed_words
+from .grid import Affine, Codebook, QuantizedStates
+from .linears import AffineLinear, CodebookLinear
 
 _HOOKED = "transformers.quantizers"
-
-
-class QuantLinear(nn.Module):
-    """A linear with a packed weight and a reading of its input.
-
-    Args:
-        name: full name, for errors. linear: what it replaces; may be on the meta device.
-        stored: dtype to which decoded weights are rounded.
-    """
-
-    weight_packed: Tensor
-    bias: nn.Parameter | None
-
-    def __init__(self, name: str, linear: nn.Linear, grid: Affine, reading: Reading, stored: torch.dtype) -> None:
-        super().__init__()
-        self.name, self.grid, self.reading, self.stored = name, grid, reading, stored
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        rows, columns = linear.out_features, linear.in_features
-        groups, device = columns // grid.group(columns), linear.weight.device
-        self.register_buffer("weight_packed", torch.empty(rows, packed_words(columns, grid.bits), dtype=torch.int32, device=device))
-        self.register_buffer("weight_scale", torch.empty(rows, groups, dtype=linear.weight.dtype, device=device))
-        self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64, device=device))
-        if not grid.symmetric:
-            self.register_buffer("weight_zero_point", torch.empty(packed_words(rows, grid.bits), groups, dtype=torch.int32, device=device))
-        self.register_parameter("bias", linear.bias)
-        self._dense: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The (out, in) weight in the dtype of the artifact's scales, decoded at first use."""
-        if self._dense is None or self._dense.device != self.weight_packed.device:
-            held = {s: getattr(self, s).cpu() for s in ct.SUFFIXES if hasattr(self, s)}
-            self._dense = ct.unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_packed.device)
-        return self._dense
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return nn.functional.linear(self.reading(x), self.weight.to(x.dtype), self.bias)
 
 
 def _replace_linears(model: nn.Module, config: dict[str, Any]) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            grid = ct.grid_of(config, name)
-            if grid is not None:
+            quantized = _quantized(name, module, config)
+            if quantized is not None:
                 parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, QuantLinear(name, module, grid, native.reading_of(config, name), native.dtype_of(config)))
+                setattr(model.get_submodule(parent), last, quantized)
+
+
+def _quantized(name: str, linear: nn.Linear, config: dict[str, Any]) -> nn.Module | None:
+    grid, outliers = native.grid_of(config, name), native.outliers_of(config, name)
+    reading, stored = native.reading_of(config, name), native.dtype_of(config)
+    if isinstance(grid, Codebook):
+        return CodebookLinear(name, linear, grid, native.columns_of(config, name), outliers, reading, stored)
+    return AffineLinear(name, linear, grid, outliers, reading, stored) if isinstance(grid, Affine) else None
 
 
 def _quantize_states(model: nn.Module, config: dict[str, Any]) -> None:

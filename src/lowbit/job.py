@@ -22,7 +22,8 @@ from .errors import LowbitError
 from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
-from .grid import Affine, QTensor
+from .formats.packing import local_tensors
+from .grid import Affine, Codebook, Grid, QTensor
 from .machine import give_back_memory, peak_memory, pick_device
 from .methods import OmniQuant
 from .model.block import Block
@@ -252,10 +253,12 @@ class _Run:
     def _record(self, block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
         linears, errors = [], linear_errors(block)
         for name, q in block.coded.items():
-            stored = sum(tensors[f"{block.name}.{name}.{s}"].nbytes for s in ct.SUFFIXES if f"{block.name}.{name}.{s}" in tensors)
+            stored = sum(t.nbytes for t in local_tensors(tensors, f"{block.name}.{name}").values())
+            error = errors[name]
             linears.append(
                 {"name": f"{block.name}.{name}", "scheme": scheme_name(q.grid), "shape": list(q.codes.shape), "bytes": stored,
-                 "bits_per_weight": 8 * stored / q.codes.numel(), "moved": _moved(block, name, q), "error_nearest": errors[name].nearest, "error": errors[name].tuned}
+                 "bits_per_weight": 8 * stored / q.codes.numel(), "moved": _moved(block, name, q), "error_nearest": error.nearest,
+                 "error": error.tuned, **_parts(q)}
             )  # fmt: skip
         return {
             "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,
@@ -303,11 +306,14 @@ class _Run:
     def _format(self) -> str:
         return native.NAME if beyond_compressed_tensors(self.stream.linear_shapes(), self.recipe) else ct.NAME
 
-    def _describe(self, grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
+    def _describe(self, grids: Mapping[str, Grid], skipped: list[str]) -> dict[str, Any]:
         if self._format() == ct.NAME:
-            return ct.describe(grids, skipped, self.recipe.activations)
+            return ct.describe({n: g for n, g in grids.items() if isinstance(g, Affine)}, skipped, self.recipe.activations)
         readings, kv = readings_of(self.stream, self.recipe)
-        return native.describe(grids, skipped, self.stream.dtype, readings, kv, self.stream.wiring.attention)
+        linears = [e for r in self.records[1:] for e in r["linears"]]
+        columns = {e["name"]: e["columns"] for e in linears if "columns" in e}
+        outliers = {e["name"]: e["outliers"] for e in linears if "outliers" in e}
+        return native.describe(grids, skipped, self.stream.dtype, readings, kv, self.stream.wiring.attention, columns, outliers)
 
     @torch.no_grad()
     def _quality(self, streams: Streams) -> dict[str, Any] | None:
@@ -352,9 +358,21 @@ class _Run:
         }  # fmt: skip
 
 
+def _parts(q: QTensor) -> dict[str, Any]:
+    """What only some weights have: columns by their bits, and outliers by their number."""
+    out: dict[str, Any] = {}
+    if isinstance(q.grid, Codebook):
+        widths = q.params.widths.repeat_interleave(q.codes.shape[1] // len(q.params.widths)) if q.grid.per == "column" else q.params.widths[:1]
+        out["columns"] = {str(b): int((widths == b).sum()) for b in sorted(set(widths.tolist()))}
+    if q.outliers is not None:
+        out["outliers"] = len(q.outliers.index)
+    return out
+
+
 def _moved(block: Block, linear: str, q: QTensor) -> float:
     """The share of codes that are not the nearest ones to the weight on its range before scales were tuned."""
-    nearest = q.grid.encode(block.weight(linear), block.range_of(linear))
+    params = block.range_of(linear) if isinstance(q.grid, Affine) else q.params  # levels have no others to compare with
+    nearest: Tensor = q.grid.encode(block.weight(linear), params)
     return float((q.codes != nearest).double().mean())
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .errors import LowbitError
-from .formats.compressed_tensors import carries, tensor_bytes
-from .grid import Affine, PerToken
-from .methods import AWQ, GPTQ, OmniQuant, QuaRot, TesseraQ
+from .formats.compressed_tensors import carries
+from .formats.packing import tensor_bytes
+from .grid import Affine, Grid, PerToken
+from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import hub_file
 from .model.wiring import wiring_of
@@ -109,7 +110,7 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
         LowbitError: naming the linear, its width and the sizes that fit all; or an override that matches nothing.
     """
     for name, (_, width) in shapes.items():
-        size = recipe.grid_of(name).group_size
+        size = _group_size(recipe.grid_of(name))
         if size and width % size:
             fitting = [str(g) for g in (256, 128, 64, 32, 16, 8) if all(w % g == 0 for _, w in shapes.values())]
             raise LowbitError(
@@ -124,11 +125,16 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
 
 def beyond_compressed_tensors(names: Iterable[str], recipe: Recipe) -> str | None:
     """What plain loaders of compressed-tensors could not run of the result; None if they can run it all."""
+    names = list(names)
+    if not all(isinstance(recipe.grid_of(n), Affine) for n in names):
+        return "codebooks"
+    if any(isinstance(m, CLAQ) and m.outlier_bits for m in recipe.methods):
+        return "weights kept in floating point (claq.outlier_bits)"
     if recipe.kv is not None:
         return "quantized keys and values"
     if recipe.rotates_online:
         return "online rotations (--set quarot.online=false leaves them out)"
-    if not carries([recipe.grid_of(n) for n in names], recipe.activations):
+    if not carries([g for n in names if isinstance(g := recipe.grid_of(n), Affine)], recipe.activations):
         return "activations other than 4- or 8-bit ones with activations.symmetric and activations.full_range under symmetric weights"
     return None
 
@@ -144,7 +150,7 @@ def check_loadable(names: Iterable[str], recipe: Recipe) -> None:
     if beyond_compressed_tensors(names, recipe):
         return
     grids = {recipe.grid_of(n) for n in names}
-    if len(grids) > 1 and not all(g.symmetric for g in grids):
+    if len(grids) > 1 and not all(isinstance(g, Affine) and g.symmetric for g in grids):
         raise LowbitError(
             "plain transformers loads mixed grids only if all are symmetric: add 'sym' to every scheme of the recipe, or use one for all linears."
         )
@@ -195,7 +201,7 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
     check_divides(names, recipe)
     check_loadable(names, recipe)
     quantized = sum(a * b for a, b in names.values())
-    packed = sum(tensor_bytes(recipe.grid_of(n), a, b, _SCALE_BYTES) for n, (a, b) in names.items())
+    packed = sum(tensor_bytes(recipe.grid_of(n), a, b, _SCALE_BYTES) for n, (a, b) in names.items()) + _extras(recipe, names)
     untouched, stored = rest * blocks + outside, rest * blocks + outside_stored
     parameters = quantized + untouched
     per_block = quantized // blocks
@@ -211,13 +217,33 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
         block_memory=4 * per_block * (4 + (8 if learner else 0)) + _hessians(recipe, linears), outer_memory=4 * outside_stored,
         activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
-        runtimes=runtimes(recipe.grid, linears, recipe.activations) if not beyond_compressed_tensors(names, recipe) else _own_format_only(),
+        runtimes=runtimes(recipe.grid, linears, recipe.activations)
+        if isinstance(recipe.grid, Affine) and not beyond_compressed_tensors(names, recipe) else _own_format_only(),
     )  # fmt: skip
+
+
+def _group_size(grid: Grid) -> int | None:
+    size: int | None = getattr(grid, "group_size", None)  # every grid there is has one
+    return size
+
+
+def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes of CLAQ's wider columns, their larger books and permutation, and of its outliers with their indices."""
+    method = next((m for m in recipe.methods if isinstance(m, CLAQ)), None)
+    if method is None:
+        return 0
+    total = 0.0
+    for name, (rows, width) in names.items():
+        bits = recipe.grid_of(name).bits
+        share = method.adaptive_bits / max(1, method.upper - bits)
+        total += method.adaptive_bits * rows * width / 8 + share * width * 2 * ((1 << method.upper) - (1 << bits)) + (2 * width if share else 0)
+        total += method.outlier_rate * rows * width * 4 + (4 * rows if method.outlier_bits else 0)
+    return round(total)
 
 
 def _hessians(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> int:
     """Bytes of GPTQ's float64 Hessians: the largest with its working copies, and all of them if they are collected at once."""
-    solver = next((m for m in recipe.methods if isinstance(m, GPTQ)), None)
+    solver = next((m for m in recipe.methods if isinstance(m, (GPTQ, CLAQ))), None)
     if solver is None:
         return 0
     squares = [8 * width * width for width in {w for _, w in linears.values()}]
@@ -232,7 +258,7 @@ def _flops(recipe: Recipe, linears: Mapping[str, tuple[int, int]], tokens: int, 
         if isinstance(method, AWQ):
             searched = min(1.0, method.rows / samples) if method.rows else 1.0
             total += 2.0 * weights * tokens * searched * (2 + (method.exponents if method.scales else 0))
-        elif isinstance(method, GPTQ):
+        elif isinstance(method, (GPTQ, CLAQ)):
             passes = 4 if method.true_sequential else 1
             total += 2.0 * weights * tokens * passes + sum(2.0 * tokens * b * b + 2.0 * a * b * b + b**3 for a, b in linears.values())
         elif isinstance(method, OmniQuant):

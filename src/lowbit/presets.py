@@ -77,7 +77,7 @@ def _joined(name: str) -> dict[str, Any]:
         if method in out["methods"]:
             raise LowbitError(f"recipe '{name}' has '{method}' twice.")
         out["methods"].append(method)
-        for key in (method, "scheme", "activations", "kv", "calibration"):
+        for key in (method, "scheme", "codebook", "activations", "kv", "calibration"):
             if key in data:
                 out[key] = data[key]
     return out

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .artifact import PROOF, REPORT, file_hash, read_shard, tensor_hash
 from .errors import LowbitError, VerificationError
-from .formats import compressed_tensors as ct
+from .formats import native
+from .formats.packing import local_tensors, packed_linears, unpack
 
 _LOADER = """
 import sys, torch
@@ -124,10 +125,9 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
                 raise VerificationError(f"tensor '{name}' in '{path}' is not what was written: its bytes have changed.")
         if file_hash(path) != record["sha256"]:
             raise VerificationError(f"the header of '{path}' is not what was written, though its tensors are.")
-        for key in held:
-            if key.endswith(".weight_packed"):
-                linears += 1
-                _unpack(held, key.removesuffix(".weight_packed"), config)
+        for linear in packed_linears(held):
+            linears += 1
+            _unpack(held, linear, config)
     if linears != sum(1 for entry in report["linears"] if "skipped" not in entry):
         raise VerificationError(f"'{folder}' holds {linears} packed linears, its report lists another number.")
     return tensors, linears
@@ -139,12 +139,13 @@ def _same_names(path: Path, listed: set[str], held: set[str]) -> None:
 
 
 def _unpack(held: dict[str, Tensor], name: str, config: dict[str, Any]) -> None:
-    grid = ct.grid_of(config, name)
+    grid = native.grid_of(config, name)
     if grid is None:
         raise VerificationError(f"'{name}' is packed, but config.json gives it no scheme.")
-    q = ct.unpack({s: held[f"{name}.{s}"] for s in ct.SUFFIXES if f"{name}.{s}" in held}, grid, name)
-    if not bool(torch.isfinite(q.params.scale).all()) or bool((q.params.scale <= 0).any()):
-        raise VerificationError(f"'{name}.weight_scale' holds values that are not positive numbers.")
+    try:
+        unpack(local_tensors(held, name), grid, name)
+    except LowbitError as e:
+        raise VerificationError(str(e)) from e
 
 
 def loader_logits(folder: Path, ids: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from .errors import LowbitError, unknown
-from .grid import Affine, KVGrid, PerToken, Reading
-from .methods import METHODS, RTN, SOLVERS, Method, OmniQuant, QuaRot, TesseraQ
+from .grid import Affine, Codebook, Grid, KVGrid, PerToken, Reading
+from .grid.codebook import Per
+from .methods import CLAQ, METHODS, RTN, SOLVERS, Method, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
 from .model.block import Announce, Block, silent
 from .model.calibration import Calibration
 from .model.stream import ModelStream
-from .scheme import Scheme, parse_scheme, scheme_name, weights_only
+from .scheme import Scheme, as_codebook, parse_scheme, scheme_name, weights_only
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,7 +34,7 @@ class Recipe:
     """A grid, exceptions by name, and methods in order. Runs nothing by itself.
 
     Attributes:
-        grid: for every linear that no override names.
+        grid: for every linear that no override names; all grids of a recipe are of one kind.
         methods: applied to each block in this order; what they leave uncoded is rounded to nearest.
         overrides: (pattern, grid), shell patterns on full linear names such as "*.down_proj"; the last match counts.
         calibration: the text that methods learn from, where a run is not given another.
@@ -42,9 +43,9 @@ class Recipe:
         name: a label for reports.
     """
 
-    grid: Affine
+    grid: Grid
     methods: tuple[Method, ...] = (RTN(),)
-    overrides: tuple[tuple[str, Affine], ...] = field(default=())
+    overrides: tuple[tuple[str, Grid], ...] = field(default=())
     calibration: Calibration = field(default_factory=Calibration)
     name: str = "custom"
     activations: PerToken | None = None
@@ -60,11 +61,16 @@ class Recipe:
                 raise LowbitError(f"'{names[at]}' after '{before}' in a recipe: what changes weights or ranges comes before what codes them.")
             if isinstance(method, QuaRot) and at:
                 raise LowbitError(f"'{names[at]}' must come first in a recipe, before '{names[0]}': rotations mix the channels others scale.")
+            for grid in (self.grid, *(g for _, g in self.overrides)):
+                if isinstance(method, CLAQ):
+                    method.check(grid)
+                if isinstance(method, OmniQuant) and not isinstance(grid, Affine):
+                    raise LowbitError("omniquant learns ranges of uniform grids, and a codebook has none: leave one of them out of the recipe.")
 
     @property
     def scheme(self) -> Scheme:
         """The bits of weights, activations, keys and values."""
-        return Scheme(self.grid, self.activations.bits if self.activations else None, self.kv.bits if self.kv else None)
+        return Scheme(Affine(self.grid.bits, *_group(self.grid)), self.activations.bits if self.activations else None, self.kv.bits if self.kv else None)
 
     @property
     def rotates_online(self) -> bool:
@@ -73,17 +79,20 @@ class Recipe:
 
     def with_scheme(self, scheme: Scheme) -> Recipe:
         """The recipe for other bits; how activations, keys and values are quantized stays as the recipe has it."""
+        grid = as_codebook(scheme.weights, self.grid.per) if isinstance(self.grid, Codebook) else scheme.weights
         return replace(
-            self, grid=scheme.weights, activations=_rebit(self.activations, scheme.activation_bits), kv=_rebit(self.kv, scheme.kv_bits)
+            self, grid=grid, activations=_rebit(self.activations, scheme.activation_bits), kv=_rebit(self.kv, scheme.kv_bits)
         )
 
-    def grid_of(self, linear: str) -> Affine:
+    def grid_of(self, linear: str) -> Grid:
         """The grid of a linear by its full name."""
         return next((g for pattern, g in reversed(self.overrides) if fnmatchcase(linear, pattern)), self.grid)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as written to TOML and to report.json."""
         out: dict[str, Any] = {"name": self.name, "scheme": str(self.scheme), "methods": [_method_name(m) for m in self.methods]}
+        if isinstance(self.grid, Codebook):
+            out["codebook"] = self.grid.per
         if self.overrides:
             out["overrides"] = {pattern: scheme_name(g) for pattern, g in self.overrides}
         out["calibration"] = dataclasses.asdict(self.calibration)
@@ -112,7 +121,7 @@ class Recipe:
         Raises:
             LowbitError: an unknown key, method, option or value, named with ``origin``.
         """
-        known = ("name", "scheme", "methods", "overrides", "calibration", "activations", "kv", *METHODS)
+        known = ("name", "scheme", "codebook", "methods", "overrides", "calibration", "activations", "kv", *METHODS)
         for key in data:
             if key not in known:
                 raise unknown(f"key in {origin}", key, known)
@@ -127,14 +136,18 @@ class Recipe:
                 raise LowbitError(f"{origin} sets options of '{key}', which is not among its methods {names}.")
         methods: tuple[Method, ...] = tuple(_built(METHODS[n], n, data.get(n, {}), origin) for n in names)
         calibration = _built(Calibration, "calibration", data.get("calibration", {}), origin)
-        for key, kind in (("scheme", str), ("name", str), ("overrides", dict)):
+        for key, kind in (("scheme", str), ("name", str), ("codebook", str), ("overrides", dict)):
             if key in data and not isinstance(data[key], kind):
                 raise LowbitError(f"{origin}: '{key}' must be {'a table' if kind is dict else 'a string'}, got {data[key]!r}.")
-        overrides = tuple((p, weights_only(s)) for p, s in data.get("overrides", {}).items())
-        scheme = parse_scheme(data.get("scheme", "W4A16g128"))
+        scheme = parse_scheme(data.get("scheme", "W4A16" if "codebook" in data else "W4A16g128"))
+        grids: list[Grid] = [scheme.weights, *(weights_only(s) for s in data.get("overrides", {}).values())]
+        if "codebook" in data:
+            per: Per = _checked(data["codebook"], Per, f"{origin}: codebook")
+            grids = [as_codebook(g, per) for g in grids if isinstance(g, Affine)]
+        overrides = tuple(zip(data.get("overrides", {}), grids[1:], strict=True))
         activations = _per_token(data, "activations", scheme.activation_bits, origin)
         kv = _per_token(data, "kv", scheme.kv_bits, origin)
-        return cls(scheme.weights, methods, overrides, calibration, data.get("name", "custom"), activations, kv)
+        return cls(grids[0], methods, overrides, calibration, data.get("name", "custom"), activations, kv)
 
     @classmethod
     def from_toml(cls, text: str, origin: str = "recipe") -> Recipe:
@@ -157,6 +170,14 @@ def _toml(value: Any) -> str:
 
 def _method_name(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
+
+
+def _group(grid: Grid) -> tuple[int | None, bool]:
+    """Group size and symmetry, as a scheme says them."""
+    if isinstance(grid, Codebook):
+        return grid.group_size, False
+    assert isinstance(grid, Affine)
+    return grid.group_size, grid.symmetric
 
 
 def _rebit(grid: PerToken | None, bits: int | None) -> PerToken | None:

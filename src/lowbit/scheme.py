@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from .errors import LowbitError
-from .grid import Affine, PerToken
+from .grid import Affine, Codebook, Grid, PerToken
+from .grid.codebook import Per
 
 _SCHEME = re.compile(r"w(\d+)(?:a(\d+))?(?:kv(\d+))?(?:g(\d+))?(sym|asym)?", re.IGNORECASE)
 
@@ -59,6 +60,23 @@ def weights_only(text: str) -> Affine:
     return scheme.weights
 
 
-def scheme_name(grid: Affine) -> str:
-    """The scheme of a weight grid alone."""
+def scheme_name(grid: Grid) -> str:
+    """The scheme of a weight grid alone; for a codebook, the scheme that says its bits and group size."""
+    if isinstance(grid, Codebook):
+        grid = Affine(grid.bits, grid.group_size)
+    assert isinstance(grid, Affine)
     return str(Scheme(grid))
+
+
+def as_codebook(grid: Affine, per: Per) -> Codebook:
+    """The codebook grid of a scheme's bits; its group size is the number of neighbouring columns that share a book.
+
+    Raises:
+        LowbitError: the scheme says what no codebook has.
+    """
+    if grid.symmetric:
+        raise LowbitError(f"scheme '{Scheme(grid)}': a codebook has no symmetric form; leave 'sym' out.")
+    try:
+        return Codebook(grid.bits, per, grid.group_size)
+    except ValueError as e:
+        raise LowbitError(f"scheme '{Scheme(grid)}': {e}.") from e

@@ -34,6 +34,8 @@ def pack(q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
     Raises:
         LowbitError: a scale would change when stored.
     """
+    if not isinstance(q.grid, Affine):
+        raise LowbitError(f"compressed-tensors has no layout for a {q.grid}.")
     scale = q.params.scale.to(dtype)
     if not torch.equal(scale.to(q.params.scale.dtype), q.params.scale):
         raise LowbitError(f"scales are not representable in {dtype}: fix their dtype before tuning, not at export.")
@@ -63,6 +65,8 @@ def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") ->
         codes = unpack_bits(tensors["weight_packed"], grid.bits, columns)
         scale = tensors["weight_scale"].float()
         groups = columns // grid.group(columns)
+        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+            raise LowbitError(f"'{name}.weight_scale' holds values that are not positive numbers.")
         if codes.shape[0] != rows or scale.shape != (rows, groups):
             raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} do not belong to a {rows} x {columns} weight")
         if grid.symmetric:

@@ -8,6 +8,8 @@ Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The c
     rotations    pattern on linear names -> factors of an online rotation of its input
     kv           {bits, symmetric, clip, full_range, attention: pattern on module names, rotation: factors or null}, or null
     tables       size -> rows of +-1 of the Hadamard matrices that are not Sylvester's, one hexadecimal number a row
+    linears      full name -> what is not in config_groups: {codebook: {bits, per, group_size}, columns: bits -> count} for a weight
+                 on codebooks, stored as in `lowbit.formats.columns`; {outliers: count} for one with weights kept apart (version 2)
 
 A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers quantizer in `lowbit.hf`.
 """
@@ -23,16 +25,18 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, KVGrid, PerToken, Reading, Rotation
+from ..grid import Affine, Codebook, Grid, KVGrid, PerToken, Reading, Rotation
 from ..grid.rotation import sylvester
 from . import compressed_tensors as ct
 
 NAME = "lowbit"
-VERSION = 1
+VERSION = 2
+_READ = (1, 2)
 
 
 def describe(
-    grids: Mapping[str, Affine], skipped: Sequence[str], dtype: torch.dtype, readings: Mapping[str, Reading], kv: KVGrid | None, attention: str
+    grids: Mapping[str, Grid], skipped: Sequence[str], dtype: torch.dtype, readings: Mapping[str, Reading], kv: KVGrid | None, attention: str,
+    columns: Mapping[str, Mapping[int, int]], outliers: Mapping[str, int],
 ) -> dict[str, Any]:
     """`quantization_config` for config.json.
 
@@ -41,12 +45,18 @@ def describe(
         dtype: of the stored scales.
         readings: linear's name inside its block -> reading; the same in every block, one activation grid for all.
         attention: name of the attention module inside a block.
+        columns: full linear name -> bits -> number of columns, for every weight on codebooks.
+        outliers: full linear name -> number of weights kept apart, where there are any.
     """
     tables: dict[str, list[str]] = {}
     activations = {r.grid for r in readings.values() if r.grid is not None}
     if len(activations) > 1:
         raise LowbitError("linears of one model with different activation grids cannot be stored.")
-    weights = ct.describe(grids, list(skipped))
+    linears: dict[str, dict[str, Any]] = {n: {"codebook": asdict(g), "columns": {str(b): c for b, c in columns[n].items()}}
+                                          for n, g in grids.items() if isinstance(g, Codebook)}
+    for name, count in outliers.items():
+        linears.setdefault(name, {})["outliers"] = count
+    weights = ct.describe({n: g for n, g in grids.items() if isinstance(g, Affine)}, list(skipped))
     grid = next(iter(activations), None)
     return {
         "quant_method": NAME, "version": VERSION, "format": weights["format"], "ignore": weights["ignore"],
@@ -57,7 +67,7 @@ def describe(
             **asdict(kv.grid), "attention": f"*.{attention}",
             "rotation": None if kv.rotation is None else _factors(kv.rotation, tables),
         },
-        "tables": tables,
+        "tables": tables, "linears": linears,
     }  # fmt: skip
 
 
@@ -88,16 +98,33 @@ def _rotation(factors: Sequence[Mapping[str, int]], tables: Mapping[str, Sequenc
 
 def check(config: Mapping[str, Any]) -> None:
     """Raise LowbitError if this version cannot read the config."""
-    if config.get("quant_method") != NAME or config.get("version") != VERSION:
+    if config.get("quant_method") != NAME or config.get("version") not in _READ:
         raise LowbitError(
             f"quantization_config is of '{config.get('quant_method')}' version {config.get('version')}; this version of lowbit reads "
-            f"'{NAME}' version {VERSION}. Install the version of lowbit that made the artifact."
+            f"'{NAME}' versions up to {VERSION}. Install the version of lowbit that made the artifact."
         )
 
 
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype of the stored scales."""
     found: torch.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config["dtype"]]
+    return found
+
+
+def grid_of(config: Mapping[str, Any], name: str) -> Grid | None:
+    """The grid of a linear, also of a compressed-tensors config; None if it is not quantized."""
+    own = config.get("linears", {}).get(name, {})
+    return Codebook(**own["codebook"]) if "codebook" in own else ct.grid_of(config, name)
+
+
+def columns_of(config: Mapping[str, Any], name: str) -> dict[int, int]:
+    """Bits -> number of columns, by rising bits, of a weight on codebooks."""
+    return dict(sorted((int(b), n) for b, n in config["linears"][name]["columns"].items()))
+
+
+def outliers_of(config: Mapping[str, Any], name: str) -> int | None:
+    """How many weights of a linear are kept apart; None without any."""
+    found: int | None = config.get("linears", {}).get(name, {}).get("outliers")
     return found
 
 

@@ -3,11 +3,59 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .affine import Affine, AffineParams
+
+class Grid(Protocol):
+    """Which numbers a weight may take. `Affine` and `Codebook` are the two there are; a grid holds no tensors.
+
+    What a grid needs besides codes are its params, of a type of its own.
+    """
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        ...
+
+    def fit(self, w: Tensor) -> Any:
+        """Params for an (out, in) float weight."""
+        ...
+
+    def encode(self, w: Tensor, params: Any) -> Tensor:
+        """Nearest codes, (out, in) uint8."""
+        ...
+
+    def decode(self, codes: Tensor, params: Any) -> Tensor:
+        """(out, in) weights."""
+        ...
+
+    def stored(self, params: Any, dtype: torch.dtype) -> Any:
+        """Params as an artifact of a model in ``dtype`` will hold them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Weights kept in floating point.
+
+    Attributes:
+        index: (n,) int64 ascending, row * in_features + column.
+        values: (n,) float32, numbers that float16 can hold.
+    """
+
+    index: Tensor
+    values: Tensor
+
+    def differing(self, other: Outliers | None) -> bool:
+        """Whether anything is not equal."""
+        return other is None or not (torch.equal(self.index, other.index) and torch.equal(self.values, other.values))
+
+    def to(self, device: torch.device) -> Outliers:
+        """The same on a device."""
+        return Outliers(self.index.to(device), self.values.to(device))
 
 
 @dataclass(frozen=True)
@@ -17,16 +65,25 @@ class QTensor:
     Attributes:
         grid: which numbers the codes stand for.
         codes: (out, in) uint8.
-        params: the grid's scale and zero point, each (out, groups).
+        params: the grid's own, such as `AffineParams`.
+        outliers: entries that are not what their codes say, or None.
     """
 
-    grid: Affine
+    grid: Grid
     codes: Tensor
-    params: AffineParams
+    params: Any
+    outliers: Outliers | None = None
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The (out, in) weight, computed in the scale's dtype, then rounded to ``dtype``."""
-        return self.grid.decode(self.codes, self.params).to(dtype)
+        """The (out, in) weight, computed in the params' dtype, then rounded to ``dtype``."""
+        dense = self.grid.decode(self.codes, self.params).to(dtype)
+        if self.outliers is not None:
+            dense = dense.flatten().index_copy(0, self.outliers.index, self.outliers.values.to(dtype)).view(self.codes.shape)
+        return dense
+
+    def to(self, device: torch.device) -> QTensor:
+        """The same on a device."""
+        return QTensor(self.grid, self.codes.to(device), self.params.to(device), self.outliers and self.outliers.to(device))
 
     def same_as(self, other: QTensor) -> str | None:
         """None if both are equal bit for bit, else which part differs."""
@@ -34,8 +91,7 @@ class QTensor:
             return f"grid ({self.grid} against {other.grid})"
         if not torch.equal(self.codes, other.codes):
             return "codes"
-        if not torch.equal(self.params.scale.float(), other.params.scale.float()):
-            return "scale"
-        if not torch.equal(self.params.zero_point.float(), other.params.zero_point.float()):
-            return "zero_point"
-        return None
+        if (self.outliers or other.outliers) and (self.outliers is None or self.outliers.differing(other.outliers)):
+            return "outliers"
+        part: str | None = self.params.differing(other.params)
+        return part

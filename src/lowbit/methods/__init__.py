@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Union
 
 from .awq import AWQ as AWQ
+from .claq import CLAQ as CLAQ
 from .gptq import GPTQ as GPTQ
 from .omniquant import OmniQuant as OmniQuant
 from .quarot import QuaRot as QuaRot
@@ -12,9 +13,10 @@ from .rtn import RTN as RTN
 from .smoothquant import SmoothQuant as SmoothQuant
 from .tesseraq import TesseraQ as TesseraQ
 
-Method = Union[QuaRot, SmoothQuant, AWQ, OmniQuant, RTN, GPTQ, TesseraQ]
-SOLVERS = (RTN, GPTQ, TesseraQ)  # end on codes; what changes weights or ranges comes before them
+Method = Union[QuaRot, SmoothQuant, AWQ, OmniQuant, RTN, GPTQ, CLAQ, TesseraQ]
+SOLVERS = (RTN, GPTQ, CLAQ, TesseraQ)  # end on codes; what changes weights or ranges comes before them
 
 METHODS: dict[str, type[Method]] = {
-    "quarot": QuaRot, "smoothquant": SmoothQuant, "awq": AWQ, "omniquant": OmniQuant, "rtn": RTN, "gptq": GPTQ, "tesseraq": TesseraQ,
+    "quarot": QuaRot, "smoothquant": SmoothQuant, "awq": AWQ, "omniquant": OmniQuant, "rtn": RTN, "gptq": GPTQ, "claq": CLAQ,
+    "tesseraq": TesseraQ,
 }  # fmt: skip

@@ -1,71 +1,20 @@
-"""Soft rounding: every weight between two neighbouring codes, every group with a tunable dequantization scale.
+"""Soft rounding: every weight between two neighbouring codes, its levels tunable, all linears of a block at once.
 
-    weight = (base + step * h(nu)) * stored(scale * phi(v)),   h(nu) = clamp(1.2 sigmoid(nu) - 0.1, 0, 1),   phi(v) = 2 h(v)
-
-``base`` is a code minus the zero point and ``step`` is +1, -1 or 0 (0: the other neighbour lies outside the code range). The
-same form serves rounding between floor and ceiling and rounding between a code and either of its neighbours. The linears of
-a block that share a group length lie in one (groups, group) matrix, so that a tuning step makes a handful of passes over
-memory whatever the number of linears, and the gradient is written out by hand: nothing is saved for autograd.
-
-Frozen weights carry nu = +-FROZEN: h is then exactly 0 or 1 and its slope exactly 0, without infinities and without a mask.
+The same form serves rounding between floor and ceiling and rounding between a code and either of its neighbours; the arithmetic
+is that of the grid, see `_buckets`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..grid import AffineParams, QTensor
+from ..grid import Affine, QTensor
 from ..model.block import Block
-
-FROZEN = 100.0
-_LEAST_AIM, _MOST_AIM = 0.02, 0.2  # measured: 0.5 ends no better than without the round, 0.15 to 0.25 are alike
-
-
-def _around(ratio: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """nu, base and step for weights at ``ratio`` steps from zero, between the codes around them."""
-    floor = ratio.floor()
-    fraction = (ratio - floor).clamp(0, 1 - 2**-24)
-    low = (floor + zero).clamp(0, top) - zero
-    high = (floor + 1 + zero).clamp(0, top) - zero
-    return inverse_rectified(fraction), low, high - low
-
-
-def rectified(nu: Tensor) -> Tensor:
-    """h(nu), the stretched and clamped sigmoid of AdaRound."""
-    return (1.2 * torch.sigmoid(nu) - 0.1).clamp(0, 1)
-
-
-def slope(nu: Tensor) -> Tensor:
-    """h'(nu), zero where h is clamped."""
-    sigmoid = torch.sigmoid(nu)
-    inside = (sigmoid > 0.1 / 1.2) & (sigmoid < 1.1 / 1.2)
-    return 1.2 * sigmoid * (1 - sigmoid) * inside
-
-
-def inverse_rectified(h: Tensor) -> Tensor:
-    """nu with h(nu) = h, for h in [0, 1]."""
-    return -torch.log(1.2 / (h + 0.1) - 1)
-
-
-@dataclass
-class _Bucket:
-    """All linears with the same group length, flattened to (groups, group); v, scale and zero_point are (groups, 1)."""
-
-    nu: Tensor
-    base: Tensor
-    step: Tensor
-    v: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def __post_init__(self) -> None:
-        self.h = torch.empty_like(self.nu)  # scratch of `weights`, read again by `backward`
-        self.sigmoid = torch.empty_like(self.nu)
-        self.soft = torch.empty_like(self.nu)
+from ._buckets import FROZEN, AffineBucket, BookBucket, Bucket, rectified
 
 
 @dataclass(frozen=True)
@@ -76,7 +25,7 @@ class _Place:
 
 
 class SoftBlock:
-    """The soft weights of a block's linears and their variables.
+    """The soft weights of a block's linears and their variables. Outliers of a solver before stay as they are.
 
     Args:
         block: linears that are not coded yet become soft. If all are, by a solver before, they start from its codes, frozen
@@ -89,50 +38,37 @@ class SoftBlock:
         self.from_codes = self.names[0] in block.coded
         self.keys = [f"{n}.weight" for n in self.names]
         self.places: dict[str, _Place] = {}
-        parts: dict[int, list[tuple[Tensor, ...]]] = {}
-        counts: dict[int, int] = {}
+        self.buckets: list[Bucket] = []
+        self.outliers = {n: block.coded[n].outliers for n in self.names if n in block.coded and block.coded[n].outliers}
+        by_group: dict[int, list[str]] = {}
         for name in self.names:
-            weight, grid = block.weight(name), block.grids[name]
-            params = block.coded[name].params if self.from_codes else block.range_of(name)
-            group = grid.group(weight.shape[1])
-            scale, zero = params.scale.reshape(-1, 1), params.zero_point.reshape(-1, 1)
-            if self.from_codes:
-                low = block.coded[name].codes.reshape(-1, group).to(scale.dtype) - zero
-                start = (torch.full_like(low, -FROZEN), low, torch.zeros_like(low), scale, zero)
+            grid, weight = block.grids[name], block.weight(name)
+            if isinstance(grid, Affine):
+                by_group.setdefault(grid.group(weight.shape[1]), []).append(name)
             else:
-                start = (*_around(weight.reshape(-1, group) / scale, zero, grid.top), scale, zero)
-            parts.setdefault(group, []).append(start)
-            at = counts.get(group, 0)
-            counts[group] = at + len(scale)
-            self.places[name] = _Place(list(parts).index(group), slice(at, at + len(scale)), weight.shape)
-        self.buckets = []
-        for pieces in parts.values():
-            nu, base, step, scale, zero = (torch.cat(column).float() for column in zip(*pieces, strict=True))
-            self.buckets.append(_Bucket(nu, base, step, torch.zeros_like(scale), scale, zero))
+                self.places[name] = _Place(len(self.buckets), slice(None), weight.shape)
+                self.buckets.append(BookBucket(block, name, self.from_codes))
+        for names in by_group.values():
+            bucket = AffineBucket(block, names, self.from_codes)
+            for name, (rows, _) in zip(names, bucket.grids, strict=True):
+                self.places[name] = _Place(len(self.buckets), rows, block.weight(name).shape)
+            self.buckets.append(bucket)
 
     # --- the weights -----------------------------------------------------------------------------------------------------
 
-    def _stored_scale(self, b: _Bucket) -> Tensor:
-        """The dequantization scale as the artifact will hold it; rounding is transparent to gradients."""
-        scale = b.scale * (2 * rectified(b.v))
-        return scale.to(self.block.stored).clamp(min=torch.finfo(self.block.stored).tiny).float()
-
-    def _split(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        out = {}
-        for name in self.names:
-            place = self.places[name]
-            out[f"{name}.weight"] = flats[place.bucket][place.rows].view(place.shape).to(self.block.compute)
-        return out
-
     def weights(self) -> dict[str, Tensor]:
         """The block's parameters with soft weights in place."""
-        flats = []
-        for b in self.buckets:
-            torch.sigmoid(b.nu, out=b.sigmoid)
-            torch.mul(b.sigmoid, 1.2, out=b.h).sub_(0.1).clamp_(0, 1)
-            torch.addcmul(b.base, b.step, b.h, out=b.soft)
-            flats.append(b.soft * self._stored_scale(b))
-        return {**self.block.weights, **self._split(flats)}
+        flats = [b.values() for b in self.buckets]
+        out = dict(self.block.weights)
+        for name in self.names:
+            p = self.places[name]
+            weight = self.buckets[p.bucket].weight(p.rows, p.shape, flats[p.bucket]).to(self.block.compute)
+            kept = self.outliers.get(name)
+            if kept is not None:
+                values = kept.values.to(self.block.stored).to(weight.dtype)
+                weight = weight.flatten().index_copy(0, kept.index, values).view(p.shape)
+            out[f"{name}.weight"] = weight
+        return out
 
     def hard_weights(self) -> dict[str, Tensor]:
         """The block's parameters with every weight on the grid, decoded as a loader would."""
@@ -142,15 +78,12 @@ class SoftBlock:
         """Turn gradients by the weights (in the order of ``names``) into gradients by nu and v; call after `weights`."""
         by_bucket: list[list[Tensor]] = [[] for _ in self.buckets]
         for name, g in zip(self.names, gradients, strict=True):
-            by_bucket[self.places[name].bucket].append(g.reshape(-1, self.buckets[self.places[name].bucket].nu.shape[1]))
+            kept = self.outliers.get(name)
+            if kept is not None:
+                g = g.flatten().index_fill(0, kept.index, 0).view(g.shape)
+            by_bucket[self.places[name].bucket].append(self.buckets[self.places[name].bucket].lists(g))
         for b, pieces in zip(self.buckets, by_bucket, strict=True):
-            g = torch.cat(pieces).float() if len(pieces) > 1 else pieces[0].float()
-            if scales:
-                b.v.grad = (g * b.soft).sum(1, keepdim=True) * b.scale * (2 * slope(b.v))
-            # h is strictly inside (0, 1) exactly where the clamp lets gradients through.
-            inside = (b.h > 0).logical_and_(b.h < 1)
-            curve = torch.addcmul(b.sigmoid, b.sigmoid, b.sigmoid, value=-1, out=b.sigmoid)  # sigma (1 - sigma)
-            b.nu.grad = g.mul(b.step).mul_(1.2 * self._stored_scale(b)).mul_(curve).mul_(inside)
+            b.backward(torch.cat(pieces).float() if len(pieces) > 1 else pieces[0].float(), scales=scales)
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """(rounding variables, scale variables)."""
@@ -182,24 +115,16 @@ class SoftBlock:
 
     @torch.no_grad()
     def codes(self) -> dict[str, QTensor]:
-        """Integer codes by the sign of nu, with the tuned scales in the stored dtype."""
-        flats = [(b.base + b.step * (b.nu > 0) + b.zero_point).to(torch.uint8) for b in self.buckets]
-        scales = [self._stored_scale(b) for b in self.buckets]
+        """Integer codes by the sign of nu, with the tuned scales or levels as they will be stored."""
         out = {}
         for name in self.names:
-            p, b = self.places[name], self.buckets[self.places[name].bucket]
-            params = AffineParams(
-                scales[p.bucket][p.rows].reshape(p.shape[0], -1).clone(), b.zero_point[p.rows].reshape(p.shape[0], -1).clone()
-            )
-            out[name] = QTensor(self.block.grids[name], flats[p.bucket][p.rows].view(p.shape).clone(), params)
+            p = self.places[name]
+            out[name] = replace(self.buckets[p.bucket].coded(p.rows, p.shape), outliers=self.outliers.get(name))
         return out
 
     @torch.no_grad()
     def aim(self, gradient: Mapping[str, Tensor], curvature: Mapping[str, Tensor]) -> None:
         """Restart from the hard codes, each weight between its code and the neighbour toward which the loss falls.
-
-        The initial h is half the weight's own Newton step in units of one code, kept small: all weights start at once, and
-        together the full steps overshoot by far. Where the neighbour lies outside the code range, h makes it freeze first.
 
         Args:
             gradient, curvature: by parameter name, first and (positive) second derivative of the loss by the weight.
@@ -207,17 +132,7 @@ class SoftBlock:
         for name, key in zip(self.names, self.keys, strict=True):
             p = self.places[name]
             b = self.buckets[p.bucket]
-            grid = self.block.grids[name]
-            base, step, nu, scale = b.base[p.rows], b.step[p.rows], b.nu[p.rows], self._stored_scale(b)[p.rows]
-            g = gradient[key].reshape(base.shape).float()
-            newton = (g / curvature[key].reshape(base.shape).float().clamp(min=1e-30) / scale).abs()
-            hard = base + step * (nu > 0)
-            toward = -torch.sign(g)
-            code = hard + b.zero_point[p.rows] + toward
-            outside = (code < 0) | (code > grid.top)
-            base.copy_(hard)
-            step.copy_(toward.masked_fill_(outside, 0))
-            nu.copy_(inverse_rectified((0.5 * newton).clamp_(_LEAST_AIM, _MOST_AIM).masked_fill_(outside, 0)))
+            b.aim(p.rows, b.lists(gradient[key]).float(), b.lists(curvature[key]).float())
 
     def snapshot(self) -> list[tuple[Tensor, Tensor]]:
         """Copies of (nu, v) of every bucket."""

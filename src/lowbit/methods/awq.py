@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..grid import Affine, Reading
+from ..grid import Affine, Codebook, Grid, Reading
 from ..model.block import Block, Call, first
 from ..model.rewrite import fold
 from ..model.wiring import Site
@@ -49,7 +49,7 @@ class AWQ:
         chosen: dict[str, float] = {}
         if self.scales:
             for site in block.wiring.sites:
-                if site.source is not None and foldable(block, site):
+                if site.source is not None and foldable(block, site) and not _indifferent(block, site):
                     block.announce(f"awq: scales of {', '.join(site.reads)}")
                     factor, exponent = search_scale(block, site, rows, self.exponents)
                     chosen[site.reads[0]] = exponent
@@ -67,6 +67,8 @@ class AWQ:
             for name in site.reads:
                 block.announce(f"awq: clip of {name}")
                 weight, grid = block.weight(name), block.grids[name]
+                if not isinstance(grid, Affine):  # a codebook's levels are where the weights are: nothing to clip
+                    continue
                 gram, drift = grams[site.reads[0], grid.group(weight.shape[1])]
                 low, high = search_clip(
                     weight, gram, grid, self.shrinks, symmetric=self.clip == "symmetric", skip_rows=spared.get(name, 0), drift=drift
@@ -85,7 +87,8 @@ class AWQ:
         """
         groups: dict[str, set[int]] = {}
         for site in block.wiring.sites:
-            groups[site.reads[0]] = {block.grids[n].group(block.weight(n).shape[1]) for n in site.reads}
+            grids = [(block.grids[n], block.weight(n).shape[1]) for n in site.reads]
+            groups[site.reads[0]] = {grid.group(width) for grid, width in grids if isinstance(grid, Affine)}
         picked = pick_tokens(rows * block.xq.shape[1], self.clip_tokens, self.clip_sampling, torch.Generator().manual_seed(block.seed))
         moments: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
         seen = dict.fromkeys(groups, 0)
@@ -113,14 +116,23 @@ class AWQ:
         return moments
 
 
+def _indifferent(block: Block, site: Site) -> bool:
+    """Whether a per-channel factor would change no code: where every channel has a codebook of its own and is read as it is."""
+    return all(
+        isinstance(g := block.grids[n], Codebook) and g.scales_with_inputs and (n not in block.readings or block.readings[n].grid is None)
+        for n in site.reads
+    )
+
+
 def foldable(block: Block, site: Site) -> bool:
     """Whether a per-channel factor can be folded at a site: not behind an online rotation, where channels are mixed."""
     return all(block.readings[n].rotation is None for n in site.reads if n in block.readings)
 
 
-def _rtn(weight: Tensor, grid: Affine, stored: torch.dtype) -> Tensor:
+def _rtn(weight: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:
     params = grid.stored(grid.fit(weight), stored)
-    return grid.decode(grid.encode(weight, params), params)
+    rounded: Tensor = grid.decode(grid.encode(weight, params), params)
+    return rounded
 
 
 @torch.no_grad()

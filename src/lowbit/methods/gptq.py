@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, AffineParams, QTensor
-from ..model.block import Block, Call
-from ._columns import code_columns, inverse_factor
+from ..grid import Affine, AffineParams, Codebook, CodebookParams, Grid, QTensor
+from ..model.block import Block
+from ._books import ColumnBooks, FixedLevels
+from ._columns import code_columns
+from ._hessian import Inputs, solve_sites
 
 Clip = Literal["none", "mse"]
 
-_RETRIES = 3
-_LEAST_RETRIED_DAMPING = 1e-2
 _CLIP_STEPS, _CLIP_NORM = 80, 2.4  # factors 1 - i/100 and the norm of the error, as in the published code
 
 
@@ -65,98 +65,40 @@ class GPTQ:
 
     @torch.no_grad()
     def __call__(self, block: Block) -> Block:
-        rows = min(self.rows or block.tuned_rows, block.tuned_rows)
-        free = [tuple(n for n in site.reads if n not in block.coded) for site in block.wiring.sites]
-        steps = [[names] for names in free if names]
-        if not self.true_sequential:
-            steps = [[names for step in steps for names in step]] if steps else []
-        trouble: list[str] = []
-        for step in steps:
-            block.announce(f"gptq: inputs of {', '.join(name for names in step for name in names)}")
-            hessians = input_hessians(block, [names[0] for names in step], rows)
-            for names in step:
-                block.announce(f"gptq: codes of {', '.join(names)}")
-                found = self._site(block, names, hessians.pop(names[0]), trouble)
-                block = block.ranged({n: q.params for n, q in found.items()}).solved(found)
-        return block.noted(trouble=[*block.notes.get("trouble", ()), *trouble]) if trouble else block
+        return solve_sites(block, "gptq", self.rows, self.damping, self.act_order, self.true_sequential, self._site, self._nearest)
 
-    def _site(self, block: Block, names: Sequence[str], hessian: Tensor, trouble: list[str]) -> dict[str, QTensor]:
-        """Codes for linears that read the same inputs, whose (inputs, inputs) Hessian is given."""
-        label = f"{block.name}.{names[0]}"
-        if not bool(torch.isfinite(hessian).all()):
-            raise LowbitError(
-                f"the inputs of '{label}' are not finite on the calibration rows: nothing can be learned from them. "
-                "See whether 'lowbit eval' finds the float model's perplexity finite."
-            )
-        if not bool(hessian.any()):
-            trouble.append(f"gptq: '{label}' saw no input but zeros; rounded to nearest what reads it")
-            return {n: _nearest(block, n, self.clip) for n in names}
-        # An input that is always zero is tied to no other: any positive diagonal will do for it, and the mean of the living
-        # ones leaves the damping, a share of the mean, what it is without the dead.
-        diagonal = hessian.diagonal()
-        dead = diagonal == 0
-        living = torch.where(dead, diagonal.sum() / (~dead).sum(), diagonal)
-        inputs = torch.arange(len(living), device=living.device)
-        order = living.argsort(descending=True, stable=True) if self.act_order else inputs
-        factor = self._factor(hessian[order][:, order], living[order], label, trouble)
+    def _nearest(self, block: Block, linear: str) -> QTensor:
+        weight, grid = block.weight(linear), block.grids[linear]
+        if linear in block.params or not isinstance(grid, Affine):
+            params = block.range_of(linear)
+        else:
+            params = fit_range(grid, weight, self.clip, block.stored)
+        return QTensor(grid, grid.encode(weight, params), params)
+
+    def _site(self, block: Block, names: Sequence[str], inputs: Inputs) -> dict[str, QTensor]:
+        """Codes for linears that read the same inputs: those on the same affine grid in one loop, codebooks one by one."""
         out: dict[str, QTensor] = {}
         bundles: dict[tuple[Affine, bool], list[str]] = {}
         for name in names:
-            bundles.setdefault((block.grids[name], name in block.params), []).append(name)
+            grid = block.grids[name]
+            if isinstance(grid, Affine):
+                bundles.setdefault((grid, name in block.params), []).append(name)
+            else:
+                weight = block.weight(name).masked_fill(inputs.dead, 0)
+                out[name] = solve_books(weight, inputs, grid, block.params.get(name), block.stored, block_size=self.block_size)
         for (grid, ranged), members in bundles.items():
-            weight = torch.cat([block.weight(n) for n in members]).masked_fill(dead, 0)
+            weight = torch.cat([block.weight(n) for n in members]).masked_fill(inputs.dead, 0)
             params: AffineParams | None = None
             if ranged:
                 fixed = [block.params[n] for n in members]
                 params = AffineParams(torch.cat([p.scale for p in fixed]), torch.cat([p.zero_point for p in fixed]))
             elif self.static_groups or self.act_order:
                 params = fit_range(grid, weight, self.clip, block.stored)
-            coded = solve(weight, factor, grid, params, block.stored, order=order, clip=self.clip, block_size=self.block_size)
+            coded = solve(
+                weight, inputs.factor, grid, params, block.stored, order=inputs.order, clip=self.clip, block_size=self.block_size
+            )
             out.update(zip(members, _split(coded, [len(block.weight(n)) for n in members]), strict=True))
         return out
-
-    def _factor(self, hessian: Tensor, diagonal: Tensor, label: str, trouble: list[str]) -> Tensor:
-        """`inverse_factor` of a Hessian (changed in place) with a damped diagonal, ten times as much as often as it takes."""
-        damping = self.damping
-        failed: list[float] = []
-        while len(failed) <= _RETRIES:
-            hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
-            factor = inverse_factor(hessian)
-            if factor is not None:
-                if failed:
-                    trouble.append(f"gptq: the Hessian of '{label}' could not be inverted with damping {self.damping:g}; took {damping:g}")
-                return factor
-            failed.append(damping)
-            damping = max(10 * damping, _LEAST_RETRIED_DAMPING)
-        raise LowbitError(
-            f"the Hessian of '{label}' could not be inverted, not even with damping {failed[-1]:g}: calibrate on more rows, or raise gptq.damping."
-        )
-
-
-@torch.no_grad()
-def input_hessians(block: Block, linears: Sequence[str], rows: int) -> dict[str, Tensor]:
-    """(2/n) sum x x^T over the n tokens that reach each linear (GPTQ, section 2), in float64.
-
-    The tokens come from the first ``rows`` rows of the quantized stream, through the block with its coded weights decoded,
-    and count as they meet the weight.
-
-    Returns:
-        linear -> (inputs, inputs) on the block's device; zeros for a linear that no token reaches.
-    """
-    sums: dict[str, Tensor] = {}
-    for name in linears:
-        width = block.weight(name).shape[1]
-        sums[name] = torch.zeros(width, width, dtype=torch.float64, device=block.device)
-    seen = dict.fromkeys(linears, 0)
-
-    def visit(name: str, call: Call) -> None:
-        x = block.entering(name, call.args[0]).flatten(0, -2)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        sums[name] += x.T @ x
-        seen[name] += len(x)
-
-    replace(block, weights=block.decoded()).observe(linears, block.xq, rows, visit)
-    return {name: total * (2 / max(1, seen[name])) for name, total in sums.items()}
 
 
 def fit_range(grid: Affine, weight: Tensor, clip: Clip, stored: torch.dtype) -> AffineParams:
@@ -247,10 +189,33 @@ def solve(
     return QTensor(grid, codes, params or coder.params())
 
 
-def _nearest(block: Block, linear: str, clip: Clip) -> QTensor:
-    weight, grid = block.weight(linear), block.grids[linear]
-    params = block.params[linear] if linear in block.params else fit_range(grid, weight, clip, block.stored)
-    return QTensor(grid, grid.encode(weight, params), params)
+def solve_books(
+    weight: Tensor, inputs: Inputs, grid: Grid, params: CodebookParams | None, stored: torch.dtype, *, block_size: int = 128
+) -> QTensor:
+    """Codes of one weight on codebooks: per column they are chosen when the column comes, shared ones before, for the weights that
+    cost most to get wrong.
+
+    Args:
+        weight: (out, in) float, dead inputs zeroed. params: levels that are fixed already, or None.
+    """
+    if not isinstance(grid, Codebook):
+        raise LowbitError(f"the column loop knows no grid like {grid}.")
+    factor = inputs.factor.to(weight.dtype)
+    ordered = weight[:, inputs.order]
+    if params is None and grid.scales_with_inputs:
+        widths = torch.full((weight.shape[1],), grid.bits, dtype=torch.int64, device=weight.device)
+        books = ColumnBooks(ordered, widths, stored)
+        coded = code_columns(ordered, factor, books, block_size)
+        params = books.params(inputs.order)
+    else:
+        if params is None:
+            cost = torch.empty_like(factor.diagonal())
+            cost[inputs.order] = factor.diagonal().square().reciprocal()
+            params = grid.stored(grid.fit(weight, weights=cost.expand_as(weight)), stored)
+        coded = code_columns(ordered, factor, FixedLevels(grid, params, inputs.order, weight.shape[1], stored), block_size)
+    codes = torch.empty_like(coded)
+    codes[:, inputs.order] = coded
+    return QTensor(grid, codes, params)
 
 
 def _split(q: QTensor, rows: Sequence[int]) -> list[QTensor]:

@@ -123,7 +123,7 @@ class _Learned:
         for name in block.wiring.linears:
             if name not in block.coded and name not in block.params:
                 rows, columns = block.weight(name).shape
-                shape = (rows, columns // block.grids[name].group(columns))
+                shape = (rows, columns // block.affine(name, "omniquant").group(columns))
                 self.low[name], self.high[name] = (torch.full(shape, _START, device=block.device).requires_grad_() for _ in range(2))
         self.factor: dict[str, Tensor] = {}
         self.shift: dict[str, Tensor] = {}
@@ -172,7 +172,7 @@ class _Learned:
         """The block's parameters, linears on their grids; straight-through where something is rounded."""
         out = self._transformed()
         for name in self.block.wiring.linears:
-            key, grid = f"{name}.weight", self.block.grids[name]
+            key, grid = f"{name}.weight", self.block.affine(name, "omniquant")
             if name in self.low:
                 scale, zero = clipped_range(out[key], grid, self.low[name], self.high[name])
                 scale = _straight(scale, scale.to(self.block.stored).to(scale.dtype))
@@ -192,7 +192,7 @@ class _Learned:
             block = fold(block, site, self.factor[site.reads[0]].clamp(min=_LEAST_FACTOR), shift)
         params = {}
         for name, low in self.low.items():
-            scale, zero = clipped_range(block.weight(name), block.grids[name], low, self.high[name])
+            scale, zero = clipped_range(block.weight(name), block.affine(name, "omniquant"), low, self.high[name])
             params[name] = AffineParams(scale, zero)
         return block.ranged(params)
 
@@ -240,7 +240,7 @@ def read_clips(block: Block, path: Path) -> Block:
     except (OSError, SafetensorError) as e:
         raise LowbitError(f"omniquant.clips: '{path}' cannot be read as safetensors: {e}") from e
     for name in block.wiring.linears:
-        weight, grid = block.weight(name), block.grids[name]
+        weight, grid = block.weight(name), block.affine(name, "omniquant")
         groups = weight.shape[1] // grid.group(weight.shape[1])
         logits = []
         for end in ("lowbound_factor", "upbound_factor"):

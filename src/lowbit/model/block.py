@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import LowbitError
-from ..grid import Affine, AffineParams, KVGrid, QTensor, QuantizedStates, Reading
+from ..grid import Affine, Grid, KVGrid, QTensor, QuantizedStates, Reading
 from .wiring import Wiring
 
 _TOKENS_PER_PASS = 8192
@@ -77,7 +77,7 @@ class Block:
     weights: Mapping[str, Tensor]
     compute: torch.dtype
     stored: torch.dtype
-    grids: Mapping[str, Affine]
+    grids: Mapping[str, Grid]
     x: Tensor
     xq: Tensor
     target: Tensor
@@ -87,7 +87,7 @@ class Block:
     announce: Announce = silent
     readings: Mapping[str, Reading] = field(default_factory=dict)
     kv: KVGrid | None = None
-    params: Mapping[str, AffineParams] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
     coded: Mapping[str, QTensor] = field(default_factory=dict)
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -207,19 +207,30 @@ class Block:
                 )
         return replace(self, weights={**self.weights, **changes})
 
-    def clipped(self, weights: Mapping[str, Tensor], params: Mapping[str, AffineParams]) -> Block:
+    def clipped(self, weights: Mapping[str, Tensor], params: Mapping[str, Any]) -> Block:
         """The block with some linears' weights clamped to a range, whose grid parameters are fixed thereby."""
         whole = {name: self.weight(name).to(self.stored) for name in weights}
         changed = self.rewritten({f"{name}.weight": w for name, w in weights.items()}).ranged(params)
         return replace(changed, whole={**self.whole, **whole})
 
-    def ranged(self, params: Mapping[str, AffineParams]) -> Block:
-        """The block with the grid parameters of some linears fixed, scales rounded to the stored dtype."""
+    def ranged(self, params: Mapping[str, Any]) -> Block:
+        """The block with the grid parameters of some linears fixed, rounded as the artifact will hold them."""
         fixed = {k: self.grids[k].stored(p, self.stored) for k, p in params.items()}
         return replace(self, params={**self.params, **fixed})
 
-    def range_of(self, linear: str) -> AffineParams:
-        """Fixed grid parameters of a linear, or those of its plain minimum and maximum."""
+    def affine(self, linear: str, who: str) -> Affine:
+        """The grid of a linear, for a method that knows uniform ones only.
+
+        Raises:
+            LowbitError: it is another one.
+        """
+        grid = self.grids[linear]
+        if not isinstance(grid, Affine):
+            raise LowbitError(f"{who} shapes the ranges of uniform grids, and '{self.name}.{linear}' has a {grid}: leave {who} out of the recipe.")
+        return grid
+
+    def range_of(self, linear: str) -> Any:
+        """Fixed grid parameters of a linear, or those that fit its weight plainly."""
         if linear in self.params:
             return self.params[linear]
         grid = self.grids[linear]

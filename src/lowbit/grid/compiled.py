@@ -1,0 +1,82 @@
+"""Plain C next to a module, compiled at first use with the machine's own compiler; None where there is none.
+
+Nothing depends on it: every caller has a way in torch. The library lies in the user's cache under a name that says what it was
+made from, so it is built once per source and machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-std=c11")
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries lie: LOWBIT_CACHE, else the user's cache directory."""
+    given = os.environ.get("LOWBIT_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL | None:
+    """The compiled form of a C file, or None if there is no compiler, or the one there is cannot build it.
+
+    LOWBIT_NO_COMPILER=1 keeps to torch.
+    """
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or os.environ.get("LOWBIT_NO_COMPILER") == "1" or os.name != "posix":
+        return None
+    made_from = "\0".join([source.read_text(), *_FLAGS, compiler, platform.machine(), _processor()])
+    path = cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    try:
+        if not path.is_file():
+            _build(compiler, source, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _build(compiler: str, source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=120)
+        os.replace(made, path)
+
+
+def pointer(t: Tensor) -> ctypes.c_void_p:
+    """The address of a contiguous CPU tensor's data.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if t.device.type != "cpu" or not t.is_contiguous():
+        raise ValueError("compiled code takes contiguous tensors on the CPU")
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def threads() -> int:
+    """How many threads compiled code should use: as many as torch does."""
+    return torch.get_num_threads()

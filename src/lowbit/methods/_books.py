@@ -1,0 +1,173 @@
+"""Coding columns on codebooks, and keeping some weights of a column in floating point on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..grid import Affine, AffineParams, Codebook, CodebookParams, Grid, Outliers
+from ..grid.kmeans import kmeans
+
+Levels = Literal["sequential", "refined", "precomputed"]
+_REFINING = 3
+
+
+def half(values: Tensor, stored: torch.dtype) -> Tensor:
+    """What a loader of a model in ``stored`` makes of numbers kept in float16, in the dtype of ``values``."""
+    return values.to(torch.float16).to(stored).to(values.dtype)
+
+
+class Reserve:
+    """The weights of one matrix that stay in floating point, picked column by column.
+
+    Args:
+        counts: how many of each column, in coding order.
+        two_sided: the count + 1 largest and the count smallest by signed value, as the published code does it, instead of the
+            count largest by magnitude.
+    """
+
+    def __init__(self, counts: Sequence[int], two_sided: bool) -> None:
+        self.counts, self.two_sided = counts, two_sided
+        self._columns: list[int] = []
+        self._rows: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def pick(self, column: int, values: Tensor) -> Tensor:
+        """(n,) int64 ascending: the rows of this column that stay."""
+        count = self.counts[column]
+        if not self.two_sided:
+            return values.abs().topk(count).indices.sort().values
+        kept = values >= values.topk(count + 1).values[-1]
+        if count:
+            kept |= values <= values.topk(count, largest=False).values[-1]
+        return kept.nonzero()[:, 0]
+
+    def keep(self, column: int, rows: Tensor, values: Tensor) -> None:
+        """Remember what stays: values that float16 holds."""
+        self._columns.append(column)
+        self._rows.append(rows)
+        self._values.append(values)
+
+    def outliers(self, order: Tensor) -> Outliers | None:
+        """All of them, with columns back in the order of the inputs; None without any."""
+        if not self._rows:
+            return None
+        sizes = torch.tensor([len(r) for r in self._rows], device=order.device)
+        columns = order[torch.tensor(self._columns, device=order.device).repeat_interleave(sizes)]
+        index = torch.cat(self._rows) * len(order) + columns
+        index, by = index.sort()
+        return Outliers(index, torch.cat(self._values).float()[by])
+
+
+class ColumnBooks:
+    """A `Coder` that gives each column of one matrix a codebook of its own when the column comes.
+
+    Args:
+        weight: (rows, columns) in coding order, before any error was made up for.
+        widths: (columns,) int64 bits of each column, in coding order.
+        stored: the dtype of the model.
+        reserve: picks what stays in floating point; None for nothing.
+        cluster_reserved: whether the levels are chosen for what stays, too.
+        levels: "sequential" clusters the column as it has become (CLAQ), "precomputed" as it was, "refined" takes Lloyd steps
+            on the former from the latter.
+    """
+
+    period = 1
+
+    def __init__(
+        self, weight: Tensor, widths: Tensor, stored: torch.dtype, reserve: Reserve | None = None, *, cluster_reserved: bool = True,
+        levels: Levels = "sequential",
+    ) -> None:  # fmt: skip
+        self.stored, self.reserve, self.cluster_reserved, self.levels = stored, reserve, cluster_reserved, levels
+        self.widths: list[int] = widths.tolist()
+        self._table = torch.empty(len(self.widths), 1 << max(self.widths), dtype=torch.float32, device=weight.device)
+        self._of_widths = widths
+        if levels != "sequential":
+            self._table.copy_(Codebook(max(self.widths)).fit(weight, widths).levels)
+
+    def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.reserve.pick(column, values) if self.reserve else None
+        clustered = values
+        if kept is not None and len(kept) and not self.cluster_reserved:
+            left = torch.ones_like(values, dtype=torch.bool)
+            left[kept] = False
+            clustered = values[left]
+        k = 1 << self.widths[column]
+        if self.levels == "sequential":
+            levels = kmeans(clustered[None], k)[0][0]
+        else:
+            levels = self._table[column, :k]
+            for _ in range(_REFINING if self.levels == "refined" else 0):
+                levels = _lloyd(clustered, levels)
+        levels = levels.to(torch.float16).to(torch.float32)
+        self._table[column, :k] = levels
+        self._table[column, k:] = levels[-1]
+        codes = torch.bucketize(values, ((levels[1:] + levels[:-1]) / 2).to(values.dtype))
+        decoded = levels.to(self.stored).to(values.dtype)[codes]
+        if kept is not None and len(kept):
+            assert self.reserve is not None
+            held = values[kept].to(torch.float16)
+            self.reserve.keep(column, kept, held)
+            decoded[kept] = held.to(self.stored).to(values.dtype)
+        return codes.to(torch.uint8), decoded
+
+    def params(self, order: Tensor) -> CodebookParams:
+        """Levels and widths, with columns back in the order of the inputs."""
+        levels, widths = torch.empty_like(self._table), torch.empty_like(self._of_widths)
+        levels[order], widths[order] = self._table, self._of_widths
+        return CodebookParams(levels, widths)
+
+
+def _lloyd(values: Tensor, levels: Tensor) -> Tensor:
+    """One step: assign, then move each level to the mean of what it got."""
+    codes = torch.bucketize(values, ((levels[1:] + levels[:-1]) / 2).to(values.dtype))
+    sums = torch.zeros_like(levels).index_add_(0, codes, values.to(levels.dtype))
+    counts = torch.bincount(codes, minlength=len(levels))
+    return torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort().values
+
+
+class FixedLevels:
+    """A `Coder` on levels or scales that are given, for columns in coding order; may keep weights in floating point.
+
+    Args:
+        grid, params: of the whole weight, inputs in their own order.
+        order: (in,) the inputs in coding order.
+    """
+
+    period = 1
+
+    def __init__(
+        self, grid: Codebook | Affine, params: CodebookParams | AffineParams, order: Tensor, width: int, stored: torch.dtype,
+        reserve: Reserve | None = None,
+    ) -> None:  # fmt: skip
+        self._inputs: list[int] = order.tolist()
+        self._grid, self._params, self._width, self._stored, self._reserve = grid, params, width, stored, reserve
+
+    def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+        grid, params = self._column(self._inputs[column])
+        codes = grid.encode(values[:, None], params)
+        decoded = grid.decode(codes, params)[:, 0].to(self._stored).to(values.dtype)
+        if self._reserve:
+            kept = self._reserve.pick(column, values)
+            if len(kept):
+                held = values[kept].to(torch.float16)
+                self._reserve.keep(column, kept, held)
+                decoded[kept] = held.to(self._stored).to(values.dtype)
+        return codes[:, 0], decoded
+
+    def _column(self, at: int) -> tuple[Grid, CodebookParams | AffineParams]:
+        """Grid and params of a single column."""
+        if isinstance(self._params, AffineParams):
+            assert isinstance(self._grid, Affine)
+            group = at // self._grid.group(self._width)
+            p = self._params
+            one = AffineParams(p.scale[:, group : group + 1], p.zero_point[:, group : group + 1])
+            return Affine(self._grid.bits, None, self._grid.symmetric), one
+        assert isinstance(self._grid, Codebook)
+        if self._grid.per != "column":
+            return Codebook(self._grid.bits, self._grid.per), self._params
+        book = at // (self._grid.group_size or 1)
+        return Codebook(self._grid.bits), CodebookParams(self._params.levels[book : book + 1], self._params.widths[book : book + 1])

@@ -1,0 +1,219 @@
+"""CLAQ (arXiv 2405.17233): a codebook for every input column by K-means, inside GPTQ's column loop.
+
+Columns with more extreme weights get more bits (adaptive precision) and keep more of their largest weights in floating point
+(outlier reservation). K-means here is solved on sorted values without random starts; the paper starts it at random.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..grid import Affine, Codebook, Grid, QTensor
+from ..grid.kmeans import kmeans
+from ..model.block import Block
+from ._books import ColumnBooks, FixedLevels, Levels, Reserve
+from ._columns import code_columns
+from ._hessian import Inputs, solve_sites
+
+Allocation = Literal["outliers", "saliency", "greedy"]
+Reading = Literal["label", "two_sided", "official"]
+
+_TOP_COLUMNS, _TOP_RATE, _OTHER_RATE = 0.1, 2.8, 0.8  # a tenth of the columns keep 1.4 %, the others 0.4 %, where the mean is 0.5 %
+_NOMINAL = 14  # bits that a weight kept in 16 bits costs in the paper's count, its index not counted
+_PERIOD = 128  # of the published code's slip: rates are looked up by the place in a block of columns
+
+
+@dataclass(frozen=True)
+class CLAQ:
+    """The knobs of CLAQ. The defaults are the paper's single precision; a grid of codebooks per column goes with it.
+
+    Attributes:
+        adaptive_bits: added to the average width by giving some columns ``upper`` bits, 0.1 for the paper's 2.1-bit setting.
+        upper: the larger of the two widths.
+        allocation: which columns: "outliers" by the number of weights of at least ``threshold`` times the mean magnitude, as
+            published, ties by saliency; "saliency" by the mean of w^2 / u^2, u the column's element of the factored inverse
+            Hessian; "greedy" gives single bits, from 2 to ``upper``, where they lower the loss of clustering most.
+        threshold: S of the paper.
+        outlier_bits: kept weights, as the paper counts: 0.07 for 0.5 % of them. A tenth of the columns keeps 2.8 times the
+            mean rate, the others 0.8 times.
+        reserve: "label" keeps just that many, the largest by magnitude; "two_sided" so many at both ends, and one; "official"
+            also looks the rate up by the column's place in its block of 128, as the published code does.
+        cluster_reserved: K-means also sees the weights that are kept (as published).
+        levels: "sequential" clusters each column as error compensation has left it (as published); "precomputed" clusters all
+            columns before the loop, at once; "refined" adds Lloyd steps to that.
+        act_order, true_sequential, damping, block_size, rows: as in `GPTQ`.
+
+    On an affine grid, which has one width and its own levels, only outlier reservation applies.
+
+    Raises:
+        LowbitError: an option is out of range, or a budget that no allocation can meet.
+    """
+
+    adaptive_bits: float = 0.0
+    upper: int = 4
+    allocation: Allocation = "outliers"
+    threshold: float = 13.0
+    outlier_bits: float = 0.0
+    reserve: Reading = "label"
+    cluster_reserved: bool = True
+    levels: Levels = "sequential"
+    act_order: bool = True
+    true_sequential: bool = True
+    damping: float = 0.01
+    block_size: int = 128
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0) or self.block_size < 1 or self.rows < 0:
+            raise LowbitError("claq needs a finite damping >= 0, block_size >= 1 and rows >= 0.")
+        if not 2 <= self.upper <= 8 or not self.threshold > 0:
+            raise LowbitError("claq needs upper from 2 to 8 bits and threshold > 0.")
+        if not 0 <= self.adaptive_bits <= self.upper or not 0 <= self.outlier_bits <= _NOMINAL / 4:
+            raise LowbitError(f"claq needs adaptive_bits from 0 to upper and outlier_bits from 0 to {_NOMINAL / 4:g}, a quarter of all weights.")
+        for value, known, what in (
+            (self.allocation, Allocation, "allocation"), (self.reserve, Reading, "reserve"), (self.levels, Levels, "levels"),
+        ):  # fmt: skip
+            if value not in get_args(known):
+                raise LowbitError(f"claq.{what} must be one of {', '.join(get_args(known))}, got {value!r}.")
+
+    @property
+    def outlier_rate(self) -> float:
+        """The share of weights kept, as far as columns are long enough for it."""
+        mean = self.outlier_bits / _NOMINAL
+        return mean if self.reserve == "label" else 2 * mean
+
+    def check(self, grid: Grid) -> None:
+        """Raise LowbitError if the method cannot code on this grid or meet its budget there."""
+        if isinstance(grid, Affine):
+            if self.adaptive_bits:
+                raise LowbitError('claq.adaptive_bits needs a codebook per column: write codebook = "column" in the recipe.')
+            return
+        if not isinstance(grid, Codebook) or not grid.scales_with_inputs:
+            raise LowbitError(f"claq needs a codebook per column, not {grid}: use gptq for others.")
+        least = min(2, grid.bits) if self.allocation == "greedy" else grid.bits
+        if self.adaptive_bits and not least <= grid.bits + self.adaptive_bits <= self.upper:
+            raise LowbitError(
+                f"claq cannot average {grid.bits + self.adaptive_bits:g} bits with columns of {least} to {self.upper} bits: "
+                "change claq.adaptive_bits or claq.upper."
+            )
+
+    @torch.no_grad()
+    def __call__(self, block: Block) -> Block:
+        for grid in block.grids.values():
+            self.check(grid)
+        remarks: list[str] = []
+
+        def site(at: Block, names: Sequence[str], inputs: Inputs) -> dict[str, QTensor]:
+            return {n: self._linear(at, n, inputs, remarks) for n in names}
+
+        done = solve_sites(block, "claq", self.rows, self.damping, self.act_order, self.true_sequential, site, _nearest)
+        return done.noted(trouble=[*done.notes.get("trouble", ()), *remarks]) if remarks else done
+
+    def _linear(self, block: Block, name: str, inputs: Inputs, remarks: list[str]) -> QTensor:
+        grid, weight = block.grids[name], block.weight(name).masked_fill(inputs.dead, 0)
+        ordered, factor = weight[:, inputs.order], inputs.factor.to(weight.dtype)
+        score = column_scores(ordered, factor.diagonal(), self.threshold if self.allocation == "outliers" else None)
+        reserve = self._reserve(f"{block.name}.{name}", len(weight), score, remarks) if self.outlier_bits else None
+        if isinstance(grid, Codebook) and name not in block.params:
+            widths = self._widths(grid.bits, ordered, factor.diagonal(), score)
+            books = ColumnBooks(ordered, widths, block.stored, reserve, cluster_reserved=self.cluster_reserved, levels=self.levels)
+            coded = code_columns(ordered, factor, books, self.block_size)
+            params: Any = books.params(inputs.order)
+        else:
+            assert isinstance(grid, (Affine, Codebook))
+            params = block.range_of(name)
+            if reserve and isinstance(grid, Affine) and name not in block.params:  # the range need not reach what is kept
+                params = grid.stored(grid.fit(_without_reserved(weight, reserve, inputs.order)), block.stored)
+            fixed = FixedLevels(grid, params, inputs.order, weight.shape[1], block.stored, reserve)
+            coded = code_columns(ordered, factor, fixed, self.block_size)
+        codes = torch.empty_like(coded)
+        codes[:, inputs.order] = coded
+        return QTensor(grid, codes, params, reserve.outliers(inputs.order) if reserve else None)
+
+    def _widths(self, bits: int, weight: Tensor, diagonal: Tensor, score: Tensor) -> Tensor:
+        """(columns,) int64 bits of each column, in coding order."""
+        columns = weight.shape[1]
+        if self.allocation == "greedy" and self.adaptive_bits:
+            return greedy_widths(weight, diagonal, round((bits + self.adaptive_bits) * columns), min(2, bits), self.upper)
+        widths = torch.full((columns,), bits, dtype=torch.int64, device=weight.device)
+        if self.adaptive_bits:
+            widths[score[: round(columns * self.adaptive_bits / (self.upper - bits))]] = self.upper
+        return widths
+
+    def _reserve(self, label: str, rows: int, score: Tensor, remarks: list[str]) -> Reserve:
+        """What to keep of each column, columns in coding order, best ranks first in ``score``."""
+        columns, mean = len(score), self.outlier_bits / _NOMINAL
+        high = torch.zeros(columns, dtype=torch.bool)
+        high[score[: round(columns * _TOP_COLUMNS)].cpu()] = True
+        rates = torch.where(high, _TOP_RATE * mean, _OTHER_RATE * mean).tolist()
+        if self.reserve == "official":
+            rates = [rates[c % _PERIOD] for c in range(columns)]
+        least = 1 if self.reserve == "label" else 0
+        counts = [max(least, round(rows * r)) for r in rates]
+        most = max(counts) if self.reserve == "label" else 2 * max(counts) + 1
+        if most >= rows:
+            raise LowbitError(
+                f"claq.outlier_bits = {self.outlier_bits:g} keeps {most} weights of some columns of '{label}', which have only {rows}: lower it."
+            )
+        kept = sum(counts) / (rows * columns)
+        if self.reserve == "label" and kept > 2 * mean:
+            remarks.append(f"claq: columns of '{label}' have {rows} weights and keep at least one each: {kept:.1%} instead of {mean:.1%}")
+        return Reserve(counts, self.reserve != "label")
+
+
+def column_scores(weight: Tensor, diagonal: Tensor, threshold: float | None) -> Tensor:
+    """The columns, those first that deserve bits most.
+
+    Args:
+        weight: (rows, columns). diagonal: (columns,) of the factored inverse Hessian, in the same order.
+        threshold: rank by the number of weights of at least so many times the mean magnitude, ties by saliency; None by
+            saliency alone.
+
+    Returns:
+        (columns,) int64.
+    """
+    saliency = weight.double().square().mean(0) / diagonal.double().square()
+    order = saliency.argsort(descending=True, stable=True)
+    if threshold is not None:
+        extreme = (weight.abs() >= threshold * weight.abs().mean()).sum(0)
+        order = order[extreme[order].argsort(descending=True, stable=True)]
+    return order
+
+
+def greedy_widths(weight: Tensor, diagonal: Tensor, budget: int, least: int, most: int) -> Tensor:
+    """Widths that sum up to a budget, each bit where it lowers the loss of clustering most.
+
+    Args:
+        weight: (rows, columns). diagonal: (columns,) of the factored inverse Hessian.
+        budget: sum of all widths. least, most: of each.
+
+    Returns:
+        (columns,) int64.
+    """
+    lists = weight.T.contiguous()
+    loss = torch.stack([kmeans(lists, 1 << b)[1].to(weight.device) for b in range(least, most + 1)], 1) / diagonal.double().square()[:, None]
+    # A column's second bit cannot come before its first: where it would gain more, both count as the lesser.
+    gain = (loss[:, :-1] - loss[:, 1:]).cummin(1).values
+    picked = gain.flatten().argsort(descending=True, stable=True)[: budget - least * len(lists)]
+    widths = torch.full((len(lists),), least, dtype=torch.int64, device=weight.device)
+    return widths.index_add_(0, picked // gain.shape[1], torch.ones_like(picked))
+
+
+def _without_reserved(weight: Tensor, reserve: Reserve, order: Tensor) -> Tensor:
+    """The (out, in) weight with zeros for what would be kept if no error had to be made up for."""
+    rest = weight.clone()
+    for at, column in enumerate(order.tolist()):
+        rest[reserve.pick(at, weight[:, column]), column] = 0
+    return rest
+
+
+def _nearest(block: Block, linear: str) -> QTensor:
+    grid, params = block.grids[linear], block.range_of(linear)
+    return QTensor(grid, grid.encode(block.weight(linear), params), params)
