@@ -92,6 +92,7 @@ class CodebookLinear(_PackedLinear):
         for bits, count in columns.items():
             self._hold(f"weight_codes_{bits}", (packed_words(count, bits), self.out_features), torch.int32)
             self._hold(f"weight_levels_{bits}", (count if len(columns) > 1 else books, 1 << bits), torch.float16)
+        self.grid: Codebook = grid
         self._packed: PackedColumns | None = None
 
     @property
@@ -105,7 +106,7 @@ class CodebookLinear(_PackedLinear):
             held = self._held()
             for key, t in held.items():  # a model that was cast as a whole has levels in its own dtype
                 held[key] = t.to(torch.float16) if t.is_floating_point() else t
-            self._packed = layout.read(held, self.stored, self.name)
+            self._packed = layout.read(held, self.grid, self.stored, self.name)
         return self._packed
 
     @property
@@ -116,7 +117,6 @@ class CodebookLinear(_PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        assert isinstance(self.grid, Codebook)
         x = self.reading(x)
         if self.grid.scales_with_inputs:
             y = kernels.linear(x, self.packed)

@@ -21,7 +21,7 @@ from ..grid import Codebook, CodebookParams, Outliers, QTensor
 from ..grid.bits import pack as pack_bits
 from ..grid.bits import packed_words
 from ..grid.bits import unpack as unpack_bits
-from ..grid.packed import PackedColumns, Segment, Sparse
+from ..grid.packed import PackedColumns, Segment, Sparse, check, check_sparse
 
 _SHORT = 1 << 16
 
@@ -93,7 +93,7 @@ def unpack(tensors: Mapping[str, Tensor], grid: Codebook, name: str = "weight") 
     Raises:
         LowbitError: a tensor is missing, has the wrong shape, or points outside the weight.
     """
-    packed = read(tensors, torch.float32, name)
+    packed = read(tensors, grid, torch.float32, name)
     rows, columns = packed.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     of_columns = torch.empty(columns, dtype=torch.int64)
@@ -103,10 +103,8 @@ def unpack(tensors: Mapping[str, Tensor], grid: Codebook, name: str = "weight") 
     widths = of_columns[:: grid.group_size or 1].clone() if grid.per == "column" else of_columns[:1].expand(grid.books(rows, columns)).clone()
     levels = torch.empty(len(widths), 1 << int(widths.max()))
     for s in packed.segments:
-        of = widths == s.bits
-        if int(of.sum()) != len(s.levels):
-            raise LowbitError(f"'{name}.weight_levels_{s.bits}' has {len(s.levels)} books, {int(of.sum())} are needed for a {grid}.")
-        levels[of] = torch.cat([s.levels, s.levels[:, -1:].expand(-1, levels.shape[1] - s.levels.shape[1])], 1).float()
+        books = s.columns.long() if grid.scales_with_inputs else widths == s.bits
+        levels[books] = torch.cat([s.levels, s.levels[:, -1:].expand(-1, levels.shape[1] - s.levels.shape[1])], 1).float()
     return QTensor(grid, codes, CodebookParams(levels, widths), unpack_outliers(tensors, (rows, columns), name))
 
 
@@ -119,7 +117,7 @@ def unpack_outliers(tensors: Mapping[str, Tensor], shape: tuple[int, int], name:
     return Outliers(rows * shape[1] + sparse.columns.long(), sparse.values.float())
 
 
-def read(tensors: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> PackedColumns:
+def read(tensors: Mapping[str, Tensor], grid: Codebook, dtype: torch.dtype, name: str) -> PackedColumns:
     """One weight as kernels take it, every index checked: what comes from a file is not trusted.
 
     Args:
@@ -128,54 +126,37 @@ def read(tensors: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> Packed
     Raises:
         LowbitError: as `unpack`.
     """
-    try:
-        rows, columns = (int(n) for n in tensors["weight_shape"])
-    except KeyError as e:
-        raise LowbitError(f"'{name}' has no tensor {e} in this artifact.") from e
+    shape = _held(tensors, "weight_shape", name)
+    rows, columns = (int(n) for n in shape)
     kinds = sorted(int(k.rsplit("_", 1)[1]) for k in tensors if k.startswith("weight_codes_"))
-    if "weight_columns" in tensors:
-        order = tensors["weight_columns"].long()
-        if order.shape != (columns,) or not torch.equal(order.sort().values, torch.arange(columns, device=order.device)):
-            raise LowbitError(f"'{name}.weight_columns' is damaged: it does not name each of the {columns} inputs once.")
-    else:
-        order = torch.arange(columns, device=tensors["weight_shape"].device)
     if not kinds or (len(kinds) > 1) != ("weight_columns" in tensors):
         raise LowbitError(f"'{name}' has codes of {len(kinds)} widths, and weight_columns is {'there' if len(kinds) < 2 else 'missing'}.")
+    order = tensors["weight_columns"].to(torch.int32) if len(kinds) > 1 else torch.arange(columns, dtype=torch.int32, device=shape.device)
     segments, at = [], 0
-    for i, bits in enumerate(kinds):
-        codes, levels = tensors[f"weight_codes_{bits}"], tensors.get(f"weight_levels_{bits}")
-        count = columns - at if i == len(kinds) - 1 else (0 if levels is None else len(levels))
-        if levels is None or levels.dim() != 2 or levels.shape[1] != 1 << bits or codes.shape != (packed_words(count, bits), rows):
-            raise LowbitError(f"'{name}': {bits}-bit codes {tuple(codes.shape)} and their levels do not belong to {count} columns of a {rows} x {columns} weight.")
-        if not bool(torch.isfinite(levels).all()):
-            raise LowbitError(f"'{name}.weight_levels_{bits}' holds values that are not numbers.")
-        segments.append(Segment(bits, order[at : at + count].to(torch.int32), codes, levels))
+    for bits in kinds:
+        levels = _held(tensors, f"weight_levels_{bits}", name)
+        count = len(levels) if len(kinds) > 1 else columns
+        segments.append(Segment(bits, order[at : at + count], tensors[f"weight_codes_{bits}"], levels))
         at += count
-    return PackedColumns((rows, columns), tuple(segments), read_sparse(tensors, (rows, columns), name), dtype)
+    packed = PackedColumns((rows, columns), tuple(segments), read_sparse(tensors, (rows, columns), name), dtype)
+    check(packed, f"'{name}'", None if grid.scales_with_inputs else grid.books(rows, columns))
+    return packed
 
 
 def read_sparse(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> Sparse | None:
     """The outliers of one weight, checked; None without any. Raises LowbitError as `unpack`."""
     if "weight_outlier_starts" not in tensors:
         return None
-    try:
-        starts, at, values = (tensors[f"weight_outlier_{k}"] for k in ("starts", "columns", "values"))
-    except KeyError as e:
-        raise LowbitError(f"'{name}' has no tensor {e} in this artifact.") from e
-    columns = at.to(torch.int32)
-    fits = starts.shape == (shape[0] + 1,) and columns.shape == values.shape and columns.dim() == 1
-    if not fits or int(starts[0]) != 0 or int(starts[-1]) != len(columns) or bool((starts.diff() < 0).any()):
-        raise LowbitError(f"'{name}.weight_outlier_starts' is damaged: it does not divide {len(columns)} outliers into {shape[0]} rows.")
-    if bool(((columns < 0) | (columns >= shape[1])).any()):
-        raise LowbitError(f"'{name}.weight_outlier_columns' is damaged: it points outside the {shape[1]} inputs.")
-    falls = columns.long().diff() <= 0
-    inner = torch.zeros(len(columns) + 1, dtype=torch.bool, device=columns.device)
-    inner[starts.long()] = True  # a row may start anywhere
-    if bool((falls & ~inner[1:-1]).any()):
-        raise LowbitError(f"'{name}.weight_outlier_columns' is damaged: columns of a row do not ascend.")
-    if not bool(torch.isfinite(values).all()):
-        raise LowbitError(f"'{name}.weight_outlier_values' holds values that are not numbers.")
-    return Sparse(starts, columns, values)
+    starts, columns, values = (_held(tensors, f"weight_outlier_{k}", name) for k in ("starts", "columns", "values"))
+    sparse = Sparse(starts, columns.to(torch.int32), values)
+    check_sparse(sparse, shape, f"'{name}'")
+    return sparse
+
+
+def _held(tensors: Mapping[str, Tensor], key: str, name: str) -> Tensor:
+    if key not in tensors:
+        raise LowbitError(f"'{name}' has no tensor '{key}' in this artifact.")
+    return tensors[key]
 
 
 def tensor_bytes(grid: Codebook, rows: int, columns: int) -> int:

@@ -91,7 +91,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits are {packed_words(count, bits)} int32 words a row, got {tuple(words.shape)} {words.dtype}"
         )
     rows, octets = words.shape[0], -(-count // 8)
-    stream = words.contiguous().view(torch.uint8)
+    # A single column may keep an odd stride and still count as contiguous: flatten before changing the element size.
+    stream = words.contiguous().reshape(-1).view(torch.uint8).view(rows, -1)
     size = octets * bits
     if stream.shape[1] != size:
         stream = torch.nn.functional.pad(stream, (0, size - stream.shape[1])) if stream.shape[1] < size else stream[:, :size]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError, unknown
-from ..grid.packed import PackedColumns
+from ..grid.packed import DTYPES, PackedColumns
+from ..grid.packed import check as check
 from . import cpu, reference
-from .reference import check as check
 from .reference import decode as decode
 
 
@@ -36,7 +36,7 @@ def linear(x: Tensor, packed: PackedColumns, backend: str | None = None) -> Tens
     Raises:
         LowbitError: x does not fit the weight, or the backend is not available for it here.
     """
-    if x.dtype not in reference.DTYPES:
+    if x.dtype not in DTYPES:
         raise LowbitError(f"a packed weight is multiplied by float32, bfloat16 or float16, not {x.dtype}.")
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise LowbitError(f"a packed weight of {packed.shape[0]} x {packed.shape[1]} cannot be multiplied by {tuple(x.shape)}.")

@@ -108,19 +108,20 @@ class CLAQ:
     def __call__(self, block: Block) -> Block:
         for grid in block.grids.values():
             self.check(grid)
-        remarks: list[str] = []
+        remarks: dict[str, list[str]] = {}
 
         def site(at: Block, names: Sequence[str], inputs: Inputs) -> dict[str, QTensor]:
             return {n: self._linear(at, n, inputs, remarks) for n in names}
 
         done = solve_sites(block, "claq", self.rows, self.damping, self.act_order, self.true_sequential, site, _nearest)
-        return done.noted(trouble=[*done.notes.get("trouble", ()), *remarks]) if remarks else done
+        told = [f"claq: {', '.join(names)}: {what}" for what, names in remarks.items()]
+        return done.noted(trouble=[*done.notes.get("trouble", ()), *told]) if told else done
 
-    def _linear(self, block: Block, name: str, inputs: Inputs, remarks: list[str]) -> QTensor:
+    def _linear(self, block: Block, name: str, inputs: Inputs, remarks: dict[str, list[str]]) -> QTensor:
         grid, weight = block.grids[name], block.weight(name).masked_fill(inputs.dead, 0)
         ordered, factor = weight[:, inputs.order], inputs.factor.to(weight.dtype)
         score = column_scores(ordered, factor.diagonal(), self.threshold if self.allocation == "outliers" else None)
-        reserve = self._reserve(f"{block.name}.{name}", len(weight), score, remarks) if self.outlier_bits else None
+        reserve = self._reserve(block.name, name, len(weight), score, remarks) if self.outlier_bits else None
         if isinstance(grid, Codebook) and name not in block.params:
             widths = self._widths(grid.bits, ordered, factor.diagonal(), score)
             books = ColumnBooks(ordered, widths, block.stored, reserve, cluster_reserved=self.cluster_reserved, levels=self.levels)
@@ -147,7 +148,7 @@ class CLAQ:
             widths[score[: round(columns * self.adaptive_bits / (self.upper - bits))]] = self.upper
         return widths
 
-    def _reserve(self, label: str, rows: int, score: Tensor, remarks: list[str]) -> Reserve:
+    def _reserve(self, prefix: str, name: str, rows: int, score: Tensor, remarks: dict[str, list[str]]) -> Reserve:
         """What to keep of each column, columns in coding order, best ranks first in ``score``."""
         columns, mean = len(score), self.outlier_bits / _NOMINAL
         high = torch.zeros(columns, dtype=torch.bool)
@@ -160,11 +161,11 @@ class CLAQ:
         most = max(counts) if self.reserve == "label" else 2 * max(counts) + 1
         if most >= rows:
             raise LowbitError(
-                f"claq.outlier_bits = {self.outlier_bits:g} keeps {most} weights of some columns of '{label}', which have only {rows}: lower it."
+                f"claq.outlier_bits = {self.outlier_bits:g} keeps {most} weights of some columns of '{prefix}.{name}', which have only {rows}: lower it."
             )
         kept = sum(counts) / (rows * columns)
         if self.reserve == "label" and kept > 2 * mean:
-            remarks.append(f"claq: columns of '{label}' have {rows} weights and keep at least one each: {kept:.1%} instead of {mean:.1%}")
+            remarks.setdefault(f"columns of {rows} weights keep at least one each, {kept:.1%} instead of {mean:.1%}", []).append(name)
         return Reserve(counts, self.reserve != "label")
 
 
