@@ -242,7 +242,7 @@ def test_soft_weights_start_as_the_float_ones_inside_a_book(block):
     weights = soft.weights()
     for name in block.wiring.linears:
         w, params = block.weight(name), block.range_of(name)
-        inside = (w.T >= params.levels[:, :1]) & (w.T <= params.levels[:, -1:])
+        inside = (params.levels[:, :1] <= w.T) & (params.levels[:, -1:] >= w.T)
         torch.testing.assert_close(weights[f"{name}.weight"].T[inside], w.T[inside], rtol=1e-4, atol=1e-5)
 
 
@@ -255,7 +255,7 @@ def test_tesseraq_improves_what_it_starts_from(block, methods):
     for name, q in done.coded.items():
         assert q.same_as(again.coded[name]) is None
         assert bool((q.params.levels.diff(dim=1) >= 0).all())
-        assert bool((q.codes.T < (1 << q.params.widths[:, None])).all())
+        assert bool(((1 << q.params.widths[:, None]) > q.codes.T).all())
         assert torch.equal(q.params.levels, q.params.levels.half().float())
         before = start.coded[name]
         assert torch.equal(q.params.widths, before.params.widths)

@@ -12,8 +12,8 @@ from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.methods import AWQ, GPTQ, RTN
 from lowbit.methods._columns import code_columns, inverse_factor
-from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._hessian import factored, input_hessians
+from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods.gptq import fit_range, solve
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe

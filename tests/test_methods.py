@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
-from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._buckets import FROZEN, inverse_rectified, rectified
+from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._soft import SoftBlock, quantile
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares

@@ -15,8 +15,8 @@ import lowbit
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import native
-from lowbit.grid import Affine, KVGrid, PerToken, Reading, Rotation
-from lowbit.hf import QuantLinear
+from lowbit.grid import Affine, Codebook, KVGrid, PerToken, Reading, Rotation
+from lowbit.linears import AffineLinear
 from lowbit.proof import verify
 
 ARGS = dict(samples=8, length=32)
@@ -51,7 +51,7 @@ def test_the_artifact_computes_what_was_tuned_in_every_family(tmp_path, family, 
 
 def test_every_quantized_linear_is_replaced_and_the_head_is_not(artifact):
     loaded = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
-    kinds = {n: m for n, m in loaded.named_modules() if isinstance(m, QuantLinear)}
+    kinds = {n: m for n, m in loaded.named_modules() if isinstance(m, AffineLinear)}
     assert len(kinds) == 14
     assert all(m.reading.grid == PerToken(4, symmetric=True, clip=0.9) for m in kinds.values())
     assert {n.rsplit(".", 1)[1] for n, m in kinds.items() if m.reading.rotation is not None} == {"o_proj", "down_proj"}
@@ -83,7 +83,7 @@ def test_generation_with_and_without_a_cache_agree(artifact):
 def test_importing_lowbit_is_enough_in_any_order(artifact, order):
     code = f"{order}\nm = transformers.AutoModelForCausalLM.from_pretrained({str(artifact)!r})\nprint(type(m.model.layers[0].mlp.up_proj).__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip().endswith("QuantLinear"), done.stderr
+    assert done.stdout.strip().endswith("AffineLinear"), done.stderr
 
 
 def test_importing_lowbit_alone_does_not_load_transformers():
@@ -135,9 +135,16 @@ def test_the_config_is_inverse(tmp_path):
         "mlp.up_proj": Reading(grid=PerToken(4, True, 0.9)),
     }
     kv = KVGrid(PerToken(3, clip=0.95), Rotation.hadamard(8))
-    grids = {f"model.layers.0.{n}": Affine(4) for n in readings}
-    config = json.loads(json.dumps(native.describe(grids, ["lm_head"], torch.bfloat16, readings, kv, "self_attn")))
+    grids = {f"model.layers.0.{n}": Affine(4) for n in readings} | {"model.layers.0.k": Codebook(2)}
+    columns, outliers = {"model.layers.0.k": {"4": 3, "2": 97}}, {"model.layers.0.mlp.up_proj": 12}
+    described = native.describe(grids, ["lm_head"], torch.bfloat16, readings, kv, "self_attn", columns, outliers)
+    config = json.loads(json.dumps(described))
     native.check(config)
+    for name, grid in grids.items():
+        assert native.grid_of(config, name) == grid
+        assert native.outliers_of(config, name) == outliers.get(name)
+    assert native.grid_of(config, "lm_head") is None
+    assert native.columns_of(config, "model.layers.0.k") == {2: 97, 4: 3}
     x = torch.randn(3, 172)
     for name, reading in readings.items():
         found = native.reading_of(config, f"model.layers.0.{name}")

@@ -1,7 +1,7 @@
 """The transformers quantizer for artifacts in the library's own format: after `import lowbit`, from_pretrained just works.
 
-Weights on uniform grids are decoded at their first use and kept, those on codebooks stay packed; activation grids, online rotations and quantized keys and values are active
-in every forward pass, also in generation.
+Weights on uniform grids are decoded at their first use and kept, those on codebooks stay packed; activation grids, online rotations and
+quantized keys and values are active in every forward pass, also in generation.
 """
 
 from __future__ import annotations

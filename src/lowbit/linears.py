@@ -65,6 +65,8 @@ class AffineLinear(_PackedLinear):
         """The (out, in) weight in the dtype of the artifact's scales, decoded at first use."""
         if self._dense is None or self._dense.device != self.weight_packed.device:
             held = {k: t.cpu() for k, t in self._held().items()}
+            if "weight_outlier_values" in held:  # a model that was cast as a whole has them in another dtype
+                held["weight_outlier_values"] = held["weight_outlier_values"].to(torch.float16)
             self._dense = unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_packed.device)
         return self._dense
 
@@ -103,17 +105,18 @@ class CodebookLinear(_PackedLinear):
             LowbitError: a tensor is damaged.
         """
         if self._packed is None or self._packed.segments[0].codes.device != self.weight_shape.device:
-            held = self._held()
-            for key, t in held.items():  # a model that was cast as a whole has levels in its own dtype
-                held[key] = t.to(torch.float16) if t.is_floating_point() else t
-            self._packed = layout.read(held, self.grid, self.stored, self.name)
+            self._packed = layout.read(self._in_half(), self.grid, self.stored, self.name)
         return self._packed
 
     @property
     def weight(self) -> Tensor:
         """The (out, in) weight in the dtype of the model that was quantized, decoded anew."""
-        held = {k: t.cpu() for k, t in self._held().items()}
+        held = {k: t.cpu() for k, t in self._in_half().items()}
         return unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_shape.device)
+
+    def _in_half(self) -> dict[str, Tensor]:
+        """The packed tensors; a model that was cast as a whole has its levels in another dtype."""
+        return {k: t.to(torch.float16) if t.is_floating_point() else t for k, t in self._held().items()}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

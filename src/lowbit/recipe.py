@@ -70,7 +70,8 @@ class Recipe:
     @property
     def scheme(self) -> Scheme:
         """The bits of weights, activations, keys and values."""
-        return Scheme(Affine(self.grid.bits, *_group(self.grid)), self.activations.bits if self.activations else None, self.kv.bits if self.kv else None)
+        weights = Affine(self.grid.bits, *_group(self.grid))
+        return Scheme(weights, self.activations.bits if self.activations else None, self.kv.bits if self.kv else None)
 
     @property
     def rotates_online(self) -> bool:

@@ -161,7 +161,8 @@ class CLAQ:
         most = max(counts) if self.reserve == "label" else 2 * max(counts) + 1
         if most >= rows:
             raise LowbitError(
-                f"claq.outlier_bits = {self.outlier_bits:g} keeps {most} weights of some columns of '{prefix}.{name}', which have only {rows}: lower it."
+                f"claq.outlier_bits = {self.outlier_bits:g} keeps {most} weights of some columns of '{prefix}.{name}', which have only {rows}: "
+                "lower it."
             )
         kept = sum(counts) / (rows * columns)
         if self.reserve == "label" and kept > 2 * mean:

@@ -1,0 +1,355 @@
+"""CLAQ against its definition: the loop with plain K-means, who gets bits, who keeps weights; and whole artifacts."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import save_tiny
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import lowbit  # noqa: F401  registers the format
+from lowbit.cli import app
+from lowbit.errors import LowbitError
+from lowbit.grid import Affine, Codebook, PerToken
+from lowbit.grid.kmeans import kmeans
+from lowbit.linears import CodebookLinear
+from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
+from lowbit.methods._columns import inverse_factor
+from lowbit.methods._hessian import Inputs
+from lowbit.methods.claq import column_scores, greedy_widths
+from lowbit.model.stream import ModelStream
+from lowbit.presets import load_recipe
+from lowbit.recipe import Recipe, Streams, apply_methods, begin
+
+Q = "self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("m"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def block(model):
+    stream = ModelStream(model)
+    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
+    return begin(stream, 0, Recipe(Codebook(2)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
+
+
+def inputs_of(hessian, act_order):
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    return Inputs(inverse_factor(hessian[order][:, order]), order, torch.zeros(len(hessian), dtype=torch.bool))
+
+
+def brute(weight, factor, order, bits):
+    """GPTQ's recursion in float64 with K-means for every column, no blocks: decoded weight."""
+    w, out = weight[:, order].double(), torch.empty_like(weight, dtype=torch.float64)
+    for c in range(w.shape[1]):
+        levels = kmeans(w[:, c].float()[None], 1 << bits, exact=True)[0][0].half().double()
+        q = levels[(w[:, c, None].float().double() - levels).abs().argmin(1)]
+        out[:, order[c]] = q
+        w[:, c + 1 :] -= ((w[:, c] - q) / factor[c, c])[:, None] * factor[c, c + 1 :]
+    return out
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("method", [CLAQ(block_size=5), GPTQ(block_size=64)])
+def test_the_loop_is_gptq_with_k_means(block, act_order, method):
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64) @ torch.randn(64, 64, dtype=torch.float64)
+    inputs = inputs_of(2 / 400 * x.T @ x + torch.eye(64, dtype=torch.float64), act_order)
+    q = method._linear(block, Q, inputs, {}) if isinstance(method, CLAQ) else method._site(block, [Q], inputs)[Q]
+    expected = brute(block.weight(Q), inputs.factor, inputs.order, 2)
+    assert float((q.decode().double() - expected).abs().gt(1e-3).double().mean()) < 0.01  # a tie here or there
+
+
+def test_uncorrelated_inputs_give_k_means_of_every_column(block):
+    w = block.weight(Q)
+    for act_order in (True, False):
+        q = CLAQ()._linear(block, Q, inputs_of(torch.diag(torch.rand(64, dtype=torch.float64) + 0.5), act_order), {})
+        levels = kmeans(w.T.contiguous(), 4)[0].half().float()
+        assert torch.equal(q.params.levels, levels)
+
+
+def test_order_of_columns():
+    w = torch.full((50, 4), 0.1)
+    w[:2, 2] = 40.0
+    w[:3, 0] = 40.0
+    diagonal = torch.tensor([1.0, 0.5, 1.0, 2.0])
+    assert column_scores(w, diagonal, 4.0).tolist() == [0, 2, 1, 3]
+    saliency = w.double().square().mean(0) / diagonal.double().square()
+    assert column_scores(w, diagonal, None).tolist() == saliency.argsort(descending=True).tolist()
+    assert column_scores(w, diagonal, 1e9).tolist() == column_scores(w, diagonal, None).tolist()
+
+
+@pytest.mark.parametrize(("bits", "extra", "share"), [(2, 0.1, 0.05), (2, 0.5, 0.25), (3, 0.2, 0.2), (2, 2.0, 1.0)])
+def test_adaptive_precision_widens_the_published_share(block, bits, extra, share):
+    given = replace(block, grids=dict.fromkeys(block.wiring.linears, Codebook(bits)))
+    done = CLAQ(adaptive_bits=extra)(given)
+    for q in done.coded.values():
+        widths, columns = q.params.widths, q.codes.shape[1]
+        assert int((widths == 4).sum()) == round(columns * share)
+        assert int((widths == bits).sum()) == columns - round(columns * share)
+
+
+def test_greedy_spends_the_budget_where_the_loss_falls_most():
+    torch.manual_seed(0)
+    w = torch.randn(60, 12) * torch.logspace(-1, 1, 12)
+    diagonal = torch.ones(12)
+    widths = greedy_widths(w, diagonal, 30, 2, 4)
+    assert int(widths.sum()) == 30 and int(widths.min()) >= 2 and int(widths.max()) <= 4
+    assert bool((widths.diff() >= 0).all())  # columns of one shape, by rising size
+
+    def loss(of):
+        return sum(float(kmeans(w[:, j][None], 1 << int(b))[1]) for j, b in enumerate(of))
+
+    for i in range(12):
+        for j in range(12):
+            if i != j and widths[i] > 2 and widths[j] < 4:
+                other = widths.clone()
+                other[i] -= 1
+                other[j] += 1
+                assert loss(other) >= loss(widths) - 1e-6
+
+
+@pytest.mark.parametrize("reserve", ["label", "two_sided", "official"])
+@pytest.mark.parametrize("grid", [Codebook(2), Affine(2)])
+def test_reserved_counts(block, reserve, grid):
+    given = replace(block, grids=dict.fromkeys(block.wiring.linears, grid))
+    done = CLAQ(outlier_bits=0.7, reserve=reserve, act_order=False)(given)
+    for name, q in done.coded.items():
+        rows, columns = q.codes.shape
+        counts = torch.bincount(q.outliers.index % columns, minlength=columns)
+        high, low = round(rows * 0.05 * 2.8), round(rows * 0.05 * 0.8)
+        expected = (max(1, high), max(1, low)) if reserve == "label" else (2 * high + 1, 2 * low + 1)
+        assert set(counts.tolist()) <= set(expected), name
+        if reserve != "official":
+            assert int((counts == expected[0]).sum()) == round(columns * 0.1)
+
+
+def test_official_looks_rates_up_by_the_place_in_a_block():
+    rows, columns = 200, 300
+    score = torch.arange(columns)  # the first tenth ranks first
+    counts = CLAQ(outlier_bits=0.7, reserve="official")._reserve("b", "x", rows, score, {}).counts
+    assert counts[:30] == [28] * 30 and counts[30:128] == [8] * 98
+    assert counts[128:256] == counts[:128] and counts[256:] == counts[:44]
+
+
+def test_what_is_kept_costs_nothing_and_more_bits_cost_less(block):
+    losses = [CLAQ(**options) for options in (dict(), dict(outlier_bits=0.07), dict(outlier_bits=0.7), dict(adaptive_bits=0.5), dict(adaptive_bits=2.0))]
+    plain, few, many, half, all_four = (apply_methods(block, Recipe(Codebook(2), (m,))).notes["loss_after"] for m in losses)
+    assert many < few < plain
+    assert all_four < half < plain
+
+
+@pytest.mark.parametrize("levels", ["sequential", "refined", "precomputed"])
+@pytest.mark.parametrize("cluster", [True, False])
+def test_every_way_to_choose_levels_ends_on_them(block, levels, cluster):
+    done = apply_methods(block, Recipe(Codebook(2), (CLAQ(levels=levels, cluster_reserved=cluster, outlier_bits=0.07, adaptive_bits=0.1),)))
+    assert done.notes["loss_after"] < 0.7 * apply_methods(block, Recipe(Codebook(2), (RTN(),))).notes["loss_after"]
+    for q in done.coded.values():
+        assert bool(((1 << q.params.widths[:, None]) > q.codes.T).all())
+        assert torch.equal(q.params.levels, q.params.levels.half().float())
+
+
+@pytest.mark.parametrize("grid", [Codebook(2, "row"), Codebook(2, "tensor"), Codebook(2, "column", 4)])
+def test_gptq_codes_on_shared_books(block, grid):
+    given = replace(block, grids=dict.fromkeys(block.wiring.linears, grid))
+    done, nearest = GPTQ()(given), RTN()(given)
+    job_loss = [apply_methods(given, Recipe(grid, (m,))).notes["loss_after"] for m in (GPTQ(), RTN())]
+    assert set(done.coded) == set(nearest.coded)
+    assert job_loss[0] < job_loss[1]
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [(AWQ(), CLAQ()), (QuaRot(), CLAQ()), (AWQ(), RTN()), (QuaRot(), CLAQ(outlier_bits=0.07), TesseraQ(schedule="exponential-4-3", iters=2))],
+)
+def test_transforms_before_codebooks(block, methods):
+    done = apply_methods(block, Recipe(Codebook(2), methods))
+    assert set(done.coded) == set(block.wiring.linears)
+    assert done.notes["loss_after"] < done.notes["loss_before"] * 1.001
+
+
+def test_awq_leaves_alone_what_a_book_per_column_cannot_feel(block):
+    assert AWQ()(block).notes["awq_exponents"].keys() == set()
+    quantized = block.read(dict.fromkeys(block.wiring.linears, block.readings.get(Q) or _reading()))
+    assert AWQ(rows=4, exponents=3)(quantized).notes["awq_exponents"].keys() != set()
+
+
+def _reading():
+    from lowbit.grid import Reading
+
+    return Reading(grid=PerToken(8))
+
+
+@pytest.mark.parametrize(
+    ("options", "grid", "words"),
+    [
+        (dict(adaptive_bits=2.5), Codebook(2), "cannot average 4.5 bits"),
+        (dict(adaptive_bits=0.1), Affine(2), "needs a codebook per column"),
+        (dict(), Codebook(2, "row"), "needs a codebook per column"),
+        (dict(adaptive_bits=1.0, upper=3), Codebook(3), "cannot average 4 bits"),
+    ],
+)
+def test_budgets_that_cannot_be_met(options, grid, words):
+    with pytest.raises(LowbitError, match=words):
+        Recipe(grid, (CLAQ(**options),))
+
+
+def test_bad_options_are_refused():
+    for bad in (dict(allocation="x"), dict(reserve="x"), dict(levels="x"), dict(outlier_bits=5.0), dict(adaptive_bits=-0.1), dict(upper=9), dict(threshold=0.0), dict(damping=-1.0)):
+        with pytest.raises(LowbitError, match="claq"):
+            CLAQ(**bad)
+    with pytest.raises(LowbitError, match="codebook has none"):
+        Recipe(Codebook(2), (OmniQuant(),))
+
+
+def test_a_column_too_short_for_its_outliers_is_named():
+    with pytest.raises(LowbitError, match=r"claq.outlier_bits = 3.5 keeps 5 weights of some columns of 'b.x', which have only 3"):
+        CLAQ(outlier_bits=3.5, reserve="two_sided")._reserve("b", "x", 3, torch.arange(64), {})
+
+
+def test_short_columns_are_remarked(block):
+    done = CLAQ(outlier_bits=0.07)(block)
+    assert any("keep at least one each" in t and "k_proj" in t for t in done.notes["trouble"])
+
+
+@pytest.mark.parametrize("name", ["claq", "claq-ap", "claq-or", "claq-fused"])
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16"])
+def test_recipes_read_back(name, scheme):
+    from lowbit.scheme import parse_scheme
+
+    recipe = load_recipe(name, scheme=parse_scheme(scheme))
+    assert recipe.grid == Codebook(int(scheme[1]))
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+def test_a_scheme_that_no_codebook_has_is_refused():
+    from lowbit.scheme import parse_scheme
+
+    with pytest.raises(LowbitError, match="no symmetric form"):
+        load_recipe("claq", scheme=parse_scheme("W2A16sym"))
+    with pytest.raises(LowbitError, match="needs a codebook per column, not W2 codebook per 4 columns"):
+        load_recipe("claq", scheme=parse_scheme("W2A16g4"))
+
+
+# --- artifacts -------------------------------------------------------------------------------------------------------------
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def quantized(model, out, *extra):
+    return run("quantize", model, "--calib", model / "text.txt", "--samples", 8, "--length", 32, "-o", out, *extra)
+
+
+@pytest.fixture(scope="module")
+def artifact(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("a") / "out"
+    done = quantized(model, out, "--scheme", "W2A16", "--recipe", "claq-fused")
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_an_artifact_verifies_and_stays_packed_in_memory(artifact):
+    from transformers import AutoModelForCausalLM
+
+    report = json.loads((artifact / "report.json").read_text())
+    assert report["format"] == "lowbit" and report["verification"]["loader"] == "passed"
+    assert report["verification"]["logits_rms"] < 1e-5
+    loaded = AutoModelForCausalLM.from_pretrained(artifact)
+    layers = [m for m in loaded.modules() if isinstance(m, CodebookLinear)]
+    assert len(layers) == 14
+    loaded(torch.arange(5)[None])
+    stored = {e["name"]: e["bytes"] for e in report["linears"] if "skipped" not in e}
+    for layer in layers:
+        held = sum(b.nbytes for b in layer.buffers()) + sum(t.nbytes for t in vars(layer).values() if isinstance(t, torch.Tensor))
+        assert held <= stored[layer.name] + 2 * sum(b.nbytes for n, b in layer.named_buffers() if "levels" in n)
+
+
+def test_generation_runs_and_a_gradient_reaches_the_embedding(artifact):
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(artifact)
+    ids = torch.arange(3, 9)[None]
+    cached, plain = (loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False))
+    assert torch.equal(cached, plain)
+    loaded(ids, labels=ids).loss.backward()
+    assert float(loaded.get_input_embeddings().weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "recipe"),
+    [
+        ("llama", "W2A16", "claq-fused+tesseraq"), ("llama", "W3A8", "quarot+claq-or"), ("llama", "W2A16g2", "gptq-row.toml"),
+        ("llama", "W4A16", "affine-or.toml"), ("phi3", "W2A16", "claq-fused"), ("opt", "W2A16", "claq-fused"), ("bitnet", "W2A16", "claq-fused"),
+    ],
+)
+def test_families_and_combinations(tmp_path, family, scheme, recipe):
+    model = save_tiny(tmp_path / "m", family, torch.bfloat16)
+    if recipe == "gptq-row.toml":
+        (tmp_path / recipe).write_text('codebook = "column"\nmethods = ["gptq"]\n')
+    if recipe == "affine-or.toml":
+        (tmp_path / recipe).write_text('methods = ["awq", "claq"]\n[claq]\noutlier_bits = 0.28\n')
+    recipe = tmp_path / recipe if recipe.endswith(".toml") else recipe
+    fast = ["--set", "tesseraq.schedule=exponential-4-3", "--set", "tesseraq.iters=2"] if "tesseraq" in str(recipe) else []
+    done = quantized(model, tmp_path / "out", "--scheme", scheme, "--recipe", recipe, *fast)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["verification"]["loader"] == "passed"
+
+
+def test_interrupted_it_ends_with_the_same_bytes(artifact, model, tmp_path, monkeypatch):
+    from lowbit import job
+
+    real, calls = job._Run._told, []
+
+    def stop(self, record, resumed):
+        calls.append(record)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        real(self, record, resumed)
+
+    monkeypatch.setattr(job._Run, "_told", stop)
+    quantized(model, tmp_path / "out", "--scheme", "W2A16", "--recipe", "claq-fused")
+    done = quantized(model, tmp_path / "out", "--scheme", "W2A16", "--recipe", "claq-fused")
+    assert done.exit_code == 0, done.output
+    hashes = [json.loads((d / "report.json").read_text())["hash"] for d in (artifact, tmp_path / "out")]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_damaged_index_is_named_and_never_followed(artifact, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    shard = next(p for p in sorted(copy.glob("*.safetensors")) if any("outlier" in k for k in load_file(p)))
+    tensors = load_file(shard)
+    key = next(k for k in tensors if k.endswith("weight_outlier_columns"))
+    tensors[key][0] = 60000
+    save_file(tensors, shard, metadata={"format": "pt"})
+    failed = run("verify", copy)
+    assert failed.exit_code == 1 and key in failed.output
+    loaded = AutoModelForCausalLM.from_pretrained(copy)
+    with pytest.raises(LowbitError, match=key.removesuffix(".weight_outlier_columns")):
+        loaded(torch.arange(5)[None])
+
+
+def test_a_ternary_model_loses_nothing(tmp_path):
+    """Three levels in every column, scales that float16 holds: codes, disk and loader give the very weights back."""
+    model = save_tiny(tmp_path / "m", dtype=torch.float32)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    for k, t in tensors.items():
+        if "proj" in k:
+            tensors[k] = t.sign() * (t.abs() > t.abs().median()) * 0.0625
+    save_file(tensors, path, metadata={"format": "pt"})
+    done = quantized(model, tmp_path / "out", "--scheme", "W2A16", "--recipe", "claq")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["quality"]["quantized"]["kl"] < 1e-9
+    assert all(b["loss_after"] < 1e-9 for b in report["blocks"])
