@@ -23,7 +23,7 @@ import lowbit.model.block
 from lowbit.evaluate import Tally
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
-from lowbit.recipe import Streams, prepared, run
+from lowbit.recipe import Streams, prepared, run, surveyed
 from lowbit.scheme import parse_scheme
 
 
@@ -57,6 +57,7 @@ def main() -> None:
         x, held = stream.embed(calibration), stream.embed(evaluation)
         float_held = held
         blocks, start, apart, clock.seconds, forward = [], time.perf_counter(), 0.0, 0.0, 0.0
+        recipe = surveyed(stream, recipe, Streams(x, x, len(x)), kwargs, 0)
         for i, (block, _) in enumerate(run(stream, recipe, Streams(x, x, len(x)), 0, kwargs, kwargs)):
             pause, forward = time.perf_counter(), forward + clock.seconds
             float_held = replace(block.exact(), readings={}).run(float_held, stream.block_weights(i))

@@ -18,10 +18,10 @@ from lowbit.linears import CodebookLinear
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
 from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
-from lowbit.methods.claq import column_scores, greedy_widths
+from lowbit.methods.claq import column_scores, greedy_widths, least_gain
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
-from lowbit.recipe import Recipe, Streams, apply_methods, begin
+from lowbit.recipe import Recipe, Streams, apply_methods, begin, surveyed
 
 Q = "self_attn.q_proj"
 
@@ -114,6 +114,38 @@ def test_greedy_spends_the_budget_where_the_loss_falls_most():
                 assert loss(other) >= loss(widths) - 1e-6
 
 
+def test_a_budget_for_the_whole_model_is_met_where_it_is_surveyed(model):
+    stream = ModelStream(model)
+    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
+    streams, kwargs = Streams(x, x, 8), stream.block_kwargs(32)
+    asked = CLAQ(adaptive_bits=0.4, allocation="greedy", scope="model")
+    recipe = surveyed(stream, Recipe(Codebook(2), (asked,)), streams, kwargs, 0)
+    (found,) = recipe.methods
+    assert found.least_gain > 0 and replace(found, least_gain=0.0) == asked
+    assert surveyed(stream, recipe, streams, kwargs, 0) is recipe
+    bits = weights = 0
+    averages = set()
+    for i in range(len(stream)):
+        done = apply_methods(begin(stream, i, recipe, streams, kwargs[i], 0), recipe)
+        streams = replace(streams, x=done.target, xq=done.run(streams.xq, done.decoded()))
+        for q in done.coded.values():
+            bits += int(q.params.widths.sum()) * len(q.codes)
+            weights += q.codes.numel()
+            averages.add(round(float(q.params.widths.double().mean()), 3))
+    assert bits / weights == pytest.approx(2.4, abs=0.08)
+    assert len(averages) > 3
+
+
+def test_a_price_spends_the_budget():
+    g = torch.Generator().manual_seed(1)
+    surveyed_ = [(torch.rand(50, 2, generator=g, dtype=torch.float64).sort(dim=1, descending=True).values, rows) for rows in (10, 40)]
+    price = least_gain(surveyed_, 0.7)
+    spent = sum(int((gains >= price).sum()) * rows for gains, rows in surveyed_)
+    assert 0.7 * 50 * 50 - 40 <= spent <= 0.7 * 50 * 50 + 40
+    with pytest.raises(LowbitError, match="no 2.5 bits a weight to give"):
+        least_gain(surveyed_, 2.5)
+
+
 @pytest.mark.parametrize("reserve", ["label", "two_sided", "official"])
 @pytest.mark.parametrize("grid", [Codebook(2), Affine(2)])
 def test_reserved_counts(block, reserve, grid):
@@ -200,7 +232,7 @@ def test_budgets_that_cannot_be_met(options, grid, words):
 
 
 def test_bad_options_are_refused():
-    for bad in (dict(allocation="x"), dict(reserve="x"), dict(levels="x"), dict(outlier_bits=5.0), dict(adaptive_bits=-0.1), dict(upper=9), dict(threshold=0.0), dict(damping=-1.0)):
+    for bad in (dict(allocation="x"), dict(reserve="x"), dict(levels="x"), dict(outlier_bits=5.0), dict(adaptive_bits=-0.1), dict(upper=9), dict(threshold=0.0), dict(damping=-1.0), dict(scope="model"), dict(scope="x")):
         with pytest.raises(LowbitError, match="claq"):
             CLAQ(**bad)
     with pytest.raises(LowbitError, match="codebook has none"):

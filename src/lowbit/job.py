@@ -33,7 +33,7 @@ from .model.stream import ModelStream, load_tokenizer
 from .plan import beyond_compressed_tensors, check_divides, check_loadable
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
-from .recipe import Recipe, Streams, advance, as_read, begin, prepared, readings_of, run
+from .recipe import Recipe, Streams, advance, as_read, begin, prepared, readings_of, run, surveyed
 from .scheme import Scheme, parse_scheme, scheme_name
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
@@ -190,6 +190,8 @@ class _Run:
             return Result(self.place.out, read_report(self.place.out), verify(self.place.out), repeated=True)
         self._outer_shard()
         streams = self._enter()
+        self.recipe = surveyed(self.stream, self.recipe, streams, self.stream.block_kwargs(streams.x.shape[1]), self.seed)
+        self.stream.release()
         for record, after, resumed in self._blocks(streams):
             streams = after
             self._told(record, resumed)

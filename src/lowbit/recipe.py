@@ -19,6 +19,7 @@ from .grid import Affine, Codebook, Grid, KVGrid, PerToken, Reading
 from .grid.codebook import Per
 from .methods import CLAQ, METHODS, RTN, SOLVERS, Method, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
+from .methods.claq import least_gain, survey
 from .model.block import Announce, Block, silent
 from .model.calibration import Calibration
 from .model.stream import ModelStream
@@ -262,6 +263,24 @@ def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
         if isinstance(method, OmniQuant) and method.clips and not Path(method.clips).is_file():
             raise LowbitError(f"omniquant.clips: no such file: '{method.clips}'.")
     return stream
+
+
+def surveyed(stream: ModelStream, recipe: Recipe, streams: Streams, kwargs: Sequence[Mapping[str, Any]], seed: int) -> Recipe:
+    """The recipe with what a method wants to know of the whole model before its first block: CLAQ's price of a bit.
+
+    One pass of the float model, block by block; nothing is done, and nothing read, where no method asks.
+    """
+    method = next((m for m in recipe.methods if isinstance(m, CLAQ) and m.needs_survey), None)
+    if method is None:
+        return recipe
+    found: list[tuple[Tensor, int]] = []
+    for i in range(len(stream)):
+        block = begin(stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed)
+        found += survey(block, method)
+        streams = replace(streams, x=block.target, xq=block.target)
+        del block
+    gain = least_gain(found, recipe.grid.bits + method.adaptive_bits - min(2, recipe.grid.bits))
+    return replace(recipe, methods=tuple(replace(m, least_gain=gain) if m is method else m for m in recipe.methods))
 
 
 def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int, announce: Announce = silent) -> Block:

@@ -7,7 +7,7 @@ Columns with more extreme weights get more bits (adaptive precision) and keep mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,9 +20,10 @@ from ..grid.kmeans import kmeans
 from ..model.block import Block
 from ._books import ColumnBooks, FixedLevels, Levels, Reserve
 from ._columns import code_columns
-from ._hessian import Inputs, solve_sites
+from ._hessian import Inputs, factored, input_hessians, solve_sites
 
 Allocation = Literal["outliers", "saliency", "greedy"]
+Scope = Literal["matrix", "model"]
 Reading = Literal["label", "two_sided", "official"]
 
 _TOP_COLUMNS, _TOP_RATE, _OTHER_RATE = 0.1, 2.8, 0.8  # a tenth of the columns keep 1.4 %, the others 0.4 %, where the mean is 0.5 %
@@ -40,6 +41,9 @@ class CLAQ:
         allocation: which columns: "outliers" by the number of weights of at least ``threshold`` times the mean magnitude, as
             published, ties by saliency; "saliency" by the mean of w^2 / u^2, u the column's element of the factored inverse
             Hessian; "greedy" gives single bits, from 2 to ``upper``, where they lower the loss of clustering most.
+        scope: where the budget is met: in every "matrix", as published, or, greedily, over the whole "model".
+        least_gain: the loss that a stored bit must save under scope "model"; 0 has a first pass over the model find it. The
+            average it leads to is met there, on the float model's activations, and nearly so when it is used.
         threshold: S of the paper.
         outlier_bits: kept weights, as the paper counts: 0.07 for 0.5 % of them. A tenth of the columns keeps 2.8 times the
             mean rate, the others 0.8 times.
@@ -59,6 +63,8 @@ class CLAQ:
     adaptive_bits: float = 0.0
     upper: int = 4
     allocation: Allocation = "outliers"
+    scope: Scope = "matrix"
+    least_gain: float = 0.0
     threshold: float = 13.0
     outlier_bits: float = 0.0
     reserve: Reading = "label"
@@ -78,10 +84,20 @@ class CLAQ:
         if not 0 <= self.adaptive_bits <= self.upper or not 0 <= self.outlier_bits <= _NOMINAL / 4:
             raise LowbitError(f"claq needs adaptive_bits from 0 to upper and outlier_bits from 0 to {_NOMINAL / 4:g}, a quarter of all weights.")
         for value, known, what in (
-            (self.allocation, Allocation, "allocation"), (self.reserve, Reading, "reserve"), (self.levels, Levels, "levels"),
+            (self.allocation, Allocation, "allocation"), (self.scope, Scope, "scope"), (self.reserve, Reading, "reserve"), (self.levels, Levels, "levels"),
         ):  # fmt: skip
             if value not in get_args(known):
                 raise LowbitError(f"claq.{what} must be one of {', '.join(get_args(known))}, got {value!r}.")
+
+        if self.scope == "model" and self.allocation != "greedy":
+            raise LowbitError('claq.scope = "model" is for claq.allocation = "greedy": the other allocations rank the columns of one matrix.')
+        if not (math.isfinite(self.least_gain) and self.least_gain >= 0):
+            raise LowbitError("claq needs a finite least_gain >= 0.")
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether `least_gain` has to be found before the first block."""
+        return self.scope == "model" and self.adaptive_bits > 0 and not self.least_gain
 
     @property
     def outlier_rate(self) -> float:
@@ -141,6 +157,10 @@ class CLAQ:
     def _widths(self, bits: int, weight: Tensor, diagonal: Tensor, score: Tensor) -> Tensor:
         """(columns,) int64 bits of each column, in coding order."""
         columns = weight.shape[1]
+        if self.scope == "model" and self.adaptive_bits:
+            if not self.least_gain:
+                raise LowbitError('claq.scope = "model" needs claq.least_gain, which a pass over the model finds before the first block.')
+            return min(2, bits) + (bit_gains(weight, diagonal, min(2, bits), self.upper) >= self.least_gain).sum(1)
         if self.allocation == "greedy" and self.adaptive_bits:
             return greedy_widths(weight, diagonal, round((bits + self.adaptive_bits) * columns), min(2, bits), self.upper)
         widths = torch.full((columns,), bits, dtype=torch.int64, device=weight.device)
@@ -199,13 +219,61 @@ def greedy_widths(weight: Tensor, diagonal: Tensor, budget: int, least: int, mos
     Returns:
         (columns,) int64.
     """
+    gain = bit_gains(weight, diagonal, least, most)
+    picked = gain.flatten().argsort(descending=True, stable=True)[: budget - least * len(gain)]
+    widths = torch.full((len(gain),), least, dtype=torch.int64, device=weight.device)
+    return widths.index_add_(0, picked // gain.shape[1], torch.ones_like(picked))
+
+
+def bit_gains(weight: Tensor, diagonal: Tensor, least: int, most: int) -> Tensor:
+    """The loss of clustering that each further bit of a column saves, per bit stored.
+
+    Args:
+        weight: (rows, columns). diagonal: (columns,) of the factored inverse Hessian.
+
+    Returns:
+        (columns, most - least) float64, falling along each row: a column's second bit cannot come before its first, so where it
+        would gain more, both count as the lesser.
+    """
     lists = weight.T.contiguous()
     loss = torch.stack([kmeans(lists, 1 << b)[1].to(weight.device) for b in range(least, most + 1)], 1) / diagonal.double().square()[:, None]
-    # A column's second bit cannot come before its first: where it would gain more, both count as the lesser.
-    gain = (loss[:, :-1] - loss[:, 1:]).cummin(1).values
-    picked = gain.flatten().argsort(descending=True, stable=True)[: budget - least * len(lists)]
-    widths = torch.full((len(lists),), least, dtype=torch.int64, device=weight.device)
-    return widths.index_add_(0, picked // gain.shape[1], torch.ones_like(picked))
+    return (loss[:, :-1] - loss[:, 1:]).cummin(1).values / len(weight)
+
+
+@torch.no_grad()
+def survey(block: Block, method: CLAQ) -> Iterator[tuple[Tensor, int]]:
+    """What bits would gain in each linear of a block that nothing was done to.
+
+    Yields:
+        (columns, bits) as `bit_gains`, and how many bits of storage one bit of a column is.
+    """
+    rows = min(method.rows or block.tuned_rows, block.tuned_rows)
+    hessians = input_hessians(block, [site.reads[0] for site in block.wiring.sites], rows)
+    for site in block.wiring.sites:
+        inputs = factored(block, "claq", site.reads[0], hessians.pop(site.reads[0]), method.damping, method.act_order, [])
+        if inputs is None:
+            continue
+        for name in site.reads:
+            weight = block.weight(name).masked_fill(inputs.dead, 0)[:, inputs.order]
+            least = min(2, block.grids[name].bits)
+            yield bit_gains(weight, inputs.factor.diagonal(), least, method.upper), len(weight)
+
+
+def least_gain(surveyed: Sequence[tuple[Tensor, int]], extra: float) -> float:
+    """The gain per bit that spends ``extra`` bits a weight over all linears surveyed, on top of the least width.
+
+    Raises:
+        LowbitError: there are not so many bits to give.
+    """
+    gains = torch.cat([g.flatten() for g, _ in surveyed])
+    costs = torch.cat([torch.full((g.numel(),), rows, dtype=torch.float64) for g, rows in surveyed])
+    budget = extra * sum(len(g) * rows for g, rows in surveyed)
+    ordered, by = gains.cpu().sort(descending=True, stable=True)
+    spent = costs[by].cumsum(0)
+    if budget > float(spent[-1]) * (1 + 1e-9):
+        raise LowbitError(f"claq has no {extra:g} bits a weight to give beyond the least width: lower claq.adaptive_bits.")
+    at = min(int((spent <= budget).sum()), len(ordered) - 1)
+    return max(float(ordered[at]), torch.finfo(torch.float64).tiny)
 
 
 def _without_reserved(weight: Tensor, reserve: Reserve, order: Tensor) -> Tensor:
