@@ -14,7 +14,7 @@ import torch
 from .errors import LowbitError
 from .formats.compressed_tensors import carries
 from .formats.packing import tensor_bytes
-from .grid import Affine, Grid, PerToken
+from .grid import Affine, Codebook, Grid, PerToken
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import hub_file
@@ -217,8 +217,7 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
         block_memory=4 * per_block * (4 + (8 if learner else 0)) + _hessians(recipe, linears), outer_memory=4 * outside_stored,
         activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
-        runtimes=runtimes(recipe.grid, linears, recipe.activations)
-        if isinstance(recipe.grid, Affine) and not beyond_compressed_tensors(names, recipe) else _own_format_only(),
+        runtimes=_runtimes(recipe, linears, beyond_compressed_tensors(names, recipe)),
     )  # fmt: skip
 
 
@@ -281,11 +280,14 @@ def measure_rate(device: str = "cpu") -> float:
     return 2 * 1024**3 * count / (time.perf_counter() - start)
 
 
-def _own_format_only() -> tuple[Runtime, ...]:
-    """Quantized activations, keys and values or online rotations: the library's own format."""
-    why = "quantized activations, keys and values or online rotations, in the format of lowbit"
+def _runtimes(recipe: Recipe, linears: Mapping[str, tuple[int, int]], beyond: str | None) -> tuple[Runtime, ...]:
+    if beyond is None and isinstance(recipe.grid, Affine):
+        return runtimes(recipe.grid, linears, recipe.activations)
+    why = f"the format of lowbit, for {beyond}"
+    packed = isinstance(recipe.grid, Codebook) and recipe.grid.scales_with_inputs
+    how = "weights stay packed" if packed else "weights are decoded"
     return (
-        Runtime("transformers", "decompresses", "after 'import lowbit'; activations are quantized in every forward pass"),
+        Runtime("transformers", "loads" if packed else "decompresses", f"after 'import lowbit'; {how}, quantized activations are active"),
         *(Runtime(n, "refuses", why) for n in ("vLLM (CUDA)", "vLLM (CPU, ROCm)", "SGLang", "llama.cpp", "MLX")),
     )
 

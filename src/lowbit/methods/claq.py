@@ -84,7 +84,8 @@ class CLAQ:
         if not 0 <= self.adaptive_bits <= self.upper or not 0 <= self.outlier_bits <= _NOMINAL / 4:
             raise LowbitError(f"claq needs adaptive_bits from 0 to upper and outlier_bits from 0 to {_NOMINAL / 4:g}, a quarter of all weights.")
         for value, known, what in (
-            (self.allocation, Allocation, "allocation"), (self.scope, Scope, "scope"), (self.reserve, Reading, "reserve"), (self.levels, Levels, "levels"),
+            (self.allocation, Allocation, "allocation"), (self.scope, Scope, "scope"), (self.reserve, Reading, "reserve"),
+            (self.levels, Levels, "levels"),
         ):  # fmt: skip
             if value not in get_args(known):
                 raise LowbitError(f"claq.{what} must be one of {', '.join(get_args(known))}, got {value!r}.")
