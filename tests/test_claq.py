@@ -244,6 +244,18 @@ def test_a_column_too_short_for_its_outliers_is_named():
         CLAQ(outlier_bits=3.5, reserve="two_sided")._reserve("b", "x", 3, torch.arange(64), {})
 
 
+@pytest.mark.parametrize("options", [dict(), dict(adaptive_bits=0.5, allocation="greedy"), dict(outlier_bits=0.3, cluster_reserved=False)])
+def test_constant_and_coarse_columns(block, options):
+    """Columns of one value, of none but zeros, and of fewer values than levels; act-order off leaves the first ones uncompensated."""
+    weight = block.weight(Q).clone()
+    weight[:, 0], weight[:, 1] = 0.25, 0.0
+    weight[:, 2] = torch.where(torch.arange(len(weight)) % 3 == 0, 0.5, -0.125)
+    given = replace(block, weights={**block.weights, f"{Q}.weight": weight})
+    inputs = inputs_of(torch.diag(torch.rand(64, dtype=torch.float64) + 0.5), False)
+    q = CLAQ(**options)._linear(given, Q, inputs, {})
+    assert torch.equal(q.decode()[:, :3], weight[:, :3])
+
+
 def test_short_columns_are_remarked(block):
     done = CLAQ(outlier_bits=0.07)(block)
     assert any("keep at least one each" in t and "k_proj" in t for t in done.notes["trouble"])
