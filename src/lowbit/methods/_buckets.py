@@ -202,7 +202,7 @@ class BookBucket:
             self.other, self.nu = self.base.clone(), torch.full(self.base.shape, -FROZEN, device=weight.device)
         else:
             lists = grid.lists(weight).float().contiguous()
-            self.base = (torch.searchsorted(self.level, lists, right=True) - 1).minimum(tops - 1).clamp(min=0)
+            self.base = (torch.searchsorted(self.level, lists, right=True) - 1).clamp(min=0).minimum(tops)
             self.other = (self.base + 1).minimum(tops)
             low, high = self.level.gather(1, self.base), self.level.gather(1, self.other)
             fraction = ((lists - low) / (high - low).clamp(min=1e-30)).clamp(0, 1 - 2**-24)
