@@ -25,6 +25,18 @@ FAMILIES = {
 }
 
 
+def assert_slopes(loss, variable: torch.Tensor, grad: torch.Tensor) -> None:
+    """A few elements of a gradient against central differences of ``loss()``."""
+    for at in [(0, 0), (3, 0), (7, variable.shape[1] - 1), (20, variable.shape[1] // 2)]:
+        keep, eps = variable[at].item(), 1e-2
+        variable[at] = keep + eps
+        up = loss()
+        variable[at] = keep - eps
+        down = loss()
+        variable[at] = keep
+        assert abs(float((up - down) / (2 * eps)) - float(grad[at])) < 2e-3 + 2e-2 * abs(float(grad[at]))
+
+
 def tiny_tokenizer(bos: bool = True) -> T.PreTrainedTokenizerFast:
     """Bytes and no merges to speak of; with ``bos`` every text starts with id 1, as Llama tokenizers have it."""
     tok = Tokenizer(models.BPE())

@@ -222,6 +222,7 @@ def _reading():
     [
         (dict(adaptive_bits=2.5), Codebook(2), "cannot average 4.5 bits"),
         (dict(adaptive_bits=0.1), Affine(2), "needs a codebook per column"),
+        (dict(), Affine(2), "keeps outliers or does nothing of its own"),
         (dict(), Codebook(2, "row"), "needs a codebook per column"),
         (dict(adaptive_bits=1.0, upper=3), Codebook(3), "cannot average 4 bits"),
     ],
@@ -254,6 +255,30 @@ def test_constant_and_coarse_columns(block, options):
     inputs = inputs_of(torch.diag(torch.rand(64, dtype=torch.float64) + 0.5), False)
     q = CLAQ(**options)._linear(given, Q, inputs, {})
     assert torch.equal(q.decode()[:, :3], weight[:, :3])
+
+
+@pytest.mark.parametrize("method", [CLAQ(), GPTQ(), RTN()])
+def test_weights_beyond_what_is_stored_are_named(block, method):
+    huge = block.weight(Q).clone()
+    huge[3] *= 1e7
+    given = replace(block, weights={**block.weights, f"{Q}.weight": huge})
+    with pytest.raises(LowbitError, match=r"self_attn.q_proj'.*(float16|finite)"):
+        method(given)
+    with pytest.raises(LowbitError, match=r"self_attn.q_proj'.*(float16|finite)"):
+        CLAQ(outlier_bits=0.7, cluster_reserved=False)(given)
+
+
+def test_compensation_that_runs_away_is_named(block, monkeypatch):
+    real = inverse_factor
+    monkeypatch.setattr("lowbit.methods._hessian.inverse_factor", lambda hessian: real(hessian) * torch.linspace(1, 1e38, len(hessian)).double())
+    with pytest.raises(LowbitError, match=r"layers.0.self_attn.q_proj' and what reads the same inputs: .*raise claq.damping"):
+        CLAQ()(block)
+
+
+def test_awq_says_what_it_leaves_out(block):
+    assert AWQ()(block).notes["trouble"] == ["awq: on codebooks nothing: each column has levels of its own"]
+    shared = replace(block, grids=dict.fromkeys(block.wiring.linears, Codebook(2, "row")))
+    assert AWQ(rows=4, exponents=3)(shared).notes["trouble"] == ["awq: on codebooks no clip"]
 
 
 def test_short_columns_are_remarked(block):

@@ -22,6 +22,7 @@ from .errors import LowbitError
 from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
+from .formats.columns import column_widths
 from .formats.packing import local_tensors
 from .grid import Affine, Codebook, Grid, QTensor
 from .machine import give_back_memory, peak_memory, pick_device
@@ -190,8 +191,6 @@ class _Run:
             return Result(self.place.out, read_report(self.place.out), verify(self.place.out), repeated=True)
         self._outer_shard()
         streams = self._enter()
-        self.recipe = surveyed(self.stream, self.recipe, streams, self.stream.block_kwargs(streams.x.shape[1]), self.seed)
-        self.stream.release()
         for record, after, resumed in self._blocks(streams):
             streams = after
             self._told(record, resumed)
@@ -220,6 +219,7 @@ class _Run:
         kwargs = self.stream.block_kwargs(streams.x.shape[1])
         proof_kwargs = self.stream.in_float32().block_kwargs(streams.proof.shape[1] if streams.proof is not None else 2)
         self.stream.release()
+        self.recipe = surveyed(self.stream, self.recipe, streams, kwargs, self.seed, self._announce)
         start = 0
         while start < len(self.stream):
             record = self.place.finished(start + 1)
@@ -364,7 +364,7 @@ def _parts(q: QTensor) -> dict[str, Any]:
     """What only some weights have: columns by their bits, and outliers by their number."""
     out: dict[str, Any] = {}
     if isinstance(q.grid, Codebook):
-        widths = q.params.widths.repeat_interleave(q.codes.shape[1] // len(q.params.widths)) if q.grid.per == "column" else q.params.widths[:1]
+        widths = column_widths(q)
         out["columns"] = {str(b): int((widths == b).sum()) for b in sorted(set(widths.tolist()))}
     if q.outliers is not None:
         out["outliers"] = len(q.outliers.index)

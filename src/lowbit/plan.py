@@ -14,7 +14,7 @@ import torch
 from .errors import LowbitError
 from .formats.compressed_tensors import carries
 from .formats.packing import tensor_bytes
-from .grid import Affine, Codebook, Grid, PerToken
+from .grid import Affine, Codebook, PerToken
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import hub_file
@@ -110,7 +110,7 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
         LowbitError: naming the linear, its width and the sizes that fit all; or an override that matches nothing.
     """
     for name, (_, width) in shapes.items():
-        size = _group_size(recipe.grid_of(name))
+        size = recipe.grid_of(name).group_size
         if size and width % size:
             fitting = [str(g) for g in (256, 128, 64, 32, 16, 8) if all(w % g == 0 for _, w in shapes.values())]
             raise LowbitError(
@@ -219,11 +219,6 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
         runtimes=_runtimes(recipe, linears, beyond_compressed_tensors(names, recipe)),
     )  # fmt: skip
-
-
-def _group_size(grid: Grid) -> int | None:
-    size: int | None = getattr(grid, "group_size", None)  # every grid there is has one
-    return size
 
 
 def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:

@@ -71,7 +71,7 @@ class Recipe:
     @property
     def scheme(self) -> Scheme:
         """The bits of weights, activations, keys and values."""
-        weights = Affine(self.grid.bits, *_group(self.grid))
+        weights = Affine(self.grid.bits, self.grid.group_size, isinstance(self.grid, Affine) and self.grid.symmetric)
         return Scheme(weights, self.activations.bits if self.activations else None, self.kv.bits if self.kv else None)
 
     @property
@@ -174,14 +174,6 @@ def _method_name(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
-def _group(grid: Grid) -> tuple[int | None, bool]:
-    """Group size and symmetry, as a scheme says them."""
-    if isinstance(grid, Codebook):
-        return grid.group_size, False
-    assert isinstance(grid, Affine)
-    return grid.group_size, grid.symmetric
-
-
 def _rebit(grid: PerToken | None, bits: int | None) -> PerToken | None:
     if bits is None:
         return None
@@ -265,16 +257,19 @@ def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
     return stream
 
 
-def surveyed(stream: ModelStream, recipe: Recipe, streams: Streams, kwargs: Sequence[Mapping[str, Any]], seed: int) -> Recipe:
+def surveyed(
+    stream: ModelStream, recipe: Recipe, streams: Streams, kwargs: Sequence[Mapping[str, Any]], seed: int, announce: Announce = silent
+) -> Recipe:
     """The recipe with what a method wants to know of the whole model before its first block: CLAQ's price of a bit.
 
-    One pass of the float model, block by block; nothing is done, and nothing read, where no method asks.
+    One pass of the float model, block by block, also when a run is resumed; nothing is read where no method asks.
     """
     method = next((m for m in recipe.methods if isinstance(m, CLAQ) and m.needs_survey), None)
     if method is None:
         return recipe
     found: list[tuple[Tensor, int]] = []
     for i in range(len(stream)):
+        announce(f"claq: what a bit would gain in block {i + 1} of {len(stream)}")
         block = begin(stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed)
         found += survey(block, method)
         streams = replace(streams, x=block.target, xq=block.target)

@@ -49,7 +49,7 @@ def pack(q: QTensor) -> dict[str, Tensor]:
         raise LowbitError("levels are not representable in float16: fix their dtype before tuning, not at export.")
     widths = q.params.widths
     kinds = sorted(set(widths.tolist()))
-    of_columns = _widths_of_columns(q.grid, widths, columns)
+    of_columns = column_widths(q)
     if len(kinds) > 1:
         order = of_columns.argsort(stable=True)
         out["weight_columns"] = _index(order, columns)
@@ -59,12 +59,18 @@ def pack(q: QTensor) -> dict[str, Tensor]:
     return {k: v.cpu() for k, v in {**out, **pack_outliers(q)}.items()}
 
 
-def _widths_of_columns(grid: Codebook, widths: Tensor, columns: int) -> Tensor:
-    if grid.per == "column":
-        return widths.repeat_interleave(grid.group_size or 1)
+def column_widths(q: QTensor) -> Tensor:
+    """(in,) int64, the bits of each column's codes.
+
+    Raises:
+        LowbitError: books that are not per column differ in width.
+    """
+    widths: Tensor = q.params.widths
+    if isinstance(q.grid, Codebook) and q.grid.per == "column":
+        return widths.repeat_interleave(q.grid.group_size or 1)
     if len(set(widths.tolist())) > 1:
         raise LowbitError("only codebooks per column may differ in width.")
-    return widths[:1].expand(columns)
+    return widths[:1].expand(q.codes.shape[1])
 
 
 def pack_outliers(q: QTensor) -> dict[str, Tensor]:

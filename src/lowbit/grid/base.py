@@ -20,6 +20,11 @@ class Grid(Protocol):
         """Of a code."""
         ...
 
+    @property
+    def group_size(self) -> int | None:
+        """Neighbouring inputs that share params; None for the grid's own default."""
+        ...
+
     def fit(self, w: Tensor) -> Any:
         """Params for an (out, in) float weight."""
         ...

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .kmeans import kmeans
+from .kmeans import NotFiniteError, kmeans
 
 Per = Literal["column", "row", "tensor"]
 
@@ -124,11 +124,11 @@ class Codebook:
         """The same levels after a trip through float16, in which artifacts store them, whatever the ``dtype`` of the model.
 
         Raises:
-            ValueError: a level is beyond float16.
+            NotFiniteError: a level is beyond float16.
         """
         levels = params.levels.to(torch.float16)
         if not bool(torch.isfinite(levels).all()):
-            raise ValueError(f"a level of {float(params.levels.abs().max()):g} does not fit in float16, in which codebooks are stored")
+            raise NotFiniteError(f"a level of {float(params.levels.abs().max()):g} does not fit in float16, in which codebooks are stored")
         return CodebookParams(levels.to(params.levels.dtype), params.widths)
 
     def __str__(self) -> str:

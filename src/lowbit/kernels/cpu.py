@@ -11,11 +11,11 @@ from torch import Tensor
 from ..grid.compiled import library as _library
 from ..grid.compiled import pointer, threads
 from ..grid.packed import PackedColumns
+from .reference import TILE as _TILE
 from .reference import tiles
 
 _SOURCE = Path(__file__).with_name("columns.c")
 _FEW = 32  # tokens up to which the codes are read again for each handful of them, rather than decoded for a matrix product
-_TILE = 1 << 21  # weights decoded at a time
 
 
 class _Segment(ctypes.Structure):

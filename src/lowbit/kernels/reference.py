@@ -10,7 +10,7 @@ from torch import Tensor
 from ..grid.bits import unpack
 from ..grid.packed import PackedColumns, Segment
 
-_TILE = 1 << 21  # weights decoded at a time
+TILE = 1 << 21  # weights decoded at a time
 
 
 def decode(packed: PackedColumns, rows: slice = slice(None)) -> Tensor:
@@ -45,7 +45,7 @@ def _looked_up(segment: Segment, rows: slice, dtype: torch.dtype) -> Tensor:
     return segment.levels.to(dtype).float().flatten().index_select(0, at.flatten()).view(at.shape)
 
 
-def tiles(packed: PackedColumns, weights: int = _TILE) -> Iterator[slice]:
+def tiles(packed: PackedColumns, weights: int = TILE) -> Iterator[slice]:
     """Consecutive outputs that have about so many weights together."""
     step = max(1, weights // packed.shape[1])
     return (slice(at, min(at + step, packed.shape[0])) for at in range(0, packed.shape[0], step))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..grid import Affine, AffineParams, Codebook, CodebookParams, Grid, Outliers
-from ..grid.kmeans import kmeans
+from ..grid import Codebook, CodebookParams, Outliers
+from ..grid.kmeans import NotFiniteError, kmeans
+from ._columns import Coder
 
 Levels = Literal["sequential", "refined", "precomputed"]
 _REFINING = 3
-
-
-def half(values: Tensor, stored: torch.dtype) -> Tensor:
-    """What a loader of a model in ``stored`` makes of numbers kept in float16, in the dtype of ``values``."""
-    return values.to(torch.float16).to(stored).to(values.dtype)
 
 
 class Reserve:
@@ -45,21 +42,29 @@ class Reserve:
             kept |= values <= values.topk(count, largest=False).values[-1]
         return kept.nonzero()[:, 0]
 
-    def keep(self, column: int, rows: Tensor, values: Tensor) -> None:
-        """Remember what stays: values that float16 holds."""
+    def keep(self, column: int, rows: Tensor, values: Tensor, decoded: Tensor, stored: torch.dtype) -> None:
+        """Set these rows of a column aside in float16, and put into ``decoded`` what a loader of a model in ``stored`` sees there."""
+        held = values[rows].to(torch.float16)
+        decoded[rows] = held.to(stored).to(decoded.dtype)
         self._columns.append(column)
         self._rows.append(rows)
-        self._values.append(values)
+        self._values.append(held)
 
     def outliers(self, order: Tensor) -> Outliers | None:
-        """All of them, with columns back in the order of the inputs; None without any."""
+        """All of them, with columns back in the order of the inputs; None without any.
+
+        Raises:
+            NotFiniteError: one is beyond float16.
+        """
         if not self._rows:
             return None
         sizes = torch.tensor([len(r) for r in self._rows], device=order.device)
         columns = order[torch.tensor(self._columns, device=order.device).repeat_interleave(sizes)]
-        index = torch.cat(self._rows) * len(order) + columns
-        index, by = index.sort()
-        return Outliers(index, torch.cat(self._values).float()[by])
+        index, by = (torch.cat(self._rows) * len(order) + columns).sort()
+        values = torch.cat(self._values).float()[by]
+        if not bool(torch.isfinite(values).all()):
+            raise NotFiniteError("a weight to be kept does not fit in float16")
+        return Outliers(index, values)
 
 
 class ColumnBooks:
@@ -91,7 +96,7 @@ class ColumnBooks:
     def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.reserve.pick(column, values) if self.reserve else None
         clustered = values
-        if kept is not None and len(kept) and not self.cluster_reserved:
+        if kept is not None and not self.cluster_reserved:
             left = torch.ones_like(values, dtype=torch.bool)
             left[kept] = False
             clustered = values[left]
@@ -107,11 +112,8 @@ class ColumnBooks:
         self._table[column, k:] = levels[-1]
         codes = torch.bucketize(values, ((levels[1:] + levels[:-1]) / 2).to(values.dtype))
         decoded = levels.to(self.stored).to(values.dtype)[codes]
-        if kept is not None and len(kept):
-            assert self.reserve is not None
-            held = values[kept].to(torch.float16)
-            self.reserve.keep(column, kept, held)
-            decoded[kept] = held.to(self.stored).to(values.dtype)
+        if self.reserve and kept is not None:
+            self.reserve.keep(column, kept, values, decoded, self.stored)
         return codes.to(torch.uint8), decoded
 
     def params(self, order: Tensor) -> CodebookParams:
@@ -129,45 +131,39 @@ def _lloyd(values: Tensor, levels: Tensor) -> Tensor:
     return torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort().values
 
 
-class FixedLevels:
-    """A `Coder` on levels or scales that are given, for columns in coding order; may keep weights in floating point.
+class SharedBooks:
+    """A `Coder` on codebooks that several columns share, chosen before.
 
     Args:
-        grid, params: of the whole weight, inputs in their own order.
-        order: (in,) the inputs in coding order.
+        grid, params: of the whole weight, inputs as they are. order: (in,) the inputs in coding order.
     """
 
     period = 1
 
-    def __init__(
-        self, grid: Codebook | Affine, params: CodebookParams | AffineParams, order: Tensor, width: int, stored: torch.dtype,
-        reserve: Reserve | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, grid: Codebook, params: CodebookParams, order: Tensor, stored: torch.dtype) -> None:
         self._inputs: list[int] = order.tolist()
-        self._grid, self._params, self._width, self._stored, self._reserve = grid, params, width, stored, reserve
+        self._grid, self._params, self._stored = grid, params, stored
 
     def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-        grid, params = self._column(self._inputs[column])
+        grid, params = replace(self._grid, group_size=None), self._params
+        if grid.per == "column":
+            book = self._inputs[column] // (self._grid.group_size or 1)
+            params = CodebookParams(params.levels[book : book + 1], params.widths[book : book + 1])
         codes = grid.encode(values[:, None], params)
-        decoded = grid.decode(codes, params)[:, 0].to(self._stored).to(values.dtype)
-        if self._reserve:
-            kept = self._reserve.pick(column, values)
-            if len(kept):
-                held = values[kept].to(torch.float16)
-                self._reserve.keep(column, kept, held)
-                decoded[kept] = held.to(self._stored).to(values.dtype)
-        return codes[:, 0], decoded
+        return codes[:, 0], grid.decode(codes, params)[:, 0].to(self._stored).to(values.dtype)
 
-    def _column(self, at: int) -> tuple[Grid, CodebookParams | AffineParams]:
-        """Grid and params of a single column."""
-        if isinstance(self._params, AffineParams):
-            assert isinstance(self._grid, Affine)
-            group = at // self._grid.group(self._width)
-            p = self._params
-            one = AffineParams(p.scale[:, group : group + 1], p.zero_point[:, group : group + 1])
-            return Affine(self._grid.bits, None, self._grid.symmetric), one
-        assert isinstance(self._grid, Codebook)
-        if self._grid.per != "column":
-            return Codebook(self._grid.bits, self._grid.per), self._params
-        book = at // (self._grid.group_size or 1)
-        return Codebook(self._grid.bits), CodebookParams(self._params.levels[book : book + 1], self._params.widths[book : book + 1])
+
+class Reserving:
+    """A `Coder` that lets another code a column, and keeps some of its weights in floating point."""
+
+    def __init__(self, coder: Coder, reserve: Reserve, stored: torch.dtype) -> None:
+        self._coder, self._reserve, self._stored = coder, reserve, stored
+
+    @property
+    def period(self) -> int:
+        return self._coder.period
+
+    def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+        codes, decoded = self._coder.code(column, values, current)
+        self._reserve.keep(column, self._reserve.pick(column, values), values, decoded, self._stored)
+        return codes, decoded

@@ -81,6 +81,23 @@ def code_columns(weight: Tensor, factor: Tensor, coder: Coder, block_size: int) 
     return codes.T.contiguous()
 
 
+def code_in_order(weight: Tensor, factor: Tensor, order: Tensor, coder: Coder, block_size: int) -> Tensor:
+    """`code_columns` in an order of its own.
+
+    Args:
+        weight: (rows, columns) float, inputs as they are.
+        factor: (columns, columns) from `inverse_factor`, inputs in coding order, in any float dtype.
+        order: (columns,) int64, the inputs in coding order.
+
+    Returns:
+        (rows, columns) uint8 codes, inputs as they are.
+    """
+    coded = code_columns(weight[:, order], factor.to(weight.dtype), coder, block_size)
+    codes = torch.empty_like(coded)
+    codes[:, order] = coded
+    return codes
+
+
 def _spans(columns: int, period: int, block_size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of blocks that hold whole periods or lie inside one: only there is a period up to date when it starts."""
     outer = max(period, block_size // period * period)

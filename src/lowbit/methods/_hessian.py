@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..grid import QTensor
+from ..grid.kmeans import NotFiniteError
 from ..model.block import Block, Call
 from ._columns import inverse_factor
 
@@ -48,7 +49,7 @@ def solve_sites(
         solve: codes for linears that read the same inputs. nearest: for a linear that sees nothing but zeros.
 
     Raises:
-        LowbitError: a Hessian is not finite, or not invertible with any damping tried.
+        LowbitError: a Hessian is not finite, or not invertible with any damping tried; what was compensated for ran away.
     """
     rows = min(rows or block.tuned_rows, block.tuned_rows)
     free = [tuple(n for n in site.reads if n not in block.coded) for site in block.wiring.sites]
@@ -62,8 +63,13 @@ def solve_sites(
         for names in step:
             block.announce(f"{method}: codes of {', '.join(names)}")
             inputs = factored(block, method, names[0], hessians.pop(names[0]), damping, act_order, trouble)
-            found = {n: nearest(block, n) for n in names} if inputs is None else solve(block, names, inputs)
-            block = block.ranged({n: q.params for n, q in found.items()}).solved(found)
+            try:
+                found = {n: nearest(block, n) for n in names} if inputs is None else solve(block, names, inputs)
+                block = block.ranged({n: q.params for n, q in found.items()}).solved(found)
+            except NotFiniteError as e:
+                raise LowbitError(
+                    f"'{block.name}.{names[0]}' and what reads the same inputs: {e}. Calibrate on more rows, or raise {method}.damping."
+                ) from e
     return block.noted(trouble=[*block.notes.get("trouble", ()), *trouble]) if trouble else block
 
 

@@ -34,6 +34,9 @@ class AWQ:
         rows: calibration rows used by both searches, at most.
         clip_tokens: tokens of them the clip search looks at; 0 means all.
         clip_sampling: which tokens: "random", or "strided" as the reference, where every 512th token is often a first token.
+
+    Codebooks have no range to clip; where each column has its own, scales change no code either and are left out, unless the
+    site's input is quantized. Both are remarked.
     """
 
     scales: bool = True
@@ -55,8 +58,12 @@ class AWQ:
                     chosen[site.reads[0]] = exponent
                     if exponent > 0:
                         block = fold(block, site, factor)
-        if self.clip != "none":
+        uniform = all(isinstance(g, Affine) for g in block.grids.values())
+        if self.clip != "none" and uniform:
             block = self._clipped(block, rows)
+        if not uniform:
+            done = "no clip" if chosen else "nothing: each column has levels of its own"
+            block = block.noted(trouble=[*block.notes.get("trouble", ()), f"awq: on codebooks {done}"])
         return block.noted(awq_exponents=chosen)
 
     def _clipped(self, block: Block, rows: int) -> Block:
@@ -66,9 +73,7 @@ class AWQ:
         for site in block.wiring.sites:
             for name in site.reads:
                 block.announce(f"awq: clip of {name}")
-                weight, grid = block.weight(name), block.grids[name]
-                if not isinstance(grid, Affine):  # a codebook's levels are where the weights are: nothing to clip
-                    continue
+                weight, grid = block.weight(name), block.affine(name, "awq's clip")
                 gram, drift = grams[site.reads[0], grid.group(weight.shape[1])]
                 low, high = search_clip(
                     weight, gram, grid, self.shrinks, symmetric=self.clip == "symmetric", skip_rows=spared.get(name, 0), drift=drift
@@ -87,8 +92,7 @@ class AWQ:
         """
         groups: dict[str, set[int]] = {}
         for site in block.wiring.sites:
-            grids = [(block.grids[n], block.weight(n).shape[1]) for n in site.reads]
-            groups[site.reads[0]] = {grid.group(width) for grid, width in grids if isinstance(grid, Affine)}
+            groups[site.reads[0]] = {block.affine(n, "awq's clip").group(block.weight(n).shape[1]) for n in site.reads}
         picked = pick_tokens(rows * block.xq.shape[1], self.clip_tokens, self.clip_sampling, torch.Generator().manual_seed(block.seed))
         moments: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
         seen = dict.fromkeys(groups, 0)

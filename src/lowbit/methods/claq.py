@@ -18,9 +18,10 @@ from ..errors import LowbitError
 from ..grid import Affine, Codebook, Grid, QTensor
 from ..grid.kmeans import kmeans
 from ..model.block import Block
-from ._books import ColumnBooks, FixedLevels, Levels, Reserve
-from ._columns import code_columns
+from ._books import ColumnBooks, Levels, Reserve, Reserving
+from ._columns import code_in_order
 from ._hessian import Inputs, factored, input_hessians, solve_sites
+from .gptq import AffineColumns
 
 Allocation = Literal["outliers", "saliency", "greedy"]
 Scope = Literal["matrix", "model"]
@@ -89,7 +90,6 @@ class CLAQ:
         ):  # fmt: skip
             if value not in get_args(known):
                 raise LowbitError(f"claq.{what} must be one of {', '.join(get_args(known))}, got {value!r}.")
-
         if self.scope == "model" and self.allocation != "greedy":
             raise LowbitError('claq.scope = "model" is for claq.allocation = "greedy": the other allocations rank the columns of one matrix.')
         if not (math.isfinite(self.least_gain) and self.least_gain >= 0):
@@ -111,6 +111,8 @@ class CLAQ:
         if isinstance(grid, Affine):
             if self.adaptive_bits:
                 raise LowbitError('claq.adaptive_bits needs a codebook per column: write codebook = "column" in the recipe.')
+            if not self.outlier_bits:
+                raise LowbitError('claq on a uniform grid keeps outliers or does nothing of its own: set claq.outlier_bits, or codebook = "column".')
             return
         if not isinstance(grid, Codebook) or not grid.scales_with_inputs:
             raise LowbitError(f"claq needs a codebook per column, not {grid}: use gptq for others.")
@@ -139,20 +141,19 @@ class CLAQ:
         ordered, factor = weight[:, inputs.order], inputs.factor.to(weight.dtype)
         score = column_scores(ordered, factor.diagonal(), self.threshold if self.allocation == "outliers" else None)
         reserve = self._reserve(block.name, name, len(weight), score, remarks) if self.outlier_bits else None
-        if isinstance(grid, Codebook) and name not in block.params:
+        if isinstance(grid, Codebook):
             widths = self._widths(grid.bits, ordered, factor.diagonal(), score)
             books = ColumnBooks(ordered, widths, block.stored, reserve, cluster_reserved=self.cluster_reserved, levels=self.levels)
-            coded = code_columns(ordered, factor, books, self.block_size)
+            codes = code_in_order(weight, factor, inputs.order, books, self.block_size)
             params: Any = books.params(inputs.order)
         else:
-            assert isinstance(grid, (Affine, Codebook))
-            params = block.range_of(name)
-            if reserve and isinstance(grid, Affine) and name not in block.params:  # the range need not reach what is kept
+            assert isinstance(grid, Affine) and reserve is not None
+            params = block.params.get(name)
+            if params is None:  # the range need not reach what is kept
                 params = grid.stored(grid.fit(_without_reserved(weight, reserve, inputs.order)), block.stored)
-            fixed = FixedLevels(grid, params, inputs.order, weight.shape[1], block.stored, reserve)
-            coded = code_columns(ordered, factor, fixed, self.block_size)
-        codes = torch.empty_like(coded)
-        codes[:, inputs.order] = coded
+            groups: list[int] = (inputs.order // grid.group(weight.shape[1])).tolist()
+            uniform = AffineColumns(grid, weight.shape[1], groups, params, block.stored, "none")
+            codes = code_in_order(weight, factor, inputs.order, Reserving(uniform, reserve, block.stored), self.block_size)
         return QTensor(grid, codes, params, reserve.outliers(inputs.order) if reserve else None)
 
     def _widths(self, bits: int, weight: Tensor, diagonal: Tensor, score: Tensor) -> Tensor:

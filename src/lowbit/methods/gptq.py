@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import Affine, AffineParams, Codebook, CodebookParams, Grid, QTensor
 from ..model.block import Block
-from ._books import ColumnBooks, FixedLevels
-from ._columns import code_columns
+from ._books import ColumnBooks, SharedBooks
+from ._columns import code_in_order
 from ._hessian import Inputs, solve_sites
 
 Clip = Literal["none", "mse"]
@@ -42,6 +42,8 @@ class GPTQ:
         clip: how the range of a group is found: "none" takes minimum and maximum, "mse" shrinks them to where the rounded
             weights differ least.
         rows: calibration rows used, at most; 0 means all.
+
+    On codebooks only the order, the damping and the inputs' collection apply: levels are chosen by K-means.
 
     Linears whose ranges are fixed already (by a clip before this method) keep them. Coded ones are left alone.
 
@@ -85,7 +87,7 @@ class GPTQ:
                 bundles.setdefault((grid, name in block.params), []).append(name)
             else:
                 weight = block.weight(name).masked_fill(inputs.dead, 0)
-                out[name] = solve_books(weight, inputs, grid, block.params.get(name), block.stored, block_size=self.block_size)
+                out[name] = solve_books(weight, inputs, grid, block.stored, self.block_size)
         for (grid, ranged), members in bundles.items():
             weight = torch.cat([block.weight(n) for n in members]).masked_fill(inputs.dead, 0)
             params: AffineParams | None = None
@@ -127,7 +129,7 @@ def _distance(grid: Affine, weight: Tensor, params: AffineParams) -> Tensor:
     return grid.grouped(delta).abs().pow(_CLIP_NORM).sum(-1)
 
 
-class _AffineColumns:
+class AffineColumns:
     """Codes columns on an affine grid; the grids of groups not given are fitted when their first column comes.
 
     Args:
@@ -182,39 +184,29 @@ def solve(
     """
     width = weight.shape[1]
     groups: list[int] = (order // grid.group(width)).tolist()
-    coder = _AffineColumns(grid, width, groups, params, stored, clip)
-    coded = code_columns(weight[:, order], factor.to(weight.dtype), coder, block_size)
-    codes = torch.empty_like(coded)
-    codes[:, order] = coded
+    coder = AffineColumns(grid, width, groups, params, stored, clip)
+    codes = code_in_order(weight, factor, order, coder, block_size)
     return QTensor(grid, codes, params or coder.params())
 
 
-def solve_books(
-    weight: Tensor, inputs: Inputs, grid: Grid, params: CodebookParams | None, stored: torch.dtype, *, block_size: int = 128
-) -> QTensor:
-    """Codes of one weight on codebooks: per column they are chosen when the column comes, shared ones before, for the weights that
-    cost most to get wrong.
+def solve_books(weight: Tensor, inputs: Inputs, grid: Grid, stored: torch.dtype, block_size: int) -> QTensor:
+    """Codes of one weight on codebooks: those of single columns are chosen when the column comes, shared ones before, for the
+    weights that cost most to get wrong.
 
     Args:
-        weight: (out, in) float, dead inputs zeroed. params: levels that are fixed already, or None.
+        weight: (out, in) float, dead inputs zeroed.
     """
     if not isinstance(grid, Codebook):
         raise LowbitError(f"the column loop knows no grid like {grid}.")
-    factor = inputs.factor.to(weight.dtype)
-    ordered = weight[:, inputs.order]
-    if params is None and grid.scales_with_inputs:
+    if grid.scales_with_inputs:
         widths = torch.full((weight.shape[1],), grid.bits, dtype=torch.int64, device=weight.device)
-        books = ColumnBooks(ordered, widths, stored)
-        coded = code_columns(ordered, factor, books, block_size)
-        params = books.params(inputs.order)
-    else:
-        if params is None:
-            cost = torch.empty_like(factor.diagonal())
-            cost[inputs.order] = factor.diagonal().square().reciprocal()
-            params = grid.stored(grid.fit(weight, weights=cost.expand_as(weight)), stored)
-        coded = code_columns(ordered, factor, FixedLevels(grid, params, inputs.order, weight.shape[1], stored), block_size)
-    codes = torch.empty_like(coded)
-    codes[:, inputs.order] = coded
+        books = ColumnBooks(weight[:, inputs.order], widths, stored)
+        codes = code_in_order(weight, inputs.factor, inputs.order, books, block_size)
+        return QTensor(grid, codes, books.params(inputs.order))
+    cost = torch.empty(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    cost[inputs.order] = inputs.factor.diagonal().square().reciprocal().to(weight.dtype)
+    params: CodebookParams = grid.stored(grid.fit(weight, weights=cost.expand_as(weight)), stored)
+    codes = code_in_order(weight, inputs.factor, inputs.order, SharedBooks(grid, params, inputs.order, stored), block_size)
     return QTensor(grid, codes, params)
 
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import LowbitError
 from ..grid import Affine, Grid, KVGrid, QTensor, QuantizedStates, Reading
+from ..grid.kmeans import NotFiniteError
 from .wiring import Wiring
 
 _TOKENS_PER_PASS = 8192
@@ -215,7 +216,7 @@ class Block:
 
     def ranged(self, params: Mapping[str, Any]) -> Block:
         """The block with the grid parameters of some linears fixed, rounded as the artifact will hold them."""
-        fixed = {k: self.grids[k].stored(p, self.stored) for k, p in params.items()}
+        fixed = {k: self._as_stored(k, p) for k, p in params.items()}
         return replace(self, params={**self.params, **fixed})
 
     def affine(self, linear: str, who: str) -> Affine:
@@ -233,8 +234,13 @@ class Block:
         """Fixed grid parameters of a linear, or those that fit its weight plainly."""
         if linear in self.params:
             return self.params[linear]
-        grid = self.grids[linear]
-        return grid.stored(grid.fit(self.weight(linear)), self.stored)
+        return self._as_stored(linear, self.grids[linear].fit(self.weight(linear)))
+
+    def _as_stored(self, linear: str, params: Any) -> Any:
+        try:
+            return self.grids[linear].stored(params, self.stored)
+        except NotFiniteError as e:
+            raise LowbitError(f"'{self.name}.{linear}' cannot be stored on a {self.grids[linear]}: {e}.") from e
 
     def read(self, readings: Mapping[str, Reading]) -> Block:
         """The block with some linears' inputs read in another way."""
