@@ -18,7 +18,7 @@ from lowbit.linears import CodebookLinear
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
 from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
-from lowbit.methods.claq import column_scores, greedy_widths, least_gain
+from lowbit.methods.claq import bit_gains, column_scores, greedy_widths, least_gain
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.recipe import Recipe, Streams, apply_methods, begin, surveyed
@@ -144,6 +144,24 @@ def test_a_price_spends_the_budget():
     assert 0.7 * 50 * 50 - 40 <= spent <= 0.7 * 50 * 50 + 40
     with pytest.raises(LowbitError, match="no 2.5 bits a weight to give"):
         least_gain(surveyed_, 2.5)
+
+
+def test_gains_are_per_bit_stored():
+    w, diagonal = torch.randn(40, 6, generator=torch.Generator().manual_seed(2)), torch.rand(6) + 0.5
+    once, thrice = bit_gains(w, diagonal, 2, 4), bit_gains(torch.cat([w, w, w]), diagonal, 2, 4)
+    torch.testing.assert_close(once, thrice, rtol=1e-4, atol=1e-9)  # three times the loss, three times the bits
+    for j, column in enumerate(w.T):
+        by_hand = [float(kmeans(column[None], 1 << b)[1]) / float(diagonal[j]) ** 2 / 40 for b in (2, 3, 4)]
+        assert once[j].tolist() == pytest.approx([by_hand[0] - by_hand[1], by_hand[1] - by_hand[2]], rel=1e-5)
+
+
+def test_a_uniform_range_need_not_reach_what_is_kept(block):
+    weight = block.weight(Q).clone()
+    weight[5, 7] = 50.0
+    given = replace(block, weights={**block.weights, f"{Q}.weight": weight}, grids=dict.fromkeys(block.wiring.linears, Affine(3, 16)))
+    q = CLAQ(outlier_bits=0.07)(given).coded[Q]
+    assert float(q.params.scale[5].max()) < 2 * float(weight[4].abs().max()) / 3
+    assert float(q.decode()[5, 7]) == pytest.approx(50.0, abs=5)  # errors of other columns are made up for here, too
 
 
 @pytest.mark.parametrize("reserve", ["label", "two_sided", "official"])

@@ -151,6 +151,21 @@ def test_on_disk_and_back(rows, width, bits, kind, kept, seed):
         torch.testing.assert_close(kernels.decode(packed), q.decode())
 
 
+def test_columns_of_one_width_may_be_stored_in_any_order():
+    grid = Codebook(2)
+    w = torch.randn(9, 8)
+    params = grid.stored(grid.fit(w, torch.tensor([2, 4] * 4)), torch.float32)
+    q = QTensor(grid, grid.encode(w, params), params)
+    tensors = packing.pack(q, torch.float32)
+    turned = tensors["weight_columns"].long()[[3, 1, 0, 2, 4, 5, 6, 7]]
+    from lowbit.grid.bits import pack
+
+    tensors["weight_columns"] = turned.to(torch.uint16)
+    tensors["weight_codes_2"] = pack(q.codes[:, turned[:4]].contiguous(), 2).T.contiguous()
+    tensors["weight_levels_2"] = params.levels[turned[:4], :4].half()
+    assert q.same_as(packing.unpack(tensors, grid, "x")) is None
+
+
 def test_codes_are_those_of_the_nearest_levels():
     w = torch.randn(50, 9)
     grid = Codebook(3)
@@ -237,6 +252,33 @@ def test_soft_weights_start_as_the_float_ones_inside_a_book(block):
         w, params = block.weight(name), block.range_of(name)
         inside = (params.levels[:, :1] <= w.T) & (params.levels[:, -1:] >= w.T)
         torch.testing.assert_close(weights[f"{name}.weight"].T[inside], w.T[inside], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [RTN(), CLAQ(adaptive_bits=0.3, outlier_bits=0.14)])
+def test_what_is_frozen_is_what_is_stored(block, start):
+    """Also where tuning has carried levels past each other: they change places, and so do the codes."""
+    soft = SoftBlock(start(block) if isinstance(start, CLAQ) else block)
+    g = torch.Generator().manual_seed(3)
+    crossed = False
+    for b in soft.buckets:
+        b.v.copy_(torch.randn(b.v.shape, generator=g) * 3)
+        crossed |= bool((b.levels().diff(dim=1) < 0).any())
+        b.nu.copy_(torch.randn(b.nu.shape, generator=g))
+    soft.harden_all()
+    frozen, stored = soft.weights(), soft.hard_weights()
+    assert crossed
+    for key in soft.keys:
+        torch.testing.assert_close(stored[key], frozen[key])
+    for q in soft.codes().values():
+        assert bool((q.params.levels.diff(dim=1) >= 0).all())
+
+
+def test_outliers_pull_at_no_level(block):
+    soft = SoftBlock(CLAQ(outlier_bits=0.7)(block))
+    soft.weights()
+    only = {n: torch.zeros_like(block.weight(n)).flatten().index_fill(0, soft.outliers[n].index, 1.0).view_as(block.weight(n)) for n in soft.names}
+    soft.backward([only[n] for n in soft.names], scales=True)
+    assert all(not bool(b.v.grad.any()) and not bool(b.nu.grad.any()) for b in soft.buckets)
 
 
 @pytest.mark.parametrize("methods", [(FAST,), (CLAQ(adaptive_bits=0.2, outlier_bits=0.14), FAST), (CLAQ(), replace(FAST, rounds=2))])

@@ -234,12 +234,11 @@ def bit_gains(weight: Tensor, diagonal: Tensor, least: int, most: int) -> Tensor
         weight: (rows, columns). diagonal: (columns,) of the factored inverse Hessian.
 
     Returns:
-        (columns, most - least) float64, falling along each row: a column's second bit cannot come before its first, so where it
-        would gain more, both count as the lesser.
+        (columns, most - least) float64.
     """
     lists = weight.T.contiguous()
     loss = torch.stack([kmeans(lists, 1 << b)[1].to(weight.device) for b in range(least, most + 1)], 1) / diagonal.double().square()[:, None]
-    return (loss[:, :-1] - loss[:, 1:]).cummin(1).values / len(weight)
+    return (loss[:, :-1] - loss[:, 1:]) / len(weight)
 
 
 @torch.no_grad()
