@@ -14,7 +14,7 @@ import torch
 from .errors import LowbitError
 from .formats.compressed_tensors import carries
 from .formats.packing import tensor_bytes
-from .grid import Affine, Codebook, PerToken
+from .grid import ActivationGrid, Affine, Codebook
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import hub_file
@@ -287,7 +287,7 @@ def _runtimes(recipe: Recipe, linears: Mapping[str, tuple[int, int]], beyond: st
     )
 
 
-def runtimes(grid: Affine, linears: Mapping[str, tuple[int, int]], activations: PerToken | None = None) -> tuple[Runtime, ...]:
+def runtimes(grid: Affine, linears: Mapping[str, tuple[int, int]], activations: ActivationGrid | None = None) -> tuple[Runtime, ...]:
     """Who will load a compressed-tensors artifact on these grids, by the rules their sources state."""
     if activations is not None:
         narrow = grid.bits <= 4 or activations.bits == 8

@@ -76,7 +76,8 @@ def _joined(name: str) -> dict[str, Any]:
         data, method = _read(part, f"recipe '{part}'"), part.split("-")[0]
         if method in out["methods"]:
             raise LowbitError(f"recipe '{name}' has '{method}' twice.")
-        out["methods"].append(method)
+        if method in data["methods"]:  # not so where the name is that of an activation grid
+            out["methods"].append(method)
         for key in (method, "scheme", "codebook", "activations", "kv", "calibration"):
             if key in data:
                 out[key] = data[key]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import LowbitError, unknown
-from .grid import Affine, Codebook, Grid, KVGrid, PerToken, Reading
+from .grid import ActivationGrid, Affine, Codebook, CrossQuant, Grid, KVGrid, PerToken, Reading
 from .grid.codebook import Per
 from .methods import CLAQ, METHODS, RTN, SOLVERS, Method, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
@@ -49,7 +49,7 @@ class Recipe:
     overrides: tuple[tuple[str, Grid], ...] = field(default=())
     calibration: Calibration = field(default_factory=Calibration)
     name: str = "custom"
-    activations: PerToken | None = None
+    activations: ActivationGrid | None = None
     kv: PerToken | None = None
 
     def __post_init__(self) -> None:
@@ -82,9 +82,9 @@ class Recipe:
     def with_scheme(self, scheme: Scheme) -> Recipe:
         """The recipe for other bits; how activations, keys and values are quantized stays as the recipe has it."""
         grid = as_codebook(scheme.weights, self.grid.per) if isinstance(self.grid, Codebook) else scheme.weights
-        return replace(
-            self, grid=grid, activations=_rebit(self.activations, scheme.activation_bits), kv=_rebit(self.kv, scheme.kv_bits)
-        )
+        bits, kv_bits = scheme.activation_bits, scheme.kv_bits
+        activations = None if bits is None else replace(self.activations or PerToken(bits), bits=bits)
+        return replace(self, grid=grid, activations=activations, kv=None if kv_bits is None else replace(self.kv or PerToken(kv_bits), bits=kv_bits))
 
     def grid_of(self, linear: str) -> Grid:
         """The grid of a linear by its full name."""
@@ -147,8 +147,8 @@ class Recipe:
             per: Per = _checked(data["codebook"], Per, f"{origin}: codebook")
             grids = [as_codebook(g, per) for g in grids if isinstance(g, Affine)]
         overrides = tuple(zip(data.get("overrides", {}), grids[1:], strict=True))
-        activations = _per_token(data, "activations", scheme.activation_bits, origin)
-        kv = _per_token(data, "kv", scheme.kv_bits, origin)
+        activations = _activation_grid(data, scheme.activation_bits, origin)
+        kv = _dynamic(PerToken, data, "kv", scheme.kv_bits, origin)
         return cls(grids[0], methods, overrides, calibration, data.get("name", "custom"), activations, kv)
 
     @classmethod
@@ -174,19 +174,24 @@ def _method_name(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
-def _rebit(grid: PerToken | None, bits: int | None) -> PerToken | None:
-    if bits is None:
-        return None
-    return PerToken(bits) if grid is None else replace(grid, bits=bits)
+_G = typing.TypeVar("_G", PerToken, CrossQuant)
 
 
-def _per_token(data: Mapping[str, Any], key: str, bits: int | None, origin: str) -> PerToken | None:
+def _activation_grid(data: Mapping[str, Any], bits: int | None, origin: str) -> ActivationGrid | None:
+    """The grid of linears' inputs: `CrossQuant` where its row exponent is given, else `PerToken`."""
+    options = data.get("activations", {})
+    if isinstance(options, dict) and "row_exponent" in options:
+        return _dynamic(CrossQuant, data, "activations", bits, origin)
+    return _dynamic(PerToken, data, "activations", bits, origin)
+
+
+def _dynamic(kind: type[_G], data: Mapping[str, Any], key: str, bits: int | None, origin: str) -> _G | None:
     """The grid that the options under ``key`` describe; they apply to schemes that quantize it and wait for one otherwise."""
     options = data.get(key, {})
     if isinstance(options, dict) and "bits" in options:
         raise LowbitError(f"{origin}: '{key}.bits' is said by the scheme, as in W4A8KV4.")
     try:
-        grid = _built(PerToken, key, {**options, "bits": bits or 8} if isinstance(options, dict) else options, origin)
+        grid = _built(kind, key, {**options, "bits": bits or 8} if isinstance(options, dict) else options, origin)
     except ValueError as e:
         raise LowbitError(f"{origin}: {key}: {e}.") from e
     return grid if bits else None
@@ -335,7 +340,8 @@ def advance(block: Block, streams: Streams, proof_kwargs: Mapping[str, Any]) -> 
     proof = streams.proof
     if proof is not None:
         wide = torch.promote_types(block.compute, torch.float32)
-        proof = replace(block, kwargs=proof_kwargs, compute=wide).forward(proof.to(block.device), decoded)
+        alone = replace(block, kwargs=proof_kwargs, compute=wide)  # row by row, as loaders are asked: a grid may look at all rows
+        proof = torch.cat([alone.forward(row[None].to(block.device), decoded) for row in proof])
     return replace(streams, x=block.target, xq=block.run(streams.xq, decoded), proof=proof)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, AffineParams, PerToken, QTensor
+from ..grid import ActivationGrid, Affine, AffineParams, PerToken, QTensor
 from ..grid.bits import pack as pack_bits
 from ..grid.bits import packed_words
 from ..grid.bits import unpack as unpack_bits
@@ -87,7 +87,7 @@ def tensor_bytes(grid: Affine, rows: int, columns: int, scale_bytes: int = 2) ->
     return 4 * rows * packed_words(columns, grid.bits) + scale_bytes * rows * groups + zero + 16
 
 
-def carries(grids: Iterable[Affine], activations: PerToken | None) -> bool:
+def carries(grids: Iterable[Affine], activations: ActivationGrid | None) -> bool:
     """Whether the format can say how activations are quantized, and its loaders do it.
 
     4 and 8 bits, symmetric on both sides: transformers ignores the activations of asymmetric weights, and vLLM has no kernels
@@ -96,10 +96,10 @@ def carries(grids: Iterable[Affine], activations: PerToken | None) -> bool:
     if activations is None:
         return True
     a = activations
-    return a.full_range and a.clip == 1 and a.bits in (4, 8) and all(g.symmetric for g in grids)
+    return isinstance(a, PerToken) and a.full_range and a.clip == 1 and a.bits in (4, 8) and all(g.symmetric for g in grids)
 
 
-def describe(grids: Mapping[str, Affine], skipped: list[str], activations: PerToken | None = None) -> dict[str, Any]:
+def describe(grids: Mapping[str, Affine], skipped: list[str], activations: ActivationGrid | None = None) -> dict[str, Any]:
     """`quantization_config` for config.json.
 
     Args:

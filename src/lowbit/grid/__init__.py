@@ -1,5 +1,7 @@
 """Which numbers a tensor may take."""
 
+from .activation import ActivationGrid as ActivationGrid
+from .activation import CrossQuant as CrossQuant
 from .activation import PerToken as PerToken
 from .affine import Affine as Affine
 from .affine import AffineParams as AffineParams

@@ -1,8 +1,9 @@
-"""Activation grids: integers computed anew for every token while the model runs."""
+"""Activation grids: integers computed anew while the model runs, for every token or for all that pass together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, Union, get_args
 
 import torch
 from torch import Tensor
@@ -56,5 +57,63 @@ class PerToken:
     def __call__(self, x: Tensor) -> Tensor:
         """The nearest representable values, in x's dtype; gradients pass unchanged (straight-through)."""
         codes, scale, zero_point = self.codes(x)
-        value = codes.sub_(zero_point).mul_(scale).to(x.dtype)
-        return x + (value - x).detach() if torch.is_grad_enabled() and x.requires_grad else value
+        return _straight_through(x, codes.sub_(zero_point).mul_(scale).to(x.dtype))
+
+
+Columns = Literal["call", "sequence"]
+
+_LEAST_COLUMN = 1e-5  # of the largest column's maximum
+_LEAST_SCALE = 1e-30
+
+
+@dataclass(frozen=True)
+class CrossQuant:
+    """A scale for every element, from the maxima of its row (token) and its column (channel): t**a * c**(1-a) / (2**(bits-1) - 1).
+
+    Dynamic, as published: column maxima are those of what is being quantized. That makes it a simulation: a token's numbers depend
+    on tokens after it and, with ``columns="call"``, on the other sequences of the batch and on padding; a token that comes
+    alone, as in generation, has scales that hold its own values; and no integer product can apply a scale that varies along the
+    channels it sums over.
+
+    Attributes:
+        bits: 2 to 8, levels on both sides of zero.
+        row_exponent: a in [0, 1], the paper's alpha, 0.15 there; 1 is one scale per token, 0 one per channel.
+        columns: tokens over which a channel's maximum is taken: all of a "call", or those of each "sequence".
+
+    Source: CrossQuant (arXiv 2410.07505). Nothing is ever clipped: |x| is at most t and at most c, so at most t**a * c**(1-a).
+    """
+
+    bits: int
+    row_exponent: float = 0.15
+    columns: Columns = "call"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"activation bits must be 2 to 8 (or 16 for none), got {self.bits}")
+        if not 0 <= self.row_exponent <= 1:
+            raise ValueError(f"row_exponent must be in [0, 1], got {self.row_exponent}")
+        if self.columns not in get_args(Columns):
+            raise ValueError(f"columns must be one of {', '.join(get_args(Columns))}, got {self.columns!r}")
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., tokens, channels) float -> signed codes and scales of the same shape, float32 both."""
+        wide = x.detach().float()
+        size = wide.abs()
+        rows = size.amax(-1, keepdim=True)
+        columns = size.amax(-2, keepdim=True) if self.columns == "sequence" else size.flatten(0, -2).amax(0)
+        columns = columns.clamp(min=_LEAST_COLUMN * columns.amax(-1, keepdim=True))
+        top = 2 ** (self.bits - 1) - 1
+        scale = (rows.pow(self.row_exponent) * columns.pow(1 - self.row_exponent) / top).clamp(min=_LEAST_SCALE)
+        return (wide / scale).round_(), scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The nearest representable values, in x's dtype; gradients pass unchanged (straight-through)."""
+        codes, scale = self.codes(x)
+        return _straight_through(x, codes.mul_(scale).to(x.dtype))
+
+
+ActivationGrid = Union[PerToken, CrossQuant]
+
+
+def _straight_through(x: Tensor, value: Tensor) -> Tensor:
+    return x + (value - x).detach() if torch.is_grad_enabled() and x.requires_grad else value

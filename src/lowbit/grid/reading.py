@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activation import PerToken
+from .activation import ActivationGrid, PerToken
 from .rotation import Rotation
 
 
@@ -23,7 +23,7 @@ class Reading:
     """
 
     rotation: Rotation | None = None
-    grid: PerToken | None = None
+    grid: ActivationGrid | None = None
     factor: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:

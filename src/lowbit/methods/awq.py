@@ -99,14 +99,14 @@ class AWQ:
         exact = block.exact()
 
         def visit(name: str, call: Call) -> None:
-            x = call.args[0].flatten(0, -2)
+            x, q = exact.entering(name, call.args[0]).flatten(0, -2), block.entering(name, call.args[0]).flatten(0, -2)
             at = seen[name]
             seen[name] += len(x)
             if picked is not None:
-                x = x[(picked[(picked >= at) & (picked < at + len(x))] - at).to(x.device)]
-            q = block.entering(name, x)
+                here = (picked[(picked >= at) & (picked < at + len(x))] - at).to(x.device)
+                x, q = x[here], q[here]
             reading = block.readings.get(name)
-            e = None if reading is None or reading.grid is None else q - exact.entering(name, x)
+            e = None if reading is None or reading.grid is None else q - x
             for group in groups[name]:
                 cut = [None if t is None else t.reshape(len(x), -1, group).transpose(0, 1).float() for t in (q, e)]
                 found = [None if t is None else cut[0].transpose(1, 2) @ t for t in cut]  # type: ignore[union-attr]
@@ -148,9 +148,9 @@ def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[T
     """
     calls: dict[str, list[Call]] = {site.reads[0]: [], site.probe: []}
     block.exact().observe(list(calls), block.x, rows, lambda name, call: calls[name].append(call))
-    inputs = [c.args[0].flatten(0, -2) for c in calls[site.reads[0]]]
-    tokens = sum(len(x) for x in inputs)
-    mean = sum((x.abs().sum(0, dtype=torch.float64) for x in inputs), start=torch.zeros((), dtype=torch.float64)) / tokens
+    inputs = [c.args[0] for c in calls[site.reads[0]]]
+    tokens = sum(x[..., 0].numel() for x in inputs)
+    mean = sum((x.flatten(0, -2).abs().sum(0, dtype=torch.float64) for x in inputs), start=torch.zeros((), dtype=torch.float64)) / tokens
     probe = _linear_probe(block, site, inputs) if site.probe in site.reads else _module_probe(block, site, calls[site.probe])
     best, best_error, best_exponent = torch.ones_like(mean), float("inf"), 0.0
     for n in range(exponents):
@@ -175,7 +175,8 @@ class _linear_probe:
     def __init__(self, block: Block, site: Site, inputs: list[Tensor]) -> None:
         self.name, self.weight, self.inputs = site.probe, block.weight(site.probe), inputs
         wide = self.weight.dtype
-        self.gram = sum((x.T.to(wide) @ x.to(wide) for x in inputs), start=torch.zeros((), device=block.device, dtype=wide))
+        flat = (x.flatten(0, -2).to(wide) for x in inputs)
+        self.gram = sum((x.T @ x for x in flat), start=torch.zeros((), device=block.device, dtype=wide))
 
     def __call__(self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading]) -> float:
         weight = quantized[self.name]

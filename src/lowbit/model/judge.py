@@ -36,25 +36,25 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
         block: all linears coded.
     """
     exact = block.exact()
-    read: dict[str, list[Tensor]] = {site.reads[0]: [] for site in block.wiring.sites}
+    read: dict[str, list[tuple[Tensor, Tensor]]] = {site.reads[0]: [] for site in block.wiring.sites}
 
     def visit(name: str, call: Call) -> None:
-        left = _TOKENS - sum(map(len, read[name]))
+        left = _TOKENS - sum(len(x) for x, _ in read[name])
         if left > 0:
-            read[name].append(call.args[0].flatten(0, -2)[:left].clone())
+            x, met = exact.entering(name, call.args[0]), block.entering(name, call.args[0])
+            read[name].append((x.flatten(0, -2)[:left].clone(), met.flatten(0, -2)[:left].clone()))
 
     rows = min(block.tuned_rows, -(-_TOKENS // block.xq.shape[1]))
     replace(block, weights=block.decoded()).observe(list(read), block.xq, rows, visit)
     out: dict[str, LinearError] = {}
     for site in block.wiring.sites:
-        x = torch.cat(read.pop(site.reads[0]))
+        x, met = (torch.cat(parts).to(block.weight(site.reads[0]).dtype) for parts in zip(*read.pop(site.reads[0]), strict=True))
         for name in site.reads:
             if name not in block.coded:
                 continue
             grid, weight = block.grids[name], block.weight(name)
             whole = block.whole[name].to(weight.dtype) if name in block.whole else weight
-            expected = exact.entering(name, x).to(weight.dtype) @ whole.T
-            met = block.entering(name, x).to(weight.dtype)
+            expected = x @ whole.T
             nearest = grid.stored(grid.fit(whole), block.stored)
             scale = expected.square().sum(dtype=torch.float64).clamp(min=1e-300)
             errors = [
