@@ -178,7 +178,7 @@ def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
     if report["format"] == "lowbit":
         return [
             f'load      import lowbit; AutoModelForCausalLM.from_pretrained("{folder}")    (runs in transformers, after import lowbit)',
-            "serve     no server reads this format: codebooks, kept outliers, rotated, zero-point or CrossQuant activations, or quantized keys and values",
+            "serve     no server reads this format: codebooks, kept outliers, rotated, zero-point or CrossQuant activations, quantized caches",
         ]
     return [
         f'load      AutoModelForCausalLM.from_pretrained("{folder}")    (plain transformers with compressed-tensors)',
