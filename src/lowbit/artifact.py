@@ -64,7 +64,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise
 
 
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file under a temporary name, then rename it. Raises LowbitError if the file system refuses."""
     temporary = path.with_name(path.name + ".tmp")
     with _disk(path):
         path.parent.mkdir(exist_ok=True)
@@ -196,7 +197,7 @@ class Workplace:
         Without its record a shard does not count as finished: a resume makes it again.
         """
         path = self.shard(number)
-        _write_shard(path, tensors)
+        save_shard(path, tensors)
         held = read_shard(path)
         if check:
             check(held)
@@ -211,7 +212,7 @@ class Workplace:
 
     def write_proof(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the sample of tokens and logits that `lowbit verify` compares with."""
-        _write_shard(self.partial / PROOF, tensors)
+        save_shard(self.partial / PROOF, tensors)
 
     def carry(self, source: Any) -> None:
         """Copy the tokenizer and generation settings of the original model."""

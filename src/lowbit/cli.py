@@ -262,6 +262,18 @@ def verify(
 
 @app.command()
 @_reported
+def export(
+    folder: Annotated[Path, typer.Argument(help="Artifact folder, in the format of lowbit.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the exported model.")],
+) -> None:
+    """Rewrite an artifact with online rotations for vLLM (compressed-tensors with a transform_config), codes unchanged."""
+    from .export import export as write
+
+    out.print(f"{output}\nverified: {write(folder, output).summary}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_reported
 def compare(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     schemes: Annotated[str, typer.Option(help="With commas: W2A16g64,W3A16g64,W4A4,W4A8KV4.")],

@@ -179,6 +179,7 @@ def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
         return [
             f'load      import lowbit; AutoModelForCausalLM.from_pretrained("{folder}")    (runs in transformers, after import lowbit)',
             "serve     no server reads this format: codebooks, kept outliers, rotated, zero-point or CrossQuant activations, quantized caches",
+            f"          for vLLM, if the rotations are all that keeps it out: lowbit export {folder} -o DIR",
         ]
     return [
         f'load      AutoModelForCausalLM.from_pretrained("{folder}")    (plain transformers with compressed-tensors)',

@@ -23,10 +23,12 @@ from .formats import native
 from .formats.packing import local_tensors, packed_linears, unpack
 
 _LOADER = """
-import sys, torch
+import json, sys, torch
+from pathlib import Path
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-folder, ids, out, needs = sys.argv[1:]
+folder, ids, out, needs, exact = sys.argv[1:]
 needs_lowbit = needs == "lowbit"
 if needs_lowbit:
     import lowbit
@@ -37,11 +39,30 @@ with torch.no_grad():
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
             module.quantization_scheme.weights = None  # decoded by now; rounding them again would be in another dtype
+            if exact == "exact":
+                module.quantization_scheme.input_activations = None
+        if exact == "exact" and hasattr(module, "reading"):
+            module.reading = module.reading.exact()
     torch.nn.Module.float(model)  # weights as users get them, arithmetic as in tuning
+    transforms = json.loads(Path(folder, "config.json").read_text())["quantization_config"].get("transform_config")
+    if transforms is not None:  # transformers ignores them; vLLM applies the online ones, with matrices from the files
+        from compressed_tensors.transform import TransformConfig, apply_transform_config
+        online = TransformConfig.model_validate(transforms)
+        for scheme in online.config_groups.values():
+            scheme.apply, scheme.precision = [a for a in scheme.apply if a.is_online()], torch.float32
+        apply_transform_config(model, online)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        files = json.loads(Path(folder, "model.safetensors.index.json").read_text())["weight_map"]
+        stored = {k: f for k, f in files.items() if k.endswith("_input.weight")}
+        assert len(stored) == len(online.config_groups)
+        for key, file in stored.items():
+            with safe_open(Path(folder, file), "pt") as f:
+                parameters[key].copy_(f.get_tensor(key))
     logits = torch.cat([model(row[None], use_cache=False).logits.float() for row in load_file(ids)["ids"]])
 save_file({"logits": logits.contiguous()}, out)
 """
 
+EXACT = "activations not quantized"
 _WITHIN = 2e-2  # rounding of the weight to its 16-bit dtype, which a float32 loader does not do
 
 
@@ -147,10 +168,10 @@ def _unpack(held: dict[str, Tensor], name: str, config: dict[str, Any]) -> None:
         raise VerificationError(str(e)) from e
 
 
-def loader_logits(folder: Path, ids: Tensor) -> Tensor:
+def loader_logits(folder: Path, ids: Tensor, *, exact: bool = False) -> Tensor:
     """Logits (n, length, vocab) float32 that transformers computes from the artifact, in a process of its own.
 
-    That process imports lowbit only for artifacts in its own format, as their user has to.
+    That process imports lowbit only for artifacts in its own format, as their user has to. With ``exact`` activations are not quantized.
 
     Raises:
         VerificationError: the loader fails.
@@ -162,9 +183,8 @@ def loader_logits(folder: Path, ids: Tensor) -> Tensor:
         save_file({"ids": ids.contiguous()}, given)
         method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", _LOADER, str(folder), str(given), str(out), method], capture_output=True, text=True, env=environment, check=False
-        )
+        arguments = [str(folder), str(given), str(out), method, "exact" if exact else "as stored"]
+        done = subprocess.run([sys.executable, "-c", _LOADER, *arguments], capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise VerificationError(f"transformers cannot load '{folder}': {last}")
@@ -189,7 +209,7 @@ def verify(folder: Path, *, loader: bool = True) -> Verification:
     if not loader:
         return Verification(tensors, linears, "not asked for")
     proof = read_shard(folder / PROOF)
-    logits = loader_logits(folder, proof["ids"])[:, -proof["logits"].shape[1] :]
+    logits = loader_logits(folder, proof["ids"], exact=report.get("proof") == EXACT)[:, -proof["logits"].shape[1] :]
     rms, top1 = compare_logits(proof["logits"], logits)
     if not rms <= _WITHIN:
         raise VerificationError(

@@ -25,12 +25,14 @@ class QuaRot:
         heads: of each head's values, folded into the linears before and after attention.
         online: of the activations that enter the MLP's last linear and, across heads, attention's output linear, while the
             model runs. Plain loaders cannot do that; without it, and with 16-bit activations, they load the artifact.
+        across_heads: whether ``online`` includes the one before attention's output linear.
         keys: of queries and keys after position encoding, where keys are quantized.
     """
 
     residual: bool = True
     heads: bool = True
     online: bool = True
+    across_heads: bool = True
     keys: bool = True
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class QuaRot:
         wanted = [(self.online, inner, f"the number of inputs of '{wiring.sites[-1].reads[0]}'", "online")]
         if heads is not None:
             wanted += [
-                (self.online, heads.count, "the number of attention heads", "online"),
+                (self.online and self.across_heads, heads.count, "the number of attention heads", "across_heads"),
                 (self.heads, heads.width, "the width of a head", "heads"),
                 (self.keys and kv, heads.width, "the width of a head", "keys"),
             ]
@@ -63,7 +65,7 @@ class QuaRot:
 
     def __call__(self, block: Block) -> Block:
         heads = block.wiring.heads
-        if heads is not None and (self.heads or self.online):
+        if heads is not None and (self.heads or (self.online and self.across_heads)):
             block = self._rotate_values(block, heads)
         if self.online:
             last = block.wiring.sites[-1]
@@ -89,7 +91,8 @@ class QuaRot:
                 changes[bias] = shift
             changes[out] = _each_head(block.weights[out].double(), inner).to(weight.dtype)
             block = block.rewritten(changes)
-        return _online(block, heads.output, Rotation.across_heads(heads.count, heads.width)) if self.online and heads.count > 1 else block
+        mixed = self.online and self.across_heads and heads.count > 1
+        return _online(block, heads.output, Rotation.across_heads(heads.count, heads.width)) if mixed else block
 
 
 def _each_head(x: Tensor, rotation: Rotation) -> Tensor:
