@@ -6,6 +6,7 @@ from typing import Union
 
 from .awq import AWQ as AWQ
 from .claq import CLAQ as CLAQ
+from .crossquant import CrossQuant as CrossQuant
 from .gptq import GPTQ as GPTQ
 from .omniquant import OmniQuant as OmniQuant
 from .quarot import QuaRot as QuaRot
@@ -13,10 +14,10 @@ from .rtn import RTN as RTN
 from .smoothquant import SmoothQuant as SmoothQuant
 from .tesseraq import TesseraQ as TesseraQ
 
-Method = Union[QuaRot, SmoothQuant, AWQ, OmniQuant, RTN, GPTQ, CLAQ, TesseraQ]
+Method = Union[QuaRot, SmoothQuant, CrossQuant, AWQ, OmniQuant, RTN, GPTQ, CLAQ, TesseraQ]
 SOLVERS = (RTN, GPTQ, CLAQ, TesseraQ)  # end on codes; what changes weights or ranges comes before them
 
 METHODS: dict[str, type[Method]] = {
-    "quarot": QuaRot, "smoothquant": SmoothQuant, "awq": AWQ, "omniquant": OmniQuant, "rtn": RTN, "gptq": GPTQ, "claq": CLAQ,
-    "tesseraq": TesseraQ,
+    "quarot": QuaRot, "smoothquant": SmoothQuant, "crossquant": CrossQuant, "awq": AWQ, "omniquant": OmniQuant,
+    "rtn": RTN, "gptq": GPTQ, "claq": CLAQ, "tesseraq": TesseraQ,
 }  # fmt: skip

@@ -6,7 +6,7 @@ own ends ("asymmetric" clip) on the quantized stream. The official repository sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,16 +146,34 @@ def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[T
     Returns:
         (channels,) factor, and its exponent in [0, 1).
     """
-    calls: dict[str, list[Call]] = {site.reads[0]: [], site.probe: []}
-    block.exact().observe(list(calls), block.x, rows, lambda name, call: calls[name].append(call))
-    inputs = [c.args[0] for c in calls[site.reads[0]]]
+    inputs, calls = calls_of(block, site, rows)
     tokens = sum(x[..., 0].numel() for x in inputs)
     mean = sum((x.flatten(0, -2).abs().sum(0, dtype=torch.float64) for x in inputs), start=torch.zeros((), dtype=torch.float64)) / tokens
-    probe = _linear_probe(block, site, inputs) if site.probe in site.reads else _module_probe(block, site, calls[site.probe])
-    best, best_error, best_exponent = torch.ones_like(mean), float("inf"), 0.0
-    for n in range(exponents):
-        factor = mean.pow(n / exponents).clamp(min=1e-4)
-        factor = factor / (factor.max() * factor.min()).sqrt()
+
+    def candidates() -> Iterator[tuple[Tensor, float]]:
+        for n in range(exponents):
+            factor = mean.pow(n / exponents).clamp(min=1e-4)
+            yield factor / (factor.max() * factor.min()).sqrt(), n / exponents
+
+    return least_harmful(block, site, inputs, calls, candidates())
+
+
+@torch.no_grad()
+def calls_of(block: Block, site: Site, rows: int) -> tuple[list[Tensor], list[Call]]:
+    """What arrives at a site's readers, and what its probe is called with, on the first rows of the float stream."""
+    calls: dict[str, list[Call]] = {site.reads[0]: [], site.probe: []}
+    block.exact().observe(list(calls), block.x, rows, lambda name, call: calls[name].append(call))
+    return [c.args[0] for c in calls[site.reads[0]]], calls[site.probe]
+
+
+@torch.no_grad()
+def least_harmful(
+    block: Block, site: Site, inputs: list[Tensor], calls: list[Call], candidates: Iterable[tuple[Tensor, float]]
+) -> tuple[Tensor, float]:
+    """Of the given per-channel factors, with a number each, the one under which the site's quantized readers hurt least, and its number."""
+    probe = _linear_probe(block, site, inputs) if site.probe in site.reads else _module_probe(block, site, calls)
+    best, best_error, best_number = torch.ones(inputs[0].shape[-1], dtype=torch.float64, device=block.device), float("inf"), 0.0
+    for factor, number in candidates:
         quantized = {}
         for name in site.reads:
             weight = block.weight(name)
@@ -164,8 +182,8 @@ def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[T
         reading = block.readings.get(site.reads[0])
         error = probe(quantized, {} if reading is None else dict.fromkeys(site.reads, reading.with_factor(factor)))
         if error < best_error:
-            best, best_error, best_exponent = factor, error, n / exponents
-    return best, best_exponent
+            best, best_error, best_number = factor, error, number
+    return best, best_number
 
 
 class _linear_probe:

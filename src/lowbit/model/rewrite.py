@@ -64,3 +64,27 @@ def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) 
             changes[bias] = (held.double() + weight.double() @ shift.double()).to(block.stored).to(held.dtype)
         changes[key] = (weight.double() * effective).to(weight.dtype)
     return block.rewritten(changes)
+
+
+def fold_values(block: Block, factor: Tensor) -> Block:
+    """Divide attention's values by a positive factor per channel and multiply the output linear's columns by it.
+
+    Unlike `fold`, also where several query heads share a head of keys and values.
+
+    Args:
+        factor: (key and value heads * width,) > 0.
+    """
+    heads = block.wiring.heads
+    if heads is None or heads.norm is not None:
+        raise ValueError("the values of this family cannot take a factor")
+    wide = factor.double()
+    changes, _ = _into_rows(block, heads.values, wide, None)
+    key = f"{heads.output}.weight"
+    shared = heads.count * heads.width // len(factor)
+    changes[key] = (block.weights[key].double() * repeated(wide, heads.width, shared)).to(block.weights[key].dtype)
+    return block.rewritten(changes)
+
+
+def repeated(values: Tensor, width: int, times: int) -> Tensor:
+    """(heads * width,) -> (heads * times * width,): what each head's channels become where ``times`` query heads share it."""
+    return values.reshape(-1, 1, width).expand(-1, times, -1).reshape(-1)

@@ -1,0 +1,131 @@
+"""CrossQuant (arXiv 2410.07505) in a form that runs: static column maxima, folded into what comes before each linear.
+
+The published scale of an activation, t**a * c**(1-a) with the row's and the column's maximum, is `lowbit.grid.CrossQuant`. Here the
+column's part becomes a constant of the model: c is measured on the calibration text, c**(1-a) is divided out of the activation by the
+norm or linear that makes it and multiplied into the weights that read it, before those are quantized. What is left of the scale is
+the row's own maximum after that, never above t**a while |x| <= c: an ordinary per-token grid, which integer kernels take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..model.block import Block, Call
+from ..model.rewrite import fold, fold_values, repeated
+from ..model.wiring import Heads, Site
+from .awq import calls_of, foldable, least_harmful
+
+_LEAST_COLUMN = 1e-5  # of the largest column's, as in the dynamic grid
+_TRIED = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
+
+Columns = Literal["max", "percentile"]
+
+
+@dataclass(frozen=True)
+class CrossQuant:
+    """The knobs of the folded form. The weights quantized are those after the fold, unlike in the published simulation.
+
+    Attributes:
+        row_exponent: a in [0, 1]; 0.15 is the paper's. 1 folds nothing.
+        search: try exponents from 0 to 1 at every site and take the one whose quantized outputs differ least; ``row_exponent`` is not used.
+        columns: a channel's calibrated size: its "max", or its "percentile" (what lies above gives its token a coarser scale).
+        percentile: in percent.
+        skip_first: leave the first token of every row out of it: its few huge channels are no other token's.
+        rows: calibration rows used, at most; 0 means all.
+        search_rows: of those, rows the search looks at.
+    """
+
+    row_exponent: float = 0.15
+    search: bool = False
+    columns: Columns = "max"
+    percentile: float = 99.99
+    skip_first: bool = True
+    rows: int = 0
+    search_rows: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.row_exponent <= 1 or not 0 < self.percentile <= 100 or self.rows < 0 or self.search_rows < 1:
+            raise LowbitError("crossquant needs row_exponent in [0, 1], percentile in (0, 100], rows >= 0 and search_rows >= 1.")
+
+    def __call__(self, block: Block) -> Block:
+        sites = [s for s in block.wiring.sites if foldable(block, s) and (s.source is not None or _shared(block, s) is not None)]
+        rows = min(self.rows or block.tuned_rows, block.tuned_rows)
+        sizes = self.sizes(block, [s.reads[0] for s in sites], rows)
+        chosen: dict[str, float] = {}
+        for site in sites:
+            heads, size = _shared(block, site), sizes[site.reads[0]]
+            times = 1 if heads is None else _times(block, heads)
+            if heads is not None:  # channels that come from one value share its factor
+                size = repeated(size.reshape(-1, times, heads.width).amax(1).flatten(), heads.width, times)
+            factor, exponent = _factor(size, self.row_exponent), self.row_exponent
+            if self.search:
+                block.announce(f"crossquant: exponent of {', '.join(site.reads)}")
+                inputs, calls = calls_of(block, site, min(self.search_rows, rows))
+                factor, exponent = least_harmful(block, site, inputs, calls, _candidates(size))
+            chosen[site.reads[0]] = exponent
+            if exponent == 1:
+                continue
+            if heads is None:
+                block = fold(block, site, factor)
+            else:
+                block = fold_values(block, factor.reshape(-1, times, heads.width)[:, 0].flatten())
+        return block.noted(crossquant_exponents=chosen)
+
+    @torch.no_grad()
+    def sizes(self, block: Block, linears: list[str], rows: int) -> dict[str, Tensor]:
+        """Calibrated |x| of each input channel of some linears on the float stream, (channels,) float64.
+
+        Raises:
+            LowbitError: an activation is not finite, or rows of one token while first tokens are skipped.
+        """
+        length, skipped = block.x.shape[1], int(self.skip_first)
+        if length <= skipped:
+            raise LowbitError("crossquant: calibration rows of one token have nothing after their first: set crossquant.skip_first=false.")
+        keep = 1 if self.columns == "max" else max(1, math.floor(rows * (length - skipped) * (1 - self.percentile / 100)) + 1)
+        largest: dict[str, Tensor] = {}
+
+        def visit(name: str, call: Call) -> None:
+            x = call.args[0]
+            if not bool(torch.isfinite(x).all()):
+                raise LowbitError(f"'{block.name}.{name}' gets activations that are not finite: check the model and its dtype.")
+            size = x[:, skipped:].flatten(0, -2).abs().float()
+            if name in largest:
+                size = torch.cat([largest[name], size])
+            largest[name] = size.topk(min(keep, len(size)), dim=0).values
+
+        if linears:
+            block.exact().observe(linears, block.x, rows, visit)
+        return {n: t[-1].double() for n, t in largest.items()}
+
+
+def _factor(size: Tensor, exponent: float) -> Tensor:
+    """c**(1-a) over its geometric mean, so that the weights stay in the range of their dtype; 1 where nothing ever arrives."""
+    dead = size <= 0
+    if bool(dead.all()):
+        return torch.ones_like(size)
+    factor = size.clamp(min=_LEAST_COLUMN * float(size.max())).pow(1 - exponent)
+    return torch.where(dead, torch.ones_like(factor), factor / factor[~dead].log().mean().exp())
+
+
+def _candidates(size: Tensor) -> Iterator[tuple[Tensor, float]]:
+    for exponent in reversed(_TRIED):  # of equal ones the one that moves least
+        yield _factor(size, exponent), exponent
+
+
+def _shared(block: Block, site: Site) -> Heads | None:
+    """The heads, where a site reads attention's output and several of its channels come from one value."""
+    heads = block.wiring.heads
+    return heads if site.source is None and heads is not None and heads.norm is None and site.reads == (heads.output,) else None
+
+
+def _times(block: Block, heads: Heads) -> int:
+    """Query heads that share one head of keys and values."""
+    start, stop = heads.values.rows or (0, len(block.weight(heads.values.module)))
+    return heads.count * heads.width // (stop - start)
