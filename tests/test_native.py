@@ -251,6 +251,6 @@ def test_a_size_that_cannot_be_rotated_is_refused_before_work(tmp_path):
     for call in (["quantize", tmp_path / "m", "--recipe", "quarot", "-o", tmp_path / "out"], ["plan", tmp_path / "m", "--recipe", "quarot"]):
         result = CliRunner().invoke(app, [str(a) for a in call])
         assert result.exit_code == 2
-        assert "14 = 2 x 7" in (text := " ".join(result.output.split())) and "--set quarot.online=false" in text
+        assert "14 = 2 x 7" in (text := " ".join(result.output.split())) and "--set quarot.across_heads=false" in text
     assert not (tmp_path / "out.partial").exists()
     made(tmp_path / "m", tmp_path / "out", "W4A16", settings=["quarot.online=false"])

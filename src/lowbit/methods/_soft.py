@@ -83,7 +83,8 @@ class SoftBlock:
                 g = g.flatten().index_fill(0, kept.index, 0).view(g.shape)
             by_bucket[self.places[name].bucket].append(self.buckets[self.places[name].bucket].lists(g))
         for b, pieces in zip(self.buckets, by_bucket, strict=True):
-            b.backward(torch.cat(pieces).float() if len(pieces) > 1 else pieces[0].float(), scales=scales)
+            # Fused Adam pairs variables and gradients as they lie in memory: a transposed gradient would move the wrong weights.
+            b.backward((torch.cat(pieces) if len(pieces) > 1 else pieces[0]).float().contiguous(), scales=scales)
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """(rounding variables, scale variables)."""

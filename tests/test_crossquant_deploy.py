@@ -1,0 +1,175 @@
+"""CrossQuant folded with static column sizes: the fold against float64, its steps against the published ones, and what it does not leak."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import FAMILIES, TEXT, save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from lowbit.cli import app
+from lowbit.errors import LowbitError
+from lowbit.grid import Affine, PerToken
+from lowbit.job import quantize
+from lowbit.methods import CrossQuant
+from lowbit.model.stream import ModelStream
+from lowbit.presets import load_recipe
+from lowbit.recipe import Recipe, Streams, apply_methods, begin
+
+IDS = torch.randint(3, 280, (8, 24), generator=torch.Generator().manual_seed(0))
+
+
+def opened(stream, recipe):
+    x = stream.embed(IDS)
+    return begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(x.shape[1])[0], 0)
+
+
+def inputs_of(block, exact=True):
+    seen = {}
+
+    def keep(name, call):
+        seen.setdefault(name, []).append(call.args[0])
+
+    (block.exact() if exact else block).observe(list(block.wiring.linears), block.x, len(block.x), keep)
+    return {n: torch.cat(xs) for n, xs in seen.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fold_changes_no_output_in_any_family(tmp_path, family):
+    block = opened(ModelStream(save_tiny(tmp_path, family, torch.float32), compute=torch.float64), Recipe(Affine(8)))
+    folded = CrossQuant(0.15)(block)
+    done = set(folded.notes["crossquant_exponents"])
+    assert done or family == "opt-post-norm"
+    assert any(not torch.equal(folded.weights[k], w) for k, w in block.weights.items()) == bool(done)
+    y = folded.run(block.x)
+    assert float((y - block.target).abs().max()) < (1e-9 if family != "gemma" else 1e-6) * float(block.target.abs().max()) + 1e-6
+
+
+def test_activations_become_those_divided_by_the_column_and_rows_have_finer_steps_than_published(tmp_path):
+    block = opened(ModelStream(save_tiny(tmp_path, "llama", torch.float32)), Recipe(Affine(8)))
+    before, a = inputs_of(block), 0.15
+    after = inputs_of(CrossQuant(a, skip_first=False)(block))
+    for name in block.wiring.linears:
+        x, t = before[name].double().flatten(0, 1), before[name].double().abs().flatten(0, 1)
+        c = t.amax(0)
+        if name.endswith("o_proj"):  # 4 query heads of 16 channels on 2 heads of values
+            c = c.reshape(2, 2, 16).amax(1, keepdim=True).expand(2, 2, 16).flatten()
+        norm = c.pow(1 - a).log().mean().exp()
+        torch.testing.assert_close(after[name].double().flatten(0, 1), x / c.pow(1 - a) * norm, rtol=1e-4, atol=1e-6)
+        published = t.amax(1).pow(a)
+        own = after[name].double().flatten(0, 1).abs().amax(1) / norm
+        assert (own <= published * (1 + 1e-4)).all() and (own < 0.9 * published).any()
+
+
+def test_first_tokens_and_rare_values_set_no_columns(tmp_path):
+    block = opened(ModelStream(save_tiny(tmp_path, "llama", torch.float32)), Recipe(Affine(8)))
+    x = block.x.clone()
+    x[:, 0] *= 1000
+    x[3, 5, 7] = 500.0
+    block, name = replace(block, x=x), block.wiring.sites[0].reads[0]
+    seen = inputs_of(block)[name].double().abs()
+    largest = seen[:, 1:].flatten(0, 1).sort(0, descending=True).values
+    assert torch.equal(CrossQuant().sizes(block, [name], 8)[name], largest[0])
+    assert torch.equal(CrossQuant(columns="percentile", percentile=98).sizes(block, [name], 8)[name], largest[int(8 * 23 * 0.02)])
+    assert torch.equal(CrossQuant(skip_first=False).sizes(block, [name], 8)[name], seen.flatten(0, 1).amax(0))
+    assert torch.equal(CrossQuant(rows=2).sizes(block, [name], 2)[name], seen[:2, 1:].flatten(0, 1).amax(0))
+
+
+def test_dead_channels_keep_their_weights_and_infinite_activations_are_named(tmp_path):
+    block = opened(ModelStream(save_tiny(tmp_path, "llama", torch.float32)), Recipe(Affine(8)))
+    weights = {k: w.clone() for k, w in block.weights.items()}
+    weights["input_layernorm.weight"][5] = 0
+    weights["mlp.up_proj.weight"][9] = 0
+    dead = replace(block, weights=weights)
+    folded = CrossQuant(0.15)(dead)
+    assert torch.equal(folded.weight("self_attn.q_proj")[:, 5], dead.weight("self_attn.q_proj")[:, 5])
+    assert torch.equal(folded.weight("mlp.down_proj")[:, 9], dead.weight("mlp.down_proj")[:, 9])
+    assert all(bool(torch.isfinite(w).all()) for w in folded.weights.values())
+    weights["mlp.up_proj.weight"][9, 0] = float("inf")
+    with pytest.raises(LowbitError, match=r"'model.layers.0.mlp.down_proj' gets activations that are not finite"):
+        CrossQuant(0.15)(replace(block, weights=weights))
+
+
+def test_the_search_is_never_behind_any_exponent_it_tries_on_one_site(tmp_path):
+    stream = ModelStream(save_tiny(tmp_path, "llama", torch.float32))
+    block = opened(stream, Recipe(Affine(4), activations=PerToken(4, symmetric=True)))
+    name, down = "mlp.down_proj", block.wiring.sites[-1]
+    alone = replace(block, wiring=replace(block.wiring, sites=(down,)))
+
+    def error(method):
+        done = apply_methods(alone, Recipe(Affine(4), (method,), activations=PerToken(4, symmetric=True)))
+        x, y = inputs_of(block)[name], inputs_of(block)[name] @ block.weight(name).T
+        s = (x.flatten(0, 1).abs().amax(0) / inputs_of(done)[name].flatten(0, 1).abs().amax(0).clamp(min=1e-12)).clamp(min=1e-12)
+        return float((PerToken(4, symmetric=True)(x / s) @ done.decoded()[f"{name}.weight"].T - y).pow(2).sum())
+
+    chosen = error(CrossQuant(search=True))
+    tried = [error(CrossQuant(a)) for a in (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)]
+    assert chosen <= min(tried) * (1 + 1e-3) and chosen < 0.999 * max(tried)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deploy")
+    done = quantize(str(save_tiny(folder / "m")), "W8A8sym", "crossquant-deploy", out=folder / "a", calib=str(folder / "m" / "text.txt"), samples=8, length=32)
+    return done, folder / "a"
+
+
+def test_plain_loaders_run_it_and_no_token_sees_later_ones_the_batch_or_padding(artifact):
+    done, out = artifact
+    assert done.report["format"] == "compressed-tensors" and done.verification.loader == "passed"
+    config = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert config["input_activations"]["dynamic"] and config["input_activations"]["strategy"] == "token"
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        ids = IDS[:2]
+        both, later = model(ids).logits, ids.clone()
+        later[:, -1] = 7
+        torch.testing.assert_close(model(later).logits[:, :-1], both[:, :-1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(ids[:1]).logits, both[:1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(ids[:, :9]).logits, both[:, :9], rtol=0, atol=1e-5)  # any length, whatever the calibration's was
+        padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), ids], 1)
+        mask = torch.cat([torch.zeros(2, 5, dtype=torch.int64), torch.ones_like(ids)], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        torch.testing.assert_close(model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:], both, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name, methods", [
+    ("crossquant-deploy+awq", ["CrossQuant", "AWQ"]), ("quarot+crossquant-deploy+gptq", ["QuaRot", "CrossQuant", "GPTQ"]),
+    ("smoothquant+crossquant-deploy+rtn", ["SmoothQuant", "CrossQuant", "RTN"]), ("crossquant-deploy+awq+tesseraq", ["CrossQuant", "AWQ", "TesseraQ"]),
+])  # fmt: skip
+def test_it_joins_others(name, methods):
+    recipe = load_recipe(name, settings=[])
+    assert [type(m).__name__ for m in recipe.methods] == methods
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+def test_bad_options():
+    for bad in (dict(row_exponent=1.5), dict(percentile=0.0), dict(rows=-1), dict(search_rows=0)):
+        with pytest.raises(LowbitError, match="crossquant needs"):
+            CrossQuant(**bad)
+    with pytest.raises(LowbitError, match="columns must be one of max, percentile"):
+        load_recipe("crossquant-deploy", settings=["crossquant.columns=mean"])
+
+
+def test_rows_of_one_token_are_refused(tmp_path):
+    stream = ModelStream(save_tiny(tmp_path, "llama", torch.float32))
+    x = stream.embed(IDS[:, :1])
+    block = begin(stream, 0, Recipe(Affine(8)), Streams(x, x, 8), stream.block_kwargs(1)[0], 0)
+    with pytest.raises(LowbitError, match="crossquant.skip_first=false"):
+        CrossQuant()(block)
+
+
+def test_an_artifact_of_another_width_is_refused(artifact, tmp_path):
+    import shutil
+
+    shutil.copytree(artifact[1], tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["hidden_size"] = 128
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "a")])
+    assert result.exit_code == 1 and "is not what was written" in " ".join(result.output.split())
+    LlamaConfig(**{k: v for k, v in config.items() if k != "quantization_config"})
+    tiny_tokenizer()
+    assert TEXT
