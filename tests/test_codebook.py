@@ -20,6 +20,7 @@ from lowbit.grid import Affine, Codebook, CodebookParams, Outliers, QTensor
 from lowbit.grid import kmeans as module
 from lowbit.grid.kmeans import kmeans
 from lowbit.methods import CLAQ, RTN, TesseraQ
+from lowbit.methods._buckets import FROZEN
 from lowbit.methods._soft import SoftBlock
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe, Streams, apply_methods, begin
@@ -243,6 +244,20 @@ def test_gradients_match_finite_differences(block):
     for b in soft.buckets[:2]:
         for variable, grad in ((b.nu, b.nu.grad.clone()), (b.v, b.v.grad.clone())):
             assert_slopes(loss, variable, grad)
+
+
+def test_the_optimizer_moves_the_weights_whose_gradient_it_is(block):
+    soft = SoftBlock(block)
+    before = [b.nu.clone() for b in soft.buckets]
+    g = torch.Generator().manual_seed(5)
+    soft.weights()
+    soft.backward([torch.randn(block.weight(n).shape, generator=g) for n in soft.names], scales=True)
+    for variables in soft.parameters():
+        torch.optim.Adam(variables, lr=1e-2, fused=True).step()
+    for b, start in zip(soft.buckets, before, strict=True):
+        moved = (b.nu - start) * (b.nu.abs() < FROZEN)
+        assert torch.equal(torch.sign(moved), -torch.sign(b.nu.grad) * (b.nu.abs() < FROZEN))
+        assert torch.equal(torch.sign(b.v), -torch.sign(b.v.grad))
 
 
 def test_soft_weights_start_as_the_float_ones_inside_a_book(block):

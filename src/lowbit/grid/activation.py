@@ -78,7 +78,8 @@ class CrossQuant:
     Attributes:
         bits: 2 to 8, levels on both sides of zero.
         row_exponent: a in [0, 1], the paper's alpha, 0.15 there; 1 is one scale per token, 0 one per channel.
-        columns: tokens over which a channel's maximum is taken: all of a "call", or those of each "sequence".
+        columns: tokens over which a channel's maximum is taken: all of a "call", or those of each "sequence". Where a model hands a
+            linear the tokens of all sequences in one matrix, as OPT does in its MLP, they are one sequence there.
 
     Source: CrossQuant (arXiv 2410.07505). Nothing is ever clipped: |x| is at most t and at most c, so at most t**a * c**(1-a).
     """

@@ -92,7 +92,7 @@ class CrossQuant:
         largest: dict[str, Tensor] = {}
 
         def visit(name: str, call: Call) -> None:
-            x = call.args[0]
+            x = call.args[0].reshape(-1, length, call.args[0].shape[-1])  # OPT's MLP gets the tokens of all rows in one matrix
             if not bool(torch.isfinite(x).all()):
                 raise LowbitError(f"'{block.name}.{name}' gets activations that are not finite: check the model and its dtype.")
             size = x[:, skipped:].flatten(0, -2).abs().float()
