@@ -26,6 +26,8 @@ ALLOWED = {
     "hf": {"grid", "formats", "linears", "errors"},
     "artifact": {"grid", "model", "formats", "errors"},
     "proof": {"artifact", "formats", "errors"},
+    "integers": {"grid", "kernels", "formats", "artifact", "errors"},
+    "export": {"grid", "formats", "artifact", "proof", "errors"},
     "plan": {"grid", "model", "methods", "formats", "recipe", "errors"},
 }
 

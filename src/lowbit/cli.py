@@ -148,6 +148,7 @@ def eval_(
     limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples of each task.")] = None,
     task_data: Annotated[Optional[Path], typer.Option(help="Folder of JSONL files for --tasks, in place of the Hugging Face hub; docs/evaluation.md has the form.")] = None,
     batch: Annotated[Optional[int], typer.Option(help="Prompts of --tasks a forward pass; default 8.")] = None,
+    integers: Annotated[bool, typer.Option("--integers", help="Compute an artifact's linears in integers, where its activations are quantized.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16.")] = "auto",
     device: Device = "auto",
     json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, kl, top1 here, and tasks.")] = None,
@@ -155,6 +156,7 @@ def eval_(
     """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and top-1 agreement; with --tasks accuracy."""
     from .display import windows_bar
     from .evaluate import evaluate, load_causal_lm
+    from .integers import in_integers
     from .machine import pick_device
     from .model.calibration import evaluation_windows
     from .model.checkpoint import Checkpoint
@@ -181,6 +183,8 @@ def eval_(
         with out.status("finding tasks"):
             prepared = prepare(tasks.split(","), shots=shots, limit=limit, folder=task_data)
     loaded = load_causal_lm(model, where, dtype)
+    if integers:
+        loaded = in_integers(loaded, Path(model))
     data: dict[str, Any] = {}
     if ids is not None:
         other = load_causal_lm(reference, where, dtype) if reference else None
@@ -211,16 +215,20 @@ def generate(
     tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    integers: Annotated[bool, typer.Option("--integers", help="Compute an artifact's linears in integers, where its activations are quantized.")] = False,
     device: Device = "auto",
 ) -> None:
     """Continue a text, through plain transformers."""
     from .evaluate import continue_text, load_causal_lm
+    from .integers import in_integers
     from .machine import pick_device
     from .model.checkpoint import Checkpoint
     from .model.stream import load_tokenizer
 
     tokenizer = load_tokenizer(Checkpoint(model))
     loaded = load_causal_lm(model, str(pick_device(device)))
+    if integers:
+        loaded = in_integers(loaded, Path(model))
     out.print(continue_text(loaded, tokenizer, prompt, tokens, temperature, seed), highlight=False, markup=False, soft_wrap=True)
 
 

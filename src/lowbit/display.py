@@ -178,7 +178,8 @@ def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
     if report["format"] == "lowbit":
         return [
             f'load      import lowbit; AutoModelForCausalLM.from_pretrained("{folder}")    (runs in transformers, after import lowbit)',
-            "serve     no server reads this format: codebooks, kept outliers, rotated, zero-point or CrossQuant activations, quantized caches",
+            "serve     no server reads this format: codebooks, kept outliers, quantized caches, or activations that are rotated, have zero points,",
+            "          or are CrossQuant's or LLM.int8()'s",
             f"          for vLLM, if the rotations are all that keeps it out: lowbit export {folder} -o DIR",
         ]
     return [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import LowbitError, unknown
-from .grid import ActivationGrid, Affine, Codebook, CrossQuant, Grid, KVGrid, PerToken, Reading
+from .grid import ActivationGrid, Affine, Codebook, Grid, KVGrid, PerToken, Reading, activation_grid
 from .grid.codebook import Per
 from .methods import CLAQ, METHODS, RTN, SOLVERS, Method, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
@@ -174,15 +174,14 @@ def _method_name(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
-_G = typing.TypeVar("_G", PerToken, CrossQuant)
+_G = typing.TypeVar("_G")
 
 
 def _activation_grid(data: Mapping[str, Any], bits: int | None, origin: str) -> ActivationGrid | None:
-    """The grid of linears' inputs: `CrossQuant` where its row exponent is given, else `PerToken`."""
     options = data.get("activations", {})
-    if isinstance(options, dict) and "row_exponent" in options:
-        return _dynamic(CrossQuant, data, "activations", bits, origin)
-    return _dynamic(PerToken, data, "activations", bits, origin)
+    kind: type[Any] = activation_grid(options if isinstance(options, dict) else {})
+    found: ActivationGrid | None = _dynamic(kind, data, "activations", bits, origin)
+    return found
 
 
 def _dynamic(kind: type[_G], data: Mapping[str, Any], key: str, bits: int | None, origin: str) -> _G | None:

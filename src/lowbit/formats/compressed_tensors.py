@@ -138,11 +138,26 @@ def describe(grids: Mapping[str, Affine], skipped: list[str], activations: Activ
 
 def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
     """The grid of a linear in an artifact with this `quantization_config`; None if it is not quantized."""
+    group = _group_of(config, name)
+    if group is None:
+        return None
+    w = group["weights"]
+    return Affine(w["num_bits"], w["group_size"] if w["strategy"] == "group" else None, w["symmetric"])
+
+
+def _group_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     if name in config["ignore"]:
         return None
     for group in config["config_groups"].values():
         for target in group["targets"]:
             if target in ("Linear", name) or (target.startswith("re:") and re.match(target[3:], name)):
-                w = group["weights"]
-                return Affine(w["num_bits"], w["group_size"] if w["strategy"] == "group" else None, w["symmetric"])
+                found: Mapping[str, Any] = group
+                return found
     return None
+
+
+def activations_of(config: Mapping[str, Any], name: str) -> PerToken | None:
+    """The grid of a linear's input in an artifact with this `quantization_config`; None for floating point."""
+    group = _group_of(config, name)
+    a = None if group is None else group["input_activations"]
+    return None if a is None else PerToken(a["num_bits"], symmetric=a["symmetric"], full_range=True)

@@ -5,7 +5,7 @@ Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The c
     dtype        of the scales, to which decoded weights are rounded: quantized activations turn the smallest differences of
                  weights into whole steps. A model loaded in a narrower dtype has its scales rounded to that first
     activations  {bits, symmetric, clip, full_range} of every quantized linear's input, {bits, row_exponent, columns} for CrossQuant
-                 (version 3), or null
+                 (version 3), {bits, threshold} for LLM.int8() (version 4), or null
     rotations    pattern on linear names -> factors of an online rotation of its input
     kv           {bits, symmetric, clip, full_range, attention: pattern on module names, rotation: factors or null}, or null
     tables       size -> rows of +-1 of the Hadamard matrices that are not Sylvester's, one hexadecimal number a row
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, Codebook, CrossQuant, Grid, KVGrid, PerToken, Reading, Rotation
+from ..grid import Affine, Codebook, Grid, KVGrid, PerToken, Reading, Rotation, activation_grid
 from ..grid.rotation import sylvester
 from . import compressed_tensors as ct
 
 NAME = "lowbit"
-VERSION = 3
-_READ = (1, 2, 3)
+VERSION = 4
+_READ = (1, 2, 3, 4)
 
 
 def describe(
@@ -132,7 +132,7 @@ def outliers_of(config: Mapping[str, Any], name: str) -> int | None:
 def reading_of(config: Mapping[str, Any], name: str) -> Reading:
     """What happens to the input of the linear with this full name."""
     given = config["activations"]
-    grid = None if given is None else CrossQuant(**given) if "row_exponent" in given else PerToken(**given)
+    grid = None if given is None else activation_grid(given)(**given)
     factors = next((f for pattern, f in config["rotations"].items() if fnmatchcase(name, pattern)), None)
     return Reading(None if factors is None else _rotation(factors, config["tables"]), grid)
 

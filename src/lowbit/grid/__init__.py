@@ -2,7 +2,9 @@
 
 from .activation import ActivationGrid as ActivationGrid
 from .activation import CrossQuant as CrossQuant
+from .activation import LLMInt8 as LLMInt8
 from .activation import PerToken as PerToken
+from .activation import activation_grid as activation_grid
 from .affine import Affine as Affine
 from .affine import AffineParams as AffineParams
 from .base import Grid as Grid

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Union, get_args
+from typing import Any, Literal, Union, get_args
 
 import torch
 from torch import Tensor
@@ -113,7 +114,48 @@ class CrossQuant:
         return _straight_through(x, codes.mul_(scale).to(x.dtype))
 
 
-ActivationGrid = Union[PerToken, CrossQuant]
+@dataclass(frozen=True)
+class LLMInt8:
+    """Symmetric per token, but for channels in which some |x| reaches a threshold: those stay in floating point.
+
+    The channels are looked for anew in everything that passes together, so a token's numbers depend on the others of its call. They
+    count for no token's scale. In the product they meet the weight as it is decoded.
+
+    Attributes:
+        bits: 8 as published; 2 to 8. threshold: > 0.
+
+    Source: LLM.int8() (arXiv 2208.07339), vector-wise quantization with mixed-precision decomposition.
+    """
+
+    bits: int = 8
+    threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        PerToken(self.bits)
+        if not self.threshold > 0:
+            raise ValueError(f"threshold must be positive, got {self.threshold}")
+
+    def outliers(self, x: Tensor) -> Tensor:
+        """(..., channels) -> (channels,) bool, the channels kept in floating point."""
+        return (x.detach().abs() >= self.threshold).flatten(0, -2).any(0)
+
+    @property
+    def rest(self) -> PerToken:
+        """The grid of the other channels."""
+        return PerToken(self.bits, symmetric=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The representable values, in x's dtype; gradients pass unchanged (straight-through)."""
+        kept = self.outliers(x)
+        return torch.where(kept, x, self.rest(x.masked_fill(kept, 0)))
+
+
+ActivationGrid = Union[PerToken, CrossQuant, LLMInt8]
+
+
+def activation_grid(fields: Mapping[str, Any]) -> type[PerToken] | type[CrossQuant] | type[LLMInt8]:
+    """The kind of grid that has these options: `CrossQuant` with a row exponent, `LLMInt8` with a threshold, else `PerToken`."""
+    return CrossQuant if "row_exponent" in fields else LLMInt8 if "threshold" in fields else PerToken
 
 
 def _straight_through(x: Tensor, value: Tensor) -> Tensor:
