@@ -18,6 +18,7 @@ ALLOWED = {
     "errors": set(),
     "report": set(),
     "evaluate": {"model", "errors"},
+    "analyze": {"grid", "model", "evaluate", "artifact", "report", "errors"},
     "tasks": {"errors"},
     "machine": {"errors"},
     "scheme": {"grid", "errors"},

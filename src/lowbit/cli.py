@@ -270,6 +270,48 @@ def verify(
 
 @app.command()
 @_reported
+def analyze(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for analysis.json and analysis.html.")],
+    text: Annotated[str, typer.Option(help="Text that passes: stdlib (its held-out side), a file, a folder or hub dataset, wikitext2, c4.")] = "stdlib",
+    length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.")] = None,
+    windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.")] = None,
+    batch: Annotated[int, typer.Option(help="Windows that pass together: over them a channel's maximum is taken with --columns call.")] = 8,
+    bits: Annotated[str, typer.Option(help="Widths of the activation grids, with commas.")] = "8,4",
+    exponents: Annotated[str, typer.Option(help="CrossQuant's row exponents, with commas.")] = "0.15,0.55",
+    columns: Annotated[str, typer.Option(help="Channel maxima over a call or a sequence.")] = "call",
+    shares: Annotated[str, typer.Option(help="Shares of non-zero elements to set to zero in the remove-kernel experiment.")] = "0.01,0.02,0.05,0.1,0.2,0.3,0.4,0.5",
+    remove: Annotated[bool, typer.Option(help="Run the remove-kernel experiment; its weights are in 8 bits.")] = True,
+    device: Device = "auto",
+) -> None:
+    """Which activations a quantizer turns into zero, outliers of every linear's input, and what zeroing them costs."""
+    from .analyze import study, write_analysis
+    from .display import analysis_tables, windows_bar
+    from .machine import pick_device
+
+    with windows_bar(out) as tell, windows_bar(out, "runs") as removing:
+        data = study(
+            model, text, length=length, windows=windows, batch=batch, bits=_numbers(bits, int, "--bits"), columns=columns,
+            exponents=_numbers(exponents, float, "--exponents"), shares=_numbers(shares, float, "--shares") if remove else None,
+            device=str(pick_device(device)), progress=tell, removing=removing,
+        )  # fmt: skip
+    for table in analysis_tables(data):
+        out.print(table)
+    out.print(f"{write_analysis(output, data)}, analysis.json", highlight=False, soft_wrap=True)
+
+
+def _numbers(text: str, kind: type[Any], option: str) -> list[Any]:
+    try:
+        found = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError as e:
+        raise LowbitError(f"{option} takes numbers with commas, got '{text}'.") from e
+    if not found and option != "--exponents":
+        raise LowbitError(f"{option} is empty.")
+    return found
+
+
+@app.command()
+@_reported
 def export(
     folder: Annotated[Path, typer.Argument(help="Artifact folder, in the format of lowbit.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the exported model.")],

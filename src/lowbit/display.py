@@ -123,12 +123,44 @@ class Progress:
 
 
 @contextmanager
-def windows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+def windows_bar(console: Console, what: str = "windows") -> Iterator[Callable[[int, int], None]]:
     """A progress bar over evaluation windows on a terminal, nothing elsewhere; yields what to tell (done, in all)."""
-    columns = (TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("windows", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
+
+
+def analysis_tables(data: Mapping[str, Any]) -> list[Table]:
+    """What `lowbit analyze` found: every input, then grids and the remove-kernel experiment."""
+    width = data["grids"][0].split()[0]
+    shown = [g for g in data["grids"] if g.startswith(width + " ")]
+    heads = (g.removeprefix(width + " ").replace("CrossQuant", "cross") for g in shown)
+    each = Table("block", "input of", "zero", *heads, "largest", "channels", "tokens", ">= 6", title=data["title"])
+    for s in data["sites"]:
+        block, _, inside = s["linears"][0].partition("layers.")[2].partition(".")
+        name = ", ".join([inside.rpartition(".")[2], *(n.rpartition(".")[2] for n in s["linears"][1:])])
+        numbers = (f"{s['largest']:.3g}", f"{s['channel_spread']:.3g}", f"{s['token_spread']:.3g}", str(s["outlier_channels"]))
+        each.add_row(block, name, f"{s['zeros']:.1%}", *(f"{s['kernel'][g]:.2%}" for g in shown), *numbers)
+    each.caption = (
+        f"at {width}, share of non-zero elements that become zero under each grid; channels, tokens: the largest maximum over the median one; "
+        ">= 6: channels that reach 6"
+    )
+    means = Table("grid", "mean kernel share", "perplexity, weights in 8 bits", "with the kernel restored")
+    cost = {(r["grid"], r["kind"]): f"{r['perplexity']:.4f}" for r in data["removals"] if r["grid"]}
+    for name, share in data["mean"].items():
+        means.add_row(name, f"{share:.3%}", cost.get((name, "quantized"), ""), cost.get((name, "restored"), ""))
+    tables = [each, means]
+    removed = [r for r in data["removals"] if r["grid"] is None and r["kind"] != "none"]
+    if removed:
+        base = next(r["perplexity"] for r in data["removals"] if r["kind"] == "none")
+        kinds, shares = list(dict.fromkeys(r["kind"] for r in removed)), list(dict.fromkeys(r["share"] for r in removed))
+        zeroed = Table("set to zero", *kinds, title=f"perplexity with a share of non-zero elements set to zero; {base:.4f} with none")
+        for share in shares:
+            zeroed.add_row(f"{share:g}", *(f"{r['perplexity']:.4f}" for k in kinds for r in removed if (r["kind"], r["share"]) == (k, share)))
+        zeroed.add_row("1 % worse at", *("never here" if (at := data["knees"][k]) is None else f"{at:.3f}" for k in kinds))
+        tables.append(zeroed)
+    return tables
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:

@@ -38,9 +38,14 @@ def write_page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str) -> P
     body += [f"<h3>{html.escape(str(r['recipe']))}</h3><pre>{html.escape(str(r['sample']))}</pre>" for r in rows]
     body += [f"<p>{html.escape(str(r['recipe']))}: {html.escape(str(r['verified']))}; hash {r['hash'][:16]}</p>" for r in rows if "verified" in r]
     page = folder / "report.html"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>lowbit</title><style>{_STYLE}</style>'
-    page.write_text(head + "\n".join(body) + "</html>\n", encoding="utf-8")
+    write_html(page, "lowbit", body)
     return page
+
+
+def write_html(path: Path, title: str, body: Sequence[str]) -> None:
+    """A self-contained page from pieces of its body, which are HTML already."""
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    path.write_text(head + "\n".join(body) + "</html>\n", encoding="utf-8")
 
 
 def write_comparison(folder: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -67,8 +72,7 @@ def write_comparison(folder: Path, rows: Sequence[Mapping[str, Any]], title: str
         body.append("<p>Plots need matplotlib: <code>pip install 'lowbit[report]'</code>.</p>")
     failed = [f"<li>{html.escape(r['recipe'])}, {html.escape(r['scheme'])}: {html.escape(r['error'])}</li>" for r in rows if "error" in r]
     body += ["<h2>Failures</h2><ul>", *failed, "</ul>"] if failed else []
-    head_ = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>comparison</title><style>{_STYLE}</style>'
-    (folder / "report.html").write_text(head_ + "\n".join(body) + "</html>\n", encoding="utf-8")
+    write_html(folder / "report.html", "comparison", body)
 
 
 def _cells(r: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
@@ -105,7 +109,7 @@ def _comparison_plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
         axes.set_xlabel(label)
         axes.set_ylabel("KL to the original, nats per token")
         axes.legend(fontsize="small")
-        out.append((name, _svg(figure)))
+        out.append((name, svg(figure)))
     for scheme in dict.fromkeys(r["scheme"] for r in quantized):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
@@ -116,7 +120,7 @@ def _comparison_plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
         axes.set_xlabel("block")
         axes.set_ylabel("squared error per token")
         axes.legend(fontsize="small")
-        out.append((f"Block losses, {scheme}", _svg(figure)))
+        out.append((f"Block losses, {scheme}", svg(figure)))
     return out
 
 
@@ -145,7 +149,7 @@ def _plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         axes.bar_label(bars, fmt="%.3g")
         axes.set_yscale("log")
         axes.set_ylabel(label + ", log scale")
-        out.append((name, _svg(figure)))
+        out.append((name, svg(figure)))
     tuned = [r for r in rows if r["losses"]]
     if tuned:
         figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -157,11 +161,12 @@ def _plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         axes.set_xlabel("block")
         axes.set_ylabel("squared error per token, log scale")
         axes.legend()
-        out.append(("Output error of each block on the quantized prefix", _svg(figure)))
+        out.append(("Output error of each block on the quantized prefix", svg(figure)))
     return out
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A matplotlib figure as base64 of its SVG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return base64.b64encode(buffer.getvalue()).decode()
