@@ -34,7 +34,7 @@ from .model.stream import ModelStream, load_tokenizer
 from .plan import beyond_compressed_tensors, check_divides, check_loadable
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
-from .recipe import Recipe, Streams, advance, as_read, begin, prepared, readings_of, run, surveyed
+from .recipe import Recipe, Streams, advance, as_read, begin, ordered, prepared, readings_of, run, surveyed
 from .scheme import Scheme, parse_scheme, scheme_name
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
@@ -137,8 +137,8 @@ def quantize(
     where = pick_device(device)
     stream = ModelStream(model, where)
     check_divides(stream.linear_shapes(), recipe)
-    check_loadable(stream.linear_shapes(), recipe)
-    beyond = beyond_compressed_tensors(stream.linear_shapes(), recipe)
+    check_loadable(stream.linear_shapes(), recipe, stream.wiring)
+    beyond = beyond_compressed_tensors(stream.linear_shapes(), recipe, stream.wiring)
     if plain and beyond:
         raise LowbitError(f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or leave --plain out.")
     stream = prepared(stream, recipe, seed)
@@ -189,6 +189,7 @@ class _Run:
         """Everything from the first tensor to the verified directory; if that exists already, it is only verified again."""
         if self.place.done:
             return Result(self.place.out, read_report(self.place.out), verify(self.place.out), repeated=True)
+        self.stream = ordered(self.stream, self.recipe, self.rows.calibration, self.seed, self._announce)
         self._outer_shard()
         streams = self._enter()
         for record, after, resumed in self._blocks(streams):
@@ -306,7 +307,7 @@ class _Run:
         return verification
 
     def _format(self) -> str:
-        return native.NAME if beyond_compressed_tensors(self.stream.linear_shapes(), self.recipe) else ct.NAME
+        return native.NAME if beyond_compressed_tensors(self.stream.linear_shapes(), self.recipe, self.stream.wiring) else ct.NAME
 
     def _describe(self, grids: Mapping[str, Grid], skipped: list[str]) -> dict[str, Any]:
         if self._format() == ct.NAME:

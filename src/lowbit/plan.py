@@ -18,7 +18,7 @@ from .grid import ActivationGrid, Affine, Codebook
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import hub_file
-from .model.wiring import wiring_of
+from .model.wiring import Wiring, wiring_of
 from .recipe import Recipe
 
 _SCALE_BYTES = 2
@@ -123,7 +123,7 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
             raise LowbitError(f"override {i + 1}, '{pattern}', matches no linear of this model; names look like '{next(iter(shapes))}'.")
 
 
-def beyond_compressed_tensors(names: Iterable[str], recipe: Recipe) -> str | None:
+def beyond_compressed_tensors(names: Iterable[str], recipe: Recipe, wiring: Wiring) -> str | None:
     """What plain loaders of compressed-tensors could not run of the result; None if they can run it all."""
     names = list(names)
     if not all(isinstance(recipe.grid_of(n), Affine) for n in names):
@@ -136,10 +136,13 @@ def beyond_compressed_tensors(names: Iterable[str], recipe: Recipe) -> str | Non
         return "online rotations (--set quarot.online=false leaves them out)"
     if not carries([g for n in names if isinstance(g := recipe.grid_of(n), Affine)], recipe.activations):
         return "activations other than 4- or 8-bit ones with activations.symmetric and activations.full_range under symmetric weights"
+    if recipe.activations is not None and wiring.flat:
+        # compressed-tensors (0.20) in transformers keeps the first two dimensions when it takes maxima: in a matrix, none are left to reduce.
+        return f"quantized activations of {' and '.join(wiring.flat)}, whose tokens would all get one scale in transformers"
     return None
 
 
-def check_loadable(names: Iterable[str], recipe: Recipe) -> None:
+def check_loadable(names: Iterable[str], recipe: Recipe, wiring: Wiring) -> None:
     """Refuse what plain transformers could not load, before any work.
 
     Raises:
@@ -147,7 +150,7 @@ def check_loadable(names: Iterable[str], recipe: Recipe) -> None:
             library's own format has no such limit.
     """
     names = list(names)
-    if beyond_compressed_tensors(names, recipe):
+    if beyond_compressed_tensors(names, recipe, wiring):
         return
     grids = {recipe.grid_of(n) for n in names}
     if len(grids) > 1 and not all(isinstance(g, Affine) and g.symmetric for g in grids):
@@ -190,16 +193,16 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
     """
     linears, rest, outside, tied_head = _skeleton(config)
     rotation = next((m for m in recipe.methods if isinstance(m, QuaRot)), None)
+    wiring = wiring_of(config)
     if rotation is not None:
-        wiring = wiring_of(config)
         rotation.check(wiring, linears[wiring.sites[-1].reads[0]][1], recipe.kv is not None)
         outside_stored = outside + (tied_head if rotation.residual else 0)  # a rotated model has a head of its own
     else:
         outside_stored = outside
-    blocks, layers = config.num_hidden_layers, wiring_of(config).layers
+    blocks, layers = config.num_hidden_layers, wiring.layers
     names = {f"{layers}.{i}.{n}": shape for i in range(blocks) for n, shape in linears.items()}
     check_divides(names, recipe)
-    check_loadable(names, recipe)
+    check_loadable(names, recipe, wiring)
     quantized = sum(a * b for a, b in names.values())
     packed = sum(tensor_bytes(recipe.grid_of(n), a, b, _SCALE_BYTES) for n, (a, b) in names.items()) + _extras(recipe, names)
     untouched, stored = rest * blocks + outside, rest * blocks + outside_stored
@@ -217,7 +220,7 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
         block_memory=4 * per_block * (4 + (8 if learner else 0)) + _hessians(recipe, linears), outer_memory=4 * outside_stored,
         activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
-        runtimes=_runtimes(recipe, linears, beyond_compressed_tensors(names, recipe)),
+        runtimes=_runtimes(recipe, linears, beyond_compressed_tensors(names, recipe, wiring)),
     )  # fmt: skip
 
 

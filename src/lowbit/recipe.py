@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import LowbitError, unknown
 from .grid import ActivationGrid, Affine, Codebook, Grid, KVGrid, PerToken, Reading, activation_grid
 from .grid.codebook import Per
-from .methods import CLAQ, METHODS, RTN, SOLVERS, Method, OmniQuant, QuaRot, TesseraQ
+from .methods import CLAQ, METHODS, RTN, SOLVERS, CrossQuant, Method, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
 from .methods.claq import least_gain, survey
 from .model.block import Announce, Block, silent
@@ -259,6 +259,31 @@ def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
         if isinstance(method, OmniQuant) and method.clips and not Path(method.clips).is_file():
             raise LowbitError(f"omniquant.clips: no such file: '{method.clips}'.")
     return stream
+
+
+def ordered(stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent) -> ModelStream:
+    """The model with the channels of its residual stream by falling size, if the recipe folds CrossQuant's factors by groups.
+
+    One pass of the float model over the calibration rows ``ids``, also when a run is resumed.
+
+    Raises:
+        LowbitError: the family's channels cannot change places.
+    """
+    method = next((m for m in recipe.methods if isinstance(m, CrossQuant) and m.fold == "group"), None)
+    if method is None:
+        return stream
+    stream.ordered(torch.arange(stream.config.hidden_size))  # refuses before the pass
+    x = stream.embed(ids)
+    streams, kwargs = Streams(x, x, len(ids)), stream.block_kwargs(ids.shape[1])
+    total = torch.zeros(stream.config.hidden_size, dtype=torch.float64, device=stream.device)
+    for i in range(len(stream)):
+        announce(f"crossquant: sizes of the residual channels in block {i + 1} of {len(stream)}")
+        block = begin(stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed)
+        total += method.residual_sizes(block)
+        streams = replace(streams, x=block.target, xq=block.target)
+        del block
+    stream.release()
+    return stream.ordered(total.argsort(descending=True, stable=True))
 
 
 def surveyed(

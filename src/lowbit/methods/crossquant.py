@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..model.block import Block, Call
+from ..model.order import reorder
 from ..model.rewrite import fold, fold_values, repeated
 from ..model.wiring import Heads, Site
 from .awq import calls_of, foldable, least_harmful
@@ -26,6 +27,7 @@ _LEAST_COLUMN = 1e-5  # of the largest column's, as in the dynamic grid
 _TRIED = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
 
 Columns = Literal["max", "percentile"]
+Fold = Literal["channel", "group"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class CrossQuant:
         skip_first: leave the first token of every row out of it: its few huge channels are no other token's.
         rows: calibration rows used, at most; 0 means all.
         search_rows: of those, rows the search looks at.
+        fold: "channel" gives every channel its own factor. "group" sorts channels by size and gives those of one group of the weight's grid
+            the factor of their largest, so that it multiplies the group's scale and changes no code; for schemes with a group size.
+        isolate: with groups, a channel so many times as large as its group's median gets a factor of its own, and the others the
+            factor of the largest of the rest.
     """
 
     row_exponent: float = 0.15
@@ -49,10 +55,12 @@ class CrossQuant:
     skip_first: bool = True
     rows: int = 0
     search_rows: int = 16
+    fold: Fold = "channel"
+    isolate: float = 8.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.row_exponent <= 1 or not 0 < self.percentile <= 100 or self.rows < 0 or self.search_rows < 1:
-            raise LowbitError("crossquant needs row_exponent in [0, 1], percentile in (0, 100], rows >= 0 and search_rows >= 1.")
+        if not 0 <= self.row_exponent <= 1 or not 0 < self.percentile <= 100 or self.rows < 0 or self.search_rows < 1 or not self.isolate > 1:
+            raise LowbitError("crossquant needs row_exponent in [0, 1], percentile in (0, 100], rows >= 0, search_rows >= 1 and isolate > 1.")
 
     def __call__(self, block: Block) -> Block:
         sites = [s for s in block.wiring.sites if foldable(block, s) and (s.source is not None or _shared(block, s) is not None)]
@@ -62,8 +70,15 @@ class CrossQuant:
         for site in sites:
             heads, size = _shared(block, site), sizes[site.reads[0]]
             times = 1 if heads is None else _times(block, heads)
-            if heads is not None:  # channels that come from one value share its factor
-                size = repeated(size.reshape(-1, times, heads.width).amax(1).flatten(), heads.width, times)
+            if self.fold == "group":
+                block, size = self._sorted(block, site, size)
+            before = None
+            while before is None or not torch.equal(before, size):  # sharing by values and by groups may overlap: until both hold
+                before = size
+                if heads is not None:  # channels that come from one value share its factor
+                    size = repeated(size.reshape(-1, times, heads.width).amax(1).flatten(), heads.width, times)
+                if self.fold == "group":
+                    size = self._by_group(block, site, size)
             factor, exponent = _factor(size, self.row_exponent), self.row_exponent
             if self.search:
                 block.announce(f"crossquant: exponent of {', '.join(site.reads)}")
@@ -77,6 +92,40 @@ class CrossQuant:
             else:
                 block = fold_values(block, factor.reshape(-1, times, heads.width)[:, 0].flatten())
         return block.noted(crossquant_exponents=chosen)
+
+    def _sorted(self, block: Block, site: Site, size: Tensor) -> tuple[Block, Tensor]:
+        """The block and the sizes with the site's channels by falling size, where that stays inside the block.
+
+        The residual stream has an order of its own, the same for all blocks (`residual_sizes`), and attention's channels stay in their heads;
+        those that share values are left as they are.
+        """
+        if site.residual or site.source is None:
+            return block, size
+        heads = block.wiring.heads
+        if heads is not None and site.reads == (heads.output,):
+            if heads.norm is not None:
+                return block, size
+            inside = size.reshape(heads.count, heads.width).argsort(dim=1, descending=True, stable=True)
+            order = (inside + torch.arange(heads.count, device=size.device)[:, None] * heads.width).flatten()
+        else:
+            order = size.argsort(descending=True, stable=True)
+        return reorder(block, site, order), size[order]
+
+    def _by_group(self, block: Block, site: Site, size: Tensor) -> Tensor:
+        """Every channel's size replaced by its group's, but for isolated ones."""
+        groups = {block.affine(n, "crossquant.fold=group").group_size for n in site.reads}
+        group = next(iter(groups))
+        if group is None or len(groups) > 1:
+            raise LowbitError("crossquant.fold=group needs one group size for all linears, as in W4A8g128; or --set crossquant.fold=channel.")
+        g = size.reshape(-1, group)
+        alone = g > self.isolate * g.median(1, keepdim=True).values
+        return torch.where(alone, g, g.masked_fill(alone, 0).amax(1, keepdim=True)).flatten()
+
+    def residual_sizes(self, block: Block) -> Tensor:
+        """Sum over the sites that read the residual stream of the logarithm of each channel's size, (hidden,) float64."""
+        names = [s.reads[0] for s in block.wiring.sites if s.residual]
+        found = self.sizes(block, names, min(self.rows or block.tuned_rows, block.tuned_rows))
+        return sum((c.clamp(min=1e-30).log() for c in found.values()), start=torch.zeros((), dtype=torch.float64, device=block.device))
 
     @torch.no_grad()
     def sizes(self, block: Block, linears: list[str], rows: int) -> dict[str, Tensor]:

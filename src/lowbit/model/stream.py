@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from ..errors import LowbitError
 from .checkpoint import Checkpoint
+from .order import check_order, order_block, order_outer
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .wiring import Wiring, wiring_of
 
@@ -92,6 +93,7 @@ class ModelStream:
         self.compute = compute or (torch.float32 if self.device.type == "cpu" else self.dtype)
         self._fixed: dict[str, Tensor] | None = None
         self._basis: Basis | None = None
+        self._order: Tensor | None = None
 
     def in_float32(self) -> ModelStream:
         """The same model computed in float32 at least; itself if it is."""
@@ -113,6 +115,19 @@ class ModelStream:
         layer_norm = any(isinstance(self._blocks[0].get_submodule(n), nn.LayerNorm) for n in norms)
         out._basis = basis_of(self.wiring, self.config.hidden_size, layer_norm, self.config.model_type, seed)
         out._fixed = None
+        return out
+
+    def ordered(self, order: Tensor) -> ModelStream:
+        """The same model with channel i of its residual stream the one that was ``order[i]``; see `lowbit.model.order`.
+
+        Raises:
+            LowbitError: the family does not allow it, or the model is rotated, which mixes its channels.
+        """
+        if self._basis is not None:
+            raise LowbitError("crossquant.fold=group sorts channels that quarot has mixed: use --set crossquant.fold=channel, or leave quarot out.")
+        check_order(self.wiring, self.config.model_type)
+        out = copy(self)
+        out._order, out._fixed = order.cpu(), None
         return out
 
     @property
@@ -189,6 +204,8 @@ class ModelStream:
         names = [prefix + n for n, _ in self._blocks[i].named_parameters()]
         held = torch.promote_types(self.compute, torch.float32)
         weights = {k[len(prefix) :]: v.to(self.device, held) for k, v in self.checkpoint.read(names).items()}
+        if self._order is not None:
+            weights = order_block(weights, self.wiring, self._order)
         return weights if self._basis is None else rotate_block(weights, self.wiring, self._basis, self.dtype)
 
     def _ready(self, t: Tensor) -> Tensor:
@@ -202,12 +219,14 @@ class ModelStream:
     def outer_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the blocks as an artifact stores them: by name, in the checkpoint's dtypes."""
         tensors = self.checkpoint.read(self.outer_names())
-        if self._basis is None:
-            return tensors
         trunk, head = self.wiring.trunk, self._head_name()
-        tensors.setdefault(head, tensors[self._embed_name()])
         norm = f"{trunk}.{self.wiring.final[0]}" if self.wiring.final else None
         embeddings = tuple(f"{trunk}.{n}.weight" for n in self.wiring.embeddings)
+        if self._order is not None:
+            return order_outer(tensors, embeddings, norm, head, self._order)
+        if self._basis is None:
+            return tensors
+        tensors.setdefault(head, tensors[self._embed_name()])
         return rotate_outer(tensors, embeddings, norm, head, self.wiring.norm_offset, self._basis)
 
     def skipped_linears(self) -> dict[str, str]:

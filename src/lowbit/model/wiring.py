@@ -72,6 +72,7 @@ class Wiring:
         writers: linears whose output is added to the residual stream.
         heads: attention's values.
         embeddings: trunk modules whose rows are added up to the first block's input.
+        flat: linears that are given the tokens of all rows in one matrix.
     """
 
     trunk: str
@@ -82,6 +83,7 @@ class Wiring:
     writers: tuple[str, ...] = ()
     heads: Heads | None = None
     embeddings: tuple[str, ...] = ("embed_tokens",)
+    flat: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -195,6 +197,7 @@ def _opt(config: Any) -> Wiring:
         writers=("self_attn.out_proj", "fc2"),
         heads=_attention(config, Source("self_attn.v_proj", "linear"), "self_attn.out_proj"),
         embeddings=("embed_tokens", "embed_positions"),
+        flat=("fc1", "fc2"),
     )
 
 
