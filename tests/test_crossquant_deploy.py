@@ -63,6 +63,27 @@ def test_activations_become_those_divided_by_the_column_and_rows_have_finer_step
         assert (own <= published * (1 + 1e-4)).all() and (own < 0.9 * published).any()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_folded_and_per_token_is_a_grid_with_fixed_columns_on_the_unfolded_input(tmp_path, bits):
+    block = opened(ModelStream(save_tiny(tmp_path, "llama", torch.float32), compute=torch.float64), Recipe(Affine(8)))
+    folded, a = CrossQuant(0.15, skip_first=False)(block), 0.15
+    before, after = inputs_of(block), inputs_of(folded)
+    for name in block.wiring.linears:
+        x = before[name].double().flatten(0, 1)
+        c = x.abs().amax(0)
+        if name.endswith("o_proj"):  # 4 query heads of 16 channels on 2 heads of values
+            c = c.reshape(2, 2, 16).amax(1, keepdim=True).expand(2, 2, 16).flatten()
+        column = c.pow(1 - a)
+        row = (x / column).abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        static = column * row * (x / column / row).round()
+        run = PerToken(bits, symmetric=True)(after[name].flatten(0, 1)).double()
+        torch.testing.assert_close(run * column / column.log().mean().exp(), static, rtol=0, atol=1e-6 * float(static.abs().max()))
+        if not name.endswith(("v_proj", "up_proj")):  # their rows carry the factors of what they feed
+            expected = static @ block.weight(name).double().T
+            torch.testing.assert_close(run @ folded.weight(name).double().T, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+        assert float((static - x).abs().max()) > 1e-3 * float(x.abs().max())
+
+
 def test_first_tokens_and_rare_values_set_no_columns(tmp_path):
     block = opened(ModelStream(save_tiny(tmp_path, "llama", torch.float32)), Recipe(Affine(8)))
     x = block.x.clone()
