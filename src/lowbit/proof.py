@@ -179,7 +179,8 @@ def runtime_logits(folder: Path, ids: Tensor, format_: str, *, exact: bool = Fal
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise VerificationError(f"{reader.name} cannot load '{folder}': {last}")
-        return load_file(out)
+        logits: dict[str, Tensor] = load_file(out)
+        return logits
 
 
 def loader_logits(folder: Path, ids: Tensor, *, exact: bool = False) -> Tensor:

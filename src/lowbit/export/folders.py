@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import __version__
 from ..errors import LowbitError
 from ..formats import awq, gptq, mlx
 from ..formats import compressed_tensors as ct
@@ -31,10 +30,9 @@ def export(source: Source, target: str, out: Path, python: str) -> Verification:
     source.only_weights(target)
     grids = {n: g for n, g in source.grids.items() if isinstance(g, Affine)}
     if len(grids) < len(source.grids):
-        odd = next(n for n in source.grids if n not in grids)
-        raise LowbitError(f"'{odd}' is on a {type(source.grids[odd]).__name__} grid, which {target} cannot say.")
+        raise LowbitError(f"'{source.folder}' has weights on codebooks, which {target} cannot say: only the format of lowbit carries them.")
     if target == ct.NAME and not source.is_native:
-        raise LowbitError(f"'{source.folder}' is in {ct.NAME} already: vLLM and transformers load it as it is.")
+        raise LowbitError(f"'{source.folder}' is in the format {ct.NAME} already: vLLM loads it as it is.")
     described = _described(source, target, grids)
     known: dict[str, dict[str, Any]] = {}
     with place(source, out) as made:
@@ -72,4 +70,4 @@ def _described(source: Source, target: str, grids: dict[str, Affine]) -> dict[st
         return {"quantization_config": awq.describe(grids, source.skipped)}
     if target == ct.NAME:
         return {"quantization_config": ct.describe(grids, source.skipped)}
-    return {"quantization_config": gptq.describe(grids, source.skipped, target, f"lowbit:{__version__}")}
+    return {"quantization_config": gptq.describe(grids, source.skipped, target, f"lowbit:{source.report['lowbit']}")}

@@ -98,7 +98,9 @@ class Source:
         if self.own["kv"] is not None:
             raise LowbitError(f"'{self.folder}' quantizes keys and values, which {target} cannot say: quantize without KV in the scheme.")
         if self.own["rotations"]:
-            raise LowbitError(f"'{self.folder}' rotates activations while it runs, which {target} cannot say: quantize with --set quarot.online=false.")
+            raise LowbitError(
+                f"'{self.folder}' rotates activations while it runs, which {target} cannot say: quantize with --set quarot.online=false."
+            )
         kept = [n for n in self.grids if native.outliers_of(self.own, n)]
         if kept:
             raise LowbitError(f"'{kept[0]}' keeps weights in floating point, which {target} cannot say.")

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..grid import Grid, QTensor
-from . import awq, gptq, mlx, native
+from . import awq, gptq, mlx, native, packing
 from . import compressed_tensors as ct
-from . import packing
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,10 @@ LAYOUTS = {
         _own(native.NAME),
         _gptq(gptq.V1),
         _gptq(gptq.V2),
-        Layout(awq.NAME, "qweight", ("qweight", "qzeros", "scales"), "quantization_config", lambda q, _, name: awq.pack(q, name), awq.unpack, awq.grid_of),
+        Layout(
+            awq.NAME, "qweight", ("qweight", "qzeros", "scales"), "quantization_config",
+            lambda q, _, name: awq.pack(q, name), awq.unpack, awq.grid_of,
+        ),
         Layout(mlx.NAME, "scales", ("weight", "scales", "biases"), "quantization", mlx.pack, mlx.unpack, mlx.grid_of),
     )
 }
