@@ -86,8 +86,10 @@ def test_what_cannot_be_exported_says_what_to_do(tmp_path, scheme, recipe, setti
 def test_nothing_is_overwritten(tmp_path):
     made = artifact(save_tiny(tmp_path / "m"), tmp_path / "a")
     (tmp_path / "v").mkdir()
-    assert "exists. Choose another -o" in export(made, tmp_path / "v")[1]
+    (tmp_path / "v" / "mine").write_text("")
+    assert "exists and is not empty. Choose another -o" in export(made, tmp_path / "v")[1]
     assert "it is not an artifact of lowbit" in export(tmp_path / "m", tmp_path / "w")[1]
+    (tmp_path / "v" / "mine").unlink()
     (tmp_path / "v").rmdir()
     (tmp_path / "v.partial").mkdir()
     (tmp_path / "v.partial" / "mine").write_text("")

@@ -26,6 +26,7 @@ out, err = Console(), Console(stderr=True)
 
 Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the -paper ones.")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
+Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX, llama-cpp-python for GGUF.", show_default=False)]
 _SCHEME = "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without g one scale per output channel."
 Scheme = Annotated[str, typer.Option(help=_SCHEME)]
 OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the recipe's, W4A16g128 if it has none.")]
@@ -260,12 +261,13 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
 @_reported
 def verify(
     folder: Annotated[Path, typer.Argument(help="Artifact folder, also a copy that was moved.")],
-    loader: Annotated[bool, typer.Option(help="Also load it with plain transformers and compare logits.")] = True,
+    loader: Annotated[bool, typer.Option(help="Also load it with its runtime and compare logits.")] = True,
+    python: Python = sys.executable,
 ) -> None:
     """Compare every tensor and code with what was tuned, and the logits of plain transformers with the tuned model's."""
     from .proof import verify as check
 
-    out.print(f"verified: {check(folder, loader=loader).summary}", highlight=False, soft_wrap=True)
+    out.print(f"verified: {check(folder, loader=loader, python=python).summary}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -313,13 +315,15 @@ def _numbers(text: str, kind: type[Any], option: str) -> list[Any]:
 @app.command()
 @_reported
 def export(
-    folder: Annotated[Path, typer.Argument(help="Artifact folder, in the format of lowbit.")],
+    folder: Annotated[Path, typer.Argument(help="Artifact folder, as quantize wrote it.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the exported model.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors (from the format of lowbit, rotations for vLLM included), gptq (symmetric), gptq_v2, awq, mlx.")] = "compressed-tensors",
+    python: Python = sys.executable,
 ) -> None:
-    """Rewrite an artifact with online rotations for vLLM (compressed-tensors with a transform_config), codes unchanged."""
+    """Lay the codes of an artifact out for another runtime, unchanged, and prove what was written with that runtime if it is there."""
     from .export import export as write
 
-    out.print(f"{output}\nverified: {write(folder, output).summary}", highlight=False, soft_wrap=True)
+    out.print(f"{output}\nverified: {write(folder, output, to, python=python).summary}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,0 +1,73 @@
+"""Online rotations for vLLM: compressed-tensors with a `transform_config`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact import PROOF, read_shard, save_shard
+from ..errors import LowbitError
+from ..formats import compressed_tensors as ct
+from ..formats import native, transforms
+from ..grid import Affine
+from ..proof import EXACT, Verification, loader_logits
+from .place import place
+from .source import Source
+
+_SHARD = "model-transforms.safetensors"
+
+
+def export(source: Source, out: Path) -> Verification:
+    """Write an artifact with online rotations as compressed-tensors with a `transform_config`, for vLLM.
+
+    The packed weights are copied. Before the directory gets its name, its logits are compared with the tuned model's, by transformers
+    with the rotations applied by compressed-tensors from what was written; transformers alone (5.23) ignores them. Quantized activations
+    are left out of that comparison.
+
+    Args:
+        source: an artifact in the format of lowbit. out: a directory that does not exist.
+
+    Raises:
+        LowbitError: it holds something that the format or vLLM cannot say. VerificationError: a check failed.
+    """
+    described, matrices = _described(source)
+    with place(source, out) as made:
+        if described["config_groups"]["group_0"]["input_activations"] is not None:
+            # The largest value of a token lies between two codes of the full-range grid, so that summing a rotation in another order
+            # decides where it goes: weights and rotations are compared without that.
+            proof = read_shard(source.folder / PROOF)
+            logits = loader_logits(source.folder, proof["ids"], exact=True)[:, -proof["logits"].shape[1] :]
+            save_shard(made.partial / PROOF, {"ids": proof["ids"], "logits": logits})
+            made.report["proof"] = EXACT
+        for name in source.report["shards"]:
+            made.add(name, read_shard(source.folder / name))
+        made.add(_SHARD, matrices)
+        made.write_index()
+        made.write("config.json", {**source.config, "quantization_config": described})
+        return made.close(ct.NAME, {}, sys.executable)
+
+
+def _described(source: Source) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    folder, own, grids = source.folder, source.own, source.grids
+    linears = list(grids)
+    affine = {n: g for n, g in grids.items() if isinstance(g, Affine)}
+    if len(affine) < len(grids) or any(native.outliers_of(own, n) for n in linears):
+        raise LowbitError(f"'{folder}' has weights on codebooks or kept in floating point: only the format of lowbit carries them.")
+    if own["kv"] is not None:
+        raise LowbitError(f"'{folder}' quantizes keys and values, which vLLM does otherwise: quantize without KV in the scheme.")
+    readings = {n: native.reading_of(own, n) for n in linears}
+    activations = next((r.grid for r in readings.values()), None)
+    if not ct.carries(affine.values(), activations):
+        raise LowbitError(
+            f"'{folder}' has activations on a grid that compressed-tensors does not carry: it takes 4 or 8 bits, symmetric weights, and "
+            "--set activations.symmetric=true --set activations.full_range=true --set activations.clip=1."
+        )
+    rotations = {n: r.rotation for n, r in readings.items() if r.rotation is not None}
+    biased = [n for n in rotations if f"{n}.bias" in source.index["weight_map"]]
+    if biased:
+        raise LowbitError(f"'{biased[0]}' has a bias and a rotated input, which vLLM refuses: quantize with --set quarot.online=false.")
+    entry, matrices = transforms.describe(rotations, native.dtype_of(own))
+    return {**ct.describe(affine, own["ignore"], activations), "transform_config": entry}, matrices

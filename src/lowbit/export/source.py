@@ -1,0 +1,124 @@
+"""A finished artifact opened for export: its linears as QTensors, shard by shard, and everything else as it lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifact import INDEX, read_shard
+from ..errors import LowbitError
+from ..formats import compressed_tensors as ct
+from ..formats import native
+from ..formats.packing import local_tensors, unpack
+from ..grid import Grid, QTensor
+from ..proof import read_report
+
+
+@dataclass(frozen=True)
+class Source:
+    """An artifact of this library, in one of the two formats that `quantize` writes.
+
+    Attributes:
+        folder: where it lies. report: its report.json. config: its config.json.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Source:
+        """Raises LowbitError if the folder is not such an artifact."""
+        report = read_report(folder)
+        if "exported_from" in report:
+            raise LowbitError(f"'{folder}' is an export itself ({report['format']}): export from the artifact it was made of.")
+        config = json.loads((folder / "config.json").read_text())
+        own = config.get("quantization_config")
+        if own is None or own.get("quant_method") not in (ct.NAME, native.NAME):
+            raise LowbitError(f"'{folder}' is not in a format that lowbit quantizes to.")
+        if own["quant_method"] == native.NAME:
+            native.check(own)
+        return cls(folder, report, config)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Its quantization_config."""
+        found: dict[str, Any] = self.config["quantization_config"]
+        return found
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is in the library's own format."""
+        return bool(self.own["quant_method"] == native.NAME)
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """Full linear name -> grid."""
+        out = {}
+        for entry in self.report["linears"]:
+            if "skipped" not in entry:
+                grid = native.grid_of(self.own, entry["name"])
+                if grid is None:
+                    raise LowbitError(f"'{entry['name']}' is listed as quantized in '{self.folder}', but config.json gives it no scheme.")
+                out[entry["name"]] = grid
+        return out
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Full linear name -> (out, in)."""
+        return {e["name"]: (e["shape"][0], e["shape"][1]) for e in self.report["linears"] if "skipped" not in e}
+
+    @property
+    def skipped(self) -> list[str]:
+        """Full names of the linears kept in floating point."""
+        return [e["name"] for e in self.report["linears"] if "skipped" in e]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the stored scales, and of the model that was quantized."""
+        if self.is_native:
+            return native.dtype_of(self.own)
+        named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").removeprefix("torch.")
+        found: torch.dtype = getattr(torch, named)
+        return found
+
+    def only_weights(self, target: str) -> None:
+        """Raise LowbitError if anything but weights on grids would be lost in a format that says no more than that."""
+        if self.report["recipe"].get("activations") is not None:
+            raise LowbitError(f"'{self.folder}' quantizes activations, which {target} cannot say: quantize with A16 in the scheme.")
+        if not self.is_native:
+            return
+        if self.own["kv"] is not None:
+            raise LowbitError(f"'{self.folder}' quantizes keys and values, which {target} cannot say: quantize without KV in the scheme.")
+        if self.own["rotations"]:
+            raise LowbitError(
+                f"'{self.folder}' rotates activations while it runs, which {target} cannot say: quantize with --set quarot.online=false."
+            )
+        kept = [n for n in self.grids if native.outliers_of(self.own, n)]
+        if kept:
+            raise LowbitError(f"'{kept[0]}' keeps weights in floating point, which {target} cannot say.")
+
+    def shards(self) -> Iterator[tuple[str, dict[str, QTensor], dict[str, Tensor]]]:
+        """(file name, its linears, its other tensors), one file in memory at a time."""
+        for name in self.report["shards"]:
+            held = read_shard(self.folder / name)
+            coded = {}
+            for linear in [n for n in self.grids if f"{n}.weight_shape" in held]:
+                local = local_tensors(held, linear)
+                coded[linear] = unpack(local, self.grids[linear], linear)
+                for key in local:
+                    del held[f"{linear}.{key}"]
+            yield name, coded, held
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """Its model.safetensors.index.json."""
+        found: dict[str, Any] = json.loads((self.folder / INDEX).read_text())
+        return found
