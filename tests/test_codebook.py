@@ -1,5 +1,6 @@
 """K-means against brute force and scikit-learn, the codebook grid, its layout on disk, and soft rounding on it."""
 
+import ctypes
 import itertools
 import os
 import subprocess
@@ -18,6 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats import columns, packing
 from lowbit.grid import Affine, Codebook, CodebookParams, Outliers, QTensor
 from lowbit.grid import kmeans as module
+from lowbit.grid.compiled import library, pointer
 from lowbit.grid.kmeans import kmeans
 from lowbit.methods import CLAQ, RTN, TesseraQ
 from lowbit.methods._buckets import FROZEN
@@ -322,3 +324,23 @@ def test_tesseraq_leaves_outliers_of_a_uniform_grid_alone(block):
         kept = start.coded[name].outliers
         assert len(kept.index)
         assert torch.equal(q.decode().flatten()[kept.index], kept.values)
+
+
+@pytest.mark.skipif(library(module._SOURCE) is None, reason="no C compiler")
+@pytest.mark.parametrize("n", [1, 7, 2048, 5000])
+def test_digits_sort_as_numpy_does(n):
+    x = torch.distributions.StudentT(1.2).sample((5, n)) * torch.tensor([1e-38, 1e-3, 1.0, 1e3, 1e30])[:, None]
+    x[:, :1] = 0.0
+    x[:, n // 2] = -0.0
+    x[1, -1], x[2, 0] = float("inf"), float("-inf")
+    sorted_ = torch.empty_like(x)
+    assert library(module._SOURCE).sort_rows(pointer(x), ctypes.c_int64(5), ctypes.c_int32(n), pointer(sorted_)) == 0
+    assert np.array_equal(sorted_.numpy(), np.sort(x.numpy(), axis=1))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_long_list_with_a_number_that_is_none_is_refused(sign):
+    x = torch.randn(3, 4096)
+    x[1, 77] = torch.copysign(torch.tensor(float("nan")), torch.tensor(float(sign)))
+    with pytest.raises(module.NotFiniteError):
+        kmeans(x, 4)

@@ -227,3 +227,43 @@ int kmeans_sorted(const float *x, const float *weight, int64_t problems, int32_t
     free(cut);
     return failed;
 }
+
+/* x: (problems, n); sorted: the same shape, ascending in every row, NaN at the ends. Returns 0, or 1 if memory ran out.
+ * Radix sort of the bit patterns: as integers, with the sign bit flipped (and all bits of negative numbers), they lie in the
+ * order of the numbers. */
+int sort_rows(const float *x, int64_t problems, int32_t n, float *sorted)
+{
+    enum { DIGIT = 11, BINS = 1 << DIGIT };
+    uint32_t *a = malloc(sizeof(uint32_t) * ((size_t)n * 2 + 3 * BINS)), *b = a + n, *count = b + n;
+    if (!a)
+        return 1;
+    for (int64_t p = 0; p < problems; p++) {
+        memcpy(a, x + p * n, sizeof(uint32_t) * (size_t)n);
+        memset(count, 0, sizeof(uint32_t) * 3 * BINS);
+        for (int32_t i = 0; i < n; i++) {
+            uint32_t v = a[i] ^ ((uint32_t)((int32_t)a[i] >> 31) | 0x80000000u);
+            a[i] = v;
+            count[v & (BINS - 1)]++;
+            count[BINS + (v >> DIGIT & (BINS - 1))]++;
+            count[2 * BINS + (v >> 2 * DIGIT)]++;
+        }
+        for (int pass = 0; pass < 3; pass++) {
+            uint32_t *at = count + pass * BINS, sum = 0;
+            for (int bin = 0; bin < BINS; bin++) {
+                uint32_t here = at[bin];
+                at[bin] = sum;
+                sum += here;
+            }
+            for (int32_t i = 0; i < n; i++)
+                b[at[a[i] >> pass * DIGIT & (BINS - 1)]++] = a[i];
+            uint32_t *swap = a;
+            a = b;
+            b = swap;
+        }
+        uint32_t *out = (uint32_t *)(sorted + p * n);
+        for (int32_t i = 0; i < n; i++)
+            out[i] = a[i] ^ ((uint32_t)((int32_t)~a[i] >> 31) | 0x80000000u);
+    }
+    free(a < b ? a : b);
+    return 0;
+}

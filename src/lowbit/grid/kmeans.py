@@ -20,6 +20,7 @@ _SOURCE = Path(__file__).with_name("kmeans.c")
 _CUTS = 192
 _LLOYD = 20
 _IN_CACHE = 1 << 17  # numbers sorted and clustered at a time
+_RADIX = 2048  # numbers a list from which counting digits beats comparing
 _TABLE = 1 << 23  # entries of the cost tables held at a time by the torch path
 
 
@@ -61,7 +62,13 @@ def _compiled(compiled: ctypes.CDLL, values: Tensor, levels: int, weights: Tenso
     sse = torch.empty(lists, dtype=torch.float64)
 
     def part(start: int, stop: int) -> int:
-        ordered, w = _sorted(values[start:stop], None if weights is None else weights[start:stop])
+        chosen = values[start:stop].contiguous()
+        if weights is None and n >= _RADIX:
+            ordered, w = torch.empty_like(chosen), None
+            if compiled.sort_rows(pointer(chosen), ctypes.c_int64(stop - start), ctypes.c_int32(n), pointer(ordered)):
+                return 1
+        else:
+            ordered, w = _sorted(chosen, None if weights is None else weights[start:stop])
         failed: int = compiled.kmeans_sorted(
             pointer(ordered), None if w is None else pointer(w), ctypes.c_int64(stop - start), ctypes.c_int32(n), ctypes.c_int(levels),
             ctypes.c_int32(0 if exact else _CUTS), ctypes.c_int(0 if exact else _LLOYD), pointer(out[start:stop]), pointer(sse[start:stop]),
