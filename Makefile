@@ -8,7 +8,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lowbit demo -o demo-out
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,18 +1,23 @@
-"""Rotated artifacts rewritten for vLLM: compressed-tensors' own transforms reproduce the tuned logits from what was written."""
+"""Artifacts rewritten for other runtimes: the same codes, and logits where a runtime, or a stand-in, computes them."""
 
+import importlib.util
 import json
+import sys
 
 import helpers
 import pytest
 import torch
 from helpers import save_tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli import app
 from lowbit.errors import VerificationError
+from lowbit.formats.layouts import LAYOUTS
+from lowbit.formats.packing import local_tensors, unpack
 from lowbit.proof import compare_logits, loader_logits, verify
+from lowbit.scheme import parse_scheme
 
 PLAIN_GRID = ["activations.symmetric=true", "activations.full_range=true", "activations.clip=1"]
 
@@ -22,8 +27,8 @@ def artifact(model, out, scheme="W4A16", recipe="quarot", settings=("quarot.acro
     return out
 
 
-def export(folder, out):
-    result = CliRunner().invoke(app, ["export", str(folder), "-o", str(out)])
+def export(folder, out, *options):
+    result = CliRunner().invoke(app, ["export", str(folder), "-o", str(out), *options])
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -99,3 +104,128 @@ def test_nothing_is_overwritten(tmp_path):
 def test_biases_are_refused_where_the_server_would(tmp_path):
     made = artifact(save_tiny(tmp_path / "m", "opt"), tmp_path / "a")
     assert "has a bias and a rotated input" in export(made, tmp_path / "v")[1]
+
+
+def test_activations_that_transformers_would_get_wrong_are_said_to_vllm(tmp_path):
+    made = artifact(save_tiny(tmp_path / "m", "opt"), tmp_path / "a", "W8A8sym", "rtn", PLAIN_GRID)
+    assert json.loads((made / "report.json").read_text())["format"] == "lowbit"
+    code, text = export(made, tmp_path / "v")
+    assert code == 0, text
+    config = json.loads((tmp_path / "v" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "token" and "transform_config" not in config
+    assert verify(tmp_path / "v").loader == "passed" and len(list((tmp_path / "v").glob("*.safetensors"))) == 3
+
+
+# --- other layouts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Symmetric and asymmetric 4-bit artifacts, and a 2-bit one, of one model with 64- and 96-wide linears."""
+    root = tmp_path_factory.mktemp("plain")
+    model = save_tiny(root / "m")
+    return {scheme: artifact(model, root / scheme, scheme, "rtn", ()) for scheme in ("W4A16g32sym", "W4A16g32", "W2A16")}
+
+
+def grouped_bias(q):
+    """scale * zero_point of each weight, (out, in)."""
+    return (q.params.scale * q.params.zero_point).repeat_interleave(q.codes.shape[1] // q.params.scale.shape[1], 1)
+
+
+@pytest.mark.parametrize(
+    "to, scheme, biases",
+    [("gptq", "W4A16g32sym", 0), ("gptq_v2", "W2A16", 0), ("awq", "W4A16g32", 0), ("mlx", "W4A16g32", 1), ("mlx", "W2A16", 1)],
+)
+def test_the_same_codes_in_another_layout(tmp_path, plain, to, scheme, biases):
+    """Exact but for MLX's biases, scale * zero_point rounded to bfloat16."""
+    source = plain[scheme]
+    code, text = export(source, tmp_path / "e", "--to", to)
+    assert code == 0 and "14 linears as tuned" in text, text
+    report, before = (json.loads((f / "report.json").read_text()) for f in (tmp_path / "e", source))
+    assert report["format"] == to and report["exported_from"] == before["hash"] and "run" not in report
+    entries = {e["name"]: e for e in report["linears"]}
+    stored = sum(s["bytes"] for s in report["shards"].values())
+    assert report["size"]["after"] == stored and entries["lm_head"]["skipped"]
+    config = json.loads((tmp_path / "e" / "config.json").read_text())
+    layout, tensors = LAYOUTS[to], {}
+    for shard in report["shards"]:
+        tensors |= load_file(tmp_path / "e" / shard)
+    original = {}
+    for shard in before["shards"]:
+        original |= load_file(source / shard)
+    quantized = [n for n, e in entries.items() if "skipped" not in e]
+    assert len(quantized) == 14
+    for name in quantized:
+        tuned, held = unpack(local_tensors(original, name), parse_scheme(scheme).weights, name), layout.read(tensors, name, config)
+        assert torch.equal(tuned.codes, held.codes)
+        delta = held.decode().double() - tuned.decode().double()
+        assert bool((delta.abs() <= (grouped_bias(tuned) * 2**-8 if biases else 0) + 1e-6 * float(tuned.params.scale.max())).all())
+        noise = float(tuned.params.scale.double().square().mean()) / 12
+        assert entries[name]["extra_error"] == pytest.approx(float(delta.square().mean()) / noise, rel=1e-3, abs=1e-9)
+        assert entries[name]["bytes"] == sum(t.nbytes for t in layout.local(tensors, name).values())
+    other = {k for k in original if ".weight_" not in k}
+    assert other == {k for k in tensors if k.rpartition(".")[0] not in quantized}
+    assert all(torch.equal(original[k], tensors[k]) for k in other)
+    assert not (to == "mlx" and "quantization_config" in config) and (tmp_path / "e" / "tokenizer.json").is_file()
+
+
+def test_a_changed_export_is_found(tmp_path, plain):
+    assert export(plain["W4A16g32sym"], tmp_path / "e", "--to", "gptq")[0] == 0
+    shard = sorted((tmp_path / "e").glob("*.safetensors"))[1]
+    held = load_file(shard)
+    key = next(k for k in held if k.endswith("up_proj.qzeros"))
+    held[key][0, 0] += 1
+    save_file(held, shard)
+    with pytest.raises(VerificationError, match=f"'{key}'"):
+        verify(tmp_path / "e")
+    assert "is an export itself (gptq)" in export(tmp_path / "e", tmp_path / "f", "--to", "awq")[1]
+
+
+def test_a_missing_runtime_is_said_and_no_interpreter_is_an_error(tmp_path, plain):
+    code, text = export(plain["W4A16g32"], tmp_path / "e", "--to", "mlx", "--python", sys.executable)
+    if importlib.util.find_spec("mlx") is None:
+        assert code == 0 and "loader check not run: no mlx, mlx-lm here" in text
+    code, text = export(plain["W4A16g32"], tmp_path / "f", "--to", "mlx", "--python", str(tmp_path / "none"))
+    assert code == 2 and "cannot run" in text and not (tmp_path / "f").exists() and not (tmp_path / "f.partial").exists()
+
+
+def test_a_runtime_that_computes_something_else_fails_the_export(tmp_path, plain):
+    """A stand-in interpreter that answers with the tuned logits, then with others."""
+    proof = load_file(plain["W4A16g32"] / "proof" / "logits.safetensors")["logits"]
+    for factor, expected in ((1.0, 0), (1.5, 1)):
+        save_file({"logits": (proof * factor).contiguous()}, tmp_path / "answer.safetensors")
+        fake = tmp_path / "python"
+        fake.write_text(f'#!/bin/sh\ncp {tmp_path}/answer.safetensors "$4"\n')
+        fake.chmod(0o755)
+        code, text = export(plain["W4A16g32"], tmp_path / f"e{expected}", "--to", "awq", "--python", str(fake))
+        assert code == expected, text
+        assert (tmp_path / f"e{expected}").exists() == (not expected) and not list(tmp_path.glob("*.partial"))
+    assert "logits differ from the tuned model's" in text
+
+
+@pytest.mark.parametrize(
+    "to, scheme, words",
+    [
+        ("gptq", "W4A16g32", "Export to gptq_v2"),
+        ("awq", "W2A16", "AWQ's layout takes 4 bits"),
+        ("gguf9", "W2A16", "choose one of compressed-tensors, gptq, gptq_v2, awq, mlx"),
+    ],
+)
+def test_what_a_layout_cannot_say(tmp_path, plain, to, scheme, words):
+    code, text = export(plain[scheme], tmp_path / "e", "--to", to)
+    assert code == 2 and words in text and not (tmp_path / "e").exists() and not (tmp_path / "e.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "scheme, recipe, settings, words",
+    [
+        ("W2A16", "claq", [], "codebooks"),
+        ("W8A8sym", "rtn", PLAIN_GRID, "quantizes activations"),
+        ("W4A16KV4", "rtn", [], "keys and values"),
+        ("W4A16", "quarot", [], "--set quarot.online=false"),
+    ],
+)
+def test_what_only_the_format_of_lowbit_carries(tmp_path, scheme, recipe, settings, words):
+    made = artifact(save_tiny(tmp_path / "m"), tmp_path / "a", scheme, recipe, settings)
+    code, text = export(made, tmp_path / "e", "--to", "gptq_v2")
+    assert code == 2 and words in text

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.formats import awq, gptq, mlx
+from lowbit.formats import compressed_tensors as ct
 from lowbit.grid import Affine, QTensor
 
 
@@ -88,3 +89,15 @@ def test_what_the_layouts_cannot_say():
     q.params.scale[0, 0] = 1e-9
     with pytest.raises(LowbitError, match="which float16 does not hold"):
         gptq.pack(q, gptq.V1, "layer")
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_awq_as_compressed_tensors_own_converter_reads_it(group):
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+
+    q = weight(4, group, False)
+    converter = AutoAWQConverter(group_size=group)
+    found = converter.process({f"layer.{k}": t for k, t in awq.pack(q, "layer").items()})
+    expected = ct.pack(q, torch.float16)
+    for key in ("weight_packed", "weight_scale", "weight_zero_point"):
+        assert torch.equal(found[f"layer.{key}"], expected[key]), key

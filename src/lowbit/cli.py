@@ -26,7 +26,7 @@ out, err = Console(), Console(stderr=True)
 
 Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the -paper ones.")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
-Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX, llama-cpp-python for GGUF.", show_default=False)]
+Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX.", show_default=False)]
 _SCHEME = "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without g one scale per output channel."
 Scheme = Annotated[str, typer.Option(help=_SCHEME)]
 OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the recipe's, W4A16g128 if it has none.")]
@@ -264,7 +264,7 @@ def verify(
     loader: Annotated[bool, typer.Option(help="Also load it with its runtime and compare logits.")] = True,
     python: Python = sys.executable,
 ) -> None:
-    """Compare every tensor and code with what was tuned, and the logits of plain transformers with the tuned model's."""
+    """Compare every tensor and code with what was tuned, and the logits that its runtime computes with the tuned model's."""
     from .proof import verify as check
 
     out.print(f"verified: {check(folder, loader=loader, python=python).summary}", highlight=False, soft_wrap=True)

@@ -213,7 +213,8 @@ def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -
     reader, proof = READERS[report["format"]], read_shard(folder / PROOF)
     found = runtime_logits(folder, proof["ids"], report["format"], exact=report.get("proof") == EXACT, python=python)
     if isinstance(found, str):
-        return Verification(tensors, linears, f"not run, no {found} here: lowbit verify {folder} --python PYTHON, one that has it")
+        missing = f"not run: no {found} here (lowbit verify --python names an interpreter that has it)"
+        return Verification(tensors, linears, missing, reader=reader.name)
     rms, top1 = 0.0, 1.0
     for kind, logits in sorted(found.items()):  # ends on "logits", what users get
         rms, top1 = compare_logits(proof["logits"], logits[:, -proof["logits"].shape[1] :])

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
 from ..proof import Verification, verify
-from . import folders, rotations
+from . import folders, for_vllm
 from .source import Source
 
-TARGETS = folders.TARGETS
+TARGETS = (ct.NAME, *folders.TARGETS)
 
 
 def export(folder: Path, out: Path, to: str = ct.NAME, *, python: str = sys.executable) -> Verification:
@@ -31,6 +31,6 @@ def export(folder: Path, out: Path, to: str = ct.NAME, *, python: str = sys.exec
         raise LowbitError(f"cannot export to '{to}': choose one of {', '.join(TARGETS)}.")
     source = Source.open(folder)
     verify(folder, loader=False)
-    if to == ct.NAME and source.is_native and source.own["rotations"]:
-        return rotations.export(source, out)
+    if to == ct.NAME:
+        return for_vllm.export(source, out)
     return folders.export(source, to, out, python)

@@ -1,4 +1,4 @@
-"""Exports that are folders of safetensors, as transformers, vLLM, SGLang, GPTQModel and mlx-lm load them: the same codes laid out anew."""
+"""GPTQ, AWQ and MLX: folders of safetensors with the same codes laid out anew."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..formats import awq, gptq, mlx
-from ..formats import compressed_tensors as ct
 from ..formats.layouts import LAYOUTS
 from ..grid import Affine
 from ..proof import Verification
@@ -17,7 +16,7 @@ from .extra import extra_error
 from .place import place
 from .source import Source
 
-TARGETS = (ct.NAME, gptq.V1, gptq.V2, awq.NAME, mlx.NAME)
+TARGETS = (gptq.V1, gptq.V2, awq.NAME, mlx.NAME)
 
 
 def export(source: Source, target: str, out: Path, python: str) -> Verification:
@@ -31,8 +30,6 @@ def export(source: Source, target: str, out: Path, python: str) -> Verification:
     grids = {n: g for n, g in source.grids.items() if isinstance(g, Affine)}
     if len(grids) < len(source.grids):
         raise LowbitError(f"'{source.folder}' has weights on codebooks, which {target} cannot say: only the format of lowbit carries them.")
-    if target == ct.NAME and not source.is_native:
-        raise LowbitError(f"'{source.folder}' is in the format {ct.NAME} already: vLLM loads it as it is.")
     described = _described(source, target, grids)
     known: dict[str, dict[str, Any]] = {}
     with place(source, out) as made:
@@ -68,6 +65,4 @@ def _described(source: Source, target: str, grids: dict[str, Affine]) -> dict[st
         return {"quantization": mlx.describe(grids, source.shapes)}
     if target == awq.NAME:
         return {"quantization_config": awq.describe(grids, source.skipped)}
-    if target == ct.NAME:
-        return {"quantization_config": ct.describe(grids, source.skipped)}
     return {"quantization_config": gptq.describe(grids, source.skipped, target, f"lowbit:{source.report['lowbit']}")}

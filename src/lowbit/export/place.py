@@ -29,22 +29,27 @@ class Place:
 
     def __init__(self, partial: Path, source: Source) -> None:
         self.partial = partial
-        self.report = {**source.report, "shards": {}, "exported_from": source.report["hash"]}
+        kept = {k: v for k, v in source.report.items() if k not in ("run", "verification")}  # a run is what `quantize` would go on with
+        self.report = {**kept, "shards": {}, "exported_from": source.report["hash"]}
         self._files: list[str] = []
         self._weight_map: dict[str, str] = {}
+
+    def take(self, source: Source, name: str) -> None:
+        """Take a file of weights over as it is."""
+        shutil.copyfile(source.folder / name, self.partial / name)
+        self._list(name, source.report["shards"][name]["tensors"])
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a safetensors file; what is read back from it."""
         save_shard(self.partial / name, tensors)
         held = read_shard(self.partial / name)
-        self.listed(name, {k: tensor_hash(t) for k, t in held.items()})
-        self._weight_map.update(dict.fromkeys(held, name))
+        self._list(name, {k: tensor_hash(t) for k, t in held.items()})
         return held
 
-    def listed(self, name: str, hashes: Mapping[str, str]) -> None:
-        """Put a file of weights that lies in the directory on the report, with a hash of each tensor."""
+    def _list(self, name: str, hashes: Mapping[str, str]) -> None:
         path = self.partial / name
         self.report["shards"][name] = {"sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": dict(hashes)}
+        self._weight_map.update(dict.fromkeys(hashes, name))
 
     def copy(self, source: Path, name: str) -> None:
         """Take a file over."""
@@ -52,9 +57,8 @@ class Place:
         write_atomic(self.partial / name, (source / name).read_bytes())
 
     def write(self, name: str, data: Any) -> None:
-        """A JSON file, or text."""
-        text = data if isinstance(data, str) else json.dumps(data, indent=1) + "\n"
-        write_atomic(self.partial / name, text.encode())
+        """A JSON file."""
+        write_atomic(self.partial / name, (json.dumps(data, indent=1) + "\n").encode())
         self._files.append(name)
 
     def write_index(self) -> None:
@@ -68,14 +72,17 @@ class Place:
         Args:
             linears: what is known of each linear in this format, by full name. python: interpreter that has the runtime.
         """
-        size = sum(s["bytes"] for s in self.report["shards"].values())
+        size, before = sum(s["bytes"] for s in self.report["shards"].values()), self.report["size"]
+        entries = [{**e, **linears.get(e["name"], {})} for e in self.report["linears"]]
+        packed = [e for e in entries if "skipped" not in e]
         digest = hashlib.sha256("".join(s["sha256"] for s in self.report["shards"].values()).encode()).hexdigest()
         self.report |= {
-            "format": format_, "hash": digest, "size": {**self.report["size"], "after": size},
+            "format": format_, "hash": digest,
+            "size": {**before, "after": size, "model_bits_per_weight": before["model_bits_per_weight"] * size / before["after"],
+                     "bits_per_weight": 8 * sum(e["bytes"] for e in packed) / sum(e["shape"][0] * e["shape"][1] for e in packed)},
             "files": {n: file_hash(self.partial / n) for n in sorted({*self._files, RECIPE, PROOF.as_posix()})},
-            "linears": [{**e, **linears.get(e["name"], {})} for e in self.report["linears"]],
+            "linears": entries,
         }  # fmt: skip
-        self.report.pop("verification", None)
         self._store()
         done = verify(self.partial, python=python)
         self.report["verification"] = done.as_dict()

@@ -1,4 +1,4 @@
-"""Online rotations for vLLM: compressed-tensors with a `transform_config`."""
+"""compressed-tensors for vLLM, where transformers alone would compute something else: online rotations as a `transform_config`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ _SHARD = "model-transforms.safetensors"
 
 
 def export(source: Source, out: Path) -> Verification:
-    """Write an artifact with online rotations as compressed-tensors with a `transform_config`, for vLLM.
+    """Write an artifact in the format of lowbit as compressed-tensors.
 
     The packed weights are copied. Before the directory gets its name, its logits are compared with the tuned model's, by transformers
     with the rotations applied by compressed-tensors from what was written; transformers alone (5.23) ignores them. Quantized activations
     are left out of that comparison.
 
     Args:
-        source: an artifact in the format of lowbit. out: a directory that does not exist.
+        source: the artifact. out: a directory that does not exist, or is empty.
 
     Raises:
         LowbitError: it holds something that the format or vLLM cannot say. VerificationError: a check failed.
     """
+    if not source.is_native:
+        raise LowbitError(f"'{source.folder}' is in the format {ct.NAME} already: vLLM loads it as it is.")
     described, matrices = _described(source)
     with place(source, out) as made:
         if described["config_groups"]["group_0"]["input_activations"] is not None:
@@ -43,8 +45,9 @@ def export(source: Source, out: Path) -> Verification:
             save_shard(made.partial / PROOF, {"ids": proof["ids"], "logits": logits})
             made.report["proof"] = EXACT
         for name in source.report["shards"]:
-            made.add(name, read_shard(source.folder / name))
-        made.add(_SHARD, matrices)
+            made.take(source, name)
+        if matrices:
+            made.add(_SHARD, matrices)
         made.write_index()
         made.write("config.json", {**source.config, "quantization_config": described})
         return made.close(ct.NAME, {}, sys.executable)
@@ -69,5 +72,8 @@ def _described(source: Source) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     biased = [n for n in rotations if f"{n}.bias" in source.index["weight_map"]]
     if biased:
         raise LowbitError(f"'{biased[0]}' has a bias and a rotated input, which vLLM refuses: quantize with --set quarot.online=false.")
+    plain = ct.describe(affine, own["ignore"], activations)
+    if not rotations:
+        return plain, {}
     entry, matrices = transforms.describe(rotations, native.dtype_of(own))
-    return {**ct.describe(affine, own["ignore"], activations), "transform_config": entry}, matrices
+    return {**plain, "transform_config": entry}, matrices
