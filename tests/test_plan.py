@@ -51,3 +51,11 @@ def test_bad_input(tmp_path):
         make_plan(FAMILIES["llama"](), recipe("W2A16g24"))
     with pytest.raises(LowbitError, match="mixture of experts"):
         make_plan(T.MixtralConfig(num_hidden_layers=1), recipe("W2A16g16"))
+
+
+@pytest.mark.parametrize("change", [{"model_type": "falcon", "head_dim": 8}, {"num_attention_heads": "eight"}, {"model_type": "nonsense"}])
+def test_configs_that_transformers_cannot_read(tmp_path, change):
+    config = {**llama(64, 128, 2, 8, 300).to_dict(), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LowbitError, match="config.json cannot be read as a model config"):
+        read_config(str(tmp_path))

@@ -17,7 +17,7 @@ from .formats.packing import tensor_bytes
 from .grid import ActivationGrid, Affine, Codebook
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
-from .model.checkpoint import hub_file
+from .model.checkpoint import config_at, hub_file
 from .model.wiring import Wiring, wiring_of
 from .recipe import Recipe
 
@@ -82,8 +82,6 @@ def read_config(model: str) -> Any:
     Raises:
         LowbitError: there is none.
     """
-    from transformers import AutoConfig
-
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
@@ -94,10 +92,7 @@ def read_config(model: str) -> Any:
         if found is None:
             raise LowbitError(f"hub repository '{model}' has no config.json.")
         path = found
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as e:
-        raise LowbitError(f"{path} cannot be read as a model config: {str(e).splitlines()[0]}") from e
+    return config_at(path)
 
 
 def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,20 @@ from ..errors import LowbitError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+
+def config_at(path: Path) -> Any:
+    """The transformers config in a config.json, without running any code that comes with it.
+
+    Raises:
+        LowbitError: transformers cannot make a config of it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else path, trust_remote_code=False)
+    except Exception as e:  # each family's config class fails in ways of its own
+        raise LowbitError(f"{path} cannot be read as a model config: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:

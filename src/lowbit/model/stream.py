@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import LowbitError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, config_at
 from .order import check_order, order_block, order_outer
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .wiring import Wiring, wiring_of
@@ -22,14 +22,9 @@ Kwargs = Mapping[str, Any]
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """The transformers config of a checkpoint, without running any code that comes with it."""
-    from transformers import AutoConfig
-
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
-    try:
-        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as e:
-        raise LowbitError(f"{path} cannot be read as a model config: {str(e).splitlines()[0]}") from e
+    return config_at(path)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

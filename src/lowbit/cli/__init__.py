@@ -1,0 +1,17 @@
+"""The command line. Every command is a thin shell around a function of the library."""
+
+from __future__ import annotations
+
+import sys
+
+from . import make, measure, look  # isort: skip  # noqa: F401 - the order of --help
+from .app import app, err
+
+
+def main() -> None:
+    """Entry point of the `lowbit` command and of `python -m lowbit`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command continues from the last finished block.")
+        sys.exit(130)

@@ -1,0 +1,68 @@
+"""What the commands share: the app, the consoles, options that several have, and errors as sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from ..errors import LowbitError, VerificationError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Make large language models small: 2 to 4 bit weights, accuracy kept, artifacts that carry their proof.",
+)
+out, err = Console(), Console(stderr=True)
+
+Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the -paper ones.")]  # fmt: skip
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
+Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX.", show_default=False)]
+_SCHEME = "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without g one scale per output channel."
+Scheme = Annotated[str, typer.Option(help=_SCHEME)]
+OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the recipe's, W4A16g128 if it has none.")]
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Print our errors as the one or two sentences they are; 2 for bad input, 1 for a failed verification."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        _quiet()
+        try:
+            command(*args, **kwargs)
+        except VerificationError as e:
+            err.print(f"verification failed: {e}", style="red", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from e
+        except LowbitError as e:
+            err.print(f"error: {e}", style="red", highlight=False, soft_wrap=True, markup=False)
+            raise typer.Exit(2) from e
+
+    return run
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars and advice out of our output."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON file that a command was asked for."""
+    from ..artifact import write_atomic
+
+    write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())

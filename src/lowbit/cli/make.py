@@ -1,0 +1,112 @@
+"""Commands that make something: an artifact, its plan, its copy for another runtime, the demo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.table import Table
+
+from .app import Calib, Device, OwnScheme, Python, Scheme, app, out, reported, write_json
+
+
+@app.command()
+@reported
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Artifact folder; OUT.partial while it is being made.")],
+    scheme: OwnScheme = None,
+    recipe: Annotated[str, typer.Option(help="A named recipe (README lists them), names joined by + (smoothquant+gptq), or a .toml file.")] = "tesseraq",
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable.")] = None,
+    calib: Calib = None,
+    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-best and tesseraq-paper (512).")] = None,
+    length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.")] = None,
+    seed: Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Refuse what only this library could load: online rotations, quantized keys and values, most quantized activations.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Quantize a model into a verified artifact. Repeating an interrupted command continues it."""
+    from ..display import Progress, summary
+    from ..job import quantize as job
+
+    with Progress(out) as progress:
+        result = job(
+            model, scheme, recipe, out=output, calib=calib, samples=samples, length=length, seed=seed, device=device,
+            settings=set_ or [], plain=plain, progress=progress, watch=progress.working,
+        )  # fmt: skip
+    out.print(summary(result), highlight=False, soft_wrap=True)
+
+
+@app.command()
+@reported
+def plan(
+    model: Annotated[str, typer.Argument(help="Model folder, a config.json, or hub id; weights are not needed.")],
+    scheme: OwnScheme = None,
+    recipe: Annotated[str, typer.Option(help="Recipe whose cost to estimate.")] = "tesseraq",
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe.")] = None,
+    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; default: the recipe's.")] = None,
+    length: Annotated[Optional[int], typer.Option(help="Tokens per row; default: the recipe's, or the model's context if that is shorter.")] = None,
+    device: Device = "auto",
+    json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
+) -> None:
+    """Say before any work what a run will need and which runtimes will load its result."""
+    from ..display import duration
+    from ..machine import pick_device
+    from ..model.calibration import Calibration
+    from ..plan import make_plan, measure_rate, read_config
+    from ..presets import load_recipe
+    from ..scheme import parse_scheme
+
+    chosen = load_recipe(recipe, scheme=None if scheme is None else parse_scheme(scheme), settings=set_ or [])
+    config = read_config(model)
+    own = chosen.calibration
+    c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
+    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(pick_device(device))))
+    gib = 2**30
+    rows = (
+        ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),
+        ("size", f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> {p.artifact / 1e9:.3g} GB)"),
+        ("bits per weight", f"{p.bits_per_weight:.3f} in quantized linears, {p.model_bits_per_weight:.3f} over all parameters"),
+        ("peak memory", f"{p.peak_memory / gib:.3g} GiB: block {p.block_memory / gib:.3g} (embeddings {p.outer_memory / gib:.3g}), activations {p.activations / gib:.3g}"),
+        ("disk", f"{p.artifact / gib:.3g} GiB"),
+        ("time", f"about {duration(p.seconds or 0)} with recipe '{chosen.name}' at this machine's measured matrix product rate (an estimate)"),
+    )  # fmt: skip
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    who = Table("runtime", "verdict", "why")
+    for r in p.runtimes:
+        who.add_row(r.name, r.verdict, r.reason)
+    out.print(who)
+    if json_:
+        write_json(json_, p.as_dict())
+
+
+@app.command()
+@reported
+def export(
+    folder: Annotated[Path, typer.Argument(help="Artifact folder, as quantize wrote it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the exported model.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors (from the format of lowbit, rotations for vLLM included), gptq (symmetric), gptq_v2, awq, mlx.")] = "compressed-tensors",
+    python: Python = sys.executable,
+) -> None:
+    """Lay the codes of an artifact out for another runtime, unchanged, and prove what was written with that runtime if it is there."""
+    from ..export import export as write
+
+    out.print(f"{output}\nverified: {write(folder, output, to, python=python).summary}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@reported
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts and the report.")] = Path("demo-out"),
+    scheme: Scheme = "W2A16g64",
+    device: Device = "auto",
+) -> None:
+    """Quantize the embedded model to 2 bits with RTN, AWQ and TesseraQ, compare them, write an HTML report. Needs no network."""
+    from ..demo import run_demo
+
+    run_demo(output, scheme, device, out)
