@@ -304,6 +304,13 @@ def test_short_columns_are_remarked(block):
     assert any("keep at least one each" in t and "k_proj" in t for t in done.notes["trouble"])
 
 
+@pytest.mark.parametrize("allocation", ["outliers", "greedy"])
+def test_a_budget_below_one_column_is_remarked(block, allocation):
+    done = CLAQ(adaptive_bits=0.001, allocation=allocation)(block)
+    assert any("less than one of 64 columns needs" in t and "k_proj" in t for t in done.notes["trouble"])
+    assert not CLAQ(adaptive_bits=0.1, allocation=allocation)(block).notes.get("trouble")
+
+
 @pytest.mark.parametrize("name", ["claq", "claq-ap", "claq-or", "claq-fused"])
 @pytest.mark.parametrize("scheme", ["W2A16", "W3A16"])
 def test_recipes_read_back(name, scheme):

@@ -61,16 +61,18 @@ def test_awq_nibble_by_nibble_and_back(group, symmetric, seed):
 @settings(max_examples=25, deadline=None)
 @given(bits=st.sampled_from(mlx.BITS), group=st.sampled_from([None, 32, 64]), symmetric=st.booleans(), seed=st.integers(0, 999))
 def test_mlx_word_by_word_and_back(bits, group, symmetric, seed):
-    q = weight(bits, group, symmetric, seed=seed)
+    q = weight(bits, group, symmetric, columns=256, seed=seed)
     t = mlx.pack(q, torch.float32)
     assert t["weight"].dtype == torch.uint32
-    words, size = unsigned(t["weight"].view(torch.int32)), mlx.group_of(q.grid, 128, "w")
-    for row, column in ((0, 0), (31, 127), (5, 77), (18, 30)):
+    words, size = unsigned(t["weight"].view(torch.int32)), mlx.group_of(q.grid, 256, "w")
+    assert t["scales"].shape == t["biases"].shape == (32, 256 // size)
+    for row, column in ((0, 0), (31, 255), (5, 77), (18, 130)):
         g = column // size
         value = field(words[row], bits, column) * float(t["scales"][row, g]) + float(t["biases"][row, g])
         assert value == pytest.approx(float(q.decode()[row, column]), abs=1e-5)
-    held = mlx.unpack(t, q.grid)
+    held = mlx.unpack(t, mlx.grid_of(mlx.describe({"w": q.grid}, {"w": (32, 256)}), "w"))
     assert torch.equal(held.codes, q.codes)
+    held = mlx.unpack(t, q.grid)
     torch.testing.assert_close(held.params.zero_point.float(), q.params.zero_point.float(), rtol=0, atol=1e-5)
 
 

@@ -141,12 +141,18 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
-    options = {"dtype": kind, "trust_remote_code": False, "output_loading_info": True}
+    options = {"dtype": kind, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(path.parent, **options)
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as e:
         reason = next(iter(str(e).splitlines()), "") or type(e).__name__
         raise LowbitError(f"transformers cannot load '{model}': {reason}") from e
+    if found["mismatched_keys"]:
+        name, held, wanted = min(found["mismatched_keys"])
+        raise LowbitError(
+            f"tensor '{name}' of '{model}' is {tuple(held)}, its config.json wants {tuple(wanted)} ({len(found['mismatched_keys'])} such in all): "
+            "the checkpoint does not fit its config.json."
+        )
     if found["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise LowbitError(
             f"tensor '{min(found['missing_keys'])}' is missing from '{model}' ({len(found['missing_keys'])} in all): "

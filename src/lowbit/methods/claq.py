@@ -143,6 +143,9 @@ class CLAQ:
         reserve = self._reserve(block.name, name, len(weight), score, remarks) if self.outlier_bits else None
         if isinstance(grid, Codebook):
             widths = self._widths(grid.bits, ordered, factor.diagonal(), score)
+            if self.adaptive_bits and self.scope == "matrix" and int(widths.sum()) == grid.bits * len(widths):
+                what = f"adaptive_bits = {self.adaptive_bits:g} is less than one of {len(widths)} columns needs, none got more"
+                remarks.setdefault(what, []).append(name)
             books = ColumnBooks(ordered, widths, block.stored, reserve, cluster_reserved=self.cluster_reserved, levels=self.levels)
             codes = code_in_order(weight, factor, inputs.order, books, self.block_size)
             params: Any = books.params(inputs.order)
