@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit.evaluate as subject
 from lowbit.errors import LowbitError
-from lowbit.evaluate import Evaluation, Tally, evaluate, load_causal_lm
+from lowbit.evaluate import Evaluation, Tally, continue_text, evaluate, load_causal_lm
 
 VOCAB = 37
 
@@ -306,3 +306,15 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
     said = refused(tmp_path)
     assert "tensor 'model.norm.weight'" in said and "is (8,), its config.json wants (" in said and "\n" not in said
+
+
+def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    broken, whole = llama(0), llama(0)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
+    ids = torch.randint(3, 36, (2, 8), generator=torch.Generator().manual_seed(0))
+    for model, reference, whose in ((broken, None, "the model"), (whole, broken, "the reference")):
+        with pytest.raises(LowbitError, match=f"{whose} computes logits that are not numbers"):
+            evaluate(model.eval(), ids, reference)
+    with pytest.raises(LowbitError, match="the model computes logits that are not numbers"):
+        continue_text(broken.eval(), lambda text, **_: {"input_ids": ids[:1]}, "def", 4)

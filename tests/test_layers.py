@@ -23,7 +23,7 @@ ALLOWED = {
     "machine": {"errors"},
     "scheme": {"grid", "errors"},
     "recipe": {"grid", "model", "methods", "scheme", "errors"},
-    "presets": {"methods", "recipe", "scheme", "errors"},
+    "presets": {"grid", "methods", "recipe", "scheme", "errors"},
     "hf": {"grid", "formats", "linears", "errors"},
     "artifact": {"grid", "model", "formats", "errors"},
     "proof": {"artifact", "formats", "errors"},

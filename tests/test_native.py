@@ -185,7 +185,7 @@ def test_formats_that_cannot_carry_it_say_so(model):
 
 
 @pytest.mark.parametrize(
-    "scheme, recipe, words", [("W4A4", "rtn", "activations other than"), ("W4A16KV4", "rtn", "keys and values"), ("W4A16", "quarot", "online rotations")]
+    "scheme, recipe, words", [("W4A4", "rtn", "under symmetric weights ('sym' at the end of the scheme)"), ("W4A16KV4", "rtn", "keys and values"), ("W4A16", "quarot", "online rotations")]
 )
 def test_what_plain_loaders_cannot_carry_is_refused_on_request(model, tmp_path, scheme, recipe, words):
     args = ["quantize", model, "--scheme", scheme, "--recipe", recipe, "--plain", "-o", tmp_path / "out"]

@@ -117,3 +117,10 @@ def test_after_a_solver_tuning_starts_from_its_codes_and_moves_by_one(tmp_path):
     moved = torch.cat([(tuned.coded[n].codes.int() - q.codes.int()).flatten() for n, q in solved.coded.items()])
     assert int(moved.abs().max()) == 1
     assert 0.02 < float((moved != 0).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("name", ["crossquant", "llm-int8", "awq+crossquant"])
+def test_recipes_about_activations_want_them_quantized(name):
+    assert load_recipe(name, scheme=parse_scheme("W8A8")).activations is not None
+    with pytest.raises(LowbitError, match="is about quantized activations, and scheme W4A16 leaves them in floating point"):
+        load_recipe(name, scheme=parse_scheme("W4A16"))

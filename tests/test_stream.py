@@ -53,3 +53,15 @@ def test_unknown_family_and_experts_are_refused_by_name(tmp_path):
         (tmp_path / folder / "model.safetensors").write_bytes((tmp_path / "ok" / "model.safetensors").read_bytes())
         with pytest.raises(LowbitError, match=word):
             ModelStream(tmp_path / folder)
+
+
+def test_a_float_model_that_overflows_is_named(tmp_path):
+    model = T.LlamaForCausalLM(FAMILIES["llama"]())
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e38)
+    model.save_pretrained(tmp_path)
+    stream = ModelStream(tmp_path)
+    x = stream.embed(torch.randint(3, 280, (3, 16)))
+    with pytest.raises(LowbitError, match="'model.layers.0' of the float model gives activations whose squares are not finite"):
+        for i, kwargs in enumerate(stream.block_kwargs(16)):
+            x = begin(stream, i, Recipe(Affine(4)), Streams(x, x, 3), kwargs, 0).target

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -209,6 +209,8 @@ class Comparison:
         }  # fmt: skip
         if not self.keep:
             shutil.rmtree(out)
+            with suppress(OSError):  # others lie there: of cells that failed, or kept by an earlier call
+                out.parent.rmdir()
         return row
 
     def _judged(self, model: Any) -> Row:

@@ -210,9 +210,8 @@ def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
     if report["format"] == "lowbit":
         return [
             f'load      import lowbit; AutoModelForCausalLM.from_pretrained("{folder}")    (runs in transformers, after import lowbit)',
-            "serve     no server reads this format: codebooks, kept outliers, quantized caches, or activations that are rotated, have zero points,",
-            "          or are CrossQuant's or LLM.int8()'s",
-            f"          for vLLM, if the rotations are all that keeps it out: lowbit export {folder} -o DIR",
+            f"serve     no server reads this format, chosen for {report.get('beyond_compressed_tensors', 'what compressed-tensors cannot carry')}",
+            f"          if vLLM can run it all the same, this makes a copy for it, or says why not: lowbit export {folder} -o DIR",
         ]
     return [
         f'load      AutoModelForCausalLM.from_pretrained("{folder}")    (plain transformers with compressed-tensors)',

@@ -189,7 +189,7 @@ def evaluate(
         progress: told windows done and windows in all after each pass.
 
     Raises:
-        LowbitError: no windows, a token id outside the vocabulary, or a reference with another one.
+        LowbitError: no windows, a token id outside the vocabulary, a reference with another one, or logits that are not numbers.
     """
     vocab = _vocabulary(model)
     _check_windows(windows, vocab, reference)
@@ -197,11 +197,20 @@ def evaluate(
     tally = Tally()
     for at in range(0, len(windows), step):
         ids = windows[at : at + step]
-        expected = None if reference is None else reference(ids.to(reference.device), use_cache=False).logits
-        tally.add(model(ids.to(model.device), use_cache=False).logits, ids, expected)
+        expected = None if reference is None else _numbers(reference(ids.to(reference.device), use_cache=False).logits, "the reference")
+        tally.add(_numbers(model(ids.to(model.device), use_cache=False).logits, "the model"), ids, expected)
         if progress:
             progress(min(at + step, len(windows)), len(windows))
     return tally.result()
+
+
+def _numbers(logits: Tensor, whose: str) -> Tensor:
+    """Logits that are numbers; a model that gives others has no perplexity to tell."""
+    if bool(torch.isnan(logits).any()):
+        raise LowbitError(
+            f"{whose} computes logits that are not numbers: a weight is not finite, or activations overflow. 'lowbit quantize' names where."
+        )
+    return logits
 
 
 @torch.no_grad()
@@ -209,7 +218,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int, temperat
     """The prompt with up to ``tokens`` new tokens; greedy at temperature 0.
 
     Raises:
-        LowbitError: an empty prompt, or one that leaves no room in the model's context.
+        LowbitError: an empty prompt, one that leaves no room in the model's context, or logits that are not numbers.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -217,6 +226,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int, temperat
         raise LowbitError("the prompt is empty.")
     if ids.shape[1] >= context:
         raise LowbitError(f"the prompt has {ids.shape[1]} tokens, the model's context is {context}.")
+    _numbers(model(ids, use_cache=False).logits[:, -1], "the model")
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     room = min(tokens, context - ids.shape[1])

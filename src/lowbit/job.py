@@ -306,8 +306,11 @@ class _Run:
         place.complete()
         return verification
 
+    def _beyond(self) -> str | None:
+        return beyond_compressed_tensors(self.stream.linear_shapes(), self.recipe, self.stream.wiring)
+
     def _format(self) -> str:
-        return native.NAME if beyond_compressed_tensors(self.stream.linear_shapes(), self.recipe, self.stream.wiring) else ct.NAME
+        return native.NAME if self._beyond() else ct.NAME
 
     def _describe(self, grids: Mapping[str, Grid], skipped: list[str]) -> dict[str, Any]:
         if self._format() == ct.NAME:
@@ -350,7 +353,7 @@ class _Run:
         blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
         return {
             "lowbit": own_version, "run": self.place.run, "versions": _versions(), "model": self.stream.checkpoint.name,
-            "recipe": self.recipe.as_dict(), "format": self._format(),
+            "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
             "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "hash": digest,

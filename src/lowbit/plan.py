@@ -130,7 +130,10 @@ def beyond_compressed_tensors(names: Iterable[str], recipe: Recipe, wiring: Wiri
     if recipe.rotates_online:
         return "online rotations (--set quarot.online=false leaves them out)"
     if not carries([g for n in names if isinstance(g := recipe.grid_of(n), Affine)], recipe.activations):
-        return "activations other than 4- or 8-bit ones with activations.symmetric and activations.full_range under symmetric weights"
+        return (
+            "these activations: compressed-tensors takes 4- or 8-bit ones with activations.symmetric and activations.full_range, no clip, under symmetric weights "
+            "('sym' at the end of the scheme)"
+        )
     if recipe.activations is not None and wiring.flat:
         # compressed-tensors (0.20) in transformers keeps the first two dimensions when it takes maxima: in a matrix, none are left to reduce.
         return f"quantized activations of {' and '.join(wiring.flat)}, whose tokens would all get one scale in transformers"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LowbitError, unknown
+from .grid import PerToken, activation_grid
 from .methods import METHODS
 from .recipe import Recipe
 from .scheme import Scheme
@@ -49,6 +50,9 @@ def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[s
         given = next((x for x in settings if x.strip().startswith(f"{key}.")), None)
         if given is not None and grid is None:
             raise LowbitError(f"--set {given} has no effect: scheme {recipe.scheme} leaves them in floating point.")
+    own = data.get("activations", {})
+    if recipe.activations is None and activation_grid(own) is not PerToken:
+        raise LowbitError(f"{origin} is about quantized activations, and scheme {recipe.scheme} leaves them in floating point: write A8 or A4 in it.")
     return recipe
 
 

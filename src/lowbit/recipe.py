@@ -316,7 +316,10 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
         x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
         readout=stream.readout() if i == len(stream) - 1 else None, announce=announce,
     )  # fmt: skip
-    return _gridded(replace(block, target=block.run(streams.x)), recipe)
+    target = block.run(streams.x)
+    if not bool(torch.isfinite(target.float().square().sum(-1)).all()):  # as norms and losses take it
+        raise LowbitError(f"'{name}' of the float model gives activations whose squares are not finite: its weights or norms are too large.")
+    return _gridded(replace(block, target=target), recipe)
 
 
 def _gridded(block: Block, recipe: Recipe) -> Block:
