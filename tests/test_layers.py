@@ -28,7 +28,7 @@ ALLOWED = {
     "artifact": {"grid", "model", "formats", "errors"},
     "proof": {"artifact", "formats", "errors"},
     "integers": {"grid", "kernels", "formats", "artifact", "errors"},
-    "export": {"grid", "formats", "artifact", "proof", "errors"},
+    "export": {"grid", "model", "formats", "artifact", "proof", "errors"},
     "plan": {"grid", "model", "methods", "formats", "recipe", "errors"},
 }
 
