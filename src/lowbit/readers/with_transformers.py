@@ -78,8 +78,14 @@ def decoded(model):
 
 def of_gguf():
     """The model as transformers makes it of the file alone, every weight decoded by the gguf package, in float32."""
+    from transformers import AutoConfig
+
     (file,) = sorted(Path(folder).glob("*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
+    config, own = AutoConfig.from_pretrained(folder, gguf_file=file.name), AutoConfig.from_pretrained(Path(folder, "proof"))
+    for key in ("head_dim", "rope_parameters"):  # in the file too, but transformers (5.23) does not look for them in all families
+        if getattr(own, key, None) is not None:
+            setattr(config, key, getattr(own, key))
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, config=config, dtype=torch.float32).eval()
 
 
 with torch.no_grad():

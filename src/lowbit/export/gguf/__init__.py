@@ -93,7 +93,8 @@ class _Export:
     def write(self, out: Path, python: str) -> Verification:
         entries = self._entries()
         inexact = self.rest != self.stored or any("_K" in k.name and isinstance(self.source.grids[n], Affine) for n, k in self.kinds.items())
-        model = RoundedModel(self.config) if inexact else None
+        ids = read_shard(self.source.folder / PROOF)["ids"]
+        model = RoundedModel(self.config) if inexact or ids.shape[1] > self.architecture.context else None
         with place(self.source, out, carry=False) as made:
             with gguf.Writer(made.partial / self.file, self._metadata(), entries) as file:
                 for full, kept in self._tensors():
@@ -108,6 +109,8 @@ class _Export:
                 "moved": None if model is None else self._prove(made, model),
             }  # fmt: skip
             made.write((PROOF.parent / "tokens.json").as_posix(), self.words.samples)
+            plain = {k: v for k, v in self.source.config.items() if k != "quantization_config"}
+            made.write((PROOF.parent / "config.json").as_posix(), plain)
             return made.close(gguf.NAME, self.known, python)
 
     def _tensors(self) -> Iterator[tuple[str, Held]]:
@@ -135,10 +138,14 @@ class _Export:
 
     def _prove(self, made: Place, model: RoundedModel) -> float:
         """Proof logits of what the file holds in place of the tuned model's; how far they are from those, relative to their spread."""
-        proof = read_shard(self.source.folder / PROOF)
+        proof, context = read_shard(self.source.folder / PROOF), self.architecture.context
         logits = model.logits(proof["ids"])[:, -proof["logits"].shape[1] :]
-        save_shard(made.partial / PROOF, {"ids": proof["ids"], "logits": logits})
-        return compare_logits(proof["logits"], logits)[0]
+        moved = compare_logits(proof["logits"], logits)[0]
+        ids = proof["ids"][:, :context].contiguous()
+        if ids.shape[1] < proof["ids"].shape[1]:
+            logits = model.logits(ids)[:, -proof["logits"].shape[1] :]
+        save_shard(made.partial / PROOF, {"ids": ids, "logits": logits.contiguous()})
+        return moved
 
 
 def _place_in_file(entry: gguf.Entry) -> tuple[int, int, str]:

@@ -25,12 +25,14 @@ class Architecture:
 
     Attributes:
         name: `general.architecture`. config: of transformers. metadata: key -> value, the architecture's part.
+        context: tokens for which both compute the same.
         factors: (head_dim / 2,) float32 by which rotary frequencies are divided, or None. remarks: where the two runtimes part ways.
     """
 
     name: str
     config: Any
     metadata: dict[str, Any]
+    context: int
     factors: Tensor | None
     remarks: tuple[str, ...]
 
@@ -60,7 +62,7 @@ class Architecture:
             f"{name}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps), f"{name}.rope.dimension_count": width,
         }  # fmt: skip
         rope, factors = _rope(name, config)
-        return cls(name, config, {**metadata, **rope}, factors, tuple(remarks))
+        return cls(name, config, {**metadata, **rope}, context, factors, tuple(remarks))
 
     def tensor(self, full: str) -> str:
         """llama.cpp's name of a parameter.

@@ -23,6 +23,7 @@ class RoundedModel:
             del config.quantization_config
         with no_init_weights():
             self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        self._model.tie_weights()
         self._left = dict(self._model.named_parameters())
 
     @torch.no_grad()

@@ -62,8 +62,8 @@ def read(folder: Path, vocab_size: int) -> Tokens:
     if not path.is_file():
         raise LowbitError(f"'{folder}' has no tokenizer.json, and a GGUF file carries its tokenizer.")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
         own: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        said = json.loads(own.backend_tokenizer.to_str())  # some families replace what tokenizer.json says by rules of their own
     except Exception as e:  # each tokenizer class fails in ways of its own
         raise LowbitError(f"'{path}' cannot be read as a tokenizer: {(str(e) or type(e).__name__).splitlines()[0]}") from e
     model = said["model"]

@@ -14,6 +14,7 @@ from ...grid import Affine, AffineParams, Grid, KQuant, QTensor
 from ..extra import extra_error
 
 FLOATS = ("f32", "f16", "bf16")
+_LARGER = 1.2  # a type that is chosen unasked may take this many times the bytes of the one made for the grid: Q4_1 for Q4_K, no more
 REST = (*FLOATS, "q8_0", "q6_k")
 
 
@@ -69,10 +70,14 @@ def chosen(grid: Grid, columns: int, asked: str | None, name: str) -> BlockType:
     if isinstance(grid, Affine) and not grid.symmetric and grid.bits == 3:
         raise LowbitError(
             f"'{name}' is on {grid}: no type of GGUF holds asymmetric 3-bit codes in 3 bits. Quantize with 'sym' or with scheme gguf:q3_k, or put "
-            "them into 4.5 bits with --to gguf:q4_k."
+            "them into 4.5 bits with --to gguf:q4_k, into 5 with gguf:q4_1."
         )
     reasons = [(k, _misfit(grid, columns, k)) for k in possible]
     fitting = [k for k, reason in reasons if reason is None]
+    if fitting and (bits := 8 * fitting[0].bytes / fitting[0].size) > _LARGER * 8 * possible[0].bytes / possible[0].size:
+        # Never the quiet step to a larger type: a 2-bit model in 5 bits is not what was asked for.
+        named = f"--to gguf:{fitting[0].name.lower()} puts the same codes into {bits:g} bits"
+        raise LowbitError(f"'{name}' on {grid} does not fit into {reasons[0][0].name}: {reasons[0][1]}. {named}.")
     if not fitting:
         raise LowbitError(f"'{name}' on {grid} fits into no type of GGUF: {'; '.join(f'{k.name}: {reason}' for k, reason in reasons)}.")
     return fitting[0]
