@@ -88,7 +88,7 @@ def export_to(target: str) -> str:
 def tally(words: Iterable[str]) -> str:
     """What linears are, in words, each with the number of linears if there are several."""
     counts = Counter(words).most_common()
-    return counts[0][0] if len(counts) == 1 else "; ".join(f"{word} ({n} linears)" for word, n in counts)
+    return counts[0][0] if len(counts) == 1 else "; ".join(f"{word} in {n} linears" for word, n in counts)
 
 
 def said(grid: Affine) -> str:
@@ -189,7 +189,7 @@ def parallel(p: Planned, packs_outputs: Callable[[Affine], bool]) -> str | None:
     problem = _undivided(p, p.tensor_parallel, packs_outputs)
     if problem is None:
         return None
-    return f"{problem}: --tensor-parallel {', '.join(map(str, degrees(p, packs_outputs)))} fit."
+    return f"{problem}: --tensor-parallel may be {', '.join(map(str, degrees(p, packs_outputs)))}."
 
 
 def degrees(p: Planned, packs_outputs: Callable[[Affine], bool]) -> list[int]:
@@ -232,6 +232,8 @@ def _outputs(p: Planned, name: str, degree: int, heads: int, kv: int) -> tuple[i
         return ()
     if p.local(name) in p.wiring.sites[0].reads:
         assert p.wiring.heads is not None
-        return heads // degree * p.wiring.heads.width, max(1, kv // degree) * p.wiring.heads.width
+        width, rows = p.wiring.heads.width, p.shapes[name][0]
+        parts = {heads * width: (heads // degree,), kv * width: (max(1, kv // degree),)}
+        return tuple(n * width for n in parts.get(rows, (heads // degree, max(1, kv // degree))))  # else all three in one
     block = name.removesuffix(p.local(name))
     return (p.shapes[block + p.wiring.sites[-1].reads[0]][1] // degree,)

@@ -32,7 +32,7 @@ def judge(p: Planned) -> Verdict:
     types = [block_type(g, *p.shapes[n], n) for n, g in p.grids.items()]
     return Verdict(
         NAME, True, "gguf", tally(f"{t} ({_KIND[t]})" for t in types), export_to("gguf"),
-        f"{NAME} of August 2026 or newer" if "Q2_0" in types else f"any {NAME} that reads these types",
+        f"{NAME} of August 2026 or newer" if "Q2_0" in types else f"{NAME}; no oldest version is known",
         notes=("Q2_0 is GGUF type 42, which older programs and the gguf package 0.19 do not know",) if "Q2_0" in types else (),
     )  # fmt: skip
 

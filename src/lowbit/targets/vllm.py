@@ -81,7 +81,7 @@ def _notes(p: Planned) -> tuple[str, ...]:
     if p.recipe.activations is not None:
         return (*notes, "NVIDIA GPUs from compute capability 8.0 on")
     if all(g.bits in _COMMON for g in p.affine.values()):
-        return (*notes, "on CPU and ROCm 4 and 8 bits are taken too")
+        return (*notes, "CPU and ROCm take 4 and 8 bits too") if not p.recipe.rotates_online else tuple(notes)
     notes.append("NVIDIA GPUs from compute capability 7.5 on, 8.0 in bfloat16; CPU and ROCm take 4 and 8 bits only")
     if any(g.group_size == 8 for g in p.affine.values()):
         notes.append("Hopper's fastest kernels need groups of 16 or more")
