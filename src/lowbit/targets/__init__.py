@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..errors import LowbitError, unknown
 from . import llama_cpp, mlx, sglang, transformers, vllm
@@ -22,8 +21,7 @@ _PARALLEL = ("vllm", "sglang")
 
 def verdicts(planned: Planned) -> tuple[Verdict, ...]:
     """What every runtime says; the number of devices counts for those that share linears among them."""
-    alone = replace(planned, tensor_parallel=1)
-    return tuple(judge(planned if name in _PARALLEL else alone) for name, judge in TARGETS.items())
+    return tuple(judge(planned) for judge in TARGETS.values())
 
 
 def check_target(name: str, tensor_parallel: int = 1) -> str:
