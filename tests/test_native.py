@@ -16,7 +16,7 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import native
 from lowbit.grid import Affine, Codebook, KVGrid, PerToken, Reading, Rotation
-from lowbit.linears import AffineLinear
+from lowbit.linears import DecodedLinear
 from lowbit.proof import verify
 
 ARGS = dict(samples=8, length=32)
@@ -51,7 +51,7 @@ def test_the_artifact_computes_what_was_tuned_in_every_family(tmp_path, family, 
 
 def test_every_quantized_linear_is_replaced_and_the_head_is_not(artifact):
     loaded = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
-    kinds = {n: m for n, m in loaded.named_modules() if isinstance(m, AffineLinear)}
+    kinds = {n: m for n, m in loaded.named_modules() if isinstance(m, DecodedLinear)}
     assert len(kinds) == 14
     assert all(m.reading.grid == PerToken(4, symmetric=True, clip=0.9) for m in kinds.values())
     assert {n.rsplit(".", 1)[1] for n, m in kinds.items() if m.reading.rotation is not None} == {"o_proj", "down_proj"}
@@ -83,7 +83,7 @@ def test_generation_with_and_without_a_cache_agree(artifact):
 def test_importing_lowbit_is_enough_in_any_order(artifact, order):
     code = f"{order}\nm = transformers.AutoModelForCausalLM.from_pretrained({str(artifact)!r})\nprint(type(m.model.layers[0].mlp.up_proj).__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip().endswith("AffineLinear"), done.stderr
+    assert done.stdout.strip().endswith("DecodedLinear"), done.stderr
 
 
 def test_importing_lowbit_alone_does_not_load_transformers():

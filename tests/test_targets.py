@@ -9,12 +9,13 @@ from typer.testing import CliRunner
 
 from lowbit.cli import app
 from lowbit.errors import LowbitError
-from lowbit.grid import Affine
+from lowbit.formats.block_types import block_type
+from lowbit.grid import Affine, KQuant
 from lowbit.model.wiring import wiring_of
 from lowbit.plan import make_plan
 from lowbit.presets import load_recipe
 from lowbit.scheme import parse_scheme
-from lowbit.targets import TARGETS, Planned, check_target, demand, llama_cpp, verdicts
+from lowbit.targets import TARGETS, Planned, check_target, demand, verdicts
 
 COMMON = dict(hidden_size=512, num_hidden_layers=2, num_attention_heads=8, vocab_size=320, max_position_embeddings=128)
 CONFIGS = {
@@ -135,7 +136,7 @@ def test_vllm_takes_rotations_that_the_export_can_name():
 
 @pytest.mark.parametrize("target", ["vllm", "sglang", "llama.cpp", "mlx"])
 def test_servers_take_uniform_weights_and_no_cache(target):
-    refuses(say(target, "W2A16", "claq"), "codebooks", "uniform weights")
+    refuses(say(target, "W2A16", "claq"), "is on W2 codebook per column", "uniform weights")
     refuses(say(target, "W4A16KV4g64"), "keys and values", "leave KV4 out")
     grid = load_recipe("claq-or", scheme=parse_scheme("W2A16"))
     planned = make_plan(CONFIGS["llama"](), replace(grid, grid=Affine(4, 64))).verdict(target)
@@ -154,7 +155,7 @@ def test_a_kind_of_grid_that_nobody_knows_is_answered_by_all():
         bits, group_size = 2, 16
 
         def __str__(self):
-            return "KQuant"
+            return "a strange grid"
 
     config = CONFIGS["llama"]()
     own = load_recipe("rtn", scheme=parse_scheme("W4A16"))
@@ -163,7 +164,7 @@ def test_a_kind_of_grid_that_nobody_knows_is_answered_by_all():
     said = {v.runtime.lower(): v for v in verdicts(planned)}
     assert list(said) == list(TARGETS) and said["transformers"].accepts
     for target in ("vllm", "sglang", "llama.cpp", "mlx"):
-        refuses(said[target], "KQuant")
+        refuses(said[target], "a strange grid")
 
 
 # --- SGLang --------------------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def test_llama_cpp_gets_the_block_type_that_holds_the_grid(scheme, kind):
 @pytest.mark.parametrize(
     "scheme, words",
     [("W2A16g32sym", "Q2_0 takes groups of 64"), ("W2A16g8", "Q2_K takes groups of 16"), ("W3A16g64", "--to gguf:q4_k"), ("W3A16g8sym", "Q3_K takes groups of 16"),
-     ("W4A16g16sym", "Q4_0 takes groups of 32"), ("W4A16g16", "Q4_K and Q4_1 take groups of 32"), ("W8A16g16sym", "Q8_0 takes groups of 32"), ("W8A16g64", "add 'sym'"),
+     ("W4A16g16sym", "Q4_0 takes groups of 32"), ("W4A16g16", "Q4_K or Q4_1 takes groups of 32"), ("W8A16g16sym", "Q8_0 takes groups of 32"), ("W8A16g64", "add 'sym'"),
      ("W5A16g64", "add 'sym'"), ("W7A16g64sym", "choose W8"), ("W1A16g64", "choose W2")],
 )  # fmt: skip
 def test_llama_cpp_refuses_what_no_type_holds(scheme, words):
@@ -233,14 +234,24 @@ def test_llama_cpp_refuses_what_no_type_holds(scheme, words):
 @pytest.mark.parametrize(
     "grid, columns, found",
     [(Affine(2, 64), 896, "choose g64 with 'sym'"), (Affine(2, 16), 4832, "choose W4 with g32"), (Affine(3, 64, True), 896, "choose W4 with g32"), (Affine(4, 32), 896, "Q4_1"),
-     (Affine(4, 32, True), 896, "Q4_0"), (Affine(2, 64, True), 896, "Q2_0"), (Affine(2, None, True), 288, "Q2_0 takes groups of 64"), (Affine(8, None, True), 40, "groups of 32")],
+     (Affine(4, 32, True), 896, "Q4_0"), (Affine(2, 64, True), 896, "Q2_0"), (KQuant("q3_k"), 768, "Q3_K"), (KQuant("q6_k"), 896, "Q6_K takes rows in multiples of 256")],
 )  # fmt: skip
 def test_rows_are_made_of_whole_blocks(grid, columns, found):
     if found.startswith("Q") and " " not in found:
-        assert llama_cpp.block_type(grid, 64, columns, "x") == found
+        assert block_type(grid, columns).name == found
     else:
-        with pytest.raises(LowbitError, match=f"'x' is .* with {columns} inputs, and .*{found}"):
-            llama_cpp.block_type(grid, 64, columns, "x")
+        with pytest.raises(LowbitError, match=f"'x' .* {columns} inputs, and .*{found}"):
+            block_type(grid, columns, "x")
+
+
+@pytest.mark.parametrize("kind, bits", [("q2_k", "2.625"), ("q3_k", "3.4375"), ("q4_k", "4.5"), ("q6_k", "6.5625")])
+def test_k_quants_are_llama_cpps_own(kind, bits):
+    verdict = say("llama.cpp", f"gguf:{kind}")
+    accepts(verdict, "gguf", export="gguf")
+    assert verdict.weights == f"{kind.upper()} ({bits} bits, exact)"
+    accepts(say("transformers", f"gguf:{kind}"), "lowbit", "this library", "")
+    for target in ("vllm", "sglang", "mlx"):
+        refuses(say(target, f"gguf:{kind}"), f"is on gguf:{kind}, which")
 
 
 def test_llama_cpp_holds_different_types_in_one_file():

@@ -18,8 +18,8 @@ from torch import nn
 
 from .errors import LowbitError
 from .formats import native
-from .grid import Affine, Codebook, QuantizedStates
-from .linears import AffineLinear, CodebookLinear
+from .grid import Affine, Codebook, KQuant, QuantizedStates
+from .linears import CodebookLinear, DecodedLinear
 
 _HOOKED = "transformers.quantizers"
 
@@ -38,7 +38,7 @@ def _quantized(name: str, linear: nn.Linear, config: dict[str, Any]) -> nn.Modul
     reading, stored = native.reading_of(config, name), native.dtype_of(config)
     if isinstance(grid, Codebook):
         return CodebookLinear(name, linear, grid, native.columns_of(config, name), outliers, reading, stored)
-    return AffineLinear(name, linear, grid, outliers, reading, stored) if isinstance(grid, Affine) else None
+    return DecodedLinear(name, linear, grid, outliers, reading, stored) if isinstance(grid, (Affine, KQuant)) else None
 
 
 def _quantize_states(model: nn.Module, config: dict[str, Any]) -> None:

@@ -377,7 +377,7 @@ def _parts(q: QTensor) -> dict[str, Any]:
 
 def _moved(block: Block, linear: str, q: QTensor) -> float:
     """The share of codes that are not the nearest ones to the weight on its range before scales were tuned."""
-    params = block.range_of(linear) if isinstance(q.grid, Affine) else q.params  # levels have no others to compare with
+    params = q.params if isinstance(q.grid, Codebook) else block.range_of(linear)  # levels have no others to compare with
     nearest: Tensor = q.grid.encode(block.weight(linear), params)
     return float((q.codes != nearest).double().mean())
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .formats import blocks
 from .formats import columns as layout
 from .formats.packing import unpack
-from .grid import Affine, Codebook, Grid, Reading
+from .grid import Affine, Codebook, Grid, KQuant, Reading
 from .grid.bits import packed_words
 from .grid.packed import PackedColumns
 
@@ -45,29 +46,32 @@ class _PackedLinear(nn.Module):
         return {k: t for k, t in self.named_buffers() if k.startswith("weight_")}
 
 
-class AffineLinear(_PackedLinear):
-    """A linear on a uniform grid; its weight is decoded at the first use and kept. Arguments as `_PackedLinear`."""
+class DecodedLinear(_PackedLinear):
+    """A linear on a uniform grid or a K-quant; its weight is decoded at the first use and kept. Arguments as `_PackedLinear`."""
 
-    weight_packed: Tensor
+    weight_shape: Tensor
 
-    def __init__(self, name: str, linear: nn.Linear, grid: Affine, outliers: int | None, reading: Reading, stored: torch.dtype) -> None:
+    def __init__(self, name: str, linear: nn.Linear, grid: Affine | KQuant, outliers: int | None, reading: Reading, stored: torch.dtype) -> None:
         super().__init__(name, linear, grid, outliers, reading, stored)
         rows, width = self.out_features, self.in_features
-        groups = width // grid.group(width)
-        self._hold("weight_packed", (rows, packed_words(width, grid.bits)), torch.int32)
-        self._hold("weight_scale", (rows, groups), self._dtype)
-        if not grid.symmetric:
-            self._hold("weight_zero_point", (packed_words(rows, grid.bits), groups), torch.int32)
+        if isinstance(grid, KQuant):
+            self._hold("weight_blocks", (rows, blocks.row_bytes(grid, width)), torch.uint8)
+        else:
+            groups = width // grid.group(width)
+            self._hold("weight_packed", (rows, packed_words(width, grid.bits)), torch.int32)
+            self._hold("weight_scale", (rows, groups), self._dtype)
+            if not grid.symmetric:
+                self._hold("weight_zero_point", (packed_words(rows, grid.bits), groups), torch.int32)
         self._dense: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         """The (out, in) weight in the dtype of the artifact's scales, decoded at first use."""
-        if self._dense is None or self._dense.device != self.weight_packed.device:
+        if self._dense is None or self._dense.device != self.weight_shape.device:
             held = {k: t.cpu() for k, t in self._held().items()}
             if "weight_outlier_values" in held:  # a model that was cast as a whole has them in another dtype
                 held["weight_outlier_values"] = held["weight_outlier_values"].to(torch.float16)
-            self._dense = unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_packed.device)
+            self._dense = unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_shape.device)
         return self._dense
 
     def forward(self, x: Tensor) -> Tensor:

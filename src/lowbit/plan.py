@@ -14,7 +14,8 @@ import torch
 from .errors import LowbitError
 from .formats.compressed_tensors import carries
 from .formats.packing import tensor_bytes
-from .grid import Affine
+from .grid import Affine, KQuant
+from .grid.kquant import SUPER
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import config_at, hub_file
@@ -98,7 +99,10 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
         LowbitError: naming the linear, its width and the sizes that fit all; or an override that matches nothing.
     """
     for name, (_, width) in shapes.items():
-        size = recipe.grid_of(name).group_size
+        grid = recipe.grid_of(name)
+        if isinstance(grid, KQuant) and width % SUPER:
+            raise LowbitError(f"{grid} comes in blocks of {SUPER} inputs, which do not divide the {width} inputs of '{name}': choose a scheme with g.")
+        size = None if isinstance(grid, KQuant) else grid.group_size
         if size and width % size:
             fitting = [str(g) for g in (256, 128, 64, 32, 16, 8) if all(w % g == 0 for _, w in shapes.values())]
             raise LowbitError(
@@ -114,6 +118,8 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
 def beyond_compressed_tensors(names: Iterable[str], recipe: Recipe, wiring: Wiring) -> str | None:
     """What plain loaders of compressed-tensors could not run of the result; None if they can run it all."""
     names = list(names)
+    if any(isinstance(recipe.grid_of(n), KQuant) for n in names):
+        return "K-quants"
     if not all(isinstance(recipe.grid_of(n), Affine) for n in names):
         return "codebooks"
     if any(isinstance(m, CLAQ) and m.outlier_bits for m in recipe.methods):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import LowbitError, unknown
-from .grid import ActivationGrid, Affine, Codebook, Grid, KVGrid, PerToken, Reading, activation_grid
+from .grid import ActivationGrid, Affine, Codebook, Grid, KQuant, KVGrid, PerToken, Reading, activation_grid
 from .grid.codebook import Per
 from .methods import CLAQ, METHODS, RTN, SOLVERS, CrossQuant, Method, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
@@ -66,12 +66,14 @@ class Recipe:
                 if isinstance(method, CLAQ):
                     method.check(grid)
                 if isinstance(method, OmniQuant) and not isinstance(grid, Affine):
-                    raise LowbitError("omniquant learns ranges of uniform grids, and a codebook has none: leave one of them out of the recipe.")
+                    raise LowbitError(f"omniquant learns ranges of uniform grids, and {grid} has none: choose another recipe or scheme.")
 
     @property
     def scheme(self) -> Scheme:
         """The bits of weights, activations, keys and values."""
-        weights = Affine(self.grid.bits, self.grid.group_size, isinstance(self.grid, Affine) and self.grid.symmetric)
+        grid = self.grid
+        symmetric = isinstance(grid, Affine) and grid.symmetric
+        weights = grid if isinstance(grid, KQuant) else Affine(grid.bits, grid.group_size, symmetric)
         return Scheme(weights, self.activations.bits if self.activations else None, self.kv.bits if self.kv else None)
 
     @property
@@ -145,7 +147,7 @@ class Recipe:
         grids: list[Grid] = [scheme.weights, *(weights_only(s) for s in data.get("overrides", {}).values())]
         if "codebook" in data:
             per: Per = _checked(data["codebook"], Per, f"{origin}: codebook")
-            grids = [as_codebook(g, per) for g in grids if isinstance(g, Affine)]
+            grids = [as_codebook(g, per) for g in grids if isinstance(g, (Affine, KQuant))]
         overrides = tuple(zip(data.get("overrides", {}), grids[1:], strict=True))
         activations = _activation_grid(data, scheme.activation_bits, origin)
         kv = _dynamic(PerToken, data, "kv", scheme.kv_bits, origin)

@@ -10,7 +10,8 @@ Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The c
     kv           {bits, symmetric, clip, full_range, attention: pattern on module names, rotation: factors or null}, or null
     tables       size -> rows of +-1 of the Hadamard matrices that are not Sylvester's, one hexadecimal number a row
     linears      full name -> what is not in config_groups: {codebook: {bits, per, group_size}, columns: bits -> count} for a weight
-                 on codebooks, stored as in `lowbit.formats.columns`; {outliers: count} for one with weights kept apart (version 2)
+                 on codebooks, stored as in `lowbit.formats.columns`; {outliers: count} for one with weights kept apart (version 2);
+                 {kquant: kind} for one in blocks of llama.cpp, stored as in `lowbit.formats.blocks` (version 5)
 
 A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers quantizer in `lowbit.hf`.
 """
@@ -26,13 +27,13 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, Codebook, Grid, KVGrid, PerToken, Reading, Rotation, activation_grid
+from ..grid import Affine, Codebook, Grid, KQuant, KVGrid, PerToken, Reading, Rotation, activation_grid
 from ..grid.rotation import sylvester
 from . import compressed_tensors as ct
 
 NAME = "lowbit"
-VERSION = 4
-_READ = (1, 2, 3, 4)
+VERSION = 5
+_READ = (1, 2, 3, 4, 5)
 
 
 def describe(
@@ -55,6 +56,7 @@ def describe(
         raise LowbitError("linears of one model with different activation grids cannot be stored.")
     linears: dict[str, dict[str, Any]] = {n: {"codebook": asdict(g), "columns": {str(b): c for b, c in columns[n].items()}}
                                           for n, g in grids.items() if isinstance(g, Codebook)}
+    linears |= {n: {"kquant": g.kind} for n, g in grids.items() if isinstance(g, KQuant)}
     for name, count in outliers.items():
         linears.setdefault(name, {})["outliers"] = count
     weights = ct.describe({n: g for n, g in grids.items() if isinstance(g, Affine)}, list(skipped))
@@ -115,6 +117,8 @@ def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
 def grid_of(config: Mapping[str, Any], name: str) -> Grid | None:
     """The grid of a linear, also of a compressed-tensors config; None if it is not quantized."""
     own = config.get("linears", {}).get(name, {})
+    if "kquant" in own:
+        return KQuant(own["kquant"])
     return Codebook(**own["codebook"]) if "codebook" in own else ct.grid_of(config, name)
 
 

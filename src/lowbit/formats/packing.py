@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, Codebook, Grid, QTensor
-from . import columns
+from ..grid import Affine, Codebook, Grid, KQuant, QTensor
+from . import blocks, columns
 from . import compressed_tensors as ct
 
 
 def pack(q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one weight by their local names; see `compressed_tensors` and `columns`.
+    """The tensors of one weight by their local names; see `compressed_tensors`, `columns` and `blocks`.
 
     Args:
         dtype: of stored scales.
     """
     if isinstance(q.grid, Codebook):
         return columns.pack(q)
+    if isinstance(q.grid, KQuant):
+        return blocks.pack(q)
     return {**ct.pack(q, dtype), **columns.pack_outliers(q)}
 
 
@@ -33,6 +35,8 @@ def unpack(tensors: Mapping[str, Tensor], grid: Grid, name: str) -> QTensor:
     """
     if isinstance(grid, Codebook):
         return columns.unpack(tensors, grid, name)
+    if isinstance(grid, KQuant):
+        return blocks.unpack(tensors, grid, name)
     if not isinstance(grid, Affine):
         raise LowbitError(f"'{name}' has a grid that no format stores: {grid}.")
     q = ct.unpack(tensors, grid, name)
@@ -55,5 +59,7 @@ def tensor_bytes(grid: Grid, rows: int, width: int, scale_bytes: int = 2) -> int
     """Bytes of one packed linear on disk, headers, wider columns and outliers apart."""
     if isinstance(grid, Codebook):
         return columns.tensor_bytes(grid, rows, width)
+    if isinstance(grid, KQuant):
+        return blocks.tensor_bytes(grid, rows, width)
     assert isinstance(grid, Affine)
     return ct.tensor_bytes(grid, rows, width, scale_bytes)

@@ -12,6 +12,8 @@ from .base import Outliers as Outliers
 from .base import QTensor as QTensor
 from .codebook import Codebook as Codebook
 from .codebook import CodebookParams as CodebookParams
+from .kquant import KQuant as KQuant
+from .kquant import KQuantParams as KQuantParams
 from .reading import KVGrid as KVGrid
 from .reading import QuantizedStates as QuantizedStates
 from .reading import Reading as Reading

@@ -38,7 +38,7 @@ def inverse_rectified(h: Tensor) -> Tensor:
     return -torch.log(1.2 / (h + 0.1) - 1)
 
 
-def _aimed(gradient: Tensor, curvature: Tensor, unit: Tensor, outside: Tensor) -> Tensor:
+def aimed(gradient: Tensor, curvature: Tensor, unit: Tensor, outside: Tensor) -> Tensor:
     """nu for a restart: h is half the weight's own Newton step in units of the way to its other value, kept small.
 
     All weights start at once, and together the full steps overshoot by far. Where there is no other value, h makes the weight
@@ -120,6 +120,11 @@ class AffineBucket:
         self.sigmoid = torch.empty_like(self.nu)
         self.soft = torch.empty_like(self.nu)
 
+    @property
+    def rows(self) -> list[slice]:
+        """Of each linear, in the order of its name."""
+        return [at for at, _ in self.grids]
+
     def lists(self, weight: Tensor) -> Tensor:
         return weight.reshape(-1, self.group)
 
@@ -158,7 +163,7 @@ class AffineBucket:
         outside = (code < 0) | (code > self._grid(rows).top)
         base.copy_(hard)
         step.copy_(toward.masked_fill_(outside, 0))
-        nu.copy_(_aimed(gradient, curvature, self.stored_scale()[rows], outside))
+        nu.copy_(aimed(gradient, curvature, self.stored_scale()[rows], outside))
 
     def _grid(self, rows: slice) -> Affine:
         return next(grid for at, grid in self.grids if at == rows)
@@ -252,4 +257,4 @@ class BookBucket:
         self.base, self.other = hard, torch.where(outside, hard, other)
         table = self.levels()
         way = (table.gather(1, self.other) - table.gather(1, self.base)).abs().clamp(min=1e-12)
-        self.nu.copy_(_aimed(gradient, curvature, way, outside | (self.other == self.base)))
+        self.nu.copy_(aimed(gradient, curvature, way, outside | (self.other == self.base)))

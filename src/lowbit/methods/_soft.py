@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..grid import Affine, QTensor
+from ..grid import Affine, KQuant, QTensor
 from ..model.block import Block
+from ._blocks import KQuantBucket
 from ._buckets import FROZEN, AffineBucket, BookBucket, Bucket, rectified
 
 
@@ -40,19 +41,21 @@ class SoftBlock:
         self.places: dict[str, _Place] = {}
         self.buckets: list[Bucket] = []
         self.outliers = {n: block.coded[n].outliers for n in self.names if n in block.coded and block.coded[n].outliers}
-        by_group: dict[int, list[str]] = {}
+        by_group: dict[int | KQuant, list[str]] = {}
         for name in self.names:
             grid, weight = block.grids[name], block.weight(name)
             if isinstance(grid, Affine):
                 by_group.setdefault(grid.group(weight.shape[1]), []).append(name)
+            elif isinstance(grid, KQuant):
+                by_group.setdefault(grid, []).append(name)
             else:
                 self.places[name] = _Place(len(self.buckets), slice(None), weight.shape)
                 self.buckets.append(BookBucket(block, name, self.from_codes))
-        for names in by_group.values():
-            bucket = AffineBucket(block, names, self.from_codes)
-            for name, (rows, _) in zip(names, bucket.grids, strict=True):
+        for kind, names in by_group.items():
+            shared = KQuantBucket(block, names, self.from_codes) if isinstance(kind, KQuant) else AffineBucket(block, names, self.from_codes)
+            for name, rows in zip(names, shared.rows, strict=True):
                 self.places[name] = _Place(len(self.buckets), rows, block.weight(name).shape)
-            self.buckets.append(bucket)
+            self.buckets.append(shared)
 
     # --- the weights -----------------------------------------------------------------------------------------------------
 

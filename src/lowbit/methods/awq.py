@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..grid import Affine, Codebook, Grid, Reading
+from ..grid import Affine, Codebook, Grid, KQuant, Reading
 from ..model.block import Block, Call, first
 from ..model.rewrite import fold
 from ..model.wiring import Site
@@ -34,6 +34,8 @@ class AWQ:
         rows: calibration rows used by both searches, at most.
         clip_tokens: tokens of them the clip search looks at; 0 means all.
         clip_sampling: which tokens: "random", or "strided" as the reference, where every 512th token is often a first token.
+
+    On K-quants every range that is tried is fitted by their own search, inputs weighted by their mean square.
 
     Codebooks have no range to clip; where each column has its own, scales change no code either and are left out, unless the
     site's input is quantized. Both are remarked.
@@ -58,7 +60,7 @@ class AWQ:
                     chosen[site.reads[0]] = exponent
                     if exponent > 0:
                         block = fold(block, site, factor)
-        uniform = all(isinstance(g, Affine) for g in block.grids.values())
+        uniform = not any(isinstance(g, Codebook) for g in block.grids.values())
         if self.clip != "none" and uniform:
             block = self._clipped(block, rows)
         if not uniform:
@@ -73,7 +75,7 @@ class AWQ:
         for site in block.wiring.sites:
             for name in site.reads:
                 block.announce(f"awq: clip of {name}")
-                weight, grid = block.weight(name), block.affine(name, "awq's clip")
+                weight, grid = block.weight(name), _ranged(block.grids[name])
                 gram, drift = grams[site.reads[0], grid.group(weight.shape[1])]
                 low, high = search_clip(
                     weight, gram, grid, self.shrinks, symmetric=self.clip == "symmetric", skip_rows=spared.get(name, 0), drift=drift
@@ -81,7 +83,7 @@ class AWQ:
                 g = grid.grouped(weight)
                 clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(1)
                 weights[name] = clamped
-                params[name] = grid.fit(clamped)
+                params[name] = _fitted(grid, clamped, gram)
         return block.clipped(weights, params)
 
     def _group_moments(self, block: Block, rows: int) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
@@ -92,7 +94,7 @@ class AWQ:
         """
         groups: dict[str, set[int]] = {}
         for site in block.wiring.sites:
-            groups[site.reads[0]] = {block.affine(n, "awq's clip").group(block.weight(n).shape[1]) for n in site.reads}
+            groups[site.reads[0]] = {_ranged(block.grids[n]).group(block.weight(n).shape[1]) for n in site.reads}
         picked = pick_tokens(rows * block.xq.shape[1], self.clip_tokens, self.clip_sampling, torch.Generator().manual_seed(block.seed))
         moments: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
         seen = dict.fromkeys(groups, 0)
@@ -118,6 +120,16 @@ class AWQ:
         with torch.no_grad():
             block.observe(list(groups), block.xq, rows, visit)
         return moments
+
+
+def _ranged(grid: Grid) -> Affine | KQuant:
+    assert isinstance(grid, (Affine, KQuant))
+    return grid
+
+
+def _fitted(grid: Affine | KQuant, weight: Tensor, gram: Tensor) -> Any:
+    """Params for a weight whose groups' inputs have these second moments."""
+    return grid.fit(weight, gram.diagonal(dim1=1, dim2=2).flatten()) if isinstance(grid, KQuant) else grid.fit(weight)
 
 
 def _indifferent(block: Block, site: Site) -> bool:
@@ -240,7 +252,7 @@ def pick_tokens(total: int, count: int, sampling: str, generator: torch.Generato
 
 @torch.no_grad()
 def search_clip(
-    weight: Tensor, gram: Tensor, grid: Affine, shrinks: int, *, symmetric: bool = False, skip_rows: int = 0, drift: Tensor | None = None
+    weight: Tensor, gram: Tensor, grid: Affine | KQuant, shrinks: int, *, symmetric: bool = False, skip_rows: int = 0, drift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Per group, the shrunk range whose rounded weights change that group's partial output least.
 
@@ -266,8 +278,9 @@ def search_clip(
     for i in range(shrinks):
         p = 1 - i / 20
         clamped = torch.minimum(torch.maximum(g, (low_full * p)[..., None]), (high_full * p)[..., None])
-        params = grid.fit(clamped.flatten(1))
-        delta = (grid.grouped(grid.decode(grid.encode(clamped.flatten(1), params), params)) - g).transpose(0, 1)
+        params = _fitted(grid, clamped.flatten(1), gram)
+        decoded: Tensor = grid.decode(grid.encode(clamped.flatten(1), params), params)
+        delta = (grid.grouped(decoded) - g).transpose(0, 1)
         error = ((delta @ gram + pull) * delta).sum(-1).T  # (groups, out, group) -> (out, groups)
         better = error < best
         best, factor = torch.where(better, error, best), torch.where(better, p, factor)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, AffineParams, Codebook, CodebookParams, Grid, QTensor
+from ..grid import Affine, AffineParams, Codebook, CodebookParams, Grid, KQuant, KQuantParams, QTensor
 from ..model.block import Block
 from ._books import ColumnBooks, SharedBooks
 from ._columns import code_in_order
@@ -43,6 +43,7 @@ class GPTQ:
             weights differ least.
         rows: calibration rows used, at most; 0 means all.
 
+    On K-quants scales are fixed in advance as with ``static_groups``, inputs weighted by what their error costs; ``clip`` does not apply.
     On codebooks only the order, the damping and the inputs' collection apply: levels are chosen by K-means.
 
     Linears whose ranges are fixed already (by a clip before this method) keep them. Coded ones are left alone.
@@ -78,7 +79,7 @@ class GPTQ:
         return QTensor(grid, grid.encode(weight, params), params)
 
     def _site(self, block: Block, names: Sequence[str], inputs: Inputs) -> dict[str, QTensor]:
-        """Codes for linears that read the same inputs: those on the same affine grid in one loop, codebooks one by one."""
+        """Codes for linears that read the same inputs: those on the same affine grid in one loop, others one by one."""
         out: dict[str, QTensor] = {}
         bundles: dict[tuple[Affine, bool], list[str]] = {}
         for name in names:
@@ -87,7 +88,10 @@ class GPTQ:
                 bundles.setdefault((grid, name in block.params), []).append(name)
             else:
                 weight = block.weight(name).masked_fill(inputs.dead, 0)
-                out[name] = solve_books(weight, inputs, grid, block.stored, self.block_size)
+                if isinstance(grid, KQuant):
+                    out[name] = solve_blocks(weight, inputs, grid, block.params.get(name), block.stored, self.block_size)
+                else:
+                    out[name] = solve_books(weight, inputs, grid, block.stored, self.block_size)
         for (grid, ranged), members in bundles.items():
             weight = torch.cat([block.weight(n) for n in members]).masked_fill(inputs.dead, 0)
             params: AffineParams | None = None
@@ -203,10 +207,54 @@ def solve_books(weight: Tensor, inputs: Inputs, grid: Grid, stored: torch.dtype,
         books = ColumnBooks(weight[:, inputs.order], widths, stored)
         codes = code_in_order(weight, inputs.factor, inputs.order, books, block_size)
         return QTensor(grid, codes, books.params(inputs.order))
-    cost = torch.empty(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    cost[inputs.order] = inputs.factor.diagonal().square().reciprocal().to(weight.dtype)
+    cost = _cost(weight, inputs)
     params: CodebookParams = grid.stored(grid.fit(weight, weights=cost.expand_as(weight)), stored)
     codes = code_in_order(weight, inputs.factor, inputs.order, SharedBooks(grid, params, inputs.order, stored), block_size)
+    return QTensor(grid, codes, params)
+
+
+def _cost(weight: Tensor, inputs: Inputs) -> Tensor:
+    """(in,): what a squared error of each input costs once the inputs after it have made up for it."""
+    cost = torch.empty(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    cost[inputs.order] = inputs.factor.diagonal().square().reciprocal().to(weight.dtype)
+    return cost
+
+
+class KQuantColumns:
+    """Codes columns on a K-quant whose params are fixed.
+
+    Args:
+        inputs: (in,) int64, the input of each column, in coding order.
+    """
+
+    period = 1
+
+    def __init__(self, grid: KQuant, params: KQuantParams, inputs: Tensor, stored: torch.dtype) -> None:
+        self._grid, self._stored = grid, stored
+        scale, offset = grid.steps(params)
+        self._scale, self._offset = scale.T.contiguous(), offset.T.contiguous()
+        flat = self._scale == 0
+        self._inverse = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, self._scale))
+        self._subs: list[int] = (inputs // grid.group_size).tolist()
+
+    def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+        sub, middle = self._subs[column], self._grid.middle
+        codes = (values.float() + self._offset[sub]).mul_(self._inverse[sub]).round_().clamp_(-middle, self._grid.top - middle)
+        decoded = (codes * self._scale[sub]).sub_(self._offset[sub]).to(self._stored).to(values.dtype)
+        return (codes + middle).to(torch.uint8), decoded
+
+
+def solve_blocks(
+    weight: Tensor, inputs: Inputs, grid: KQuant, params: KQuantParams | None, stored: torch.dtype, block_size: int
+) -> QTensor:
+    """Codes of one weight on a K-quant.
+
+    Args:
+        weight: (out, in) float, dead inputs zeroed. params: None fits them for the inputs whose errors cost most.
+    """
+    if params is None:
+        params = grid.stored(grid.fit(weight, _cost(weight, inputs)), stored)
+    codes = code_in_order(weight, inputs.factor, inputs.order, KQuantColumns(grid, params, inputs.order, stored), block_size)
     return QTensor(grid, codes, params)
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import LowbitError
-from ..grid import Affine, Codebook, Grid
+from ..grid import Affine, Grid
 from ..methods import CLAQ
 from ..model.wiring import Wiring
 from ..recipe import Recipe
@@ -124,8 +124,7 @@ def uniform(grid: Grid, name: str, runtime: str) -> Affine:
     """
     if isinstance(grid, Affine):
         return grid
-    kind = "codebooks" if isinstance(grid, Codebook) else f"a grid ({grid})"
-    raise LowbitError(f"'{name}' is on {kind} that {runtime} does not read: choose a recipe and a scheme for uniform weights, such as W4A16g128.")
+    raise LowbitError(f"'{name}' is on {grid}, which {runtime} does not read: choose a recipe and a scheme for uniform weights, such as W4A16g128.")
 
 
 def only_weights(p: Planned, runtime: str) -> list[str | None]:

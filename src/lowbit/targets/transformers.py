@@ -15,7 +15,7 @@ def judge(p: Planned) -> Verdict:
     name = "transformers"
     if p.beyond is not None:
         packed = all(isinstance(g, Codebook) and g.scales_with_inputs for g in p.grids.values())
-        weights = "stay packed" if packed else "are decoded at load"
+        weights = "stay packed" if packed else "are decoded at the first use"
         return Verdict(
             name, True, native.NAME, tally(said(p.affine[n]) if n in p.affine else str(g) for n, g in p.grids.items()),
             requires="this library", notes=(
