@@ -28,8 +28,8 @@ ALLOWED = {
     "artifact": {"grid", "model", "formats", "errors"},
     "proof": {"artifact", "formats", "errors"},
     "integers": {"grid", "kernels", "formats", "artifact", "errors"},
-    "export": {"grid", "formats", "artifact", "proof", "errors"},
-    "targets": {"grid", "model", "methods", "formats", "recipe", "errors"},
+    "export": {"grid", "model", "formats", "artifact", "proof", "errors"},
+    "targets": {"grid", "model", "methods", "formats", "scheme", "recipe", "export", "errors"},
     "plan": {"grid", "model", "methods", "formats", "recipe", "targets", "errors"},
 }
 

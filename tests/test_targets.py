@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from lowbit.cli import app
 from lowbit.errors import LowbitError
-from lowbit.formats.block_types import block_type
-from lowbit.grid import Affine, KQuant
+from lowbit.grid import Affine
 from lowbit.model.wiring import wiring_of
 from lowbit.plan import make_plan
 from lowbit.presets import load_recipe
@@ -136,7 +135,7 @@ def test_vllm_takes_rotations_that_the_export_can_name():
 
 @pytest.mark.parametrize("target", ["vllm", "sglang", "llama.cpp", "mlx"])
 def test_servers_take_uniform_weights_and_no_cache(target):
-    refuses(say(target, "W2A16", "claq"), "is on W2 codebook per column", "uniform weights")
+    refuses(say(target, "W2A16", "claq"), "is on W2 codebook per column", "would fit" if target == "llama.cpp" else "uniform weights")
     refuses(say(target, "W4A16KV4g64"), "keys and values", "leave KV4 out")
     grid = load_recipe("claq-or", scheme=parse_scheme("W2A16"))
     planned = make_plan(CONFIGS["llama"](), replace(grid, grid=Affine(4, 64))).verdict(target)
@@ -212,36 +211,37 @@ def test_sglang_divides_among_devices():
 
 @pytest.mark.parametrize(
     "scheme, kind",
-    [("W2A16g64sym", "Q2_0"), ("W2A16g128sym", "Q2_0"), ("W2A16sym", "Q2_0"), ("W2A16g16", "Q2_K"), ("W2A16g128", "Q2_K"), ("W3A16g16sym", "Q3_K"), ("W4A16g32sym", "Q4_0"),
-     ("W4A16g32", "Q4_K"), ("W4A16", "Q4_K"), ("W8A16g32sym", "Q8_0"), ("W8A16sym", "Q8_0"), ("W5A16g32sym", "Q8_0"), ("W6A16g64sym", "Q8_0")],
+    [("W2A16g64sym", "Q2_0"), ("W2A16g128sym", "Q2_0"), ("W2A16sym", "Q2_0"), ("W2A16g32sym", "Q4_0"), ("W2A16g16", "Q2_K"), ("W2A16g128", "Q2_K"), ("W1A16g64", "Q2_K"),
+     ("W3A16g16sym", "Q3_K"), ("W4A16g32sym", "Q4_0"), ("W4A16g32", "Q4_K"), ("W4A16", "Q4_K"), ("W8A16g32sym", "Q8_0"), ("W8A16sym", "Q8_0"), ("W5A16g32sym", "Q6_K"),
+     ("W6A16g64sym", "Q6_K"), ("W7A16g64sym", "Q8_0"), ("W4A16g16sym", "Q6_K")],
 )  # fmt: skip
-def test_llama_cpp_gets_the_block_type_that_holds_the_grid(scheme, kind):
+def test_llama_cpp_gets_the_block_type_that_the_export_chooses(scheme, kind):
     verdict = say("llama.cpp", scheme)
-    accepts(verdict, "gguf", "August 2026" if kind == "Q2_0" else "", "gguf")
-    assert verdict.weights.startswith(kind) and ("August" in verdict.requires) == (kind == "Q2_0") and bool(verdict.notes) == (kind == "Q2_0")
+    accepts(verdict, "gguf", "", "gguf")
+    assert verdict.weights.startswith(f"{kind} (")
+    assert ("August 2026" in verdict.requires) == (kind == "Q2_0") == any("type 42" in n for n in verdict.notes)
 
 
 @pytest.mark.parametrize(
-    "scheme, words",
-    [("W2A16g32sym", "Q2_0 takes groups of 64"), ("W2A16g8", "Q2_K takes groups of 16"), ("W3A16g64", "--to gguf:q4_k"), ("W3A16g8sym", "Q3_K takes groups of 16"),
-     ("W4A16g16sym", "Q4_0 takes groups of 32"), ("W4A16g16", "Q4_K or Q4_1 takes groups of 32"), ("W8A16g16sym", "Q8_0 takes groups of 32"), ("W8A16g64", "add 'sym'"),
-     ("W5A16g64", "add 'sym'"), ("W7A16g64sym", "choose W8"), ("W1A16g64", "choose W2")],
+    "scheme, words, better",
+    [("W2A16g8", "fits into no type", "W2A16g64"), ("W3A16g64", "--to gguf:q4_k", "W3A16g64sym"), ("W4A16g16", "groups of 16", "W4A16g64"), ("W8A16g64", "no type", "W8A16g64sym"),
+     ("W5A16g64", "no type", "W5A16g64sym")],
 )  # fmt: skip
-def test_llama_cpp_refuses_what_no_type_holds(scheme, words):
-    refuses(say("llama.cpp", scheme), words)
+def test_llama_cpp_refuses_what_no_type_holds_and_names_what_would_fit(scheme, words, better):
+    refuses(say("llama.cpp", scheme), words, f"Scheme {better} would fit.")
 
 
-@pytest.mark.parametrize(
-    "grid, columns, found",
-    [(Affine(2, 64), 896, "choose g64 with 'sym'"), (Affine(2, 16), 4832, "choose W4 with g32"), (Affine(3, 64, True), 896, "choose W4 with g32"), (Affine(4, 32), 896, "Q4_1"),
-     (Affine(4, 32, True), 896, "Q4_0"), (Affine(2, 64, True), 896, "Q2_0"), (KQuant("q3_k"), 768, "Q3_K"), (KQuant("q6_k"), 896, "Q6_K takes rows in multiples of 256")],
-)  # fmt: skip
-def test_rows_are_made_of_whole_blocks(grid, columns, found):
-    if found.startswith("Q") and " " not in found:
-        assert block_type(grid, columns).name == found
-    else:
-        with pytest.raises(LowbitError, match=f"'x' .* {columns} inputs, and .*{found}"):
-            block_type(grid, columns, "x")
+@pytest.mark.parametrize("scheme, words", [("W2A16g64", "Q4_1"), ("W4A16g32", "Q4_1"), ("W4A16g32sym", "Q4_0"), ("W2A16g64sym", "Q2_0"), ("W3A16g64sym", "Q4_0")])
+def test_rows_are_made_of_whole_blocks(scheme, words):
+    narrow = say("llama.cpp", scheme, hidden_size=448, num_attention_heads=7, num_key_value_heads=1, intermediate_size=1216)  # no multiples of 256
+    accepts(narrow, "gguf")
+    assert narrow.weights.startswith(words) and ";" not in narrow.weights
+    assert ("Q4_1 gives 2-bit codes 5 bits; scheme W2A16g64sym would need fewer" in narrow.notes) == (scheme == "W2A16g64")
+
+
+@pytest.mark.parametrize("change, words", [({"hidden_act": "gelu"}, "gates with SiLU"), ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'")])
+def test_llama_cpp_refuses_models_that_it_computes_otherwise(change, words):
+    refuses(say("llama.cpp", "W4A16g32", **change), words, "another runtime")
 
 
 @pytest.mark.parametrize("kind, bits", [("q2_k", "2.625"), ("q3_k", "3.4375"), ("q4_k", "4.5"), ("q6_k", "6.5625")])
@@ -262,7 +262,7 @@ def test_llama_cpp_holds_different_types_in_one_file():
 
 @pytest.mark.parametrize("family", ["phi3", "gemma", "bitnet", "opt"])
 def test_gguf_is_written_of_four_families(family):
-    refuses(say("llama.cpp", "W4A16g32", family=family), f"'{family}'", "llama, mistral, qwen2, qwen3")
+    refuses(say("llama.cpp", "W4A16g32", family=family), f"'{family}'", "llama, mistral, qwen2, qwen3", "another runtime")
     accepts(say("llama.cpp", "W4A16g32", family="qwen3"), "gguf")
 
 

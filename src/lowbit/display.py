@@ -193,7 +193,7 @@ def runtimes_table(verdicts: Sequence[Verdict]) -> Table:
 def runtime_table(v: Verdict) -> Table:
     """What one runtime says that accepts a plan."""
     table = Table(show_header=False)
-    rows = [("runtime", f"{v.runtime}: {v.requires}"), ("format", v.format), ("weights", v.weights), ("export", _made(v))]
+    rows = [("runtime", v.runtime), ("needs", v.requires), ("format", v.format), ("weights", v.weights), ("export", _made(v))]
     for row in [*rows, *(("note", n) for n in v.notes)]:
         table.add_row(*row)
     return table

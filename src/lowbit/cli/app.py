@@ -24,8 +24,8 @@ out, err = Console(), Console(stderr=True)
 
 Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the -paper ones.")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
-Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX.", show_default=False)]
-_SCHEME = "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without g one scale per output channel."
+Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX, llama-cpp-python for GGUF.", show_default=False)]
+_SCHEME = "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without g one scale per output channel. Or a K-quant of llama.cpp: gguf:q2_k, q3_k, q4_k, q6_k."
 Scheme = Annotated[str, typer.Option(help=_SCHEME)]
 OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the recipe's, W4A16g128 if it has none.")]
 

@@ -93,13 +93,14 @@ def plan(
 def export(
     folder: Annotated[Path, typer.Argument(help="Artifact folder, as quantize wrote it.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the exported model.")],
-    to: Annotated[str, typer.Option(help="compressed-tensors (from the format of lowbit, rotations for vLLM included), gptq (symmetric), gptq_v2, awq, mlx.")] = "compressed-tensors",
+    to: Annotated[str, typer.Option(help="compressed-tensors (from the format of lowbit, rotations for vLLM included), gptq (symmetric), gptq_v2, awq, mlx, gguf (or gguf:TYPE, one of q2_0, q2_k, q3_k, q4_0, q4_1, q4_k, q6_k, q8_0).")] = "compressed-tensors",
+    embeddings: Annotated[Optional[str], typer.Option(help="GGUF: type of embeddings and head: f32, f16, bf16, q8_0, q6_k. Default: their numbers as they are.")] = None,
     python: Python = sys.executable,
 ) -> None:
     """Lay the codes of an artifact out for another runtime, unchanged, and prove what was written with that runtime if it is there."""
     from ..export import export as write
 
-    out.print(f"{output}\nverified: {write(folder, output, to, python=python).summary}", highlight=False, soft_wrap=True)
+    out.print(f"{output}\nverified: {write(folder, output, to, embeddings=embeddings, python=python).summary}", highlight=False, soft_wrap=True)
 
 
 @app.command()

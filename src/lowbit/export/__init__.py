@@ -7,18 +7,21 @@ from pathlib import Path
 
 from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
+from ..formats import gguf as container
 from ..proof import Verification, verify
-from . import folders, for_vllm
+from . import folders, for_vllm, gguf
 from .source import Source
 
-TARGETS = (ct.NAME, *folders.TARGETS)
+TARGETS = (ct.NAME, *folders.TARGETS, container.NAME)
 
 
-def export(folder: Path, out: Path, to: str = ct.NAME, *, python: str = sys.executable) -> Verification:
+def export(folder: Path, out: Path, to: str = ct.NAME, *, embeddings: str | None = None, python: str = sys.executable) -> Verification:
     """Rewrite an artifact for a runtime, and prove what was written.
 
     Args:
-        folder: an artifact, verified first. out: a directory that does not exist, or is empty. to: one of `TARGETS`.
+        folder: an artifact, verified first. out: a directory that does not exist, or is empty. to: one of `TARGETS`;
+            "gguf:TYPE" asks for a block type.
+        embeddings: type of embeddings and head in GGUF; None keeps their numbers.
         python: interpreter that has the runtime, for the proof.
 
     Returns:
@@ -27,10 +30,15 @@ def export(folder: Path, out: Path, to: str = ct.NAME, *, python: str = sys.exec
     Raises:
         LowbitError: not an artifact, or it holds something that the format cannot say. VerificationError: a check failed.
     """
-    if to not in TARGETS:
-        raise LowbitError(f"cannot export to '{to}': choose one of {', '.join(TARGETS)}.")
+    target, colon, kind = to.partition(":")
+    if target not in TARGETS or (colon and target != container.NAME):
+        raise LowbitError(f"cannot export to '{to}': choose one of {', '.join(TARGETS)}, or gguf:TYPE.")
+    if embeddings is not None and target != container.NAME:
+        raise LowbitError("--embeddings is for --to gguf: other formats keep embeddings and head as they are.")
     source = Source.open(folder)
     verify(folder, loader=False)
     if to == ct.NAME:
         return for_vllm.export(source, out)
+    if target == container.NAME:
+        return gguf.export(source, out, python, kind if colon else None, embeddings)
     return folders.export(source, to, out, python)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..artifact import INDEX, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash, write_atomic
 from ..errors import LowbitError
+from ..formats.gguf import Reader
 from ..proof import Verification, verify
 from .source import Source
 
@@ -45,6 +46,13 @@ class Place:
         held = read_shard(self.partial / name)
         self._list(name, {k: tensor_hash(t) for k, t in held.items()})
         return held
+
+    def add_gguf(self, name: str) -> None:
+        """List a GGUF file that is there already, by what is read back from it."""
+        path = self.partial / name
+        reader = Reader(path)
+        hashes = {k: tensor_hash(reader.raw(k)) for k in reader.entries}
+        self.report["shards"][name] = {"sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": hashes}
 
     def _list(self, name: str, hashes: Mapping[str, str]) -> None:
         path = self.partial / name
@@ -94,8 +102,11 @@ class Place:
 
 
 @contextmanager
-def place(source: Source, out: Path) -> Iterator[Place]:
+def place(source: Source, out: Path, *, carry: bool = True) -> Iterator[Place]:
     """A directory to fill, which gets its name when the block ends and vanishes if it does not.
+
+    Args:
+        carry: take over what else lies beside the weights, tokenizer and the like.
 
     Raises:
         LowbitError: OUT exists and is not empty, OUT.partial is there, or the file system refuses.
@@ -111,7 +122,7 @@ def place(source: Source, out: Path) -> Iterator[Place]:
         made.copy(source.folder, RECIPE)
         made.copy(source.folder, PROOF.as_posix())
         taken = {*_RUN, RECIPE, *source.report["shards"]}
-        for path in sorted(p for p in source.folder.iterdir() if p.is_file() and p.name not in taken):
+        for path in sorted(p for p in source.folder.iterdir() if carry and p.is_file() and p.name not in taken):
             made.copy(source.folder, path.name)
         yield made
         if out.exists():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..artifact import INDEX, read_shard
@@ -116,6 +117,18 @@ class Source:
                 for key in local:
                     del held[f"{linear}.{key}"]
             yield name, coded, held
+
+    def others(self) -> dict[str, tuple[int, ...]]:
+        """Full names and shapes of the tensors that belong to no quantized linear."""
+        out: dict[str, tuple[int, ...]] = {}
+        for name in self.report["shards"]:
+            with safe_open(self.folder / name, framework="pt") as f:
+                keys = set(f.keys())
+                packed = {n for n in (k.removesuffix(".weight_shape") for k in keys if k.endswith(".weight_shape")) if n in self.grids}
+                for key in sorted(keys):
+                    if key.rpartition(".")[0] not in packed or not key.rpartition(".")[2].startswith("weight_"):
+                        out[key] = tuple(f.get_slice(key).get_shape())
+        return out
 
     @cached_property
     def index(self) -> dict[str, Any]:

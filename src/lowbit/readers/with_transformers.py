@@ -1,4 +1,4 @@
-"""Logits by transformers: compressed-tensors, the format of lowbit, and GPTQ or AWQ through GPTQModel."""
+"""Logits by transformers: compressed-tensors, the format of lowbit, and GPTQ or AWQ through GPTQModel, GGUF through the gguf package."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 folder, ids, out, method, proof = sys.argv[1:]
 exact = proof == "exact"
-needed = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum")}.get(method, ())
+needed = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum"), "gguf": ("gguf",)}.get(method, ())
 missing = [p for p in (*needed, "transformers") if importlib.util.find_spec(p) is None]
 if missing:
     print(", ".join(missing))
@@ -76,7 +76,16 @@ def decoded(model):
     return torch.nn.Module.float(model)
 
 
+def of_gguf():
+    """The model as transformers makes it of the file alone, every weight decoded by the gguf package, in float32."""
+    (file,) = sorted(Path(folder).glob("*.gguf"))
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
+
+
 with torch.no_grad():
+    if method == "gguf":
+        save_file({"logits": passed(of_gguf())}, out)
+        sys.exit(0)
     # GPTQModel's CPU kernels take bfloat16, and not all of them float32.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if needed else "auto", trust_remote_code=False).eval()
     assert ("lowbit" in sys.modules) == (method == "lowbit")

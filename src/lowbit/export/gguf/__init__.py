@@ -1,0 +1,166 @@
+"""GGUF, a complete file for llama.cpp: the same codes in its block types, its names, its metadata and the tokenizer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...artifact import PROOF, read_shard, save_shard
+from ...errors import LowbitError
+from ...formats import gguf
+from ...formats.ggml import BLOCKS, BlockType
+from ...grid import Affine, AffineParams, KQuant, KQuantParams, QTensor
+from ...model.checkpoint import config_at
+from ...proof import Verification, compare_logits
+from ..place import Place, place
+from ..source import Source
+from . import tokens
+from .model import Architecture
+from .rounded import RoundedModel
+from .types import FLOATS, REST, Held, chosen, held, rounded
+
+TYPES = tuple(b.name.lower() for b in BLOCKS.values() if b.name.lower() not in FLOATS)
+
+
+def export(source: Source, out: Path, python: str, asked: str | None = None, embeddings: str | None = None) -> Verification:
+    """Write the file, with its report and proof, into a folder.
+
+    Args:
+        asked: a block type of `TYPES` for all weights; None chooses by each one's grid.
+        embeddings: a type of `REST` for embeddings and head; None keeps their numbers.
+
+    Raises:
+        LowbitError: the artifact, its tokenizer or its family holds something that GGUF or llama.cpp cannot say. VerificationError: a check failed.
+    """
+    if asked is not None and asked.lower() not in TYPES:
+        raise LowbitError(f"no block type '{asked}': choose one of {', '.join(TYPES)}, or leave it out.")
+    if embeddings is not None and embeddings.lower() not in REST:
+        raise LowbitError(f"--embeddings takes {', '.join(REST)}; got '{embeddings}'.")
+    source.only_weights(gguf.NAME)
+    return _Export(source, asked, embeddings).write(out, python)
+
+
+class _Export:
+    """One export: everything that can be refused is, before anything is written."""
+
+    def __init__(self, source: Source, asked: str | None, embeddings: str | None) -> None:
+        self.source = source
+        self.config = config_at(source.folder / "config.json")
+        self.architecture = Architecture.of(self.config)
+        self.kinds = {n: chosen(source.grids[n], columns, asked, n) for n, (_, columns) in source.shapes.items()}
+        self.stored = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[source.dtype]
+        self.rest = (embeddings or self.stored).lower()
+        self.words = tokens.read(source.folder, self.config.vocab_size)
+        self.remarks = [*self.architecture.remarks, *self.words.remarks]
+        sizes: Counter[str] = Counter()
+        for name, (rows, columns) in source.shapes.items():
+            sizes[self.kinds[name].name] += rows * columns
+        self.most = BLOCKS[sizes.most_common(1)[0][0]]
+        self.file = f"{Path(source.report['model']).name}-{self.most.name}.gguf"
+        self.known: dict[str, dict[str, Any]] = {}
+        self.outer: dict[str, dict[str, Any]] = {}
+
+    def _rest_of(self, shape: tuple[int, ...]) -> BlockType:
+        return BLOCKS["F32" if len(shape) == 1 else self.rest.upper()]
+
+    def _entries(self) -> list[gguf.Entry]:
+        others = self.source.others()
+        found = [gguf.Entry(self.architecture.tensor(f"{n}.weight"), shape, self.kinds[n]) for n, shape in self.source.shapes.items()]
+        for full, shape in others.items():
+            kind = self._rest_of(shape)
+            if shape[-1] % kind.size:
+                raise LowbitError(
+                    f"'{full}' has rows of {shape[-1]} numbers, which blocks of {kind.name} do not divide: choose another type for --embeddings."
+                )
+            found.append(gguf.Entry(self.architecture.tensor(full), shape, kind))
+        if self.architecture.factors is not None:
+            found.append(gguf.Entry("rope_freqs.weight", (len(self.architecture.factors),), BLOCKS["F32"]))
+        return sorted(found, key=_place_in_file)
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "general.architecture": self.architecture.name, "general.type": "model", "general.name": Path(self.source.report["model"]).name,
+            "general.file_type": self.most.file_type, "general.quantization_version": 2,
+            "lowbit.version": self.source.report["lowbit"], "lowbit.exported_from": self.source.report["hash"],
+            **self.architecture.metadata, **self.words.metadata,
+        }  # fmt: skip
+
+    def write(self, out: Path, python: str) -> Verification:
+        entries = self._entries()
+        inexact = self.rest != self.stored or any("_K" in k.name and isinstance(self.source.grids[n], Affine) for n, k in self.kinds.items())
+        model = RoundedModel(self.config) if inexact else None
+        with place(self.source, out, carry=False) as made:
+            with gguf.Writer(made.partial / self.file, self._metadata(), entries) as file:
+                for full, kept in self._tensors():
+                    file.add(self.architecture.tensor(full), kept.rows)
+                    if model is not None:
+                        model.put(full, _back(self.architecture, full, kept.value))
+                if self.architecture.factors is not None:
+                    file.add("rope_freqs.weight", self.architecture.factors.view(torch.uint8))
+            made.add_gguf(self.file)
+            made.report["gguf"] = {
+                "file": self.file, "types": dict(Counter(k.name for k in self.kinds.values())), "outer": self.outer, "remarks": self.remarks,
+                "moved": None if model is None else self._prove(made, model),
+            }  # fmt: skip
+            made.write((PROOF.parent / "tokens.json").as_posix(), self.words.samples)
+            return made.close(gguf.NAME, self.known, python)
+
+    def _tensors(self) -> Iterator[tuple[str, Held]]:
+        """(full parameter name, what the file will hold of it), one shard of the source in memory at a time."""
+        for _, coded, others in self.source.shards():
+            for linear, q in coded.items():
+                full, kind = f"{linear}.weight", self.kinds[linear]
+                order = self.architecture.rows(full, len(q.codes))
+                kept = held(q if order is None else _ordered(q, order), kind, linear)
+                size = kept.rows.numel()
+                self.known[linear] = {
+                    "tensor": self.architecture.tensor(full), "type": kind.name, "bytes": size, "bits_per_weight": 8 * size / q.codes.numel(),
+                    "extra_error": kept.extra,
+                }  # fmt: skip
+                yield full, kept
+            for full, value in others.items():
+                if value.dim() == 1:
+                    order = self.architecture.rows(full, len(value))
+                    vector = (value if order is None else value[order]).float().contiguous()
+                    yield full, Held(vector.view(torch.uint8), vector.double(), 0.0)
+                    continue
+                kind, kept = rounded(value, self.rest, full)
+                self.outer[full] = {"type": kind.name, "bytes": kept.rows.numel(), "relative_error": kept.extra}
+                yield full, kept
+
+    def _prove(self, made: Place, model: RoundedModel) -> float:
+        """Proof logits of what the file holds in place of the tuned model's; how far they are from those, relative to their spread."""
+        proof = read_shard(self.source.folder / PROOF)
+        logits = model.logits(proof["ids"])[:, -proof["logits"].shape[1] :]
+        save_shard(made.partial / PROOF, {"ids": proof["ids"], "logits": logits})
+        return compare_logits(proof["logits"], logits)[0]
+
+
+def _place_in_file(entry: gguf.Entry) -> tuple[int, int, str]:
+    """Embedding, blocks by number, then the rest, as llama.cpp's own converter has it."""
+    if entry.name.startswith("blk."):
+        return 1, int(entry.name.split(".")[1]), entry.name
+    return (0 if entry.name == "token_embd.weight" else 2), 0, entry.name
+
+
+def _ordered(q: QTensor, order: Tensor) -> QTensor:
+    """The weight with its rows in another order."""
+    p = q.params
+    if isinstance(p, KQuantParams):
+        params: Any = KQuantParams(p.unit[order], p.scale[order], p.unit_min[order], p.min[order])
+    else:
+        params = AffineParams(p.scale[order], p.zero_point[order])
+    assert isinstance(q.grid, (Affine, KQuant))
+    return QTensor(q.grid, q.codes[order], params)
+
+
+def _back(architecture: Architecture, full: str, value: Tensor) -> Tensor:
+    """Rows as transformers has them."""
+    order = architecture.rows(full, len(value))
+    return value if order is None else value[order.argsort()]
+

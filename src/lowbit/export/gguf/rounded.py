@@ -1,0 +1,38 @@
+"""The model that an export holds, where its numbers are not quite those that were tuned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RoundedModel:
+    """A transformers model in float32 that takes its weights one by one.
+
+    Args:
+        config: of transformers.
+    """
+
+    def __init__(self, config: Any) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with no_init_weights():
+            self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        self._left = dict(self._model.named_parameters())
+
+    @torch.no_grad()
+    def put(self, full: str, value: Tensor) -> None:
+        """One parameter by its full name."""
+        self._left.pop(full).copy_(value)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """(n, length) int64 -> (n, length, vocab) float32."""
+        if self._left:
+            raise ValueError(f"'{next(iter(self._left))}' was never put in")
+        return torch.cat([self._model(row[None], use_cache=False).logits for row in ids])

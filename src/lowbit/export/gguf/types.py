@@ -1,0 +1,146 @@
+"""Which block type holds a weight, and the weight in it: the same codes, on scales that the type can say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import LowbitError
+from ...formats.ggml import BLOCKS, BlockType, pack_affine, pack_k, unpack_affine, unpack_k
+from ...grid import Affine, AffineParams, Grid, KQuant, QTensor
+from ..extra import extra_error
+
+FLOATS = ("f32", "f16", "bf16")
+REST = (*FLOATS, "q8_0", "q6_k")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A weight as a file will hold it.
+
+    Attributes:
+        rows: (out, bytes of a row) uint8. value: (out, in) float64, what the rows say. extra: see `extra_error`; 0 is exact.
+    """
+
+    rows: Tensor
+    value: Tensor
+    extra: float
+
+
+def types_of(grid: Grid) -> tuple[BlockType, ...]:
+    """The types that keep the codes of a grid, most fitting first; their rows and groups may still not fit."""
+    if isinstance(grid, KQuant):
+        return (BLOCKS[grid.kind.upper()],)
+    if not isinstance(grid, Affine):
+        return ()
+    if grid.symmetric:
+        exact = {2: ("Q2_0", "Q4_0"), 3: ("Q3_K",), 4: ("Q4_0",), 8: ("Q8_0",)}.get(grid.bits, ())
+        also = [n for n, bits in (("Q3_K", 3), ("Q4_0", 4), ("Q6_K", 6), ("Q8_0", 8)) if bits >= grid.bits]
+        return tuple(BLOCKS[n] for n in dict.fromkeys((*exact, *also)))
+    names = {1: ("Q2_K",), 2: ("Q2_K",), 4: ("Q4_K", "Q4_1")}.get(grid.bits, ())
+    return tuple(BLOCKS[n] for n in dict.fromkeys((*names, *(("Q4_K", "Q4_1") if grid.bits < 4 else ()))))
+
+
+def chosen(grid: Grid, columns: int, asked: str | None, name: str) -> BlockType:
+    """The block type for a weight.
+
+    Args:
+        asked: a type's name, or None for the smallest that fits well: of a 3-bit asymmetric grid there is none, one has to be asked for.
+
+    Raises:
+        LowbitError: it has none, or not this one.
+    """
+    possible = types_of(grid)
+    if not possible:
+        raise LowbitError(f"'{name}' is on {grid}, which no type of GGUF holds.")
+    if asked is not None:
+        kind = BLOCKS[asked.upper()]
+        if kind not in possible:
+            raise LowbitError(
+                f"{kind.name} does not hold the codes of '{name}', which is on {grid}: it can be {', '.join(k.name.lower() for k in possible)}."
+            )
+        reason = _misfit(grid, columns, kind)
+        if reason:
+            raise LowbitError(f"'{name}' does not fit into {kind.name}: {reason}.")
+        return kind
+    if isinstance(grid, Affine) and not grid.symmetric and grid.bits == 3:
+        raise LowbitError(
+            f"'{name}' is on {grid}: no type of GGUF holds asymmetric 3-bit codes in 3 bits. Quantize with 'sym' or with scheme gguf:q3_k, or put "
+            "them into 4.5 bits with --to gguf:q4_k."
+        )
+    reasons = [(k, _misfit(grid, columns, k)) for k in possible]
+    fitting = [k for k, reason in reasons if reason is None]
+    if not fitting:
+        raise LowbitError(f"'{name}' on {grid} fits into no type of GGUF: {'; '.join(f'{k.name}: {reason}' for k, reason in reasons)}.")
+    return fitting[0]
+
+
+def _misfit(grid: Grid, columns: int, kind: BlockType) -> str | None:
+    """Why rows or groups do not fit, or None if they do."""
+    if columns % kind.size:
+        return f"its blocks hold {kind.size} inputs, which does not divide {columns}"
+    if isinstance(grid, KQuant):
+        return None
+    assert isinstance(grid, Affine)
+    unit = KQuant(kind.name.lower()).group_size if "_K" in kind.name else kind.size  # type: ignore[arg-type]
+    size = grid.group(columns)
+    return f"it has a scale for every {unit} inputs, which does not divide groups of {size}" if size % unit else None
+
+
+def held(q: QTensor, kind: BlockType, name: str) -> Held:
+    """A weight in a block type, rows in the order in which they come."""
+    if isinstance(q.grid, KQuant):
+        rows = pack_k(q)
+        back = unpack_k(rows, q.grid)
+        value = back.grid.decode(back.codes, back.params.double())
+        return Held(rows, value, extra_error(q, back.codes, value, name))
+    assert isinstance(q.grid, Affine)
+    if "_K" not in kind.name:
+        rows = pack_affine(q, kind, name)
+        back = unpack_affine(rows, kind, q.grid)
+        value = back.decode(torch.float64)
+        return Held(rows, value, extra_error(q, back.codes, value, name))
+    grid = KQuant(kind.name.lower())  # type: ignore[arg-type]
+    repeat = q.grid.group(q.codes.shape[1]) // grid.group_size
+    scale = q.params.scale.double().repeat_interleave(repeat, 1)
+    shift = grid.middle - (1 << (q.grid.bits - 1)) if grid.symmetric else 0
+    offset = torch.zeros_like(scale) if grid.symmetric else scale * q.params.zero_point.double().repeat_interleave(repeat, 1)
+    codes = q.codes + shift
+    rows = pack_k(QTensor(grid, codes, grid.keeping(codes, scale, offset)))
+    back = unpack_k(rows, grid)
+    if not bool((torch.isfinite(back.params.unit) & torch.isfinite(back.params.unit_min)).all()):
+        raise LowbitError(f"'{name}' has scales beyond float16.")
+    value = grid.decode(back.codes, back.params.double())
+    return Held(rows, value, extra_error(q, back.codes - shift, value, name))
+
+
+def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
+    """An embedding or a head in a type of `REST`; ``extra`` is relative to its mean square here.
+
+    Raises:
+        LowbitError: float16 does not hold its numbers. ValueError: its rows do not fit.
+    """
+    kind = BLOCKS[asked.upper()]
+    if weight.shape[-1] % kind.size:
+        raise ValueError(f"'{name}' has rows of {weight.shape[-1]} numbers, which blocks of {kind.name} do not divide")
+    if asked in FLOATS:
+        cast: Any = weight.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[asked]).contiguous()
+        if not bool(torch.isfinite(cast).all()):
+            raise LowbitError(f"'{name}' has numbers beyond float16: choose another type for --embeddings.")
+        rows, value = cast.view(torch.uint8), cast.double()
+    elif asked == "q8_0":
+        grid = Affine(8, kind.size, symmetric=True)
+        params = grid.stored(grid.fit(weight.float()), torch.float16)
+        rows = pack_affine(QTensor(grid, grid.encode(weight.float(), params), AffineParams(params.scale, params.zero_point)), kind, name)
+        value = unpack_affine(rows, kind, grid).decode(torch.float64)
+    else:
+        six = KQuant("q6_k")
+        levels = six.stored(six.fit(weight.float()), torch.float16)
+        rows = pack_k(QTensor(six, six.encode(weight.float(), levels), levels))
+        back = unpack_k(rows, six)
+        value = six.decode(back.codes, back.params.double())
+    square = weight.double().square().mean().clamp(min=1e-300)
+    return kind, Held(rows, value, float((value - weight.double()).square().mean() / square))

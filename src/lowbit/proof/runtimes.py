@@ -1,0 +1,99 @@
+"""Runtimes in processes of their own: who opens a format, and how far its logits may be from the proof's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import LowbitError, VerificationError
+from ..formats import awq, gguf, gptq, mlx, native
+from ..formats import compressed_tensors as ct
+
+_SCRIPTS = Path(__file__).parent.parent / "readers"
+_MISSING = 3  # exit status of a script whose runtime is not installed
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who opens a format as a user would.
+
+    Attributes:
+        script: file in `lowbit.readers`. name: of the runtime, for people.
+        within: greatest difference of its logits to the proof's, relative to their spread: what its arithmetic may add.
+    """
+
+    script: str
+    name: str
+    within: float
+
+
+WITHIN = 2e-2  # rounding of the weight to its 16-bit dtype, which a float32 loader does not do
+_GPTQMODEL, _MLX = 3e-2, 6e-2  # all in bfloat16: 0.007 to 0.017 and 0.032 to 0.040 on models of 4 and 5 blocks, docs/results.md
+_LLAMACPP = 6e-2  # it rounds activations to 8 bits on CPUs: 0.01 to 0.03, docs/results.md
+GGUF_DECODER = Reader("with_transformers.py", "transformers and gguf", WITHIN)  # all of the file but for what llama.cpp computes of it
+READERS = {
+    **{name: Reader("with_transformers.py", "transformers", WITHIN) for name in (ct.NAME, native.NAME)},
+    **{name: Reader("with_transformers.py", "transformers and GPTQModel", _GPTQMODEL) for name in (gptq.V1, gptq.V2, awq.NAME)},
+    mlx.NAME: Reader("with_mlx.py", "mlx-lm", _MLX),
+    gguf.NAME: Reader("with_llamacpp.py", "llama.cpp", _LLAMACPP),
+}
+
+
+def runtime_logits(
+    folder: Path, ids: Tensor, format_: str, *, exact: bool = False, python: str = sys.executable, reader: Reader | None = None
+) -> dict[str, Tensor] | str:
+    """What the runtime of a format computes from a model, in a process of its own.
+
+    Args:
+        ids: (n, length) int64. exact: do not quantize activations. python: interpreter that has the runtime.
+        reader: None for the format's own.
+
+    Returns:
+        "logits", and from some also "decoded", see `lowbit.readers`, each (n, length, vocab) float32; or the packages that are missing.
+
+    Raises:
+        VerificationError: the runtime fails.
+    """
+    from safetensors.torch import save_file
+
+    reader = reader or READERS[format_]
+    with tempfile.TemporaryDirectory() as scratch:
+        given, out = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({"ids": ids.contiguous()}, given)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                       "GPTQMODEL_CPU_WORKERS": "2"}  # fmt: skip
+        method = "gptq" if format_ in (gptq.V1, gptq.V2) else format_
+        command = [python, str(_SCRIPTS / reader.script), str(folder), str(given), str(out), method, "exact" if exact else "as stored"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        except OSError as e:
+            raise LowbitError(f"cannot run '{python}': {e.strerror}.") from e
+        if done.returncode == _MISSING:
+            return done.stdout.strip().splitlines()[-1]
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise VerificationError(f"{reader.name} cannot load '{folder}': {last}")
+        logits: dict[str, Tensor] = load_file(out)
+        return logits
+
+
+def loader_logits(folder: Path, ids: Tensor, *, exact: bool = False) -> Tensor:
+    """Logits (n, length, vocab) float32 that transformers computes from an artifact. Raises VerificationError if it fails."""
+    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    found = runtime_logits(folder, ids, method, exact=exact)
+    assert not isinstance(found, str)
+    return found["logits"]
+
+
+def compare_logits(tuned: Tensor, loaded: Tensor) -> tuple[float, float]:
+    """(rms difference relative to the tuned logits' standard deviation, top-1 agreement)."""
+    rms = float((loaded.double() - tuned.double()).pow(2).mean().sqrt() / tuned.double().std())
+    return rms, float((loaded.argmax(-1) == tuned.argmax(-1)).double().mean())
