@@ -19,6 +19,7 @@ from lowbit.targets import TARGETS, Planned, check_target, demand, verdicts
 COMMON = dict(hidden_size=512, num_hidden_layers=2, num_attention_heads=8, vocab_size=320, max_position_embeddings=128)
 CONFIGS = {
     "llama": lambda **more: T.LlamaConfig(**{**COMMON, "intermediate_size": 1536, "num_key_value_heads": 2, **more}),
+    "mistral": lambda **more: T.MistralConfig(**{**COMMON, "intermediate_size": 1536, "num_key_value_heads": 2, "sliding_window": 64, **more}),
     "qwen3": lambda **more: T.Qwen3Config(**{**COMMON, "intermediate_size": 1536, "num_key_value_heads": 2, "head_dim": 64, **more}),
     "phi3": lambda **more: T.Phi3Config(**{**COMMON, "intermediate_size": 1536, "num_key_value_heads": 2, "pad_token_id": 0, **more}),
     "gemma": lambda **more: T.GemmaConfig(**{**COMMON, "intermediate_size": 1536, "num_key_value_heads": 2, "head_dim": 64, **more}),
@@ -256,7 +257,7 @@ def test_k_quants_are_llama_cpps_own(kind, bits):
 
 def test_llama_cpp_holds_different_types_in_one_file():
     verdict = say("llama.cpp", "W2A16g64sym", "rtn", "overrides.*.v_proj=W4A16g32sym")
-    accepts(verdict, "gguf")
+    accepts(verdict, "gguf", "August 2026")
     assert "Q2_0 (2.25 bits, exact) in 12 linears; Q4_0 (4.5 bits, exact) in 2 linears" in verdict.weights
 
 
@@ -264,6 +265,10 @@ def test_llama_cpp_holds_different_types_in_one_file():
 def test_gguf_is_written_of_four_families(family):
     refuses(say("llama.cpp", "W4A16g32", family=family), f"'{family}'", "llama, mistral, qwen2, qwen3", "another runtime")
     accepts(say("llama.cpp", "W4A16g32", family="qwen3"), "gguf")
+
+
+def test_llama_cpps_remarks_on_a_model_are_passed_on():
+    assert any("64 tokens back" in n for n in say("llama.cpp", "W4A16g32", family="mistral").notes)
 
 
 # --- MLX -----------------------------------------------------------------------------------------------------------------
