@@ -29,7 +29,8 @@ ALLOWED = {
     "proof": {"artifact", "formats", "errors"},
     "integers": {"grid", "kernels", "formats", "artifact", "errors"},
     "export": {"grid", "model", "formats", "artifact", "proof", "errors"},
-    "plan": {"grid", "model", "methods", "formats", "recipe", "errors"},
+    "targets": {"grid", "model", "methods", "formats", "scheme", "recipe", "export", "errors"},
+    "plan": {"grid", "model", "methods", "formats", "recipe", "targets", "errors"},
 }
 
 

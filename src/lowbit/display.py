@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .job import BlockDone, Result, Working
+from .targets import Verdict
 
 _SHOWN = 12  # rows of the live table
 
@@ -178,6 +179,28 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             duration(r["seconds"]) if r["seconds"] else "",
         )  # fmt: skip
     return table
+
+
+def runtimes_table(verdicts: Sequence[Verdict]) -> Table:
+    """What every runtime says to a plan, a line each."""
+    table = Table("runtime", "verdict", "format", "how, or why not", show_lines=True)
+    for v in verdicts:
+        how = (f"{v.weights} - {v.requires}", _made(v), *v.notes) if v.accepts else v.reasons
+        table.add_row(v.runtime, "loads" if v.accepts else "refuses", v.format, "\n".join(how))
+    return table
+
+
+def runtime_table(v: Verdict) -> Table:
+    """What one runtime says that accepts a plan."""
+    table = Table(show_header=False)
+    rows = [("runtime", v.runtime), ("needs", v.requires), ("format", v.format), ("weights", v.weights), ("export", _made(v))]
+    for row in [*rows, *(("note", n) for n in v.notes)]:
+        table.add_row(*row)
+    return table
+
+
+def _made(v: Verdict) -> str:
+    return v.export or "as quantized, no export"
 
 
 def summary(result: Result) -> str:

@@ -14,29 +14,17 @@ import torch
 from .errors import LowbitError
 from .formats.compressed_tensors import carries
 from .formats.packing import tensor_bytes
-from .grid import ActivationGrid, Affine, Codebook, KQuant
+from .grid import Affine, KQuant
 from .grid.kquant import SUPER
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import config_at, hub_file
 from .model.wiring import Wiring, wiring_of
 from .recipe import Recipe
+from .targets import Planned, Verdict, verdicts
 
 _SCALE_BYTES = 2
 _STREAMS = 3  # float input, quantized input, target
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Whether a runtime will load the artifact.
-
-    Attributes:
-        verdict: "loads", "decompresses" (loads, without saving memory) or "refuses".
-    """
-
-    name: str
-    verdict: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -52,6 +40,7 @@ class Plan:
         outer_memory: embeddings and head, held at the start and at the end only.
         activations: three streams of the calibration rows in 16 bits, and one batch's saved intermediates in float32.
         seconds: arithmetic at the measured rate of this device; an estimate, None if the rate was not measured.
+        runtimes: what each says to the result, in the order of `lowbit.targets.TARGETS`.
     """
 
     model_type: str
@@ -66,7 +55,7 @@ class Plan:
     outer_memory: int
     activations: int
     seconds: float | None
-    runtimes: tuple[Runtime, ...]
+    runtimes: tuple[Verdict, ...]
 
     @property
     def peak_memory(self) -> int:
@@ -75,6 +64,10 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "peak_memory": self.peak_memory}
+
+    def verdict(self, target: str) -> Verdict:
+        """What a runtime says, by its name in `lowbit.targets.TARGETS`."""
+        return next(v for v in self.runtimes if v.runtime.lower() == target)
 
 
 def read_config(model: str) -> Any:
@@ -163,8 +156,9 @@ def check_loadable(names: Iterable[str], recipe: Recipe, wiring: Wiring) -> None
         )
 
 
-def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int]:
-    """(linear -> shape of one block, parameters of a block outside its linears, parameters outside the blocks, of it the tied head)."""
+def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int, frozenset[str]]:
+    """(linear -> shape of one block, parameters of a block outside its linears, parameters outside the blocks, of it the tied head,
+    linears of a block with a bias)."""
     from transformers import AutoModelForCausalLM
 
     small = copy.deepcopy(config)
@@ -183,19 +177,25 @@ def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int]:
     outside = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) - inside
     if tied and head is not model.get_input_embeddings().weight:
         outside -= head.numel()
-    return linears, inside - sum(a * b for a, b in linears.values()), outside, head.numel() if tied else 0
+    biased = frozenset(n for n in wiring.linears if block.get_submodule(n).bias is not None)
+    return linears, inside - sum(a * b for a, b in linears.values()), outside, head.numel() if tied else 0, biased
 
 
-def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 2048, rate: float | None = None) -> Plan:
-    """Count what a run needs.
+def make_plan(
+    config: Any, recipe: Recipe, samples: int = 128, length: int = 2048, rate: float | None = None, tensor_parallel: int = 1
+) -> Plan:
+    """Count what a run needs, and ask the runtimes.
 
     Args:
         config: a transformers config. rate: sustained FLOP/s of the device, see `measure_rate`.
+        tensor_parallel: devices among which a server will divide every linear.
 
     Raises:
         LowbitError: unsupported family, or a group size that does not fit.
     """
-    linears, rest, outside, tied_head = _skeleton(config)
+    if tensor_parallel < 1:
+        raise LowbitError(f"--tensor-parallel is a number of devices, at least 1; got {tensor_parallel}.")
+    linears, rest, outside, tied_head, biased = _skeleton(config)
     rotation = next((m for m in recipe.methods if isinstance(m, QuaRot)), None)
     wiring = wiring_of(config)
     if rotation is not None:
@@ -224,7 +224,9 @@ def make_plan(config: Any, recipe: Recipe, samples: int = 128, length: int = 204
         block_memory=4 * per_block * (4 + (8 if learner else 0)) + _hessians(recipe, linears), outer_memory=4 * outside_stored,
         activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
-        runtimes=_runtimes(recipe, linears, beyond_compressed_tensors(names, recipe, wiring)),
+        runtimes=verdicts(
+            Planned(recipe, names, wiring, config, beyond_compressed_tensors(names, recipe, wiring), biased, tensor_parallel)
+        ),
     )  # fmt: skip
 
 
@@ -280,42 +282,3 @@ def measure_rate(device: str = "cpu") -> float:
         (a @ a).sum().item()
         count += 1
     return 2 * 1024**3 * count / (time.perf_counter() - start)
-
-
-def _runtimes(recipe: Recipe, linears: Mapping[str, tuple[int, int]], beyond: str | None) -> tuple[Runtime, ...]:
-    if beyond is None and isinstance(recipe.grid, Affine):
-        return runtimes(recipe.grid, linears, recipe.activations)
-    why = f"the format of lowbit, for {beyond}"
-    packed = isinstance(recipe.grid, Codebook) and recipe.grid.scales_with_inputs
-    how = "weights stay packed" if packed else "weights are decoded"
-    return (
-        Runtime("transformers", "loads" if packed else "decompresses", f"after 'import lowbit'; {how}, quantized activations are active"),
-        *(Runtime(n, "refuses", why) for n in ("vLLM (CUDA)", "vLLM (CPU, ROCm)", "SGLang", "llama.cpp", "MLX")),
-    )
-
-
-def runtimes(grid: Affine, linears: Mapping[str, tuple[int, int]], activations: ActivationGrid | None = None) -> tuple[Runtime, ...]:
-    """Who will load a compressed-tensors artifact on these grids, by the rules their sources state."""
-    if activations is not None:
-        narrow = grid.bits <= 4 or activations.bits == 8
-        return (
-            Runtime("transformers", "decompresses", "compressed-tensors 0.15 or newer; activations are quantized in every forward pass"),
-            Runtime("vLLM (CUDA)", "loads" if narrow else "refuses",
-                    f"0.33 or newer, {activations.bits}-bit activations on compute capability 8.0 or newer" if narrow else "4-bit activations need weights of at most 4 bits"),
-            *(Runtime(n, "refuses", "no quantized activations in this format") for n in ("vLLM (CPU, ROCm)", "SGLang", "llama.cpp", "MLX")),
-        )  # fmt: skip
-    kind = f"{grid.bits}-bit {'symmetric' if grid.symmetric else 'asymmetric'}"
-    odd = grid.bits in (3, 5, 6, 7)
-    common = grid.bits in (4, 8)
-    vllm = "any recent version" if common else ("0.25 or newer" if grid.symmetric and not odd else "0.33 or newer")
-    parallel = [str(t) for t in (1, 2, 4, 8) if grid.group_size is None or all(b % (t * grid.group_size) == 0 for _, b in linears.values())]
-    power = grid.group_size is None or (grid.group_size >= 8 and grid.group_size & (grid.group_size - 1) == 0)
-    return (
-        Runtime("transformers", "decompresses", f"compressed-tensors {'0.17' if odd else '0.15'} or newer; weights become 16-bit at load"),
-        Runtime("vLLM (CUDA)", "loads" if power and grid.bits > 1 else "refuses",
-                f"{vllm} for {kind}; tensor parallel {', '.join(parallel)}" if power and grid.bits > 1 else "needs 2-8 bits and a group size that is a power of two from 8"),
-        Runtime("vLLM (CPU, ROCm)", "loads" if common else "refuses", "4 and 8 bits only"),
-        Runtime("SGLang", "loads" if common else "refuses", "compressed-tensors with 4 and 8 bits only"),
-        Runtime("llama.cpp", "refuses", "reads GGUF; this version writes compressed-tensors"),
-        Runtime("MLX", "refuses", "reads its own layout; this version writes compressed-tensors"),
-    )  # fmt: skip

@@ -48,22 +48,28 @@ def plan(
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe.")] = None,
     samples: Annotated[Optional[int], typer.Option(help="Calibration rows; default: the recipe's.")] = None,
     length: Annotated[Optional[int], typer.Option(help="Tokens per row; default: the recipe's, or the model's context if that is shorter.")] = None,
+    target: Annotated[Optional[str], typer.Option(help="Runtime that is to load the result: vllm, sglang, llama.cpp, mlx or transformers. What it will not load is refused.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="Devices among which vLLM or SGLang will divide every linear.")] = 1,
     device: Device = "auto",
     json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
 ) -> None:
-    """Say before any work what a run will need and which runtimes will load its result."""
-    from ..display import duration
+    """Say before any work what a run will need, which runtimes will load its result, and how to export it for them."""
+    from ..display import duration, runtime_table, runtimes_table
     from ..machine import pick_device
     from ..model.calibration import Calibration
     from ..plan import make_plan, measure_rate, read_config
     from ..presets import load_recipe
     from ..scheme import parse_scheme
+    from ..targets import check_target, demand
 
+    wanted = None if target is None else check_target(target, tensor_parallel)
     chosen = load_recipe(recipe, scheme=None if scheme is None else parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
     own = chosen.calibration
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
-    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(pick_device(device))))
+    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(pick_device(device))), tensor_parallel)
+    if wanted is not None:
+        demand(p.verdict(wanted))
     gib = 2**30
     rows = (
         ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),
@@ -77,12 +83,9 @@ def plan(
     for row in rows:
         table.add_row(*row)
     out.print(table)
-    who = Table("runtime", "verdict", "why")
-    for r in p.runtimes:
-        who.add_row(r.name, r.verdict, r.reason)
-    out.print(who)
+    out.print(runtimes_table(p.runtimes) if wanted is None else runtime_table(p.verdict(wanted)))
     if json_:
-        write_json(json_, p.as_dict())
+        write_json(json_, {**p.as_dict(), "target": wanted, "tensor_parallel": tensor_parallel})
 
 
 @app.command()

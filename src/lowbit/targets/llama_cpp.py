@@ -1,0 +1,86 @@
+"""llama.cpp: GGUF, each linear in the block type that `lowbit.export.gguf` would choose for its grid."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..errors import LowbitError
+from ..export.gguf.model import Architecture
+from ..export.gguf.types import chosen
+from ..formats import gguf
+from ..formats.ggml import BlockType
+from ..grid import Affine, Grid
+from ..scheme import scheme_name
+from .base import Planned, Verdict, export_to, misfits, only_weights, refusal, tally
+
+NAME = "llama.cpp"
+_EXACT = ("Q2_0", "Q4_0", "Q8_0")
+_GROUPS = (64, 128, 32)
+
+
+def judge(p: Planned) -> Verdict:
+    """By the rules of the export: block types by grid and width, and what llama.cpp computes for the family."""
+    try:
+        remarks = Architecture.of(p.config).remarks
+        other = None
+    except LowbitError as e:
+        remarks, other = (), f"{e} Choose another runtime."
+    no = refusal(NAME, (other, *misfits(p, partial(_check, p)), *only_weights(p, NAME)))
+    if no is not None:
+        return no
+    types = {n: chosen(g, p.shapes[n][1], None, n) for n, g in p.grids.items()}
+    recent = any(t.name == "Q2_0" for t in types.values())
+    return Verdict(
+        NAME, True, gguf.NAME, tally(_said(t, p.grids[n]) for n, t in types.items()), export_to(gguf.NAME),
+        f"{NAME} of August 2026 or newer" if recent else f"{NAME}, no oldest version known",
+        notes=(*_wasteful(p, types), *remarks)
+        + (("Q2_0 is GGUF type 42, which older programs and the gguf package 0.19 do not know",) if recent else ()),
+    )  # fmt: skip
+
+
+def _check(p: Planned, grid: Grid, rows: int, columns: int, name: str) -> None:
+    try:
+        chosen(grid, columns, None, name)
+    except LowbitError as e:
+        symmetric = isinstance(grid, Affine) and grid.symmetric
+        better = next((g for bits in range(max(2, grid.bits), 9) if (g := _fitting(p, bits, symmetric, 32)) is not None), None)
+        raise LowbitError(f"{e} Scheme {scheme_name(better)} would fit." if better is not None else str(e)) from e
+
+
+def _fitting(p: Planned, bits: int, symmetric: bool, below: float) -> Affine | None:
+    """A uniform grid of these bits, better so symmetric, that every linear could have in a type of fewer than ``below`` bits a weight."""
+    for grid in (Affine(bits, size, kind) for kind in (symmetric, not symmetric) for size in _GROUPS):
+        try:
+            types = [chosen(grid, columns, None, n) for n, (_, columns) in p.shapes.items() if columns % (grid.group_size or 1) == 0]
+        except LowbitError:
+            continue
+        if len(types) == len(p.shapes) and max(map(_bits, types)) < below:
+            return grid
+    return None
+
+
+def _wasteful(p: Planned, types: dict[str, BlockType]) -> list[str]:
+    """Codes that lie in wider types than others of their bits would."""
+    notes = []
+    for grid in dict.fromkeys(g for g in p.grids.values() if isinstance(g, Affine) and g.bits > 1):
+        most = max((t for n, t in types.items() if p.grids[n] == grid), key=_bits)
+        better = _fitting(p, grid.bits, grid.symmetric, _bits(most) - 1)
+        if better is not None:
+            notes.append(f"{most.name} gives {grid.bits}-bit codes {_bits(most):g} bits; scheme {scheme_name(better)} would need fewer")
+    return notes
+
+
+def _bits(held: BlockType) -> float:
+    """Of a weight, scales included."""
+    return 8 * held.bytes / held.size
+
+
+def _said(held: BlockType, grid: Grid) -> str:
+    """A type, its bits, and what becomes of the tuned numbers in it."""
+    if not isinstance(grid, Affine) or held.name in _EXACT:
+        kept = "exact"
+    elif held.name == "Q4_1":
+        kept = "codes kept, offsets rounded to float16"
+    else:
+        kept = "codes kept, scales fitted anew"
+    return f"{held.name} ({_bits(held):g} bits, {kept})"
