@@ -48,7 +48,7 @@ class _PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedLinear:
         before = self._held()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, t in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype != t.dtype:
