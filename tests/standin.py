@@ -44,10 +44,15 @@ class Hub:
         return folder
 
     def answer(self, method: str, path: str, body: bytes, bearer: str | None) -> tuple[int, object]:
+        """(status, what goes back as JSON, or bytes of a file)."""
         parts = [unquote(p) for p in path.split("?")[0].strip("/").split("/")]
         if method == "PUT":
             self._large[parts[-1]] = body
             return 200, {}
+        if parts[2:3] == ["resolve"]:
+            branch = "main" if parts[3] == COMMIT else parts[3]
+            data = self.files.get(("/".join(parts[:2]), branch), {}).get("/".join(parts[4:]))
+            return (404, {}) if data is None else (200, data)
         if method == "GET":
             return (200, {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": []}) if self.known("/".join(parts[2:4])) else (404, {})
         if self.token is not None and bearer != f"Bearer {self.token}":
@@ -108,12 +113,16 @@ class Hub:
                 else:
                     body = b"".join(self._chunks()) if self.headers.get("Transfer-Encoding") == "chunked" else b""
                 status, data = hub.answer(self.command, self.path, body, self.headers.get("Authorization"))
-                answer = json.dumps(data).encode()
+                answer = data if isinstance(data, bytes) else json.dumps(data).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", f'"{hashlib.sha256(answer).hexdigest()}"')
+                if status == 404:
+                    self.send_header("X-Error-Code", "EntryNotFound")
                 self.end_headers()
-                self.wfile.write(answer)
+                if self.command != "HEAD":
+                    self.wfile.write(answer)
 
             def _chunks(self):
                 while size := int(self.rfile.readline(), 16):
@@ -121,7 +130,7 @@ class Hub:
                     self.rfile.readline()
                 self.rfile.readline()
 
-            do_GET = do_POST = do_PUT = _answer
+            do_GET = do_POST = do_PUT = do_HEAD = _answer
 
             def log_message(self, *args: object) -> None:
                 pass
