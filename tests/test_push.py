@@ -49,13 +49,17 @@ def test_what_arrives_is_what_was_made_and_loads(server, artifact, tmp_path):
     assert torch.equal(*logits)
 
 
-def test_a_private_repository_a_branch_and_a_second_push(server, artifact):
+def test_a_private_repository_a_branch_and_a_second_push(server, artifact, tmp_path):
     assert push(artifact, "tiny", "--private")[0] == 0
-    code, text = push(artifact, "me/tiny", "--revision", "w4")
-    assert code == 0 and f"{server.address}/me/tiny/tree/w4 " in text
     assert server.private == {"me/tiny": True}
-    assert push(artifact, "me/tiny", "--revision", "w4")[0] == 0
-    assert server.files["me/tiny", "w4"] == server.files["me/tiny", "main"]
+    other = tmp_path / "other"
+    shutil.copytree(artifact, other)
+    for words in ("one", "two"):
+        (other / "LICENSE").write_text(words)
+        code, text = push(other, "me/tiny", "--revision", "w4")
+        assert code == 0 and f"{server.address}/me/tiny/tree/w4 " in text
+        assert server.files["me/tiny", "w4"] == {**server.files["me/tiny", "main"], "LICENSE": words.encode()}
+    assert "LICENSE" not in server.files["me/tiny", "main"]
 
 
 def test_an_export_is_pushed_and_notes_of_a_run_are_not(server, artifact, tmp_path):

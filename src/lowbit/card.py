@@ -192,7 +192,7 @@ def _loading(report: Mapping[str, Any], file: str | None) -> str:
     elif format_ == native.NAME:
         why = report.get("beyond_compressed_tensors")
         text = f"Needs lowbit, for {why}. " if why else "Needs lowbit. "
-        text += "Without the import transformers warns of missing weights and makes them up."
+        text += f"Tried with transformers {report['versions']['transformers']}; without the import it warns of missing weights and makes them up."
         ways = [_way("transformers", text, _code("python", "import lowbit  # before the model is loaded", *_transformers()))]
     elif _for_vllm(report):
         ways = [*_vllm(report), "transformers alone ignores what this export is for, and computes something else."]
