@@ -17,6 +17,7 @@ COMMIT = "0" * 40
 def hub(tmp_path_factory):
     """(address, cache folder, calibration text) of a hub with the one repository some/tiny."""
     folder = save_tiny(tmp_path_factory.mktemp("hub"), max_shard_size="60KB")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -63,8 +64,10 @@ def test_a_sharded_model_is_fetched_by_name_and_found_again_offline(hub, tmp_pat
     again = lowbit(hub, *command, "-o", tmp_path / "b", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert len(list(hub[1].rglob("model-*.safetensors"))) > 1
-    for path in (tmp_path / "a").glob("*.safetensors"):
+    for path in (*(tmp_path / "a").glob("*.safetensors"), tmp_path / "a" / "README.md"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "\nbase_model: some/tiny\n" in card and "\nlicense: apache-2.0\n" in card and "\nlowbit quantize some/tiny " in card
 
 
 @pytest.mark.parametrize("name, offline", [("some/other", False), ("some/other", True)])

@@ -28,7 +28,9 @@ ALLOWED = {
     "artifact": {"grid", "model", "formats", "errors"},
     "proof": {"artifact", "formats", "errors"},
     "integers": {"grid", "kernels", "formats", "artifact", "errors"},
-    "export": {"grid", "model", "formats", "artifact", "proof", "errors"},
+    "card": {"grid", "scheme", "formats", "proof", "errors"},
+    "push": {"artifact", "proof", "errors"},
+    "export": {"grid", "model", "formats", "artifact", "proof", "card", "errors"},
     "targets": {"grid", "model", "methods", "formats", "scheme", "recipe", "export", "errors"},
     "plan": {"grid", "model", "methods", "formats", "recipe", "targets", "errors"},
 }

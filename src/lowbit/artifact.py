@@ -22,11 +22,13 @@ from .grid import Grid, QTensor
 from .model.block import Block
 
 REPORT = "report.json"
+CARD = "README.md"
 RECIPE = "recipe.toml"
 PROOF = Path("proof") / "logits.safetensors"
 INDEX = "model.safetensors.index.json"
 HASHED = ("config.json", INDEX, RECIPE, PROOF.as_posix())  # files that decide what is loaded or compared, besides the shards
 _STATE = "run.json"
+NOTES = (_STATE, "shard-*.json", "*.tmp")  # of a run at work; gone from a finished directory, unless it was killed while tidying
 _CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json",
@@ -213,6 +215,11 @@ class Workplace:
     def write_proof(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the sample of tokens and logits that `lowbit verify` compares with."""
         save_shard(self.partial / PROOF, tensors)
+
+    def write_card(self, text: str) -> None:
+        """Write README.md, unless there is one: somebody else's words, or this text from a run that was stopped at its very end."""
+        if not (self.partial / CARD).exists():
+            write_atomic(self.partial / CARD, text.encode())
 
     def carry(self, source: Any) -> None:
         """Copy the tokenizer and generation settings of the original model."""

@@ -225,6 +225,7 @@ def summary(result: Result) -> str:
         *_use(folder, report),
         f"evaluate  lowbit eval {folder} --text stdlib --reference {report['model']}",
         f"check     lowbit verify {folder}",
+        f"share     lowbit push {folder} OWNER/NAME    (with its model card, README.md)",
     ]
     return "\n".join(lines)
 

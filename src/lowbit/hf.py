@@ -24,10 +24,12 @@ from .linears import CodebookLinear, DecodedLinear
 _HOOKED = "transformers.quantizers"
 
 
-def _replace_linears(model: nn.Module, config: dict[str, Any]) -> None:
+def _replace_linears(model: Any, config: dict[str, Any]) -> None:
+    # The config names linears as the model with its head does; AutoModel loads the same files without head and prefix.
+    prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            quantized = _quantized(name, module, config)
+            quantized = _quantized(prefix + name, module, config)
             if quantized is not None:
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, quantized)

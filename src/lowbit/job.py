@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import artifact
 from .artifact import Workplace
+from .card import model_card, terms_of
 from .errors import LowbitError
 from .evaluate import Tally
 from .formats import compressed_tensors as ct
@@ -29,6 +30,7 @@ from .machine import give_back_memory, peak_memory, pick_device
 from .methods import OmniQuant
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
+from .model.checkpoint import Checkpoint
 from .model.judge import linear_errors
 from .model.stream import ModelStream, load_tokenizer
 from .plan import beyond_compressed_tensors, check_divides, check_loadable
@@ -124,6 +126,8 @@ def quantize(
     Raises:
         LowbitError: bad input, named. VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
     """
+    options = {"--scheme": scheme, "--calib": calib, "--samples": samples, "--length": length}
+    command = _command(model, recipe, options, settings, seed, "" if device == "auto" else device, plain)
     if isinstance(scheme, str):
         scheme = parse_scheme(scheme)
     elif isinstance(scheme, Affine):
@@ -147,7 +151,34 @@ def quantize(
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
-    return _Run(stream, recipe, rows, Path(out), seed, progress, watch).finish()
+    origin = {"source": _source(stream.checkpoint), "command": command}
+    return _Run(stream, recipe, rows, Path(out), seed, origin, progress, watch).finish()
+
+
+def _command(
+    model: str, recipe: str | Recipe, options: Mapping[str, Any], settings: Sequence[str], seed: int, device: str, plain: bool
+) -> list[str]:
+    """The words of a command that makes the same artifact. A recipe without a name is the recipe.toml that lies in it, whole."""
+    out = ["lowbit", "quantize", model]
+    if isinstance(recipe, str) and not recipe.endswith(".toml"):
+        out += ["--recipe", recipe]
+        for name, value in options.items():
+            if value is not None:
+                out += [name, str(value)]
+        for setting in settings:
+            out += ["--set", setting]
+    else:
+        out += ["--recipe", artifact.RECIPE]
+    return [*out, "--seed", str(seed), *(["--device", device] if device else []), *(["--plain"] if plain else []), "-o", "OUT"]
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where the model comes from, as far as a model card tells: its hub id, and its license if its own card names one."""
+    try:
+        readme = checkpoint.file(artifact.CARD)
+    except LowbitError:  # the model itself was reached: not worth stopping for
+        readme = None
+    return {"hub": None if checkpoint.folder is not None else checkpoint.name, "license": terms_of(readme)}
 
 
 def _calibration(given: Calibration, stream: ModelStream, source: str | None, samples: int | None, length: int | None) -> Calibration:
@@ -165,8 +196,12 @@ def _calibration(given: Calibration, stream: ModelStream, source: str | None, sa
 class _Run:
     """One run: the state that outlives a block."""
 
-    def __init__(self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, progress: Progress | None, watch: Watch | None) -> None:
+    def __init__(
+        self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, origin: Mapping[str, Any], progress: Progress | None,
+        watch: Watch | None,
+    ) -> None:
         self.stream, self.recipe, self.rows, self.seed, self.progress, self.watch = stream, recipe, rows, seed, progress, watch
+        self.origin = origin  # what report.json says of the model's source and the command
         self.started = time.time()
         self.place = Workplace(out, self._fingerprint(), len(stream) + 1)
         self.records: list[dict[str, Any]] = []
@@ -303,6 +338,7 @@ class _Run:
         report["verification"] = verification.as_dict()
         report["seconds"] = round(time.time() - self.started, 1)
         place.write_json(artifact.REPORT, report)
+        place.write_card(model_card(report))
         place.complete()
         return verification
 
@@ -353,7 +389,7 @@ class _Run:
         blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
         return {
             "lowbit": own_version, "run": self.place.run, "versions": _versions(), "model": self.stream.checkpoint.name,
-            "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
+            **self.origin, "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
             "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "hash": digest,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from .grid.packed import PackedColumns
 class _PackedLinear(nn.Module):
     """What both kinds share: the place in the model, the reading of the input, the bias, the packed tensors as buffers.
 
+    The packed tensors move with the model and are never cast with it: what is saved again is what was loaded.
+
     Args:
         name: full name, for errors. linear: what it replaces; may be on the meta device.
         outliers: number of weights kept apart, None without any.
@@ -31,7 +33,7 @@ class _PackedLinear(nn.Module):
         super().__init__()
         self.name, self.grid, self.reading, self.stored = name, grid, reading, stored
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._device, self._dtype = linear.weight.device, linear.weight.dtype
+        self._device = linear.weight.device
         self._hold("weight_shape", (2,), torch.int64)
         if outliers is not None:
             self._hold("weight_outlier_starts", (self.out_features + 1,), torch.int32)
@@ -44,6 +46,15 @@ class _PackedLinear(nn.Module):
 
     def _held(self) -> dict[str, Tensor]:
         return {k: t for k, t in self.named_buffers() if k.startswith("weight_")}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedLinear:
+        before = self._held()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, t in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != t.dtype:
+                self._buffers[name] = t.to(after.device)
+        return self
 
 
 class DecodedLinear(_PackedLinear):
@@ -59,7 +70,7 @@ class DecodedLinear(_PackedLinear):
         else:
             groups = width // grid.group(width)
             self._hold("weight_packed", (rows, packed_words(width, grid.bits)), torch.int32)
-            self._hold("weight_scale", (rows, groups), self._dtype)
+            self._hold("weight_scale", (rows, groups), stored)
             if not grid.symmetric:
                 self._hold("weight_zero_point", (packed_words(rows, grid.bits), groups), torch.int32)
         self._dense: Tensor | None = None
@@ -69,8 +80,6 @@ class DecodedLinear(_PackedLinear):
         """The (out, in) weight in the dtype of the artifact's scales, decoded at first use."""
         if self._dense is None or self._dense.device != self.weight_shape.device:
             held = {k: t.cpu() for k, t in self._held().items()}
-            if "weight_outlier_values" in held:  # a model that was cast as a whole has them in another dtype
-                held["weight_outlier_values"] = held["weight_outlier_values"].to(torch.float16)
             self._dense = unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_shape.device)
         return self._dense
 
@@ -109,18 +118,14 @@ class CodebookLinear(_PackedLinear):
             LowbitError: a tensor is damaged.
         """
         if self._packed is None or self._packed.segments[0].codes.device != self.weight_shape.device:
-            self._packed = layout.read(self._in_half(), self.grid, self.stored, self.name)
+            self._packed = layout.read(self._held(), self.grid, self.stored, self.name)
         return self._packed
 
     @property
     def weight(self) -> Tensor:
         """The (out, in) weight in the dtype of the model that was quantized, decoded anew."""
-        held = {k: t.cpu() for k, t in self._in_half().items()}
+        held = {k: t.cpu() for k, t in self._held().items()}
         return unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_shape.device)
-
-    def _in_half(self) -> dict[str, Tensor]:
-        """The packed tensors; a model that was cast as a whole has its levels in another dtype."""
-        return {k: t.to(torch.float16) if t.is_floating_point() else t for k, t in self._held().items()}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import make, measure, look  # isort: skip  # noqa: F401 - the order of --help
+from . import make, measure, look, share  # isort: skip  # noqa: F401 - the order of --help
 from .app import app, err
 
 

@@ -37,6 +37,7 @@ def export(source: Source, out: Path) -> Verification:
         raise LowbitError(f"'{source.folder}' is in the format {ct.NAME} already: vLLM loads it as it is.")
     described, matrices = _described(source)
     with place(source, out) as made:
+        made.report["online_rotations"] = bool(matrices)
         if described["config_groups"]["group_0"]["input_activations"] is not None:
             # The largest value of a token lies between two codes of the full-range grid, so that summing a rotation in another order
             # decides where it goes: weights and rotations are compared without that.

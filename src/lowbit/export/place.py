@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..artifact import INDEX, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash, write_atomic
+from ..artifact import CARD, INDEX, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash, write_atomic
+from ..card import model_card
 from ..errors import LowbitError
 from ..formats.gguf import Reader
 from ..proof import Verification, verify
 from .source import Source
 
-_RUN = {REPORT, "config.json", INDEX, "README.md"}  # of the source: written anew, or not
+_RUN = {REPORT, "config.json", INDEX, CARD}  # of the source: written anew, or not
 
 
 class Place:
@@ -75,7 +76,7 @@ class Place:
         self.write(INDEX, {"metadata": {"total_size": total}, "weight_map": self._weight_map})
 
     def close(self, format_: str, linears: Mapping[str, Mapping[str, Any]], python: str) -> Verification:
-        """Write the report and check the directory against it.
+        """Write the report, check the directory against it, and write the model card.
 
         Args:
             linears: what is known of each linear in this format, by full name. python: interpreter that has the runtime.
@@ -95,6 +96,7 @@ class Place:
         done = verify(self.partial, python=python)
         self.report["verification"] = done.as_dict()
         self._store()
+        write_atomic(self.partial / CARD, model_card(self.report).encode())
         return done
 
     def _store(self) -> None:

@@ -3,7 +3,7 @@
 Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The config adds
 
     dtype        of the scales, to which decoded weights are rounded: quantized activations turn the smallest differences of
-                 weights into whole steps. A model loaded in a narrower dtype has its scales rounded to that first
+                 weights into whole steps. Scales keep it whatever dtype the model is loaded in
     activations  {bits, symmetric, clip, full_range} of every quantized linear's input, {bits, row_exponent, columns} for CrossQuant
                  (version 3), {bits, threshold} for LLM.int8() (version 4), or null
     rotations    pattern on linear names -> factors of an online rotation of its input
