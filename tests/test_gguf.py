@@ -301,7 +301,7 @@ def test_a_damaged_file_is_found(tmp_path, monkeypatch):
     raw = bytearray(file.read_bytes())
     raw[-5000] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(VerificationError, match=r"tensor 'blk.1.ffn_up.weight' in .* is not what was written"):
+    with pytest.raises(VerificationError, match=r"tensor '.*' in .* is not what was written"):
         verify(tmp_path / "g", loader=False)
     file.write_bytes(raw[:1000])
     with pytest.raises(VerificationError, match="not a readable GGUF file"):

@@ -33,8 +33,7 @@ def judge(p: Planned) -> Verdict:
     return Verdict(
         NAME, True, gguf.NAME, tally(_said(t, p.grids[n]) for n, t in types.items()), export_to(gguf.NAME),
         f"{NAME} of August 2026 or newer" if recent else f"{NAME}, no oldest version known",
-        notes=(*_wasteful(p, types), *remarks)
-        + (("Q2_0 is GGUF type 42, which older programs and the gguf package 0.19 do not know",) if recent else ()),
+        notes=remarks + (("Q2_0 is GGUF type 42, which older programs and the gguf package 0.19 do not know",) if recent else ()),
     )  # fmt: skip
 
 
@@ -43,31 +42,20 @@ def _check(p: Planned, grid: Grid, rows: int, columns: int, name: str) -> None:
         chosen(grid, columns, None, name)
     except LowbitError as e:
         symmetric = isinstance(grid, Affine) and grid.symmetric
-        better = next((g for bits in range(max(2, grid.bits), 9) if (g := _fitting(p, bits, symmetric, 32)) is not None), None)
+        better = next((g for bits in range(max(2, grid.bits), 9) if (g := _fitting(p, bits, symmetric)) is not None), None)
         raise LowbitError(f"{e} Scheme {scheme_name(better)} would fit." if better is not None else str(e)) from e
 
 
-def _fitting(p: Planned, bits: int, symmetric: bool, below: float) -> Affine | None:
-    """A uniform grid of these bits, better so symmetric, that every linear could have in a type of fewer than ``below`` bits a weight."""
+def _fitting(p: Planned, bits: int, symmetric: bool) -> Affine | None:
+    """A uniform grid of these bits, better so symmetric, that every linear could have."""
     for grid in (Affine(bits, size, kind) for kind in (symmetric, not symmetric) for size in _GROUPS):
         try:
             types = [chosen(grid, columns, None, n) for n, (_, columns) in p.shapes.items() if columns % (grid.group_size or 1) == 0]
         except LowbitError:
             continue
-        if len(types) == len(p.shapes) and max(map(_bits, types)) < below:
+        if len(types) == len(p.shapes):
             return grid
     return None
-
-
-def _wasteful(p: Planned, types: dict[str, BlockType]) -> list[str]:
-    """Codes that lie in wider types than others of their bits would."""
-    notes = []
-    for grid in dict.fromkeys(g for g in p.grids.values() if isinstance(g, Affine) and g.bits > 1):
-        most = max((t for n, t in types.items() if p.grids[n] == grid), key=_bits)
-        better = _fitting(p, grid.bits, grid.symmetric, _bits(most) - 1)
-        if better is not None:
-            notes.append(f"{most.name} gives {grid.bits}-bit codes {_bits(most):g} bits; scheme {scheme_name(better)} would need fewer")
-    return notes
 
 
 def _bits(held: BlockType) -> float:

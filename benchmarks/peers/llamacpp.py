@@ -1,0 +1,77 @@
+"""GGUF files of one model by one evaluator: llama.cpp's own quantizer, with and without importance matrix, beside exports of lowbit.
+
+    python benchmarks/peers/llamacpp.py MODEL CALIB.txt ROWS.json TOOLS WORK OUT.json TYPE EXPORT [EXPORT ...]
+
+MODEL in 16 bits. CALIB.txt is what llama-imatrix reads, and what the exports were calibrated on. ROWS.json holds {"evaluation": [[ids]]}.
+TOOLS has llama-quantize, llama-imatrix and convert_hf_to_gguf.py (with its folders conversion and gguf-py). EXPORT is a folder with one
+.gguf. Every file is decoded by the gguf package and computed by transformers in float32. TYPE is Q2_K, Q3_K_S or Q4_K_S. llama.cpp's files
+keep embeddings and head in 16 bits, as the exports do; "mixture" is what TYPE gives by itself for the rest, "pure" that type everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowbit.evaluate import Tally
+
+
+def run(*command: object) -> float:
+    start = time.perf_counter()
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command[0]}: {(done.stderr or done.stdout)[-2000:]}")
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def measured(folder: Path, file: str, rows: torch.Tensor, expected: list[torch.Tensor]) -> dict[str, float]:
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    tally = Tally()
+    for i, row in enumerate(rows):
+        tally.add(model(row[None], use_cache=False).logits.float(), row[None], expected[i] if expected else None)
+    return tally.result().as_dict()
+
+
+def main() -> None:
+    model, calib, rows_file, tools, work, out, kind, *exports = sys.argv[1:]
+    at, bin_ = Path(work), Path(tools)
+    at.mkdir(parents=True, exist_ok=True)
+    whole = at / "model-bf16.gguf"
+    if not whole.is_file():
+        run(sys.executable, bin_ / "convert_hf_to_gguf.py", model, "--outfile", whole, "--outtype", "bf16")
+    matrix = at / "imatrix.gguf"
+    seconds = 0.0 if matrix.is_file() else run(bin_ / "llama-imatrix", "-m", whole, "-f", calib, "-o", matrix, "-t", 1, "-c", 256, "-ngl", 0)
+    rows = torch.tensor(json.load(open(rows_file))["evaluation"])
+    with torch.no_grad():
+        float_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        expected = [float_model(row[None], use_cache=False).logits for row in rows]
+    files: list[tuple[str, Path, float | None]] = [("float", whole, None)]
+    kept = ("--token-embedding-type", "bf16", "--output-tensor-type", "bf16")
+    for name, options in (
+        ("llama.cpp pure", ("--pure",)), ("llama.cpp pure, imatrix", ("--pure", "--imatrix", matrix)),
+        ("llama.cpp mixture", ()), ("llama.cpp mixture, imatrix", ("--imatrix", matrix)),
+    ):  # fmt: skip
+        file = at / (name.replace(" ", "-").replace(",", "") + ".gguf")
+        taken = run(bin_ / "llama-quantize", *options, *kept, whole, file, kind, 1)
+        files.append((name, file, taken + (seconds if "imatrix" in name else 0.0)))
+    for folder in map(Path, exports):
+        (file,) = folder.glob("*.gguf")
+        files.append((f"lowbit {folder.name}", file, json.loads((folder / "report.json").read_text()).get("seconds")))
+    results = []
+    print(f"{'file':40} {'bytes':>10} {'perplexity':>11} {'KL':>9} {'top-1':>7} {'seconds':>8}")
+    for name, file, taken in files:
+        r = {"name": name, "bytes": file.stat().st_size, "seconds": taken, **measured(file.parent, file.name, rows, expected)}
+        results.append(r)
+        print(f"{name:40} {r['bytes']:10} {r['perplexity']:11.4f} {r['kl']:9.5f} {r['top1']:7.4f} {'' if taken is None else f'{taken:8.1f}'}", flush=True)
+    Path(out).write_text(json.dumps({"model": model, "type": kind, "rows": list(rows.shape), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
