@@ -85,7 +85,7 @@ def test_q4_1_rounds_the_minimum_alone():
     q = weight(4, 32, False)
     rows = pack_affine(q, BLOCKS["Q4_1"])
     found = held(q, BLOCKS["Q4_1"], "w")
-    assert np.allclose(by_package(rows, "Q4_1"), found.value.numpy(), atol=1e-7)
+    assert np.allclose(by_package(rows, "Q4_1"), found.decode().numpy(), atol=1e-7)
     step = float(q.params.scale.max())
     assert np.abs(by_package(rows, "Q4_1") - q.decode().numpy()).max() < 0.006 * step and 0 < found.extra < 1e-4
 
@@ -106,7 +106,7 @@ def test_codes_stay_and_scales_are_refitted(bits, group, kind, most):
     """Bounds are a few times what a search over Gaussian weights leaves; see docs/results.md for the figures."""
     q = weight(bits, group, False, rows=64)
     found = held(q, BLOCKS[kind], "w")
-    assert np.allclose(by_package(found.rows, kind), found.value.numpy(), rtol=0, atol=1e-7)
+    assert np.allclose(by_package(found.rows, kind), found.decode().numpy(), rtol=0, atol=1e-7)
     assert 0 < found.extra < most
 
 
@@ -130,7 +130,7 @@ def test_the_refit_beats_rounding_each_scale():
 
     params = KQuantParams(*plain(scale), *plain(offset))
     naive = (grid.decode(q.codes, params) - q.decode(torch.float64)).square().mean()
-    fitted = (held(q, BLOCKS["Q2_K"], "w").value - q.decode(torch.float64)).square().mean()
+    fitted = (held(q, BLOCKS["Q2_K"], "w").decode() - q.decode(torch.float64)).square().mean()
     assert fitted < 0.5 * naive
 
 
@@ -221,7 +221,7 @@ def test_embeddings_in_other_types():
     for asked, most in (("f32", 0), ("f16", 1e-7), ("bf16", 1e-5), ("q8_0", 1e-4), ("q6_k", 5e-4)):
         kind, found = rounded(w, asked, "e")
         assert found.extra <= most and kind.name == asked.upper()
-        assert np.allclose(by_package(found.rows, asked), found.value.numpy(), atol=1e-6)
+        assert np.allclose(by_package(found.rows, asked), found.decode().numpy(), atol=1e-6)
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def main() -> None:
     for name, file, taken in files:
         r = {"name": name, "bytes": file.stat().st_size, "seconds": taken, **measured(file.parent, file.name, rows, expected)}
         results.append(r)
-        print(f"{name:40} {r['bytes']:10} {r['perplexity']:11.4f} {r['kl']:9.5f} {r['top1']:7.4f} {'' if taken is None else f'{taken:8.1f}'}", flush=True)
+        shown = "" if taken is None else f"{taken:8.1f}"
+        print(f"{name:40} {r['bytes']:10} {r['perplexity']:11.4f} {r['kl']:9.5f} {r['top1']:7.4f} {shown}", flush=True)
     Path(out).write_text(json.dumps({"model": model, "type": kind, "rows": list(rows.shape), "results": results}, indent=1) + "\n")
 
 

@@ -5,26 +5,41 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import VerificationError
-from ..grid import Affine, AffineParams, KQuant, QTensor
+from ..grid import Affine, KQuant, QTensor
+
+Steps = tuple[Tensor, Tensor]  # scale and offset of each group, (out, groups) float64: weight = scale * code - offset
 
 
-def extra_error(tuned: QTensor, codes: Tensor, value: Tensor, name: str) -> float:
+def steps_of(q: QTensor) -> Steps:
+    """Of a weight on a uniform grid or a K-quant."""
+    if isinstance(q.grid, KQuant):
+        scale, offset = q.grid.steps(q.params.double())
+        return scale, offset + scale * q.grid.middle
+    assert isinstance(q.grid, Affine)
+    scale = q.params.scale.double()
+    return scale, scale * q.params.zero_point.double()
+
+
+def extra_error(tuned: QTensor, codes: Tensor, held: Steps, name: str) -> float:
     """Mean square difference of the weights, as a share of scale^2 / 12, which rounding to the tuned grid costs on the average.
 
+    Codes are the same, so that sums over them are all that is needed, and not even those where no scale differs.
+
     Args:
-        tuned: as quantized. codes: read back from the export, (out, in), in the terms of the tuned grid. value: (out, in) float64, what
-            the export says. name: for errors.
+        tuned: as quantized. codes: read back from the export, (out, in), in the terms of the tuned grid. held: what the export makes of
+            such codes; its groups divide the tuned ones, or the other way round. name: for errors.
 
     Raises:
         VerificationError: a code differs.
     """
-    if not (tuned.codes == codes).all():
+    if not bool((tuned.codes == codes).all()):
         raise VerificationError(f"'{name}': codes read back from the export differ from what was tuned.")
-    if isinstance(tuned.grid, KQuant):
-        scale, _ = tuned.grid.steps(tuned.params.double())
-        before = tuned.grid.decode(tuned.codes, tuned.params.double())
-    else:
-        assert isinstance(tuned.grid, Affine)
-        scale = tuned.params.scale.double()
-        before = tuned.grid.decode(tuned.codes, AffineParams(scale, tuned.params.zero_point.double()))
-    return float((value - before).square().mean() / (scale.square().mean() / 12).clamp(min=1e-300))
+    own = steps_of(tuned)
+    groups = max(own[0].shape[1], held[0].shape[1])
+    (scale, offset), (scale_held, offset_held) = ([t.repeat_interleave(groups // t.shape[1], 1) for t in pair] for pair in (own, held))
+    ds, do = scale_held - scale, offset_held - offset
+    total = do.square().sum() * (codes.shape[1] // groups)
+    if bool(ds.any()):
+        c = codes.view(len(codes), groups, -1).float()  # sums of at most 2^16 times a group's length: exact
+        total = total + (ds.square() * c.square().sum(-1) - 2 * ds * do * c.sum(-1)).sum()
+    return max(0.0, float(total / codes.numel() / (scale.square().mean() / 12).clamp(min=1e-300)))

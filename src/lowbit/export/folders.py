@@ -10,9 +10,9 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..formats import awq, gptq, mlx
 from ..formats.layouts import LAYOUTS
-from ..grid import Affine, AffineParams, QTensor
+from ..grid import Affine
 from ..proof import Verification
-from .extra import extra_error
+from .extra import extra_error, steps_of
 from .place import place
 from .source import Source
 
@@ -43,19 +43,13 @@ def export(source: Source, target: str, out: Path, python: str) -> Verification:
                 stored = layout.local(held, linear)
                 known[linear] = {
                     "bytes": (size := sum(t.nbytes for t in stored.values())), "bits_per_weight": 8 * size / q.codes.numel(),
-                    "extra_error": _extra(q, layout.read(held, linear, described), linear),
+                    "extra_error": extra_error(q, (back := layout.read(held, linear, described)).codes, steps_of(back), linear),
                 }  # fmt: skip
         made.write_index()
         made.write("config.json", {**{k: v for k, v in source.config.items() if k != "quantization_config"}, **described})
         if target in (gptq.V1, gptq.V2):
             made.write("quantize_config.json", described["quantization_config"])
         return made.close(target, known, python)
-
-
-def _extra(tuned: QTensor, held: QTensor, name: str) -> float:
-    assert isinstance(held.grid, Affine)
-    params = AffineParams(held.params.scale.double(), held.params.zero_point.double())
-    return extra_error(tuned, held.codes, held.grid.decode(held.codes, params), name)
 
 
 def _described(source: Source, target: str, grids: dict[str, Affine]) -> dict[str, Any]:

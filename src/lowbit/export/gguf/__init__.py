@@ -100,7 +100,7 @@ class _Export:
                 for full, kept in self._tensors():
                     file.add(self.architecture.tensor(full), kept.rows)
                     if model is not None:
-                        model.put(full, _back(self.architecture, full, kept.value))
+                        model.put(full, _back(self.architecture, full, kept.decode()))
                 if self.architecture.factors is not None:
                     file.add("rope_freqs.weight", self.architecture.factors.view(torch.uint8))
             made.add_gguf(self.file)
@@ -130,7 +130,7 @@ class _Export:
                 if value.dim() == 1:
                     order = self.architecture.rows(full, len(value))
                     vector = (value if order is None else value[order]).float().contiguous()
-                    yield full, Held(vector.view(torch.uint8), vector.double(), 0.0)
+                    yield full, Held(vector.view(torch.uint8), vector.double, 0.0)
                     continue
                 kind, kept = rounded(value, self.rest, full)
                 self.outer[full] = {"type": kind.name, "bytes": kept.rows.numel(), "relative_error": kept.extra}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...errors import LowbitError
 from ...formats.ggml import BLOCKS, BlockType, pack_affine, pack_k, unpack_affine, unpack_k
 from ...grid import Affine, AffineParams, Grid, KQuant, QTensor
-from ..extra import extra_error
+from ..extra import extra_error, steps_of
 
 FLOATS = ("f32", "f16", "bf16")
 _LARGER = 1.2  # a type that is chosen unasked may take this many times the bytes of the one made for the grid: Q4_1 for Q4_K, no more
@@ -23,11 +24,11 @@ class Held:
     """A weight as a file will hold it.
 
     Attributes:
-        rows: (out, bytes of a row) uint8. value: (out, in) float64, what the rows say. extra: see `extra_error`; 0 is exact.
+        rows: (out, bytes of a row) uint8. decode: (out, in) float64, what the rows say. extra: see `extra_error`; 0 is exact.
     """
 
     rows: Tensor
-    value: Tensor
+    decode: Callable[[], Tensor]
     extra: float
 
 
@@ -100,14 +101,12 @@ def held(q: QTensor, kind: BlockType, name: str) -> Held:
     if isinstance(q.grid, KQuant):
         rows = pack_k(q)
         back = unpack_k(rows, q.grid)
-        value = back.grid.decode(back.codes, back.params.double())
-        return Held(rows, value, extra_error(q, back.codes, value, name))
+        return Held(rows, _decoder(back), extra_error(q, back.codes, steps_of(back), name))
     assert isinstance(q.grid, Affine)
     if "_K" not in kind.name:
         rows = pack_affine(q, kind, name)
         back = unpack_affine(rows, kind, q.grid)
-        value = back.decode(torch.float64)
-        return Held(rows, value, extra_error(q, back.codes, value, name))
+        return Held(rows, _decoder(back), extra_error(q, back.codes, steps_of(back), name))
     grid = KQuant(kind.name.lower())  # type: ignore[arg-type]
     repeat = q.grid.group(q.codes.shape[1]) // grid.group_size
     scale = q.params.scale.double().repeat_interleave(repeat, 1)
@@ -118,8 +117,15 @@ def held(q: QTensor, kind: BlockType, name: str) -> Held:
     back = unpack_k(rows, grid)
     if not bool((torch.isfinite(back.params.unit) & torch.isfinite(back.params.unit_min)).all()):
         raise LowbitError(f"'{name}' has scales beyond float16.")
-    value = grid.decode(back.codes, back.params.double())
-    return Held(rows, value, extra_error(q, back.codes - shift, value, name))
+    scale, offset = steps_of(back)
+    return Held(rows, _decoder(back), extra_error(q, back.codes - shift, (scale, offset - scale * shift), name))
+
+
+def _decoder(q: QTensor) -> Callable[[], Tensor]:
+    if isinstance(q.grid, KQuant):
+        grid = q.grid
+        return lambda: grid.decode(q.codes, q.params.double())
+    return lambda: q.decode(torch.float64)
 
 
 def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
@@ -148,4 +154,4 @@ def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
         back = unpack_k(rows, six)
         value = six.decode(back.codes, back.params.double())
     square = weight.double().square().mean().clamp(min=1e-300)
-    return kind, Held(rows, value, float((value - weight.double()).square().mean() / square))
+    return kind, Held(rows, lambda: value, float((value - weight.double()).square().mean() / square))
