@@ -118,6 +118,15 @@ def test_scales_that_are_multiples_of_one_number_fit_exactly(multiples):
     assert held(q, BLOCKS["Q2_K"], "w").extra == 0
 
 
+@pytest.mark.parametrize("bits, group, kind", [(2, 64, "Q2_K"), (4, 32, "Q4_K"), (3, 16, "Q3_K"), (2, 32, "Q3_K"), (4, 32, "Q4_1"), (4, 64, "Q8_0")])
+def test_the_extra_error_is_that_of_the_weights(bits, group, kind):
+    """From sums over codes, against the difference of the decoded weights."""
+    q = weight(bits, group, kind in ("Q3_K", "Q8_0"), rows=16)
+    found, before = held(q, BLOCKS[kind], "w"), q.grid.decode(q.codes, type(q.params)(q.params.scale.double(), q.params.zero_point.double()))
+    dense = float((found.decode() - before).square().mean() / (q.params.scale.double().square().mean() / 12))
+    assert found.extra == pytest.approx(dense, rel=1e-3, abs=1e-12)
+
+
 def test_the_refit_beats_rounding_each_scale():
     q = weight(2, 64, False, rows=64)
     grid = KQuant("q2_k")

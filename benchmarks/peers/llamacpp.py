@@ -3,8 +3,7 @@
     python benchmarks/peers/llamacpp.py MODEL CALIB.txt ROWS.json TOOLS WORK OUT.json TYPE EXPORT [EXPORT ...]
 
 MODEL in 16 bits. CALIB.txt is what llama-imatrix reads, and what the exports were calibrated on. ROWS.json holds {"evaluation": [[ids]]}.
-TOOLS has llama-quantize, llama-imatrix and convert_hf_to_gguf.py (with its folders conversion and gguf-py). EXPORT is a folder with one
-.gguf. Every file is decoded by the gguf package and computed by transformers in float32. TYPE is Q2_K, Q3_K_S or Q4_K_S. llama.cpp's files
+TOOLS has llama-quantize and llama-imatrix. EXPORT is a folder with one .gguf. Every file is decoded by the gguf package and computed by transformers in float32. TYPE is Q2_K, Q3_K_S or Q4_K_S. llama.cpp's files
 keep embeddings and head in 16 bits, as the exports do; "mixture" is what TYPE gives by itself for the rest, "pure" that type everywhere.
 """
 
@@ -17,9 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowbit.evaluate import Tally
+from lowbit.export.gguf import tokens
+from lowbit.export.gguf.model import Architecture
+from lowbit.formats import gguf
+from lowbit.formats.ggml import BLOCKS
 
 
 def run(*command: object) -> float:
@@ -28,6 +32,20 @@ def run(*command: object) -> float:
     if done.returncode:
         sys.exit(f"{command[0]}: {(done.stderr or done.stdout)[-2000:]}")
     return time.perf_counter() - start
+
+
+def write_whole(model: Path, path: Path) -> None:
+    """The float model in a file: llama.cpp's converter knows no tokenizer but those of published models."""
+    config, held = AutoConfig.from_pretrained(model), load_file(model / "model.safetensors")
+    architecture, rows = Architecture.of(config), {}
+    for full, t in held.items():
+        order = architecture.rows(full, len(t))
+        rows[architecture.tensor(full)] = (t if order is None else t[order]).to(torch.float32 if t.dim() == 1 else torch.bfloat16)
+    entries = [gguf.Entry(n, tuple(t.shape), BLOCKS["F32" if t.dim() == 1 else "BF16"]) for n, t in rows.items()]
+    said = {"general.architecture": architecture.name, "general.file_type": 32, **architecture.metadata}
+    with gguf.Writer(path, {**said, **tokens.read(model, config.vocab_size).metadata}, entries) as file:
+        for name, t in rows.items():
+            file.add(name, t.contiguous().view(torch.uint8))
 
 
 @torch.no_grad()
@@ -45,7 +63,7 @@ def main() -> None:
     at.mkdir(parents=True, exist_ok=True)
     whole = at / "model-bf16.gguf"
     if not whole.is_file():
-        run(sys.executable, bin_ / "convert_hf_to_gguf.py", model, "--outfile", whole, "--outtype", "bf16")
+        write_whole(Path(model), whole)
     matrix = at / "imatrix.gguf"
     seconds = 0.0 if matrix.is_file() else run(bin_ / "llama-imatrix", "-m", whole, "-f", calib, "-o", matrix, "-t", 1, "-c", 256, "-ngl", 0)
     rows = torch.tensor(json.load(open(rows_file))["evaluation"])
