@@ -9,10 +9,11 @@ import torch
 
 from lowbit.demo import demo_model
 from lowbit.grid import Affine
+from lowbit.loop import Streams, begin
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._soft import SoftBlock
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Recipe, Streams, begin
+from lowbit.recipe import Recipe
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ import torch
 import lowbit.methods.awq
 import lowbit.model.block
 from lowbit.evaluate import Tally
+from lowbit.loop import Streams, prepared, run, surveyed
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
-from lowbit.recipe import Streams, prepared, run, surveyed
 from lowbit.scheme import parse_scheme
 
 

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, KVGrid, PerToken, QuantizedStates, Reading, Rotation
 from lowbit.grid.rotation import dense
+from lowbit.loop import Streams, apply_methods, begin, prepared
 from lowbit.methods import AWQ, RTN, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods.awq import search_clip
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
-from lowbit.recipe import Recipe, Streams, apply_methods, begin, prepared
+from lowbit.recipe import Recipe
 from lowbit.scheme import parse_scheme
 
 W4A4 = Recipe(Affine(4), activations=PerToken(4))

@@ -15,13 +15,14 @@ from lowbit.errors import LowbitError
 from lowbit.grid import Affine, Codebook, PerToken
 from lowbit.grid.kmeans import kmeans
 from lowbit.linears import CodebookLinear
+from lowbit.loop import Streams, apply_methods, begin, surveyed
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
 from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
 from lowbit.methods.claq import bit_gains, column_scores, greedy_widths, least_gain
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
-from lowbit.recipe import Recipe, Streams, apply_methods, begin, surveyed
+from lowbit.recipe import Recipe
 
 Q = "self_attn.q_proj"
 
@@ -254,7 +255,7 @@ def test_bad_options_are_refused():
     for bad in (dict(allocation="x"), dict(reserve="x"), dict(levels="x"), dict(outlier_bits=5.0), dict(adaptive_bits=-0.1), dict(upper=9), dict(threshold=0.0), dict(damping=-1.0), dict(scope="model"), dict(scope="x")):
         with pytest.raises(LowbitError, match="claq"):
             CLAQ(**bad)
-    with pytest.raises(LowbitError, match="codebook has none"):
+    with pytest.raises(LowbitError, match="codebook per column has none"):
         Recipe(Codebook(2), (OmniQuant(),))
 
 

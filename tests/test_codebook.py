@@ -21,11 +21,12 @@ from lowbit.grid import Affine, Codebook, CodebookParams, Outliers, QTensor
 from lowbit.grid import kmeans as module
 from lowbit.grid.compiled import library, pointer
 from lowbit.grid.kmeans import kmeans
+from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import CLAQ, RTN, TesseraQ
 from lowbit.methods._buckets import FROZEN
 from lowbit.methods._soft import SoftBlock
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Recipe, Streams, apply_methods, begin
+from lowbit.recipe import Recipe
 
 
 def batched(values, levels, weights=None, exact=False):

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, CrossQuant, PerToken, Reading
 from lowbit.job import quantize
+from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, RTN
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
-from lowbit.recipe import Recipe, Streams, apply_methods, begin
+from lowbit.recipe import Recipe
 from lowbit.scheme import parse_scheme
 
 IDS = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken
 from lowbit.job import quantize
+from lowbit.loop import Streams, apply_methods, begin, ordered
 from lowbit.methods import CrossQuant
 from lowbit.model.order import reorder
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.proof import compare_logits
-from lowbit.recipe import Recipe, Streams, apply_methods, begin, ordered
+from lowbit.recipe import Recipe
 
 IDS = torch.randint(3, 280, (8, 24), generator=torch.Generator().manual_seed(0))
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
+from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN
 from lowbit.methods._columns import code_columns, inverse_factor
 from lowbit.methods._hessian import factored, input_hessians
@@ -17,7 +18,7 @@ from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods.gptq import fit_range, solve
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
-from lowbit.recipe import Recipe, Streams, apply_methods, begin
+from lowbit.recipe import Recipe
 
 
 def block_of(folder, grid, family="llama", rows=12):

@@ -5,10 +5,11 @@ import torch
 from helpers import save_tiny
 
 from lowbit.grid import Affine, PerToken
+from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, RTN, QuaRot
 from lowbit.model.judge import linear_errors
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Recipe, Streams, apply_methods, begin
+from lowbit.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

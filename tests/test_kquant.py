@@ -18,6 +18,7 @@ from lowbit.formats import blocks
 from lowbit.formats.packing import pack, tensor_bytes, unpack
 from lowbit.grid import Affine, KQuant, QTensor
 from lowbit.linears import DecodedLinear
+from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, TesseraQ
 from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
@@ -27,7 +28,7 @@ from lowbit.methods.gptq import solve_blocks
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.proof import verify
-from lowbit.recipe import Recipe, Streams, apply_methods, begin
+from lowbit.recipe import Recipe
 from lowbit.scheme import parse_scheme
 
 FAST = TesseraQ(schedule="exponential-4-4", iters=6)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
+from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._buckets import FROZEN, inverse_rectified, rectified
 from lowbit.methods._reconstruct import Reconstruction
@@ -19,7 +20,7 @@ from lowbit.methods._soft import SoftBlock, quantile
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Recipe, Streams, apply_methods, begin
+from lowbit.recipe import Recipe
 
 FAST = TesseraQ(schedule="exponential-4-6", iters=8, lr=3e-2)
 

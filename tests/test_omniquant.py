@@ -9,12 +9,13 @@ from safetensors.torch import save_file
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken
+from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import RTN, OmniQuant, TesseraQ
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods.omniquant import _Learned, clipped_range, shiftable
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Recipe, Streams, apply_methods, begin
+from lowbit.recipe import Recipe
 
 IDS = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))
 QUICK = OmniQuant(epochs=15, clip_lr=0.05, batch=2)

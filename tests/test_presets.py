@@ -5,11 +5,12 @@ import torch
 from helpers import save_tiny
 
 from lowbit.errors import LowbitError
+from lowbit.loop import Streams, apply_methods, begin, prepared
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._soft import SoftBlock
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe, recipe_names
-from lowbit.recipe import Recipe, Streams, apply_methods, begin, prepared
+from lowbit.recipe import Recipe
 from lowbit.scheme import parse_scheme
 
 QUICK = ["tesseraq.schedule=exponential-4-6", "tesseraq.iters=8", "tesseraq.lr=3e-2"]

@@ -7,10 +7,11 @@ from helpers import FAMILIES, save_tiny
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
+from lowbit.loop import Streams, begin
 from lowbit.methods.awq import search_scale
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
-from lowbit.recipe import Recipe, Streams, begin
+from lowbit.recipe import Recipe
 
 
 @pytest.mark.parametrize("family", FAMILIES)

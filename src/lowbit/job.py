@@ -26,6 +26,7 @@ from .formats import native
 from .formats.columns import column_widths
 from .formats.packing import local_tensors
 from .grid import Affine, Codebook, Grid, QTensor
+from .loop import Streams, advance, as_read, begin, ordered, prepared, readings_of, run, surveyed
 from .machine import give_back_memory, peak_memory, pick_device
 from .methods import OmniQuant
 from .model.block import Block
@@ -36,7 +37,7 @@ from .model.stream import ModelStream, load_tokenizer
 from .plan import beyond_compressed_tensors, check_divides, check_loadable
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
-from .recipe import Recipe, Streams, advance, as_read, begin, ordered, prepared, readings_of, run, surveyed
+from .recipe import Recipe
 from .scheme import Scheme, parse_scheme, scheme_name
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8

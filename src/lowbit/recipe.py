@@ -1,28 +1,20 @@
-"""Recipe: what to do, as a value that reads and writes TOML; and `run`, the only loop over blocks."""
+"""Recipe: what to do, as a value that reads and writes TOML. `lowbit.loop` runs it."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .errors import LowbitError, unknown
-from .grid import ActivationGrid, Affine, Codebook, Grid, KQuant, KVGrid, PerToken, Reading, activation_grid
+from .grid import ActivationGrid, Affine, Codebook, Grid, KQuant, PerToken, activation_grid
 from .grid.codebook import Per
-from .methods import CLAQ, METHODS, RTN, SOLVERS, CrossQuant, Method, OmniQuant, QuaRot, TesseraQ
-from .methods._reconstruct import Reconstruction
-from .methods.claq import least_gain, survey
-from .model.block import Announce, Block, silent
+from .methods import CLAQ, METHODS, RTN, SOLVERS, Method, OmniQuant, QuaRot, TesseraQ
 from .model.calibration import Calibration
-from .model.stream import ModelStream
 from .scheme import Scheme, as_codebook, parse_scheme, scheme_name, weights_only
 
 if sys.version_info >= (3, 11):
@@ -30,12 +22,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+
 @dataclass(frozen=True)
 class Recipe:
     """A grid, exceptions by name, and methods in order. Runs nothing by itself.
 
     Attributes:
-        grid: for every linear that no override names; all grids of a recipe are of one kind.
+        grid: for every linear that no override names; codebooks are not mixed with others.
         methods: applied to each block in this order; what they leave uncoded is rounded to nearest.
         overrides: (pattern, grid), shell patterns on full linear names such as "*.down_proj"; the last match counts.
         calibration: the text that methods learn from, where a run is not given another.
@@ -225,177 +218,3 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise LowbitError(f"{where} must be of type {hint.__name__}, got {value!r}.")
     return value
-
-
-# --- the loop ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Activations at a block boundary: as the float model has them and as the quantized prefix has them.
-
-    Attributes:
-        x, xq: (rows, length, hidden) in the model's dtype; the same tensor before the first block.
-        tuned_rows: leading rows that methods may learn from; the others are held out.
-        proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the quantized model's activations for
-            the artifact's proof, never rounded between blocks.
-    """
-
-    x: Tensor
-    xq: Tensor
-    tuned_rows: int
-    proof: Tensor | None = None
-
-
-def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
-    """The model as the recipe's methods want to see it: in a rotated basis if one of them rotates the residual stream.
-
-    Raises:
-        LowbitError: a size that cannot be rotated, or a file that is not there.
-    """
-    for method in recipe.methods:
-        if isinstance(method, QuaRot):
-            inner = stream.block_module(0).get_parameter(f"{stream.wiring.sites[-1].reads[0]}.weight").shape[1]
-            method.check(stream.wiring, inner, recipe.kv is not None)
-            stream = stream.rotated(seed) if method.residual else stream
-        if isinstance(method, OmniQuant) and method.clips and not Path(method.clips).is_file():
-            raise LowbitError(f"omniquant.clips: no such file: '{method.clips}'.")
-    return stream
-
-
-def ordered(stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent) -> ModelStream:
-    """The model with the channels of its residual stream by falling size, if the recipe folds CrossQuant's factors by groups.
-
-    One pass of the float model over the calibration rows ``ids``, also when a run is resumed.
-
-    Raises:
-        LowbitError: the family's channels cannot change places.
-    """
-    method = next((m for m in recipe.methods if isinstance(m, CrossQuant) and m.fold == "group"), None)
-    if method is None:
-        return stream
-    stream.ordered(torch.arange(stream.config.hidden_size))  # refuses before the pass
-    x = stream.embed(ids)
-    streams, kwargs = Streams(x, x, len(ids)), stream.block_kwargs(ids.shape[1])
-    total = torch.zeros(stream.config.hidden_size, dtype=torch.float64, device=stream.device)
-    for i in range(len(stream)):
-        announce(f"crossquant: sizes of the residual channels in block {i + 1} of {len(stream)}")
-        block = begin(stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed)
-        total += method.residual_sizes(block)
-        streams = replace(streams, x=block.target, xq=block.target)
-        del block
-    stream.release()
-    return stream.ordered(total.argsort(descending=True, stable=True))
-
-
-def surveyed(
-    stream: ModelStream, recipe: Recipe, streams: Streams, kwargs: Sequence[Mapping[str, Any]], seed: int, announce: Announce = silent
-) -> Recipe:
-    """The recipe with what a method wants to know of the whole model before its first block: CLAQ's price of a bit.
-
-    One pass of the float model, block by block, also when a run is resumed; nothing is read where no method asks.
-    """
-    method = next((m for m in recipe.methods if isinstance(m, CLAQ) and m.needs_survey), None)
-    if method is None:
-        return recipe
-    found: list[tuple[Tensor, int]] = []
-    for i in range(len(stream)):
-        announce(f"claq: what a bit would gain in block {i + 1} of {len(stream)}")
-        block = begin(stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed)
-        found += survey(block, method)
-        streams = replace(streams, x=block.target, xq=block.target)
-        del block
-    gain = least_gain(found, recipe.grid.bits + method.adaptive_bits - min(2, recipe.grid.bits))
-    return replace(recipe, methods=tuple(replace(m, least_gain=gain) if m is method else m for m in recipe.methods))
-
-
-def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int, announce: Announce = silent) -> Block:
-    """Block i with its weights read, its inputs attached, its float target computed and its activations on their grids."""
-    name = stream.block_name(i)
-    block = Block(
-        name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
-        compute=stream.compute, stored=stream.dtype, grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
-        x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
-        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce,
-    )  # fmt: skip
-    target = block.run(streams.x)
-    if not bool(torch.isfinite(target.float().square().sum(-1)).all()):  # as norms and losses take it
-        raise LowbitError(f"'{name}' of the float model gives activations whose squares are not finite: its weights or norms are too large.")
-    return _gridded(replace(block, target=target), recipe)
-
-
-def _gridded(block: Block, recipe: Recipe) -> Block:
-    if recipe.activations is not None:
-        block = block.read(dict.fromkeys(block.wiring.linears, Reading(grid=recipe.activations)))
-    return block if recipe.kv is None else replace(block, kv=KVGrid(recipe.kv))
-
-
-def as_read(block: Block, recipe: Recipe) -> Block:
-    """A block just begun with the online rotations that the recipe's methods give it, without doing their work on the weights."""
-    for method in recipe.methods:
-        if isinstance(method, QuaRot):
-            turned = method(block)
-            block = replace(block, readings=turned.readings, kv=turned.kv)
-    return block
-
-
-def readings_of(stream: ModelStream, recipe: Recipe) -> tuple[Mapping[str, Reading], KVGrid | None]:
-    """How the finished model reads activations, keys and values, the same in every block."""
-    empty = torch.empty(0, 1, 1)
-    block = Block(
-        name=stream.block_name(0), module=stream.block_module(0), wiring=stream.wiring, kwargs={}, weights=stream.block_weights(0),
-        compute=stream.compute, stored=stream.dtype, grids={}, x=empty, xq=empty, target=empty, tuned_rows=0, seed=0,
-    )  # fmt: skip
-    block = as_read(_gridded(block, recipe), recipe)
-    return block.readings, block.kv
-
-
-def apply_methods(block: Block, recipe: Recipe) -> Block:
-    """All methods of the recipe in order, then nearest rounding for whatever is left.
-
-    Notes ``loss_before`` and ``loss_after``: the squared error of the block's output on the quantized prefix, summed over
-    hidden units and averaged over tokens, of plain nearest rounding and of the result.
-    """
-    before = Reconstruction(block, batch=1).loss(RTN()(block).decoded())
-    for method in (*recipe.methods, RTN()):
-        block = method(block)
-    return block.noted(loss_before=before, loss_after=Reconstruction(block, batch=1).loss(block.decoded()))  # as it reads now
-
-
-@torch.no_grad()
-def advance(block: Block, streams: Streams, proof_kwargs: Mapping[str, Any]) -> Streams:
-    """The streams after a finished block."""
-    decoded = block.decoded()
-    proof = streams.proof
-    if proof is not None:
-        wide = torch.promote_types(block.compute, torch.float32)
-        alone = replace(block, kwargs=proof_kwargs, compute=wide)  # row by row, as loaders are asked: a grid may look at all rows
-        proof = torch.cat([alone.forward(row[None].to(block.device), decoded) for row in proof])
-    return replace(streams, x=block.target, xq=block.run(streams.xq, decoded), proof=proof)
-
-
-def run(
-    stream: ModelStream,
-    recipe: Recipe,
-    streams: Streams,
-    seed: int,
-    kwargs: Sequence[Mapping[str, Any]],
-    proof_kwargs: Sequence[Mapping[str, Any]],
-    start: int = 0,
-    announce: Announce = silent,
-) -> Iterator[tuple[Block, Streams]]:
-    """Quantize the blocks from number ``start`` on, one in memory at a time.
-
-    Args:
-        streams: the activations that enter block ``start``.
-        kwargs, proof_kwargs: what each block is called with, for the streams' and for the proof's rows (in float32).
-        announce: told what a method is about to do.
-
-    Yields:
-        each finished block with the streams that leave it; the point to write, to report and to resume from.
-    """
-    for i in range(start, len(stream)):
-        block = apply_methods(begin(stream, i, recipe, streams, kwargs[i], seed, announce), recipe)
-        streams = advance(block, streams, proof_kwargs[i])
-        yield block, streams
-        del block  # else it would be held while the next one is tuned

@@ -99,8 +99,13 @@ def export(
 ) -> None:
     """Lay the codes of an artifact out for another runtime, unchanged, and prove what was written with that runtime if it is there."""
     from ..export import export as write
+    from ..export.gguf import remarks
+    from ..proof import read_report
 
-    out.print(f"{output}\nverified: {write(folder, output, to, embeddings=embeddings, python=python).summary}", highlight=False, soft_wrap=True)
+    done = write(folder, output, to, embeddings=embeddings, python=python)
+    report = read_report(output)
+    lines = [str(output), *(remarks(report) if "gguf" in report else ()), f"verified: {done.summary}"]
+    out.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -55,9 +55,10 @@ class Verification:
         if self.logits_rms is None or self.top1 is None:
             return f"{self.tensors} tensors and {self.linears} linears as tuned; loader check {self.loader}"
         decoded = "" if self.decoded_rms is None else f" ({self.decoded_rms:.1e} with its weights in float32)"
+        missing = "" if self.loader == "passed" else f" ({self.loader.removeprefix('passed; ')})"
         return (
             f"{self.tensors} tensors and {self.linears} linears as tuned; logits by {self.reader} within {self.logits_rms:.1e}{decoded} "
-            f"of the tuned model's, top-1 equal at {self.top1:.1%}"
+            f"of the tuned model's, top-1 equal at {self.top1:.1%}{missing}"
         )
 
     def as_dict(self) -> dict[str, Any]:

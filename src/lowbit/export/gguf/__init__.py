@@ -45,6 +45,19 @@ def export(source: Source, out: Path, python: str, asked: str | None = None, emb
     return _Export(source, asked, embeddings).write(out, python)
 
 
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What a person should know of an export besides its proof, from its report."""
+    said = report["gguf"]
+    types = ", ".join(f"{n} linears in {t}" for t, n in said["types"].items())
+    outer = ", ".join(f"{n} in {e['type']}" for n, e in said["outer"].items())
+    extra = max(e["extra_error"] for e in report["linears"] if "skipped" not in e)
+    lines = [f"{said['file']}: {types}; {outer}"]
+    if extra or said["moved"] is not None:
+        moved = "" if said["moved"] is None else f", which moves the logits by {said['moved']:.1e} of their spread (proof made anew)"
+        lines.append(f"scales and offsets rounded as the type holds them: at most {extra:.1e} of scale^2 / 12 in a linear{moved}")
+    return [*lines, *said["remarks"]]
+
+
 class _Export:
     """One export: everything that can be refused is, before anything is written."""
 
@@ -61,7 +74,8 @@ class _Export:
         for name, (rows, columns) in source.shapes.items():
             sizes[self.kinds[name].name] += rows * columns
         self.most = BLOCKS[sizes.most_common(1)[0][0]]
-        self.file = f"{Path(source.report['model']).name}-{self.most.name}.gguf"
+        self.name = Path(source.report["model"]).resolve().name or "model"
+        self.file = f"{self.name}-{self.most.name}.gguf"
         self.known: dict[str, dict[str, Any]] = {}
         self.outer: dict[str, dict[str, Any]] = {}
 
@@ -84,7 +98,7 @@ class _Export:
 
     def _metadata(self) -> dict[str, Any]:
         return {
-            "general.architecture": self.architecture.name, "general.type": "model", "general.name": Path(self.source.report["model"]).name,
+            "general.architecture": self.architecture.name, "general.type": "model", "general.name": self.name,
             "general.file_type": self.most.file_type, "general.quantization_version": 2,
             "lowbit.version": self.source.report["lowbit"], "lowbit.exported_from": self.source.report["hash"],
             **self.architecture.metadata, **self.words.metadata,
