@@ -4,7 +4,7 @@
 
 TEXT is a file (.txt, or .json/.jsonl with one document per entry: each gets its BOS) or "stdlib". Documents follow one another
 in one stream of tokens; the first CALIBRATION rows of LENGTH tokens are for tuning, the last EVALUATION rows for judging.
-With SKIP, the last SKIP rows are left out first: choose between settings on one set, report on another.
+With SKIP, the last SKIP rows are left out first: choose between settings on one set, report on another. OUT.calib.txt gets the text of the first rows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ def main() -> None:
     if len(rows) < first + last:
         raise SystemExit(f"{text} has {len(rows)} rows of {length} tokens, {first + last} are needed.")
     json.dump({"calibration": rows[:first].tolist(), "evaluation": rows[-last:].tolist()}, open(out, "w"))
+    tokenizer = load_tokenizer(Checkpoint(model))
+    text_of = [tokenizer.decode(row, skip_special_tokens=True) for row in rows[:first].tolist()]
+    open(out.removesuffix(".json") + ".calib.txt", "w").write("".join(text_of))  # for tools that take text
     print(f"{first} rows to tune on, {last} to judge by, of {len(rows)}")
 
 

@@ -25,6 +25,19 @@ FAMILIES = {
 }
 
 
+def projected(soft, block):
+    """A scalar of a block's soft weights, and its gradients put into their variables: a random direction through all of them."""
+    target = {k: torch.randn_like(block.weights[k]) for k in soft.keys}
+
+    def loss():
+        w = soft.weights()
+        return sum((w[k].double() * target[k].double()).sum() for k in soft.keys)
+
+    loss()
+    soft.backward([target[k] for k in soft.keys], scales=True)
+    return loss
+
+
 def assert_slopes(loss, variable: torch.Tensor, grad: torch.Tensor) -> None:
     """A few elements of a gradient against central differences of ``loss()``."""
     for at in [(0, 0), (3, 0), (7, variable.shape[1] - 1), (20, variable.shape[1] // 2)]:

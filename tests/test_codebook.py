@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_slopes, save_tiny
+from helpers import assert_slopes, projected, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import StudentT
@@ -236,14 +236,7 @@ def test_gradients_match_finite_differences(block):
     for b in soft.buckets:
         b.v.add_(0.1)
         b.levels = lambda b=b: b.level + b.gap * (2 * (1.2 * torch.sigmoid(b.v) - 0.1).clamp(0, 1) - 1)  # rounding has no slope
-    target = {k: torch.randn_like(block.weights[k]) for k in soft.keys}
-
-    def loss():
-        w = soft.weights()
-        return sum((w[k].double() * target[k].double()).sum() for k in soft.keys)
-
-    loss()
-    soft.backward([target[k] for k in soft.keys], scales=True)
+    loss = projected(soft, block)
     for b in soft.buckets[:2]:
         for variable, grad in ((b.nu, b.nu.grad.clone()), (b.v, b.v.grad.clone())):
             assert_slopes(loss, variable, grad)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import helpers
 import pytest
 import torch
-from helpers import assert_slopes, save_tiny
+from helpers import assert_slopes, projected, save_tiny
 from safetensors.torch import load_file, save_file
 from test_gguf import artifact, wide
 from typer.testing import CliRunner
@@ -100,14 +100,7 @@ def test_gradients_match_finite_differences(block):
     for b in soft.buckets:
         b.v.add_(0.1)
         b.stored_units = lambda b=b: b.units * (2 * (1.2 * torch.sigmoid(b.v) - 0.1).clamp(0, 1))  # rounding has no slope
-    target = {k: torch.randn_like(block.weights[k]) for k in soft.keys}
-
-    def loss():
-        w = soft.weights()
-        return sum((w[k].double() * target[k].double()).sum() for k in soft.keys)
-
-    loss()
-    soft.backward([target[k] for k in soft.keys], scales=True)
+    loss = projected(soft, block)
     for b in soft.buckets:
         assert_slopes(loss, b.nu, b.nu.grad.clone())
         grad = b.v.grad.clone()

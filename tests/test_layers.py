@@ -23,6 +23,7 @@ ALLOWED = {
     "machine": {"errors"},
     "scheme": {"grid", "errors"},
     "recipe": {"grid", "model", "methods", "scheme", "errors"},
+    "record": {"grid", "model", "formats", "machine", "scheme", "errors"},
     "loop": {"grid", "model", "methods", "recipe", "errors"},
     "presets": {"grid", "methods", "recipe", "scheme", "errors"},
     "hf": {"grid", "formats", "linears", "errors"},

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_slopes, save_tiny
+from helpers import assert_slopes, projected, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,14 +78,7 @@ def test_gradients_match_finite_differences(block):
     soft = SoftBlock(block)
     for b in soft.buckets:
         b.v.add_(0.1)
-    target = {k: torch.randn_like(block.weights[k]) for k in soft.keys}
-
-    def loss():
-        w = soft.weights()
-        return sum((w[k].double() * target[k].double()).sum() for k in soft.keys)
-
-    loss()
-    soft.backward([target[k] for k in soft.keys], scales=True)
+    loss = projected(soft, block)
     b = soft.buckets[0]
     for variable, grad in ((b.nu, b.nu.grad.clone()), (b.v, b.v.grad.clone())):
         assert_slopes(loss, variable, grad)

@@ -23,22 +23,20 @@ from .errors import LowbitError
 from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
-from .formats.columns import column_widths
-from .formats.packing import local_tensors
-from .grid import Affine, Codebook, Grid, QTensor
+from .grid import Affine, Grid, QTensor
 from .loop import Streams, advance, as_read, begin, ordered, prepared, readings_of, run, surveyed
-from .machine import give_back_memory, peak_memory, pick_device
+from .machine import give_back_memory, pick_device
 from .methods import OmniQuant
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.checkpoint import Checkpoint
-from .model.judge import linear_errors
 from .model.stream import ModelStream, load_tokenizer
 from .plan import beyond_compressed_tensors, check_divides, check_loadable
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
 from .recipe import Recipe
-from .scheme import Scheme, parse_scheme, scheme_name
+from .record import block_record
+from .scheme import Scheme, parse_scheme
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
 _HELD_OUT = 16
@@ -270,7 +268,7 @@ class _Run:
         clock = time.time()
         for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce), start):
             tensors = artifact.block_tensors(block)
-            record = self.place.finish(i + 1, tensors, self._record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
+            record = self.place.finish(i + 1, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
             yield record, after, False
             del block, tensors
@@ -288,20 +286,6 @@ class _Run:
             if name.removesuffix(".weight") not in codes:
                 weights[name] = held[f"{block.name}.{name}"].to(block.device, weights[name].dtype)
         return replace(block, weights=weights, coded=codes)
-
-    def _record(self, block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
-        linears, errors = [], linear_errors(block)
-        for name, q in block.coded.items():
-            stored = sum(t.nbytes for t in local_tensors(tensors, f"{block.name}.{name}").values())
-            error = errors[name]
-            linears.append(
-                {"name": f"{block.name}.{name}", "scheme": scheme_name(q.grid), "shape": list(q.codes.shape), "bytes": stored,
-                 "bits_per_weight": 8 * stored / q.codes.numel(), "moved": _moved(block, name, q), "error_nearest": error.nearest,
-                 "error": error.tuned, **_parts(q)}
-            )  # fmt: skip
-        return {
-            "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,
-        }  # fmt: skip
 
     def _announce(self, what: str) -> None:
         give_back_memory()
@@ -399,24 +383,6 @@ class _Run:
             "quality": quality, "blocks": blocks, "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},
             "linears": linears + [{"name": n, "skipped": why} for n, why in skipped.items()], "shards": shards,
         }  # fmt: skip
-
-
-def _parts(q: QTensor) -> dict[str, Any]:
-    """What only some weights have: columns by their bits, and outliers by their number."""
-    out: dict[str, Any] = {}
-    if isinstance(q.grid, Codebook):
-        widths = column_widths(q)
-        out["columns"] = {str(b): int((widths == b).sum()) for b in sorted(set(widths.tolist()))}
-    if q.outliers is not None:
-        out["outliers"] = len(q.outliers.index)
-    return out
-
-
-def _moved(block: Block, linear: str, q: QTensor) -> float:
-    """The share of codes that are not the nearest ones to the weight on its range before scales were tuned."""
-    params = q.params if isinstance(q.grid, Codebook) else block.range_of(linear)  # levels have no others to compare with
-    nearest: Tensor = q.grid.encode(block.weight(linear), params)
-    return float((q.codes != nearest).double().mean())
 
 
 def _numel(shape: Sequence[int]) -> int:

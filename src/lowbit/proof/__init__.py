@@ -37,6 +37,7 @@ class Verification:
         logits_rms: root mean square difference of the runtime's logits to the proof's, relative to their spread.
         top1: share of proof positions with the same most likely token.
         reader: the runtime.
+        reference: whose logits the proof holds.
         decoded_rms: as ``logits_rms``, from the weights as the runtime decodes them, in float32; None where it computes so anyway, or
             does not hand them out.
     """
@@ -48,6 +49,7 @@ class Verification:
     top1: float | None = None
     reader: str = "transformers"
     decoded_rms: float | None = None
+    reference: str = "the tuned model's"
 
     @property
     def summary(self) -> str:
@@ -58,7 +60,7 @@ class Verification:
         missing = "" if self.loader == "passed" else f" ({self.loader.removeprefix('passed; ')})"
         return (
             f"{self.tensors} tensors and {self.linears} linears as tuned; logits by {self.reader} within {self.logits_rms:.1e}{decoded} "
-            f"of the tuned model's, top-1 equal at {self.top1:.1%}{missing}"
+            f"of {self.reference}, top-1 equal at {self.top1:.1%}{missing}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,6 +95,8 @@ def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -
 def _verify_gguf(folder: Path, report: dict[str, Any], done: Verification, proof: dict[str, Tensor], python: str) -> Verification:
     """The file as the gguf package decodes it, computed by transformers in float32, and as llama.cpp runs it."""
     decoded = top1 = None
+    if report["gguf"]["moved"] is not None:
+        done = replace(done, reference="those of the numbers in the file")
     newer = "Q2_0" in report["gguf"]["types"]  # not known to releases of the package up to 0.19
     exact = "no gguf package that knows Q2_0" if newer else runtime_logits(folder, proof["ids"], gguf.NAME, reader=GGUF_DECODER)
     if not isinstance(exact, str):
@@ -101,7 +105,7 @@ def _verify_gguf(folder: Path, report: dict[str, Any], done: Verification, proof
     if isinstance(found, str):
         missing = f"llama.cpp not run: no {found} here (lowbit verify --python names an interpreter that has it)"
         if decoded is None:
-            return replace(done, loader=f"not run: no gguf package here; {missing}", reader=READERS[gguf.NAME].name)
+            return replace(done, loader=f"not run: no {str(exact).removeprefix('no ')} here; {missing}", reader=READERS[gguf.NAME].name)
         return replace(done, loader=f"passed; {missing}", logits_rms=decoded, top1=top1, reader=GGUF_DECODER.name)
     for i, (text, ids) in enumerate(json.loads((folder / PROOF.parent / "tokens.json").read_text()).items()):
         if found[f"tokens.{i}"].tolist() != ids:

@@ -28,8 +28,10 @@ class RoundedModel:
 
     @torch.no_grad()
     def put(self, full: str, value: Tensor) -> None:
-        """One parameter by its full name."""
-        self._left.pop(full).copy_(value)
+        """One parameter by its full name; a copy of a tied one that a file holds all the same is left out."""
+        own = self._left.pop(full, None)
+        if own is not None:
+            own.copy_(value)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""What report.json says of a block that has been quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .formats.columns import column_widths
+from .formats.packing import local_tensors
+from .grid import Codebook, QTensor
+from .machine import peak_memory
+from .model.block import Block
+from .model.judge import linear_errors
+from .scheme import scheme_name
+
+
+def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
+    """What the report says of a finished block and of each of its linears.
+
+    Args:
+        tensors: as packed, by full name. seconds: that it took.
+    """
+    linears, errors = [], linear_errors(block)
+    for name, q in block.coded.items():
+        stored = sum(t.nbytes for t in local_tensors(tensors, f"{block.name}.{name}").values())
+        error = errors[name]
+        linears.append(
+            {"name": f"{block.name}.{name}", "scheme": scheme_name(q.grid), "shape": list(q.codes.shape), "bytes": stored,
+             "bits_per_weight": 8 * stored / q.codes.numel(), "moved": _moved(block, name, q), "error_nearest": error.nearest,
+             "error": error.tuned, **_parts(q)}
+        )  # fmt: skip
+    return {
+        "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,
+    }  # fmt: skip
+
+
+def _parts(q: QTensor) -> dict[str, Any]:
+    """What only some weights have: columns by their bits, and outliers by their number."""
+    out: dict[str, Any] = {}
+    if isinstance(q.grid, Codebook):
+        widths = column_widths(q)
+        out["columns"] = {str(b): int((widths == b).sum()) for b in sorted(set(widths.tolist()))}
+    if q.outliers is not None:
+        out["outliers"] = len(q.outliers.index)
+    return out
+
+
+def _moved(block: Block, linear: str, q: QTensor) -> float:
+    """The share of codes that are not the nearest ones to the weight on its range before scales were tuned."""
+    params = q.params if isinstance(q.grid, Codebook) else block.range_of(linear)  # levels have no others to compare with
+    nearest: Tensor = q.grid.encode(block.weight(linear), params)
+    return float((q.codes != nearest).double().mean())
