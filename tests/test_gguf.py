@@ -302,6 +302,18 @@ def test_llama_3_rotary_factors(tmp_path, monkeypatch):
         assert code == 0 and "logits by llama.cpp" in text, text
 
 
+def test_a_tied_head_that_is_stored_all_the_same(tmp_path):
+    from lowbit.export.gguf.rounded import RoundedModel
+
+    own = T.AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path, dtype=torch.float32))
+    made, ids = RoundedModel(own.config), torch.arange(3, 20)[None]
+    with pytest.raises(ValueError, match="'model.embed_tokens.weight' was never put in"):
+        made.logits(ids)
+    for name, value in [*own.named_parameters(), ("lm_head.weight", torch.zeros(300, 64))]:
+        made.put(name, value)
+    assert torch.allclose(made.logits(ids), own(ids).logits, atol=1e-4)
+
+
 def test_a_damaged_file_is_found(tmp_path, monkeypatch):
     wide(monkeypatch)
     made = artifact(save_tiny(tmp_path / "m"), tmp_path / "a", "gguf:q2_k")
@@ -429,6 +441,6 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     said = tokens.read(tmp_path, 265).metadata
     assert said["tokenizer.ggml.model"] == "llama" and said["tokenizer.ggml.add_space_prefix"] is True and "tokenizer.ggml.merges" not in said
     scores = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.scores"], strict=True))
-    assert scores["ab"] > scores["\u2581a"] > scores["\u2581ab"] > scores["a"]
+    assert scores["ab"] > scores["\u2581a"] > scores["\u2581ab"] > scores["a"] and scores["\u2581ab"] == -2.0  # of its first merge
     types = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"], strict=True))
     assert (types["<unk>"], types["<s>"], types["<0x41>"], types["ab"]) == (2, 3, 6, 1)
