@@ -212,6 +212,9 @@ def summary(result: Result) -> str:
         f"{size(s['before'])} -> {size(s['after'])} on disk; {s['bits_per_weight']:.3f} bits per quantized weight, "
         f"{s['model_bits_per_weight']:.3f} over all parameters",
     ]
+    kept = report.get("offload")  # older reports have none
+    if kept and kept["used"] == "disk":
+        lines.append(f"activations were kept on disk, {size(kept['bytes'])} at most")
     q = report["quality"]
     if q:
         lines.append(

@@ -16,6 +16,7 @@ from .formats.compressed_tensors import carries
 from .formats.packing import tensor_bytes
 from .grid import Affine, KQuant
 from .grid.kquant import SUPER
+from .memory import Layer, Needs, Rows, needs
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import config_at, hub_file
@@ -228,6 +229,19 @@ def make_plan(
             Planned(recipe, names, wiring, config, beyond_compressed_tensors(names, recipe, wiring), biased, tensor_parallel)
         ),
     )  # fmt: skip
+
+
+def needs_of(config: Any, recipe: Recipe, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> Needs:
+    """What a run holds in memory.
+
+    Args:
+        config: a transformers config. rows: calibration rows, held-out ones included. length: tokens each.
+        device: which computes, a CPU in float32, another in ``dtype``. dtype: of the checkpoint.
+    """
+    linears, rest, outside, tied_head, _ = _skeleton(config)
+    head = tied_head if any(isinstance(m, QuaRot) and m.residual for m in recipe.methods) else 0
+    layer = Layer(linears, rest, outside + head, config.hidden_size, config.vocab_size)
+    return needs(layer, Rows(rows, length, dtype.itemsize, 4 if device.type == "cpu" else dtype.itemsize), recipe)
 
 
 def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
-from .app import Calib, Device, OwnScheme, Python, Scheme, app, out, reported, write_json
+from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, app, out, reported, write_json
 
 
 @app.command()
@@ -24,6 +24,8 @@ def quantize(
     samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-best and tesseraq-paper (512).")] = None,
     length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.")] = None,
     seed: Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.")] = 0,
+    offload: Offload = "auto",
+    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: OUT.partial.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Refuse what only this library could load: online rotations, quantized keys and values, most quantized activations.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -34,7 +36,7 @@ def quantize(
     with Progress(out) as progress:
         result = job(
             model, scheme, recipe, out=output, calib=calib, samples=samples, length=length, seed=seed, device=device,
-            settings=set_ or [], plain=plain, progress=progress, watch=progress.working,
+            settings=set_ or [], plain=plain, offload=offload, offload_dir=offload_dir, progress=progress, watch=progress.working,
         )  # fmt: skip
     out.print(summary(result), highlight=False, soft_wrap=True)
 
