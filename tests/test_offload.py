@@ -259,8 +259,9 @@ def test_how_many_streams_live_at_a_time(tmp_path, monkeypatch, name, most):
     monkeypatch.setattr(Block, "run", counted)
     blocks = run(stream, recipe, streams, 0, kwargs, kwargs, announce=lambda _: counts.append(alive()))
     del streams  # as a run lets go of what entered
-    for _ in blocks:
+    for block, after in blocks:
         made.append(len(ALIVE))
+        del block, after
     assert max(counts) == most == needs(Layer({"a": (4, 4)}, 0, 0, 4, 4), Rows(1, 1, 2, 4), recipe).copies
     if most == 3:
         assert made == [3, 4, 4, 4]

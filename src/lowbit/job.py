@@ -32,7 +32,7 @@ from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.storage import Storage
 from .model.stream import ModelStream, load_tokenizer
-from .plan import beyond_compressed_tensors, check_divides, check_loadable, needs_of
+from .plan import HELD_OUT, beyond_compressed_tensors, check_divides, check_loadable, needs_of
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
 from .recipe import Recipe
@@ -40,7 +40,6 @@ from .record import block_record, command_of, source_of
 from .scheme import Scheme, parse_scheme
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
-_HELD_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -152,10 +151,10 @@ def quantize(
         raise LowbitError(f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or leave --plain out.")
     stream = prepared(stream, recipe, seed)
     recipe = replace(recipe, calibration=_calibration(recipe.calibration, stream, calib, samples, length))
-    needs = needs_of(stream.config, recipe, recipe.calibration.samples + _HELD_OUT, recipe.calibration.length, where, stream.dtype)
+    needs = needs_of(stream.config, recipe, recipe.calibration.samples + HELD_OUT, recipe.calibration.length, where, stream.dtype)
     needs.check(where)
     placed = needs.placed(offload, where, Path(offload_dir or Path(out).parent))
-    rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, _HELD_OUT)
+    rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, HELD_OUT)
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")

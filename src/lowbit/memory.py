@@ -101,6 +101,7 @@ class Needs:
         least: what the hungriest of them cannot do without, whatever its code: less memory than this is refused.
         stream: one activation stream. copies: how many live at a time.
         outer: embeddings, final norm and head as they compute, held with the last block (and alone at the start).
+        process: what the libraries take of the same memory: on a CPU.
     """
 
     steps: Mapping[str, int]
@@ -108,6 +109,12 @@ class Needs:
     stream: int
     copies: int
     outer: int
+    process: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The largest sum of all, if the streams live where blocks are computed."""
+        return self.process + self.block + self.outer + self.streams
 
     @property
     def block(self) -> int:
@@ -186,8 +193,12 @@ def disk_free(folder: Path) -> int | None:
         return None
 
 
-def needs(layer: Layer, rows: Rows, recipe: Recipe) -> Needs:
-    """Count what a run of a recipe takes. Estimates are of the code as it is; see `Needs.least` for the bound."""
+def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0) -> Needs:
+    """Count what a run of a recipe takes. Estimates are of the code as it is; see `Needs.least` for the bound.
+
+    Args:
+        process: bytes that the libraries take of the same memory.
+    """
     base = 4 * (layer.weights + layer.rest)
     passing = _passing(layer, rows)
     coded = 5 * layer.weights  # uint8 codes, and the weights they decode to
@@ -201,7 +212,7 @@ def needs(layer: Layer, rows: Rows, recipe: Recipe) -> Needs:
         least = max(least, base + _floor(method, layer, rows))
     copies = _STREAMS + int(any(isinstance(m, OmniQuant) and _second(m, recipe) for m in recipe.methods))
     stream = rows.count * rows.length * layer.hidden * rows.stored
-    return Needs(steps, least, stream, copies, layer.outside * rows.compute)
+    return Needs(steps, least, stream, copies, layer.outside * rows.compute, process)
 
 
 def _second(method: OmniQuant, recipe: Recipe) -> bool:

@@ -56,7 +56,7 @@ def plan(
     json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
 ) -> None:
     """Say before any work what a run will need, which runtimes will load its result, and how to export it for them."""
-    from ..display import duration, runtime_table, runtimes_table
+    from ..display import duration, memory_rows, runtime_table, runtimes_table
     from ..machine import pick_device
     from ..model.calibration import Calibration
     from ..plan import make_plan, measure_rate, read_config
@@ -69,7 +69,8 @@ def plan(
     config = read_config(model)
     own = chosen.calibration
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
-    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(pick_device(device))), tensor_parallel)
+    where = pick_device(device)
+    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(where)), tensor_parallel, where)
     if wanted is not None:
         demand(p.verdict(wanted))
     gib = 2**30
@@ -77,7 +78,7 @@ def plan(
         ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),
         ("size", f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> {p.artifact / 1e9:.3g} GB)"),
         ("bits per weight", f"{p.bits_per_weight:.3f} in quantized linears, {p.model_bits_per_weight:.3f} over all parameters"),
-        ("peak memory", f"{p.peak_memory / gib:.3g} GiB: block {p.block_memory / gib:.3g} (embeddings {p.outer_memory / gib:.3g}), activations {p.activations / gib:.3g}"),
+        *memory_rows(p, where, Path.cwd()),
         ("disk", f"{p.artifact / gib:.3g} GiB"),
         ("time", f"about {duration(p.seconds or 0)} with recipe '{chosen.name}' at this machine's measured matrix product rate (an estimate)"),
     )  # fmt: skip
@@ -88,6 +89,7 @@ def plan(
     out.print(runtimes_table(p.runtimes) if wanted is None else runtime_table(p.verdict(wanted)))
     if json_:
         write_json(json_, {**p.as_dict(), "target": wanted, "tensor_parallel": tensor_parallel})
+    p.memory.check(where)
 
 
 @app.command()
