@@ -38,19 +38,28 @@ torch.manual_seed(0)
 transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
 for name in ("tokenizer.json", "tokenizer_config.json"):
     (source / name).write_bytes((demo_model() / name).read_bytes())
+# A text no larger than it need be: to read all sources of the standard library takes more memory than a small block.
+texts = (p.read_text(errors="replace") for p in sorted(Path(json.__file__).parent.parent.glob("*.py")))
+(source / "text.txt").write_text("".join(texts)[: 1 << 21])
 """
 RUN = """
 import json, sys, time, torch, lowbit
 from pathlib import Path
 from lowbit.machine import peak_memory
+from lowbit.plan import make_plan, read_config
+from lowbit.presets import load_recipe
+from lowbit.scheme import parse_scheme
 given, source = json.loads(sys.argv[1]), sys.argv[2]
 start = time.time()
 done = lowbit.quantize(
     source, given["scheme"], given["recipe"], out=Path(source).parent / "out", samples=given["samples"], length=given["length"],
-    settings=given["settings"], device="cpu",
+    settings=given["settings"], device="cpu", calib=source + "/text.txt",
 )
+recipe = load_recipe(given["recipe"], scheme=parse_scheme(given["scheme"]), settings=given["settings"])
+planned = make_plan(read_config(source), recipe, given["samples"], given["length"]).memory.peak
 seconds, blocks = time.time() - start, sum(b["seconds"] for b in done.report["blocks"])
-print(json.dumps({"seconds": seconds, "block_seconds": blocks, "peak_bytes": peak_memory(torch.device("cpu")), "offload": done.report["offload"]}))
+peak = peak_memory(torch.device("cpu"))
+print(json.dumps({"seconds": seconds, "block_seconds": blocks, "peak_bytes": peak, "planned_bytes": planned, "offload": done.report["offload"]}))
 """
 
 
@@ -99,17 +108,18 @@ def main() -> None:
             print(f"{recipe} {at}: {seen[key]['seconds']:.1f} s, {seen[key]['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr, flush=True)
         return seen[key]
 
-    print("| recipe | axis | at | seconds | of blocks | peak MB | exponents: seconds, of blocks, memory |\n|---|---|---|---|---|---|---|")
+    print("| recipe | axis | at | seconds | of blocks | peak MB | planned MB | exponents: seconds, of blocks, memory |\n|" + "---|" * 8)
     for recipe in given.recipes.split(","):
         least = run(recipe, LEAST)
-        print(f"| {recipe} | the constant | | {least['seconds']:.1f} | {least['block_seconds']:.1f} | {least['peak_bytes'] / 1e6:.0f} | |")
+        print(f"| {recipe} | the constant | | {least['seconds']:.1f} | {least['block_seconds']:.1f} | {least['peak_bytes'] / 1e6:.0f} | {least['planned_bytes'] / 1e6:.0f} | |")
         for axis in given.axes:
             values = AXES[axis][: given.most]
             done = [run(recipe, {**USUAL, axis: v}) for v in values]
             found = {m: exponent(list(values), [d[m] for d in done], least[m]) for m in MEASURES}
             fits.append({"recipe": recipe, "axis": axis, **found})
             cells = [", ".join(map(str, values)), *(", ".join(f"{d[m]:.1f}" for d in done) for m in MEASURES[:2])]
-            cells += [", ".join(f"{d['peak_bytes'] / 1e6:.0f}" for d in done), ", ".join("-" if e is None else f"{e:.2f}" for e in found.values())]
+            cells += [", ".join(f"{d[m] / 1e6:.0f}" for d in done) for m in ("peak_bytes", "planned_bytes")]
+            cells += [", ".join("-" if e is None else f"{e:.2f}" for e in found.values())]
             print(f"| {recipe} | {axis} | {' | '.join(cells)} |", flush=True)
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps({"usual": USUAL, "least": LEAST, "runs": runs, "exponents": fits}, indent=1) + "\n")

@@ -20,7 +20,7 @@ import lowbit
 from lowbit import job, memory
 from lowbit.cli import app
 from lowbit.errors import LowbitError
-from lowbit.loop import Streams, begin, run
+from lowbit.loop import Streams, apply_methods, begin, run
 from lowbit.machine import control_groups, free_memory
 from lowbit.memory import Layer, Needs, Rows, needs
 from lowbit.model import storage as module
@@ -298,6 +298,19 @@ def test_a_whole_run_holds_no_more(deep, tmp_path, monkeypatch, recipe, scheme):
     report = quantized(deep, tmp_path / "out", recipe, [], scheme).report
     assert max(counts) == 3
     assert hashes(report) == hashes(quantized(deep, tmp_path / "again", recipe, [], scheme).report)
+
+
+def test_tensors_used_again_hold_what_new_ones_would(deep):
+    """The streams of four blocks, and what is learned from them, against a loop that gives every block fresh copies."""
+    stream, recipe = ModelStream(deep), load_recipe("gptq", scheme=parse_scheme("W3A16g16"))
+    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
+    kwargs = stream.block_kwargs(32)
+    fresh = Streams(x.clone(), x.clone(), 8)
+    for i, (block, after) in enumerate(run(stream, recipe, Streams(x, x, 8), 0, kwargs, kwargs)):
+        alone = apply_methods(begin(stream, i, recipe, fresh, kwargs[i], 0), recipe)
+        fresh = Streams(alone.target.clone(), alone.run(alone.xq, alone.decoded()), 8)
+        assert all(torch.equal(block.coded[n].codes, alone.coded[n].codes) for n in block.coded)
+        assert torch.equal(after.x, fresh.x) and torch.equal(after.xq, fresh.xq)
 
 
 def test_streams_of_the_caller_are_not_written_over(model):

@@ -1,7 +1,7 @@
 """What a run holds in memory, counted from shapes: one block while a method works on it, the activation streams, and where those go.
 
 The numbers follow the methods' code: which tensors live together when most of them do. P is the weights of a block's linears, L those
-of its largest linear. Where a method's code changes, its line here has to; tests/test_offload.py holds some against measured peaks.
+of its largest linear. Where a method's code changes, its line here has to; benchmarks/growth.py prints some beside measured peaks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .recipe import Recipe
 PROCESS = 490 << 20  # resident before a model is opened: Python, torch, transformers and their libraries
 _STREAMS = 3  # x, xq and target of one block: `lowbit.loop.Streams`
 _JUDGED_TOKENS = 4096  # `Reconstruction.loss`
+_OPTIMIZER = 160 << 20  # what torch loads (its compiler) when an optimizer takes its first step
+_HOLES = 1.1  # what allocators hold and cannot use: measured
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,15 @@ def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0) -> Needs:
     coded = 5 * layer.weights  # uint8 codes, and the weights they decode to
     clipped = any(isinstance(m, AWQ) and m.clip != "none" for m in recipe.methods)
     kept = 2 * layer.weights if clipped else 0  # weights before the clip, for judging
-    steps = {"passes": base + kept + coded + max(passing, 12 * layer.largest)}
+    steps = {"passes": base + kept + coded + max(passing, 16 * layer.largest)}
     least = base + coded
     for method in recipe.methods:
         name = type(method).__name__.lower()
         steps[name] = base + _step(method, layer, rows, passing, kept)
         least = max(least, base + _floor(method, layer, rows))
+    steps = {name: round(most * _HOLES) for name, most in steps.items()}
+    if process and any(isinstance(m, (TesseraQ, OmniQuant)) for m in recipe.methods):
+        process += _OPTIMIZER
     copies = _STREAMS + int(any(isinstance(m, OmniQuant) and _second(m, recipe) for m in recipe.methods))
     stream = rows.count * rows.length * layer.hidden * rows.stored
     return Needs(steps, least, stream, copies, layer.outside * rows.compute, process)
@@ -246,9 +251,9 @@ def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int) -> 
         clip = 8 * weights + kept + max(passing, 20 * largest) if method.clip != "none" else 0  # folded, and clipped
         return max(scales, clip)
     if isinstance(method, TesseraQ):
-        # Per weight: nu, base, step, h, sigmoid, soft; two snapshots; two moments; gradient of nu, old and new; soft weights, their
-        # gradients, these in one piece, and a product. Then the readout of the last block, five times its logits.
-        state = 4 * 16 * weights
+        # Per weight: nu, base, step, h, sigmoid, soft; two snapshots; two moments; gradient of nu; soft weights, their gradients, and
+        # these in one piece. Then the readout of the last block, five times its logits.
+        state = 4 * 14 * weights
         tokens = max(min(method.batch, rows.count) * rows.length, rows.tokens(_JUDGED_TOKENS))
         logits = 5 * 4 * layer.vocab * tokens if method.objective == "logits" else 0
         return kept + state + max(_training(layer, rows, method.batch), logits)
