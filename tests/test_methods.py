@@ -14,8 +14,8 @@ from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
-from lowbit.methods._buckets import FROZEN, inverse_rectified, rectified
 from lowbit.methods._reconstruct import Reconstruction
+from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
 from lowbit.methods._soft import SoftBlock, quantile
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
@@ -78,9 +78,9 @@ def test_gradients_match_finite_differences(block):
     soft = SoftBlock(block)
     for b in soft.buckets:
         b.v.add_(0.1)
-    loss = projected(soft, block)
+    loss, found = projected(soft, block)
     b = soft.buckets[0]
-    for variable, grad in ((b.nu, b.nu.grad.clone()), (b.v, b.v.grad.clone())):
+    for variable, grad in zip((b.nu, b.v), found[0], strict=True):
         assert_slopes(loss, variable, grad)
 
 
@@ -102,8 +102,8 @@ def test_another_round_aims_each_weight_where_its_own_loss_falls(block):
     assert float(rectified(b.nu).max()) <= 0.2 + 1e-6
     key = soft.keys[0]
     place = soft.places[soft.names[0]]
-    step, scale = b.step[place.rows], b.scale[place.rows]
-    codes = b.base[place.rows] + b.zero_point[place.rows] + step
+    step, scale = b.way[place.rows], b.scale[place.rows]
+    codes = b.code[place.rows] + step
     assert float(codes.min()) >= 0 and float(codes.max()) <= 3
     before = job.loss(hard, 8)
     free = step.nonzero()[::97]

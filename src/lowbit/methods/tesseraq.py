@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..model.block import Block
 from ._reconstruct import Objective, Reconstruction
+from ._rounding import Adam
 from ._soft import SoftBlock
 
 _PAPER_20 = (0.80, 0.65, 0.50, 0.43, 0.38, 0.34, 0.30, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005)
@@ -128,33 +129,29 @@ class TesseraQ:
         return False
 
     def _descend(self, soft: SoftBlock, job: Reconstruction, lr: float) -> Tensor:
-        nu, v = soft.parameters()
-        groups: list[dict[str, Any]] = [{"params": nu}]
-        if self.tune_scale:
-            groups.append({"params": v, "weight_decay": _SCALE_DECAY})
-        optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
+        soft.start()
+        adam, decay = Adam(lr), _SCALE_DECAY if self.tune_scale else None
         total = torch.zeros((), device=soft.block.device)
         for _ in range(self.iters):
-            total += self._step(soft, job, optimizer, self.tune_scale)  # stays on the device: no step waits for the host
+            adam = adam.next()
+            total += self._step(soft, job, adam, decay)  # stays on the device: no step waits for the host
         return total
 
-    def _step(self, soft: SoftBlock, job: Reconstruction, optimizer: torch.optim.Optimizer, scales: bool) -> Tensor:
+    def _step(self, soft: SoftBlock, job: Reconstruction, adam: Adam, decay: float | None) -> Tensor:
         with torch.no_grad():
             weights = soft.weights()
         loss, gradients = job.gradients(weights, soft.keys, job.draw())
-        with torch.no_grad():
-            soft.backward(gradients, scales=scales)
-        optimizer.step()
+        soft.descend(gradients, adam, decay)
         return loss
 
     def _refit(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> None:
         """The scales alone, all codes frozen, with a step size that falls to zero."""
         saved = soft.snapshot()
-        _, v = soft.parameters()
-        optimizer = torch.optim.Adam(v, lr=self.lr / 4, fused=True)
+        soft.start()
+        adam = Adam(self.lr / 4)
         for step in range(self.refit):
-            optimizer.param_groups[0]["lr"] = self.lr / 4 * (1 - step / self.refit)
-            self._step(soft, job, optimizer, scales=True)
+            adam = adam.next(self.lr / 4 * (1 - step / self.refit))
+            self._step(soft, job, adam, 0.0)
         if not soft.finite():
             soft.restore(saved)
             trouble.append("non-finite loss while refitting scales; kept those before it")
