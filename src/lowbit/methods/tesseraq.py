@@ -75,6 +75,7 @@ class TesseraQ:
         refit: steps on the scales alone after the last weight is frozen.
         settle: end a round early once rounding all that is still soft would raise the loss by no more than this share of it; looked at
             every fifth phase. 0 never does.
+        half: steps in bfloat16 also where the block computes in float32; variables, losses that decide and everything else stay.
     """
 
     schedule: str = "exponential-5-50"
@@ -86,6 +87,7 @@ class TesseraQ:
     objective: Objective = "logits"
     refit: int = 0
     settle: float = 0.0
+    half: bool = False
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
@@ -98,9 +100,10 @@ class TesseraQ:
         return len(soft_shares(self.schedule)) * self.iters * self.rounds + self.refit
 
     def __call__(self, block: Block) -> Block:
-        soft = SoftBlock(block)
-        job = Reconstruction(block, self.batch, self.objective)
-        before = job.loss(soft.hard_weights())
+        stepped = block.computing(torch.bfloat16) if self.half and block.compute == torch.float32 else block
+        soft, job = SoftBlock(stepped), Reconstruction(stepped, self.batch, self.objective)
+        judge = Reconstruction(block, self.batch, self.objective)
+        before = judge.loss(soft.hard_weights())
         start = soft.snapshot()
         trouble: list[str] = []
         for round_ in range(self.rounds):
@@ -116,7 +119,7 @@ class TesseraQ:
         if self.refit:
             block.announce(f"tesseraq: {self.refit} steps on the scales alone")
             self._refit(soft, job, trouble)
-        after = job.loss(soft.hard_weights())
+        after = judge.loss(soft.hard_weights())
         if not after < before:  # also when it is NaN: rather the start than something worse
             trouble.append(f"tuning ended at loss {after:.4g}, above the {before:.4g} it started from; kept the start")
             soft = SoftBlock(block)

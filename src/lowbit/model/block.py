@@ -26,6 +26,12 @@ def first(output: Any) -> Tensor:
     return hidden
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 Announce = Callable[[str], None]
 
 
@@ -130,6 +136,10 @@ class Block:
     def exact(self) -> Block:
         """The block with activations, keys and values in floating point."""
         return replace(self, readings={n: r.exact() for n, r in self.readings.items() if r.rotation is not None}, kv=None)
+
+    def computing(self, dtype: torch.dtype) -> Block:
+        """The block with its forward pass in another dtype."""
+        return replace(self, compute=dtype, kwargs={k: _cast(v, dtype) for k, v in self.kwargs.items()})
 
     def entering(self, linear: str, x: Tensor) -> Tensor:
         """What meets a linear's weight when ``x`` arrives at it."""
