@@ -23,7 +23,7 @@ ALLOWED = {
     "machine": {"errors"},
     "scheme": {"grid", "errors"},
     "recipe": {"grid", "model", "methods", "scheme", "errors"},
-    "record": {"grid", "model", "formats", "machine", "scheme", "errors"},
+    "record": {"grid", "model", "formats", "machine", "scheme", "recipe", "artifact", "card", "errors"},
     "loop": {"grid", "model", "methods", "recipe", "errors"},
     "presets": {"grid", "methods", "recipe", "scheme", "errors"},
     "hf": {"grid", "formats", "linears", "errors"},
@@ -34,7 +34,8 @@ ALLOWED = {
     "push": {"artifact", "proof", "errors"},
     "export": {"grid", "model", "formats", "artifact", "proof", "card", "errors"},
     "targets": {"grid", "model", "methods", "formats", "scheme", "recipe", "export", "errors"},
-    "plan": {"grid", "model", "methods", "formats", "recipe", "targets", "errors"},
+    "memory": {"grid", "model", "methods", "machine", "recipe", "errors"},
+    "plan": {"grid", "model", "methods", "formats", "recipe", "targets", "memory", "errors"},
 }
 
 

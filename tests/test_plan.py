@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 import transformers as T
 from helpers import FAMILIES
+from typer.testing import CliRunner
 
+from lowbit import display, machine, memory
+from lowbit.cli import app
 from lowbit.errors import LowbitError
-from lowbit.plan import make_plan, read_config
+from lowbit.plan import make_plan, needs_of, read_config
 from lowbit.presets import load_recipe
 from lowbit.scheme import parse_scheme
 
@@ -59,3 +63,86 @@ def test_configs_that_transformers_cannot_read(tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LowbitError, match="config.json cannot be read as a model config"):
         read_config(str(tmp_path))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------------
+
+L70B, L405B = (8192, 28672, 80, 64, 128256), (16384, 53248, 126, 128, 128256)
+GPU = torch.device("cuda")
+
+
+def linears_of(hidden, inner, heads):
+    """Weights in the linears of a Llama block with 8 heads of keys and values, counted by hand."""
+    return 2 * hidden * hidden + 2 * hidden * (hidden // heads * 8) + 3 * hidden * inner
+
+
+@pytest.mark.parametrize("shape, device, least", [
+    (L70B, "cpu", (4 + 12 + 2 * 4) * 855_638_016), (L70B, "cuda", (4 + 12 + 2 * 2) * 855_638_016),
+    (L405B, "cpu", (4 + 12 + 2 * 4) * 3_187_671_040), (L405B, "cuda", (4 + 12 + 2 * 2) * 3_187_671_040),
+])  # fmt: skip
+def test_memory_of_the_large_llamas(shape, device, least):
+    hidden, inner, _, heads, vocab = shape
+    wide = 4 if device == "cpu" else 2
+    found = make_plan(llama(*shape), recipe("W2A16g128"), 128, 2048, device=torch.device(device)).memory
+    assert least == (16 + 2 * wide) * linears_of(hidden, inner, heads)
+    assert found.least == least + 4 * 2 * hidden  # two norms
+    assert found.stream == (128 + 16) * 2048 * hidden * 2 and found.copies == 3
+    assert found.outer == (2 * vocab * hidden + hidden) * wide
+    assert set(found.steps) == {"passes", "awq", "tesseraq"}
+    # The variables of soft rounding: at least 4 + 12 bytes a weight besides the weight's own 4, and 20 GB of logits or of saved activations.
+    assert found.least < found.block < 6 * found.least
+    assert found.peak == found.process + found.block + found.outer + found.streams
+    assert (found.process > 0) == (device == "cpu")
+
+
+def test_hessians_count_in_float64():
+    found = {n: make_plan(llama(*L405B), load_recipe(n, scheme=parse_scheme("W4A16g128")), device=GPU).memory for n in ("rtn", "gptq", "gptq-paper")}
+    square = 8 * 53248**2
+    assert found["gptq"].least - 4 * (linears_of(16384, 53248, 128) + 2 * 16384) == 2 * square
+    assert found["gptq"].block > found["rtn"].block + 2 * square
+    together = sum(8 * w * w for w in (16384, 53248))  # o_proj's is as wide as those of the two norms: counted once by width
+    assert found["gptq-paper"].steps["gptq"] - found["gptq"].steps["gptq"] >= together
+
+
+@pytest.mark.parametrize("shape", [L70B, L405B])
+def test_plan_says_where_activations_go_and_refuses_what_cannot_fit(tmp_path, monkeypatch, shape):
+    (tmp_path / "config.json").write_text(json.dumps(llama(*shape).to_dict()))
+    need = needs_of(llama(*shape), recipe("W2A16g128"), 128 + 16, 2048, torch.device("cpu"), torch.bfloat16)
+    free = [need.peak]
+    for where in (memory, display):
+        monkeypatch.setattr(where, "free_memory", lambda device: free[0])
+    monkeypatch.setattr(memory, "disk_free", lambda folder: 1 << 60)
+
+    def said():
+        result = CliRunner().invoke(app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", "--samples", "128", "--length", "2048", "--json", str(tmp_path / "plan.json"), "--device", "cpu"])
+        return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+    code, text = said()
+    assert code == 0 and "auto puts them here on the host" in text
+    assert json.loads((tmp_path / "plan.json").read_text())["peak_memory"] == need.peak
+    free[0] = need.least
+    code, text = said()
+    assert code == 0 and "auto puts them here on the disk" in text
+    free[0] = need.least - 1
+    code, text = said()
+    assert code == 2 and "one block of this model does not fit this machine" in text
+    assert (tmp_path / "plan.json").is_file()  # what it would take is said all the same
+    monkeypatch.setattr(memory, "disk_free", lambda folder: need.streams - 1)
+    assert "nowhere is room for the activations" in said()[1]
+
+
+def test_a_machine_that_does_not_tell_refuses_nothing(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    need = needs_of(llama(*L405B), recipe("W2A16g128"), 144, 2048, GPU, torch.bfloat16)
+    need.check(GPU)
+    assert need.placed("auto", GPU, machine.Path(".")).used == "device"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_needs_of_every_family(family):
+    for name in ("rtn", "tesseraq", "gptq", "awq+gptq", "smoothquant", "quarot"):
+        chosen = load_recipe(name, scheme=parse_scheme("W4A16g16"))
+        if name == "quarot" and family in ("opt", "opt-post-norm", "qwen3", "gemma"):
+            continue  # some of them cannot be rotated; not this test's business
+        need = needs_of(FAMILIES[family](), chosen, 24, 32, torch.device("cpu"), torch.bfloat16)
+        assert 0 < need.least <= need.block <= need.peak

@@ -8,13 +8,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from .errors import LowbitError
 from .job import BlockDone, Result, Working
+from .machine import free_memory
+from .plan import Plan
 from .targets import Verdict
 
 _SHOWN = 12  # rows of the live table
@@ -164,6 +168,25 @@ def analysis_tables(data: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def memory_rows(plan: Plan, device: torch.device, folder: Path) -> tuple[tuple[str, str], ...]:
+    """What a plan says of memory, on this machine with files in ``folder``."""
+    m, gib = plan.memory, 2**30
+    free = free_memory(device)
+    steps = ", ".join(f"{name} {most / gib:.3g}" for name, most in m.steps.items())
+    try:
+        placed = f"--offload auto puts them here on the {m.placed('auto', device, folder).used}"
+    except LowbitError as e:
+        placed = str(e)
+    there = "" if free is None else f"; {free / gib:.3g} are free here"
+    return (
+        ("peak memory", f"{m.peak / gib:.3g} GiB: a block {m.block / gib:.3g}, embeddings and head {m.outer / gib:.3g}, activations "
+         f"{m.streams / gib:.3g}" + (f", libraries {m.process / gib:.2g}" if m.process else "") + there),
+        ("of a block", f"GiB by step: {steps}; below {m.least / gib:.3g} it cannot be done"),
+        ("activations", f"{m.copies} x {m.stream / gib:.3g} GiB; {placed}"),
+        ("closing check", f"about {plan.check_memory / gib:.3g} GiB, in a process of its own that loads the whole model"),
+    )  # fmt: skip
+
+
 def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """All cells of a comparison, failures included."""
     tasks = any(r.get("tasks") for r in rows)
@@ -212,6 +235,9 @@ def summary(result: Result) -> str:
         f"{size(s['before'])} -> {size(s['after'])} on disk; {s['bits_per_weight']:.3f} bits per quantized weight, "
         f"{s['model_bits_per_weight']:.3f} over all parameters",
     ]
+    kept = report.get("offload")  # older reports have none
+    if kept and kept["used"] == "disk":
+        lines.append(f"activations were kept on disk, {size(kept['bytes'])} at most")
     q = report["quality"]
     if q:
         lines.append(

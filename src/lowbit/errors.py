@@ -20,3 +20,13 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> LowbitError:
     near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}."
     return LowbitError(f"unknown {kind} '{given}': {hint}")
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for a sentence: in units of 1024, three digits or four."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import artifact
 from .artifact import Workplace
-from .card import model_card, terms_of
+from .card import model_card
 from .errors import LowbitError
 from .evaluate import Tally
 from .formats import compressed_tensors as ct
@@ -26,20 +26,20 @@ from .formats import native
 from .grid import Affine, Grid, QTensor
 from .loop import Streams, advance, as_read, begin, ordered, prepared, readings_of, run, surveyed
 from .machine import give_back_memory, pick_device
+from .memory import Offload
 from .methods import OmniQuant
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
-from .model.checkpoint import Checkpoint
+from .model.storage import Storage
 from .model.stream import ModelStream, load_tokenizer
-from .plan import beyond_compressed_tensors, check_divides, check_loadable
+from .plan import HELD_OUT, beyond_compressed_tensors, check_divides, check_loadable, needs_of
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
 from .recipe import Recipe
-from .record import block_record
+from .record import block_record, command_of, source_of
 from .scheme import Scheme, parse_scheme
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
-_HELD_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def quantize(
     device: str = "auto",
     settings: Sequence[str] = (),
     plain: bool = False,
+    offload: str = "auto",
+    offload_dir: str | Path | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Result:
@@ -120,13 +122,16 @@ def quantize(
             recipe's, which is stdlib, 128 and 2048 (or the model's context if that is shorter) if it does not say.
         settings: "method.option=value" changes to the recipe.
         plain: refuse what plain loaders could not run instead of writing it in the library's own format.
+        offload: where the activation streams live, see `lowbit.memory.Offload`; changes no byte of the artifact.
+        offload_dir: folder for them on disk, by default OUT.partial.
         progress: told after each block. watch: told of each step within a block.
 
     Raises:
-        LowbitError: bad input, named. VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
+        LowbitError: bad input, named; or a block or the activations do not fit this machine.
+        VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
     """
     options = {"--scheme": scheme, "--calib": calib, "--samples": samples, "--length": length}
-    command = _command(model, recipe, options, settings, seed, "" if device == "auto" else device, plain)
+    command = command_of(model, recipe, options, settings, seed, "" if device == "auto" else device, plain)
     if isinstance(scheme, str):
         scheme = parse_scheme(scheme)
     elif isinstance(scheme, Affine):
@@ -146,38 +151,15 @@ def quantize(
         raise LowbitError(f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or leave --plain out.")
     stream = prepared(stream, recipe, seed)
     recipe = replace(recipe, calibration=_calibration(recipe.calibration, stream, calib, samples, length))
-    rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, _HELD_OUT)
+    needs = needs_of(stream.config, recipe, recipe.calibration.samples + HELD_OUT, recipe.calibration.length, where, stream.dtype)
+    needs.check(where)
+    placed = needs.placed(offload, where, Path(offload_dir or Path(out).parent))
+    rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, HELD_OUT)
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
-    origin = {"source": _source(stream.checkpoint), "command": command}
-    return _Run(stream, recipe, rows, Path(out), seed, origin, progress, watch).finish()
-
-
-def _command(
-    model: str, recipe: str | Recipe, options: Mapping[str, Any], settings: Sequence[str], seed: int, device: str, plain: bool
-) -> list[str]:
-    """The words of a command that makes the same artifact. A recipe without a name is the recipe.toml that lies in it, whole."""
-    out = ["lowbit", "quantize", model]
-    if isinstance(recipe, str) and not recipe.endswith(".toml"):
-        out += ["--recipe", recipe]
-        for name, value in options.items():
-            if value is not None:
-                out += [name, str(value)]
-        for setting in settings:
-            out += ["--set", setting]
-    else:
-        out += ["--recipe", artifact.RECIPE]
-    return [*out, "--seed", str(seed), *(["--device", device] if device else []), *(["--plain"] if plain else []), "-o", "OUT"]
-
-
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where the model comes from, as far as a model card tells: its hub id, and its license if its own card names one."""
-    try:
-        readme = checkpoint.file(artifact.CARD)
-    except LowbitError:  # the model itself was reached: not worth stopping for
-        readme = None
-    return {"hub": None if checkpoint.folder is not None else checkpoint.name, "license": terms_of(readme)}
+    origin = {"source": source_of(stream.checkpoint), "command": command}
+    return _Run(stream, recipe, rows, Path(out), seed, origin, placed, offload_dir, progress, watch).finish()
 
 
 def _calibration(given: Calibration, stream: ModelStream, source: str | None, samples: int | None, length: int | None) -> Calibration:
@@ -196,13 +178,15 @@ class _Run:
     """One run: the state that outlives a block."""
 
     def __init__(
-        self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, origin: Mapping[str, Any], progress: Progress | None,
-        watch: Watch | None,
+        self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, origin: Mapping[str, Any], offload: Offload,
+        offload_dir: str | Path | None, progress: Progress | None, watch: Watch | None,
     ) -> None:
         self.stream, self.recipe, self.rows, self.seed, self.progress, self.watch = stream, recipe, rows, seed, progress, watch
         self.origin = origin  # what report.json says of the model's source and the command
         self.started = time.time()
         self.place = Workplace(out, self._fingerprint(), len(stream) + 1)
+        self.offload = offload
+        self.storage = Storage(offload.used, stream.device, Path(offload_dir or self.place.partial))
         self.records: list[dict[str, Any]] = []
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -223,7 +207,7 @@ class _Run:
         """Everything from the first tensor to the verified directory; if that exists already, it is only verified again."""
         if self.place.done:
             return Result(self.place.out, read_report(self.place.out), verify(self.place.out), repeated=True)
-        self.stream = ordered(self.stream, self.recipe, self.rows.calibration, self.seed, self._announce)
+        self.stream = ordered(self.stream, self.recipe, self.rows.calibration, self.seed, self._announce, self.storage)
         self._outer_shard()
         streams = self._enter()
         for record, after, resumed in self._blocks(streams):
@@ -240,11 +224,11 @@ class _Run:
 
     def _enter(self) -> Streams:
         held = self.rows.held_out
-        x = self.stream.embed(torch.cat([self.rows.calibration, held]))
+        x = self.stream.embed(torch.cat([self.rows.calibration, held]), storage=self.storage)
         exact = self.stream.in_float32()
         proof = exact.embed(self._proof_ids(), exact.compute)
         self.stream.release()
-        return Streams(x, x, len(self.rows.calibration), proof)
+        return Streams(x, x, len(self.rows.calibration), proof, self.storage)
 
     def _proof_ids(self) -> Tensor:
         source = self.rows.held_out if len(self.rows.held_out) >= _PROOF_ROWS else self.rows.calibration
@@ -266,11 +250,12 @@ class _Run:
             start += 1
             give_back_memory()
         clock = time.time()
-        for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce), start):
+        blocks = run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce)
+        for i, (block, streams) in enumerate(blocks, start):  # those that entered are let go
             tensors = artifact.block_tensors(block)
             record = self.place.finish(i + 1, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
-            yield record, after, False
+            yield record, streams, False
             del block, tensors
             give_back_memory()
 
@@ -377,7 +362,8 @@ class _Run:
             **self.origin, "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
-            "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "hash": digest,
+            "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "offload": asdict(self.offload),
+            "hash": digest,
             "size": {"before": before, "after": total, "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / weights,
                      "model_bits_per_weight": 8 * total / sum(_numel(s) for s, _ in shapes.values())},
             "quality": quality, "blocks": blocks, "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},

@@ -16,6 +16,7 @@ from .methods import CLAQ, RTN, CrossQuant, OmniQuant, QuaRot
 from .methods._reconstruct import Reconstruction
 from .methods.claq import least_gain, survey
 from .model.block import Announce, Block, silent
+from .model.storage import Storage
 from .model.stream import ModelStream
 from .recipe import Recipe
 
@@ -24,17 +25,25 @@ from .recipe import Recipe
 class Streams:
     """Activations at a block boundary: as the float model has them and as the quantized prefix has them.
 
+    At most three of their size are held at a time, whatever the depth: ``x`` and ``xq`` of a block and its target. When the block
+    is finished the target becomes the next ``x``, the next ``xq`` is written over this ``x``, and this ``xq`` is the room for the
+    next target.
+
     Attributes:
         x, xq: (rows, length, hidden) in the model's dtype; the same tensor before the first block.
         tuned_rows: leading rows that methods may learn from; the others are held out.
         proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the quantized model's activations for
             the artifact's proof, never rounded between blocks.
+        storage: where new ones are put; None puts them beside those that enter.
+        room: a tensor like ``xq`` that the next target is written over, or None.
     """
 
     x: Tensor
     xq: Tensor
     tuned_rows: int
     proof: Tensor | None = None
+    storage: Storage | None = None
+    room: Tensor | None = None
 
 
 def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
@@ -53,7 +62,9 @@ def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
     return stream
 
 
-def ordered(stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent) -> ModelStream:
+def ordered(
+    stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent, storage: Storage | None = None
+) -> ModelStream:
     """The model with the channels of its residual stream by falling size, if the recipe folds CrossQuant's factors by groups.
 
     One pass of the float model over the calibration rows ``ids``, also when a run is resumed.
@@ -65,8 +76,9 @@ def ordered(stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announc
     if method is None:
         return stream
     stream.ordered(torch.arange(stream.config.hidden_size))  # refuses before the pass
-    x = stream.embed(ids)
-    streams, kwargs = Streams(x, x, len(ids)), stream.block_kwargs(ids.shape[1])
+    x = stream.embed(ids, storage=storage)
+    streams, kwargs = Streams(x, x, len(ids), storage=storage), stream.block_kwargs(ids.shape[1])
+    del x
     total = torch.zeros(stream.config.hidden_size, dtype=torch.float64, device=stream.device)
     for i in range(len(stream)):
         announce(f"crossquant: sizes of the residual channels in block {i + 1} of {len(stream)}")
@@ -106,10 +118,10 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
         name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
         compute=stream.compute, stored=stream.dtype, grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
         x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
-        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce,
+        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce, storage=streams.storage,
     )  # fmt: skip
-    target = block.run(streams.x)
-    if not bool(torch.isfinite(target.float().square().sum(-1)).all()):  # as norms and losses take it
+    target = block.run(streams.x, out=streams.room)
+    if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):  # as norms and losses take it
         raise LowbitError(f"'{name}' of the float model gives activations whose squares are not finite: its weights or norms are too large.")
     return _gridded(replace(block, target=target), recipe)
 
@@ -154,14 +166,16 @@ def apply_methods(block: Block, recipe: Recipe) -> Block:
 
 @torch.no_grad()
 def advance(block: Block, streams: Streams, proof_kwargs: Mapping[str, Any]) -> Streams:
-    """The streams after a finished block."""
+    """The streams after a finished block. Its ``x`` is written over, unless it is also its ``xq``: then it is the caller's."""
     decoded = block.decoded()
+    entry = block.x is block.xq
     proof = streams.proof
     if proof is not None:
         wide = torch.promote_types(block.compute, torch.float32)
         alone = replace(block, kwargs=proof_kwargs, compute=wide)  # row by row, as loaders are asked: a grid may look at all rows
         proof = torch.cat([alone.forward(row[None].to(block.device), decoded) for row in proof])
-    return replace(streams, x=block.target, xq=block.run(streams.xq, decoded), proof=proof)
+    xq = block.run(block.xq, decoded, out=None if entry else block.x)
+    return replace(streams, x=block.target, xq=xq, proof=proof, room=None if entry else block.xq)
 
 
 def run(

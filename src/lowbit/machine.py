@@ -24,6 +24,55 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could still be allocated, None where nobody tells.
+
+    On an accelerator what its driver calls free, and what torch has cached. In host memory what the kernel could hand out without
+    swapping (MemAvailable), or what is left to this process's control groups where that is less.
+    """
+    if device.type != "cpu":
+        kind = getattr(torch, device.type, None)  # cuda, xpu
+        if kind is None or not hasattr(kind, "mem_get_info"):
+            return None
+        cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        return int(kind.mem_get_info(device)[0]) + cached
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")))
+    if found is None:
+        return None
+    return min([int(found[1]) * 1024, *control_groups()])
+
+
+def control_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left to each control group this process is in that has a limit; cached files that can be dropped count as left.
+
+    Args:
+        membership: a file like /proc/self/cgroup. root: where the groups' file system is mounted, of version 1 or 2.
+    """
+    out = []
+    for line in _text(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names, cache = root, ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, names, cache = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *(p for p in group.parents if p.is_relative_to(base))):  # a limit of a parent binds its children
+            limit, used = (_text(folder / n).strip() for n in names)
+            if limit.isdigit() and used.isdigit():
+                dropped = re.search(rf"^{cache} (\d+)$", _text(folder / "memory.stat"), re.M)
+                out.append(max(0, int(limit) - int(used) + (int(dropped[1]) if dropped else 0)))
+    return out
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def give_back_memory() -> None:
     """Return freed memory to the system: glibc keeps it, and the holes between steps and blocks would add up with depth."""
     if sys.platform == "linux":

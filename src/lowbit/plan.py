@@ -16,6 +16,7 @@ from .formats.compressed_tensors import carries
 from .formats.packing import tensor_bytes
 from .grid import Affine, KQuant
 from .grid.kquant import SUPER
+from .memory import PROCESS, Layer, Needs, Rows, needs
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import config_at, hub_file
@@ -23,8 +24,8 @@ from .model.wiring import Wiring, wiring_of
 from .recipe import Recipe
 from .targets import Planned, Verdict, verdicts
 
+HELD_OUT = 16  # rows that a run draws besides the calibration's, to judge the result on
 _SCALE_BYTES = 2
-_STREAMS = 3  # float input, quantized input, target
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,8 @@ class Plan:
         parameters: of the model, tied heads once; quantized: those inside quantized linears.
         original: the 16-bit checkpoint; artifact: the packed one.
         bits_per_weight: of the quantized linears, scales and zero points included; model_bits_per_weight: of everything.
-        block_memory: largest block while it is tuned: float32 weights, gradient, soft weight and decoded copy, and for
-            learners rounding variable, its gradient, two Adam moments, base, step and two scratch buffers.
-        outer_memory: embeddings and head, held at the start and at the end only.
-        activations: three streams of the calibration rows in 16 bits, and one batch's saved intermediates in float32.
+        memory: what is held while it runs, see `lowbit.memory.Needs`.
+        check_memory: the closing check, in a process of its own: the whole model decoded, in float32.
         seconds: arithmetic at the measured rate of this device; an estimate, None if the rate was not measured.
         runtimes: what each says to the result, in the order of `lowbit.targets.TARGETS`.
     """
@@ -51,19 +50,14 @@ class Plan:
     artifact: int
     bits_per_weight: float
     model_bits_per_weight: float
-    block_memory: int
-    outer_memory: int
-    activations: int
+    memory: Needs
+    check_memory: int
     seconds: float | None
     runtimes: tuple[Verdict, ...]
 
-    @property
-    def peak_memory(self) -> int:
-        """Blocks and activations are held together; embeddings and head are not."""
-        return max(self.block_memory, self.outer_memory) + self.activations
-
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "peak_memory": self.peak_memory}
+        m = self.memory
+        return {**asdict(self), "block_memory": m.block, "outer_memory": m.outer, "activations": m.streams, "peak_memory": m.peak}
 
     def verdict(self, target: str) -> Verdict:
         """What a runtime says, by its name in `lowbit.targets.TARGETS`."""
@@ -182,13 +176,14 @@ def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int, f
 
 
 def make_plan(
-    config: Any, recipe: Recipe, samples: int = 128, length: int = 2048, rate: float | None = None, tensor_parallel: int = 1
-) -> Plan:
+    config: Any, recipe: Recipe, samples: int = 128, length: int = 2048, rate: float | None = None, tensor_parallel: int = 1,
+    device: torch.device | None = None,
+) -> Plan:  # fmt: skip
     """Count what a run needs, and ask the runtimes.
 
     Args:
         config: a transformers config. rate: sustained FLOP/s of the device, see `measure_rate`.
-        tensor_parallel: devices among which a server will divide every linear.
+        tensor_parallel: devices among which a server will divide every linear. device: which computes, by default a CPU.
 
     Raises:
         LowbitError: unsupported family, or a group size that does not fit.
@@ -211,23 +206,33 @@ def make_plan(
     packed = sum(tensor_bytes(recipe.grid_of(n), a, b, _SCALE_BYTES) for n, (a, b) in names.items()) + _extras(recipe, names)
     untouched, stored = rest * blocks + outside, rest * blocks + outside_stored
     parameters = quantized + untouched
-    per_block = quantized // blocks
     context = getattr(config, "max_position_embeddings", None) or length
     tokens = samples * min(length, context)
-    learner = next((m for m in reversed(recipe.methods) if isinstance(m, (TesseraQ, OmniQuant))), None)
-    batch_tokens = min(length, context) * (learner.batch if learner else 1)
-    saved = batch_tokens * 4 * (sum(a + b for a, b in linears.values()) + 8 * config.hidden_size)
     return Plan(
         model_type=config.model_type, blocks=blocks, parameters=parameters, quantized=quantized, original=2 * parameters,
         artifact=packed + 2 * stored, bits_per_weight=8 * packed / quantized,
         model_bits_per_weight=8 * (packed + 2 * stored) / parameters,
-        block_memory=4 * per_block * (4 + (8 if learner else 0)) + _hessians(recipe, linears), outer_memory=4 * outside_stored,
-        activations=_STREAMS * tokens * config.hidden_size * 2 + saved,
+        memory=needs_of(config, recipe, samples + HELD_OUT, min(length, context), device or torch.device("cpu"), _dtype(config)),
+        check_memory=4 * parameters,
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
         runtimes=verdicts(
             Planned(recipe, names, wiring, config, beyond_compressed_tensors(names, recipe, wiring), biased, tensor_parallel)
         ),
     )  # fmt: skip
+
+
+def needs_of(config: Any, recipe: Recipe, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> Needs:
+    """What a run holds in memory.
+
+    Args:
+        config: a transformers config. rows: calibration rows, held-out ones included. length: tokens each.
+        device: which computes, a CPU in float32, another in ``dtype``. dtype: of the checkpoint.
+    """
+    linears, rest, outside, tied_head, _ = _skeleton(config)
+    head = tied_head if any(isinstance(m, QuaRot) and m.residual for m in recipe.methods) else 0
+    layer = Layer(linears, rest, outside + head, config.hidden_size, config.vocab_size)
+    cpu = device.type == "cpu"
+    return needs(layer, Rows(rows, length, dtype.itemsize, 4 if cpu else dtype.itemsize), recipe, PROCESS if cpu else 0)
 
 
 def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:
@@ -244,13 +249,9 @@ def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:
     return round(total)
 
 
-def _hessians(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> int:
-    """Bytes of GPTQ's float64 Hessians: the largest with its working copies, and all of them if they are collected at once."""
-    solver = next((m for m in recipe.methods if isinstance(m, (GPTQ, CLAQ))), None)
-    if solver is None:
-        return 0
-    squares = [8 * width * width for width in {w for _, w in linears.values()}]
-    return 4 * max(squares) + (0 if solver.true_sequential else sum(squares))
+def _dtype(config: Any) -> torch.dtype:
+    said = getattr(config, "dtype", None)
+    return said if isinstance(said, torch.dtype) else torch.bfloat16
 
 
 def _flops(recipe: Recipe, linears: Mapping[str, tuple[int, int]], tokens: int, samples: int, length: int) -> float:

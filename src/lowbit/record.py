@@ -1,19 +1,50 @@
-"""What report.json says of a block that has been quantized."""
+"""What report.json says of a run: where the model comes from, the command, and each block that has been quantized."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .artifact import CARD, RECIPE
+from .card import terms_of
+from .errors import LowbitError
 from .formats.columns import column_widths
 from .formats.packing import local_tensors
 from .grid import Codebook, QTensor
 from .machine import peak_memory
 from .model.block import Block
+from .model.checkpoint import Checkpoint
 from .model.judge import linear_errors
+from .recipe import Recipe
 from .scheme import scheme_name
+
+
+def command_of(
+    model: str, recipe: str | Recipe, options: Mapping[str, Any], settings: Sequence[str], seed: int, device: str, plain: bool
+) -> list[str]:
+    """The words of a command that makes the same artifact. A recipe without a name is the recipe.toml that lies in it, whole."""
+    out = ["lowbit", "quantize", model]
+    if isinstance(recipe, str) and not recipe.endswith(".toml"):
+        out += ["--recipe", recipe]
+        for name, value in options.items():
+            if value is not None:
+                out += [name, str(value)]
+        for setting in settings:
+            out += ["--set", setting]
+    else:
+        out += ["--recipe", RECIPE]
+    return [*out, "--seed", str(seed), *(["--device", device] if device else []), *(["--plain"] if plain else []), "-o", "OUT"]
+
+
+def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where the model comes from, as far as a model card tells: its hub id, and its license if its own card names one."""
+    try:
+        readme = checkpoint.file(CARD)
+    except LowbitError:  # the model itself was reached: not worth stopping for
+        readme = None
+    return {"hub": None if checkpoint.folder is not None else checkpoint.name, "license": terms_of(readme)}
 
 
 def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:

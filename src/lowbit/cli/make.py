@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
-from .app import Calib, Device, OwnScheme, Python, Scheme, app, out, reported, write_json
+from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, app, out, reported, write_json
 
 
 @app.command()
@@ -24,6 +24,8 @@ def quantize(
     samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-best and tesseraq-paper (512).")] = None,
     length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.")] = None,
     seed: Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.")] = 0,
+    offload: Offload = "auto",
+    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: OUT.partial.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Refuse what only this library could load: online rotations, quantized keys and values, most quantized activations.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -34,7 +36,7 @@ def quantize(
     with Progress(out) as progress:
         result = job(
             model, scheme, recipe, out=output, calib=calib, samples=samples, length=length, seed=seed, device=device,
-            settings=set_ or [], plain=plain, progress=progress, watch=progress.working,
+            settings=set_ or [], plain=plain, offload=offload, offload_dir=offload_dir, progress=progress, watch=progress.working,
         )  # fmt: skip
     out.print(summary(result), highlight=False, soft_wrap=True)
 
@@ -54,7 +56,7 @@ def plan(
     json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
 ) -> None:
     """Say before any work what a run will need, which runtimes will load its result, and how to export it for them."""
-    from ..display import duration, runtime_table, runtimes_table
+    from ..display import duration, memory_rows, runtime_table, runtimes_table
     from ..machine import pick_device
     from ..model.calibration import Calibration
     from ..plan import make_plan, measure_rate, read_config
@@ -67,7 +69,8 @@ def plan(
     config = read_config(model)
     own = chosen.calibration
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
-    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(pick_device(device))), tensor_parallel)
+    where = pick_device(device)
+    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(where)), tensor_parallel, where)
     if wanted is not None:
         demand(p.verdict(wanted))
     gib = 2**30
@@ -75,7 +78,7 @@ def plan(
         ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),
         ("size", f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> {p.artifact / 1e9:.3g} GB)"),
         ("bits per weight", f"{p.bits_per_weight:.3f} in quantized linears, {p.model_bits_per_weight:.3f} over all parameters"),
-        ("peak memory", f"{p.peak_memory / gib:.3g} GiB: block {p.block_memory / gib:.3g} (embeddings {p.outer_memory / gib:.3g}), activations {p.activations / gib:.3g}"),
+        *memory_rows(p, where, Path.cwd()),
         ("disk", f"{p.artifact / gib:.3g} GiB"),
         ("time", f"about {duration(p.seconds or 0)} with recipe '{chosen.name}' at this machine's measured matrix product rate (an estimate)"),
     )  # fmt: skip
@@ -86,6 +89,7 @@ def plan(
     out.print(runtimes_table(p.runtimes) if wanted is None else runtime_table(p.verdict(wanted)))
     if json_:
         write_json(json_, {**p.as_dict(), "target": wanted, "tensor_parallel": tensor_parallel})
+    p.memory.check(where)
 
 
 @app.command()

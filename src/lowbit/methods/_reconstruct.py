@@ -32,9 +32,16 @@ class Reconstruction:
         self._readout = block.readout if objective == "logits" else None
         self.objective: Objective = "logits" if self._readout else "block"
         self._generator = torch.Generator().manual_seed(block.seed)
+        self._drawn: Tensor | None = None
 
     def draw(self) -> Tensor:
-        """Row numbers of the next mini-batch, (batch,) int64."""
+        """Row numbers of the next mini-batch, (batch,) int64. Those after it are drawn too, so that they can be read meanwhile."""
+        rows = self._fresh() if self._drawn is None else self._drawn
+        self._drawn = self._fresh()
+        self.block.prefetch(self._drawn, self.block.xq, self.block.target)
+        return rows
+
+    def _fresh(self) -> Tensor:
         return torch.randperm(self.block.tuned_rows, generator=self._generator)[: self.batch]
 
     def output(self, weights: Mapping[str, Tensor], rows: Tensor | slice) -> tuple[Tensor, Tensor]:

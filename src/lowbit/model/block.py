@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import LowbitError
 from ..grid import Affine, Grid, KVGrid, QTensor, QuantizedStates, Reading
 from ..grid.kmeans import NotFiniteError
+from .storage import Storage
 from .wiring import Wiring
 
-_TOKENS_PER_PASS = 8192
+TOKENS_PER_PASS = 8192
 
 
 def first(output: Any) -> Tensor:
@@ -69,6 +70,7 @@ class Block:
         seed: for everything random in this block.
         readout: the last block's output -> logits, None for every other block.
         announce: told what a method is about to do, for whoever watches.
+        storage: where streams made by `run` live; None puts them beside their input.
         readings: linear -> what happens to its input (activation grid, online rotation); nothing where it is missing.
         kv: grid of keys and values, None for floating point.
         params: linear -> fixed grid parameters.
@@ -92,6 +94,7 @@ class Block:
     seed: int
     readout: Callable[[Tensor], Tensor] | None = None
     announce: Announce = silent
+    storage: Storage | None = None
     readings: Mapping[str, Reading] = field(default_factory=dict)
     kv: KVGrid | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -151,14 +154,23 @@ class Block:
 
     def passes(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in the compute dtype on the device), a few thousand tokens at a time."""
-        step = max(1, _TOKENS_PER_PASS // x.shape[1])
+        step = max(1, TOKENS_PER_PASS // x.shape[1])
         for at in range(0, len(x), step):
-            yield at, x[at : at + step].to(self.device, self.compute)
+            self.prefetch(slice(at + step, at + 2 * step), x)
+            # Moved, then cast: streams are often half as wide. From page-locked memory nothing waits for the copy.
+            yield at, x[at : at + step].to(self.device, non_blocking=True).to(self.compute)
+
+    def prefetch(self, rows: Tensor | slice, *streams: Tensor) -> None:
+        """A hint that these rows of streams will be read next, see `Storage.prefetch`."""
+        if self.storage is not None:
+            for x in streams:
+                self.storage.prefetch(x, rows)
 
     @torch.no_grad()
-    def run(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The layer's output for a whole stream, in the stored dtype."""
-        out = torch.empty_like(x)
+    def run(self, x: Tensor, weights: Mapping[str, Tensor] | None = None, out: Tensor | None = None) -> Tensor:
+        """The layer's output for a whole stream, in the stored dtype; written over ``out``, if there is one, not ``x`` itself."""
+        if out is None:
+            out = torch.empty_like(x) if self.storage is None else self.storage.empty(x.shape, x.dtype)
         for at, rows in self.passes(x):
             y = self.forward(rows, weights)
             out[at : at + len(rows)] = y.to(out.device, out.dtype)

@@ -15,6 +15,7 @@ from ..errors import LowbitError
 from .checkpoint import Checkpoint, config_at
 from .order import check_order, order_block, order_outer
 from .residual import Basis, basis_of, rotate_block, rotate_outer
+from .storage import Storage
 from .wiring import Wiring, wiring_of
 
 Kwargs = Mapping[str, Any]
@@ -265,10 +266,20 @@ class ModelStream:
         return {k[len(prefix) + 1 :]: v for k, v in self._outer().items() if k.startswith(prefix + ".")}
 
     @torch.no_grad()
-    def embed(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Token ids (n, length) int64 -> the first block's input (n, length, hidden) in ``dtype``, by default the model's."""
-        rows = [self._enter(row[None]).to(dtype or self.dtype) for row in ids]
-        return torch.cat(rows)
+    def embed(self, ids: Tensor, dtype: torch.dtype | None = None, storage: Storage | None = None) -> Tensor:
+        """Token ids (n, length) int64 -> the first block's input (n, length, hidden) in ``dtype``, by default the model's.
+
+        Args:
+            storage: where it is put; None means on the device.
+        """
+        out: Tensor | None = None
+        for at, row in enumerate(ids):
+            x = self._enter(row[None]).to(dtype or self.dtype)
+            if out is None:
+                out = (storage or Storage("device", self.device)).empty((len(ids), *x.shape[1:]), x.dtype)
+            out[at] = x[0]
+        assert out is not None  # rows are at least one
+        return out
 
     def _enter(self, ids: Tensor) -> Tensor:
         functional_call(self._trunk, self._under(self.wiring.trunk), (ids.to(self.device),), {"use_cache": False})

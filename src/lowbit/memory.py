@@ -1,0 +1,275 @@
+"""What a run holds in memory, counted from shapes: one block while a method works on it, the activation streams, and where those go.
+
+The numbers follow the methods' code: which tensors live together when most of them do. P is the weights of a block's linears, L those
+of its largest linear. Where a method's code changes, its line here has to; tests/test_offload.py holds some against measured peaks.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from .errors import LowbitError, in_bytes, unknown
+from .machine import free_memory
+from .methods import AWQ, CLAQ, GPTQ, CrossQuant, Method, OmniQuant, QuaRot, SmoothQuant, TesseraQ
+from .model.block import TOKENS_PER_PASS
+from .model.storage import Place
+from .recipe import Recipe
+
+PROCESS = 400 << 20  # resident before a model is opened: Python, torch, transformers and their libraries
+_STREAMS = 3  # x, xq and target of one block: `lowbit.loop.Streams`
+_JUDGED_TOKENS = 4096  # `Reconstruction.loss`
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Shapes of a model, as far as memory is concerned.
+
+    Attributes:
+        linears: linear of one block -> (out, in). rest: parameters of a block outside its linears.
+        outside: parameters outside the blocks, tied ones once. hidden: width of the residual stream. vocab: of the head.
+    """
+
+    linears: Mapping[str, tuple[int, int]]
+    rest: int
+    outside: int
+    hidden: int
+    vocab: int
+
+    @property
+    def weights(self) -> int:
+        """P: weights in the linears of a block."""
+        return sum(a * b for a, b in self.linears.values())
+
+    @property
+    def largest(self) -> int:
+        """L: weights of the largest linear."""
+        return max(a * b for a, b in self.linears.values())
+
+    @property
+    def widest(self) -> int:
+        """Most inputs or outputs of a linear."""
+        return max(max(shape) for shape in self.linears.values())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The calibration as it passes through a block.
+
+    Attributes:
+        count: rows, held-out ones included. length: tokens each. stored, compute: bytes of a number in streams and in arithmetic.
+    """
+
+    count: int
+    length: int
+    stored: int
+    compute: int
+
+    def tokens(self, most: int) -> int:
+        """Tokens in a batch of whole rows, at most so many (or one row)."""
+        return min(self.count, max(1, most // self.length)) * self.length
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where a run keeps its activation streams.
+
+    Attributes:
+        asked: "device", "host", "disk", or "auto": the first of them that has room for the streams (and, as far as it works in the same
+            memory, for the hungriest step of a block).
+        used: what it came to; on a CPU "device" is "host".
+        bytes: of all streams together.
+    """
+
+    asked: str
+    used: Place
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of device memory that one block takes, and bytes of the streams.
+
+    Attributes:
+        steps: most that is held while a method works, by its name, block and activations of a batch included; "passes" is what every
+            run does besides.
+        least: what the hungriest of them cannot do without, whatever its code: less memory than this is refused.
+        stream: one activation stream. copies: how many live at a time.
+        outer: embeddings, final norm and head as they compute, held with the last block (and alone at the start).
+        process: what the libraries take of the same memory: on a CPU.
+    """
+
+    steps: Mapping[str, int]
+    least: int
+    stream: int
+    copies: int
+    outer: int
+    process: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The largest sum of all, if the streams live where blocks are computed."""
+        return self.process + self.block + self.outer + self.streams
+
+    @property
+    def block(self) -> int:
+        """The hungriest step."""
+        return max(self.steps.values())
+
+    @property
+    def streams(self) -> int:
+        """All streams that live at a time."""
+        return self.stream * self.copies
+
+    def check(self, device: torch.device) -> None:
+        """Refuse a block that certainly does not fit.
+
+        Raises:
+            LowbitError: ``least`` is more than the device has free.
+        """
+        free = free_memory(device)
+        if free is not None and self.least > free:
+            hungry = max(self.steps, key=lambda k: self.steps[k])
+            where = "this machine" if device.type == "cpu" else f"'{device}'"
+            raise LowbitError(
+                f"one block of this model does not fit {where}: it takes at least {in_bytes(self.least)} (about {in_bytes(self.block)} "
+                f"in '{hungry}'), and {in_bytes(free)} are free. What helps: a recipe without learning (--recipe gptq, "
+                "awq or rtn), shorter rows (--length), or a device with more memory (--device)."
+            )
+
+    def placed(self, asked: str, device: torch.device, folder: Path) -> Offload:
+        """Where the streams go.
+
+        Args:
+            folder: for files on disk; its nearest ancestor that exists says how much is free.
+
+        Raises:
+            LowbitError: no such place, or "auto" finds no room in any.
+        """
+        known = ("auto", *get_args(Place))
+        if asked not in known:
+            raise unknown("place for --offload", asked, known)
+        if asked == "device":
+            return Offload(asked, "host" if device.type == "cpu" else "device", self.streams)
+        if asked == "host":
+            return Offload(asked, "host", self.streams)
+        if asked == "disk":
+            return Offload(asked, "disk", self.streams)
+        if device.type != "cpu" and _has(device, self.streams + self.block + self.outer):
+            return Offload(asked, "device", self.streams)
+        host = torch.device("cpu")
+        if _has(host, self.streams + self.block + self.outer if device.type == "cpu" else self.pinned):
+            return Offload(asked, "host", self.streams)
+        free = disk_free(folder)
+        if free is not None and free < self.streams:
+            raise LowbitError(
+                f"nowhere is room for the activations of {in_bytes(self.streams)}: in memory {in_bytes(free_memory(host) or 0)} are free "
+                f"(a block takes {in_bytes(self.block)} besides), in '{folder}' {in_bytes(free)}. Name a folder on another disk "
+                "(--offload-dir), or take fewer --samples."
+            )
+        return Offload(asked, "disk", self.streams)
+
+    @property
+    def pinned(self) -> int:
+        """The streams in page-locked memory, which torch allocates in powers of two."""
+        return self.copies * (1 << max(0, self.stream - 1).bit_length())
+
+
+def _has(device: torch.device, wanted: int) -> bool:
+    free = free_memory(device)
+    return free is None or wanted <= free
+
+
+def disk_free(folder: Path) -> int | None:
+    """Bytes free where a folder lies or would be made; None if that cannot be said."""
+    try:
+        return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    except (OSError, StopIteration):
+        return None
+
+
+def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0) -> Needs:
+    """Count what a run of a recipe takes. Estimates are of the code as it is; see `Needs.least` for the bound.
+
+    Args:
+        process: bytes that the libraries take of the same memory.
+    """
+    base = 4 * (layer.weights + layer.rest)
+    passing = _passing(layer, rows)
+    coded = 5 * layer.weights  # uint8 codes, and the weights they decode to
+    clipped = any(isinstance(m, AWQ) and m.clip != "none" for m in recipe.methods)
+    kept = 2 * layer.weights if clipped else 0  # weights before the clip, for judging
+    steps = {"passes": base + kept + coded + max(passing, 12 * layer.largest)}
+    least = base + coded
+    for method in recipe.methods:
+        name = type(method).__name__.lower()
+        steps[name] = base + _step(method, layer, rows, passing, kept)
+        least = max(least, base + _floor(method, layer, rows))
+    copies = _STREAMS + int(any(isinstance(m, OmniQuant) and _second(m, recipe) for m in recipe.methods))
+    stream = rows.count * rows.length * layer.hidden * rows.stored
+    return Needs(steps, least, stream, copies, layer.outside * rows.compute, process)
+
+
+def _second(method: OmniQuant, recipe: Recipe) -> bool:
+    """Whether OmniQuant also keeps the float block's output on the quantized stream."""
+    return not method.clips and (method.second_loss == "on" or (method.second_loss == "auto" and recipe.grid.bits <= 2))
+
+
+def _cast(layer: Layer, rows: Rows) -> int:
+    """The weights in the compute dtype, where that is not the float32 they are held in."""
+    return 0 if rows.compute == 4 else rows.compute * layer.weights
+
+
+def _passing(layer: Layer, rows: Rows) -> int:
+    """Activations of a batch that passes without gradients: three as wide as the block gets, and the residual stream around them."""
+    return rows.tokens(TOKENS_PER_PASS) * rows.compute * (3 * layer.widest + 4 * layer.hidden) + _cast(layer, rows)
+
+
+def _training(layer: Layer, rows: Rows, batch: int) -> int:
+    """What a forward pass saves for gradients, and the gradients of the widest activations."""
+    wide = sum(a + b for a, b in layer.linears.values()) + 10 * layer.hidden + 2 * layer.widest
+    return min(batch, rows.count) * rows.length * rows.compute * wide + _cast(layer, rows)
+
+
+def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int) -> int:
+    """Most bytes held besides a block's float32 weights while a method works."""
+    weights, largest = layer.weights, layer.largest
+    if isinstance(method, AWQ):
+        tokens = min(method.rows, rows.count) * rows.length
+        seen = tokens * rows.compute * max(3 * layer.hidden, layer.widest) + 4 * layer.widest**2  # a site's inputs, their products
+        scales = 4 * weights + seen + max(passing, 32 * largest) if method.scales else 0
+        clip = 8 * weights + kept + max(passing, 20 * largest) if method.clip != "none" else 0  # folded, and clipped
+        return max(scales, clip)
+    if isinstance(method, TesseraQ):
+        # Per weight: nu, base, step, h, sigmoid, soft; two snapshots; two moments; gradient of nu, old and new; soft weights, their
+        # gradients, these in one piece, and a product. Then the readout of the last block, five times its logits.
+        state = 4 * 16 * weights
+        tokens = max(min(method.batch, rows.count) * rows.length, rows.tokens(_JUDGED_TOKENS))
+        logits = 5 * 4 * layer.vocab * tokens if method.objective == "logits" else 0
+        return kept + state + max(_training(layer, rows, method.batch), logits)
+    if isinstance(method, OmniQuant):
+        return kept + 40 * weights + _training(layer, rows, method.batch)
+    if isinstance(method, (GPTQ, CLAQ)):
+        square = 8 * layer.widest**2
+        sites = {b for _, b in layer.linears.values()}
+        waiting = 0 if method.true_sequential else sum(8 * b * b for b in sites)
+        return kept + 5 * weights + waiting + max(square + passing, 5 * square, 2 * square + 24 * largest)
+    if isinstance(method, (SmoothQuant, CrossQuant, QuaRot)):
+        return 4 * weights + max(passing, 24 * largest)
+    return weights + 12 * largest
+
+
+def _floor(method: Method, layer: Layer, rows: Rows) -> int:
+    """Bytes besides a block's float32 weights that a method needs in any implementation of ours."""
+    if isinstance(method, TesseraQ):  # variable and two moments in float32, soft weights and their gradient as they compute
+        return (12 + 2 * rows.compute) * layer.weights
+    if isinstance(method, OmniQuant):
+        return 2 * rows.compute * layer.weights
+    if isinstance(method, (GPTQ, CLAQ)):  # a Hessian and its factor in float64
+        return 16 * max(b for _, b in layer.linears.values()) ** 2
+    return 0
