@@ -127,17 +127,20 @@ class Workplace:
         out: the final directory.
         fingerprint: everything that decides the bytes; a resume must match it.
         shards: number of shards, the one for the tensors outside the blocks included.
+        writes: False for a process that only reads what another one writes there.
 
     Raises:
         LowbitError: OUT exists and is not empty, cannot be written, or OUT.partial belongs to another run.
     """
 
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any], shards: int) -> None:
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any], shards: int, *, writes: bool = True) -> None:
         self.out, self.shards = out, shards
         self.partial = out.with_name(out.name + ".partial")
         state = json.dumps(fingerprint, indent=1, sort_keys=True)
         self.run = hashlib.sha256(state.encode()).hexdigest()
-        self.done = self._is_finished()
+        self.done = writes and self._is_finished()
+        if not writes:
+            return
         if self.done:
             with _disk(out):
                 self._tidy(out)

@@ -23,13 +23,14 @@ from .errors import LowbitError
 from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
-from .grid import Affine, Grid, QTensor
+from .grid import Affine, CrossQuant, Grid, LLMInt8, QTensor
 from .loop import Streams, advance, as_read, begin, ordered, prepared, readings_of, run, surveyed
-from .machine import give_back_memory, pick_device
-from .methods import OmniQuant
+from .machine import device_of_rank, give_back_memory, pick_device
+from .methods import OmniQuant, TesseraQ
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.checkpoint import Checkpoint
+from .model.ranks import ALONE, Ranks
 from .model.stream import ModelStream, load_tokenizer
 from .plan import beyond_compressed_tensors, check_divides, check_loadable
 from .presets import load_recipe
@@ -74,6 +75,7 @@ class Working:
 
 Progress = Callable[[BlockDone], None]
 Watch = Callable[[Working], None]
+Check = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def quantize(
     plain: bool = False,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Quantize a model and write a verified artifact; continue an unfinished run of the same command.
 
@@ -121,6 +124,8 @@ def quantize(
         settings: "method.option=value" changes to the recipe.
         plain: refuse what plain loaders could not run instead of writing it in the library's own format.
         progress: told after each block. watch: told of each step within a block.
+        ranks: the processes that share the run, from `lowbit.launch.joined`; all call this alike, the first one writes, and all get
+            its result. The folder of ``out`` must be one that all of them see.
 
     Raises:
         LowbitError: bad input, named. VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
@@ -137,7 +142,7 @@ def quantize(
         recipe = load_recipe(recipe, scheme=scheme, settings=settings)
     elif scheme is not None:
         recipe = recipe.with_scheme(scheme)
-    where = pick_device(device)
+    where = pick_device(device) if ranks.size == 1 else device_of_rank(device, ranks.local)
     stream = ModelStream(model, where)
     check_divides(stream.linear_shapes(), recipe)
     check_loadable(stream.linear_shapes(), recipe, stream.wiring)
@@ -151,7 +156,8 @@ def quantize(
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
     origin = {"source": _source(stream.checkpoint), "command": command}
-    return _Run(stream, recipe, rows, Path(out), seed, origin, progress, watch).finish()
+    _check_ranks(ranks, recipe, stream, len(rows.calibration))
+    return _Run(stream, recipe, rows, Path(out), seed, origin, progress, watch, ranks).finish()
 
 
 def _command(
@@ -192,17 +198,41 @@ def _calibration(given: Calibration, stream: ModelStream, source: str | None, sa
     )
 
 
+def _check_ranks(ranks: Ranks, recipe: Recipe, stream: ModelStream, samples: int) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises:
+        LowbitError: fewer rows than processes, or an activation grid by which a row's numbers depend on the rows it comes with.
+    """
+    if ranks.size == 1:
+        return
+    if samples < ranks.size:
+        raise LowbitError(f"{ranks.size} processes cannot share {samples} calibration rows: use fewer, or more --samples.")
+    grid = recipe.activations
+    together = (isinstance(grid, CrossQuant) and (grid.columns == "call" or stream.wiring.flat)) or isinstance(grid, LLMInt8)
+    if together:
+        kept = " activations.columns=sequence keeps rows apart." if isinstance(grid, CrossQuant) and not stream.wiring.flat else ""
+        raise LowbitError(
+            f"{grid} quantizes a row by what the other rows of its batch hold, so its numbers would depend on how rows are shared: "
+            f"use one process.{kept}"
+        )
+
+
 class _Run:
     """One run: the state that outlives a block."""
 
     def __init__(
         self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, origin: Mapping[str, Any], progress: Progress | None,
-        watch: Watch | None,
+        watch: Watch | None, ranks: Ranks,
     ) -> None:
         self.stream, self.recipe, self.rows, self.seed, self.progress, self.watch = stream, recipe, rows, seed, progress, watch
+        self.ranks = ranks
         self.origin = origin  # what report.json says of the model's source and the command
         self.started = time.time()
-        self.place = Workplace(out, self._fingerprint(), len(stream) + 1)
+        fingerprint = self._fingerprint()
+        ranks.agree("the run", {**fingerprint, "output": str(out.absolute())}, "Start all of them with the same command, files and versions.")
+        self.place = Workplace(out, fingerprint, len(stream) + 1, writes=ranks.first)
+        self.done: bool = ranks.told(self.place.done)
         self.records: list[dict[str, Any]] = []
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -221,30 +251,45 @@ class _Run:
 
     def finish(self) -> Result:
         """Everything from the first tensor to the verified directory; if that exists already, it is only verified again."""
-        if self.place.done:
-            return Result(self.place.out, read_report(self.place.out), verify(self.place.out), repeated=True)
-        self.stream = ordered(self.stream, self.recipe, self.rows.calibration, self.seed, self._announce)
+        if self.done:
+            return self._result(repeated=True)
+        self.stream = ordered(self.stream, self.recipe, self.rows.calibration, self.seed, self._announce, self.ranks)
         self._outer_shard()
         streams = self._enter()
         for record, after, resumed in self._blocks(streams):
             streams = after
             self._told(record, resumed)
-        verification = self._close(streams)
-        return Result(self.place.out, read_report(self.place.out), verification)
+        quality = self._quality(streams)
+        return self._result(self._close(streams, quality) if self.ranks.first else None)
+
+    def _result(self, verification: Verification | None = None, *, repeated: bool = False) -> Result:
+        """What rank 0 has found of the finished directory, told to all."""
+        out = self.place.out
+        found = (read_report(out), verification or verify(out)) if self.ranks.first else None
+        report, verification = self.ranks.told(found)
+        return Result(out, report, verification, repeated)
 
     def _outer_shard(self) -> None:
-        record = self.place.finished(0)
+        record = self._finished(0)
         if record is None:
-            record = self.place.finish(0, self.stream.outer_tensors(), {"name": "outside the blocks"})
+            tensors = self.stream.outer_tensors() if self.ranks.first else {}
+            record = self._finish(0, tensors, {"name": "outside the blocks"}, None)
         self.records.append(record)
 
+    def _finished(self, number: int) -> dict[str, Any] | None:
+        record: dict[str, Any] | None = self.ranks.told(self.place.finished(number) if self.ranks.first else None)
+        return record
+
+    def _finish(self, number: int, tensors: Mapping[str, Tensor], record: dict[str, Any], check: Check | None) -> dict[str, Any]:
+        return self.place.finish(number, tensors, record, check) if self.ranks.first else record
+
     def _enter(self) -> Streams:
-        held = self.rows.held_out
-        x = self.stream.embed(torch.cat([self.rows.calibration, held]))
+        mine = slice(self.ranks.rank, None, self.ranks.size)
+        x = self.stream.embed(torch.cat([self.rows.calibration[mine], self.rows.held_out[mine]]))
         exact = self.stream.in_float32()
-        proof = exact.embed(self._proof_ids(), exact.compute)
+        proof = exact.embed(self._proof_ids(), exact.compute) if self.ranks.first else None
         self.stream.release()
-        return Streams(x, x, len(self.rows.calibration), proof)
+        return Streams(x, x, len(self.rows.calibration), proof, self.ranks)
 
     def _proof_ids(self) -> Tensor:
         source = self.rows.held_out if len(self.rows.held_out) >= _PROOF_ROWS else self.rows.calibration
@@ -257,7 +302,7 @@ class _Run:
         self.recipe = surveyed(self.stream, self.recipe, streams, kwargs, self.seed, self._announce)
         start = 0
         while start < len(self.stream):
-            record = self.place.finished(start + 1)
+            record = self._finished(start + 1)
             if record is None:
                 break
             block = begin(self.stream, start, self.recipe, streams, kwargs[start], self.seed)
@@ -268,11 +313,27 @@ class _Run:
         clock = time.time()
         for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce), start):
             tensors = artifact.block_tensors(block)
-            record = self.place.finish(i + 1, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
+            self._must_agree(block, tensors)
+            block = self._remarked(block) if i == start else block
+            record = self._finish(i + 1, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
             yield record, after, False
             del block, tensors
             give_back_memory()
+
+    def _must_agree(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        """Compare what the ranks have made of a block; each has summed the same numbers, so it must be the same."""
+        if self.ranks.size > 1:
+            hashes = {name: artifact.tensor_hash(t.cpu()) for name, t in tensors.items()}
+            self.ranks.agree(f"the tuned '{block.name}'", hashes, "Do all ranks have the same kind of device and libraries?")
+
+    def _remarked(self, block: Block) -> Block:
+        """The first block tuned, with a remark on methods that give some ranks nothing to do."""
+        told = [
+            f"{type(m).__name__.lower()} learns from {m.batch} rows a step: {self.ranks.size - m.batch} of {self.ranks.size} ranks are idle in it"
+            for m in self.recipe.methods if isinstance(m, (TesseraQ, OmniQuant)) and m.batch < self.ranks.size
+        ]  # fmt: skip
+        return block.noted(trouble=[*block.notes.get("trouble", ()), *told]) if told else block
 
     def _reloaded(self, block: Block) -> Block:
         """A block of an earlier run, its weights and codes read from its finished shard."""
@@ -299,7 +360,7 @@ class _Run:
 
     # --- the end -----------------------------------------------------------------------------------------------------------
 
-    def _close(self, streams: Streams) -> Verification:
+    def _close(self, streams: Streams, quality: dict[str, Any] | None) -> Verification:
         from . import __version__
 
         place, skipped = self.place, self.stream.skipped_linears()
@@ -314,7 +375,6 @@ class _Run:
         total = sum(r["bytes"] for r in self.records)
         place.write_json(artifact.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         artifact.write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
-        quality = self._quality(streams)
         self._write_proof(streams)
         report = self._report(__version__, skipped, quality)
         place.write_json(artifact.REPORT, report)
@@ -348,11 +408,14 @@ class _Run:
         if not len(ids):
             return None
         floating, tuned = Tally(), Tally()
-        for i in range(len(ids)):
-            at = slice(streams.tuned_rows + i, streams.tuned_rows + i + 1)
-            expected = self.stream.head(streams.x[at])
+        for at, i in enumerate(self.ranks.mine(len(ids)), self.ranks.count(streams.tuned_rows)):
+            expected = self.stream.head(streams.x[at : at + 1])
             floating.add(expected, ids[i : i + 1])
-            tuned.add(self.stream.head(streams.xq[at]), ids[i : i + 1], expected)
+            tuned.add(self.stream.head(streams.xq[at : at + 1]), ids[i : i + 1], expected)
+        floating.merge(self.ranks)
+        tuned.merge(self.ranks)
+        if not self.ranks.first:
+            return None
         return {"text": f"{self.rows.source} (held out)", "float": floating.result().as_dict(), "quantized": tuned.result().as_dict()}
 
     @torch.no_grad()
@@ -377,7 +440,7 @@ class _Run:
             **self.origin, "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
-            "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "hash": digest,
+            "seed": self.seed, "ranks": self.ranks.size, "device": str(self.stream.device), "compute": str(self.stream.compute), "hash": digest,
             "size": {"before": before, "after": total, "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / weights,
                      "model_bits_per_weight": 8 * total / sum(_numel(s) for s, _ in shapes.values())},
             "quality": quality, "blocks": blocks, "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},

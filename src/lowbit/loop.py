@@ -16,6 +16,7 @@ from .methods import CLAQ, RTN, CrossQuant, OmniQuant, QuaRot
 from .methods._reconstruct import Reconstruction
 from .methods.claq import least_gain, survey
 from .model.block import Announce, Block, silent
+from .model.ranks import ALONE, Ranks
 from .model.stream import ModelStream
 from .recipe import Recipe
 
@@ -25,16 +26,18 @@ class Streams:
     """Activations at a block boundary: as the float model has them and as the quantized prefix has them.
 
     Attributes:
-        x, xq: (rows, length, hidden) in the model's dtype; the same tensor before the first block.
-        tuned_rows: leading rows that methods may learn from; the others are held out.
+        x, xq: (rows, length, hidden) in the model's dtype, this rank's rows; the same tensor before the first block.
+        tuned_rows: leading rows, of all ranks, that methods may learn from; the others are held out.
         proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the quantized model's activations for
-            the artifact's proof, never rounded between blocks.
+            the artifact's proof, never rounded between blocks. None where no proof is made: not on this rank.
+        ranks: the processes that share the rows.
     """
 
     x: Tensor
     xq: Tensor
     tuned_rows: int
     proof: Tensor | None = None
+    ranks: Ranks = ALONE
 
 
 def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
@@ -53,7 +56,7 @@ def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
     return stream
 
 
-def ordered(stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent) -> ModelStream:
+def ordered(stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent, ranks: Ranks = ALONE) -> ModelStream:
     """The model with the channels of its residual stream by falling size, if the recipe folds CrossQuant's factors by groups.
 
     One pass of the float model over the calibration rows ``ids``, also when a run is resumed.
@@ -65,8 +68,8 @@ def ordered(stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announc
     if method is None:
         return stream
     stream.ordered(torch.arange(stream.config.hidden_size))  # refuses before the pass
-    x = stream.embed(ids)
-    streams, kwargs = Streams(x, x, len(ids)), stream.block_kwargs(ids.shape[1])
+    x = stream.embed(ids[ranks.rank :: ranks.size])
+    streams, kwargs = Streams(x, x, len(ids), ranks=ranks), stream.block_kwargs(ids.shape[1])
     total = torch.zeros(stream.config.hidden_size, dtype=torch.float64, device=stream.device)
     for i in range(len(stream)):
         announce(f"crossquant: sizes of the residual channels in block {i + 1} of {len(stream)}")
@@ -106,7 +109,7 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
         name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
         compute=stream.compute, stored=stream.dtype, grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
         x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
-        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce,
+        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce, ranks=streams.ranks,
     )  # fmt: skip
     target = block.run(streams.x)
     if not bool(torch.isfinite(target.float().square().sum(-1)).all()):  # as norms and losses take it
