@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.block import Block
-from ._batches import gathered, shared, summed
+from ._batches import gathered, summed
 
 Objective = Literal["block", "logits"]
 
@@ -44,7 +44,12 @@ class Reconstruction:
         Args:
             rows: their numbers over all ranks. n is less with several ranks, and may be 0.
         """
-        return self._output(weights, *shared(self.block.ranks, rows, (self.block.xq, self.block.target), self.block.device))
+        b, part = self.block, self.block.ranks.share(len(rows))
+        x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        if part.start < part.stop:
+            return self._output(weights, x[part], target[part])
+        y, target = self._output(weights, x[:1], target[:1])  # modules take no empty batch
+        return y[:0], target[:0]
 
     def _output(self, weights: Mapping[str, Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         b = self.block
