@@ -58,7 +58,7 @@ def joined(device: str, say: Say) -> Iterator[Ranks]:
         store, _, _ = next(rendezvous("env://", timeout=_JOIN))
     voices = _Voices(PrefixStore("lowbit", store), rank, size, say)
     group = None
-    with voices.heard(), voices.until_ended():
+    with voices.until_ended(), voices.heard():
         try:
             where = device_of_rank(device, local)
             if where.type == "cuda":
