@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks_worker.py JOB.json
 
-JOB holds "do": "tune" (cells -> what came out, saved by rank 0) or "quantize" (arguments, for which the ranks may differ; one may be
-told to end or to raise after its first block).
+JOB holds "do": "tune" (cells -> what came out, saved by rank 0; and "differ", arguments of each rank that must be refused) or "quantize"
+(one rank may be told to end or to raise after its first block).
 """
 
 import json
@@ -60,6 +60,10 @@ def main() -> None:
             found = [tuned(*cell, ranks=ranks) for cell in job["cells"]]
             if ranks.first:
                 torch.save(found, job["out"])
+            try:
+                lowbit.quantize(**job["differ"][ranks.rank], ranks=ranks)
+            except lowbit.LowbitError as e:  # of all alike: they could go on
+                Path(f"{job['out']}.{ranks.rank}").write_text(str(e))
             return
 
         def after_block(done: object) -> None:
@@ -68,8 +72,7 @@ def main() -> None:
             if ranks.rank == job.get("raises"):
                 raise lowbit.LowbitError("there is something wrong here.")
 
-        own = job["arguments"][min(ranks.rank, len(job["arguments"]) - 1)]
-        lowbit.quantize(**own, ranks=ranks, progress=after_block)
+        lowbit.quantize(**job["arguments"], ranks=ranks, progress=after_block)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from .errors import LowbitError
 from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
-from .grid import Affine, CrossQuant, Grid, LLMInt8, QTensor
-from .loop import Streams, advance, as_read, begin, ordered, prepared, readings_of, run, surveyed
+from .grid import Affine, Grid, QTensor
+from .loop import Streams, advance, as_read, begin, check_shared, idle_ranks, ordered, prepared, readings_of, run, surveyed
 from .machine import device_of_rank, give_back_memory, pick_device
-from .methods import OmniQuant, TesseraQ
+from .methods import OmniQuant
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.checkpoint import Checkpoint
@@ -75,7 +75,6 @@ class Working:
 
 Progress = Callable[[BlockDone], None]
 Watch = Callable[[Working], None]
-Check = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def quantize(
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
     origin = {"source": _source(stream.checkpoint), "command": command}
-    _check_ranks(ranks, recipe, stream, len(rows.calibration))
+    check_shared(ranks, recipe, stream.wiring, len(rows.calibration))
     return _Run(stream, recipe, rows, Path(out), seed, origin, progress, watch, ranks).finish()
 
 
@@ -198,26 +197,6 @@ def _calibration(given: Calibration, stream: ModelStream, source: str | None, sa
     )
 
 
-def _check_ranks(ranks: Ranks, recipe: Recipe, stream: ModelStream, samples: int) -> None:
-    """Refuse what several processes cannot share.
-
-    Raises:
-        LowbitError: fewer rows than processes, or an activation grid by which a row's numbers depend on the rows it comes with.
-    """
-    if ranks.size == 1:
-        return
-    if samples < ranks.size:
-        raise LowbitError(f"{ranks.size} processes cannot share {samples} calibration rows: use fewer, or more --samples.")
-    grid = recipe.activations
-    together = (isinstance(grid, CrossQuant) and (grid.columns == "call" or stream.wiring.flat)) or isinstance(grid, LLMInt8)
-    if together:
-        kept = " activations.columns=sequence keeps rows apart." if isinstance(grid, CrossQuant) and not stream.wiring.flat else ""
-        raise LowbitError(
-            f"{grid} quantizes a row by what the other rows of its batch hold, so its numbers would depend on how rows are shared: "
-            f"use one process.{kept}"
-        )
-
-
 class _Run:
     """One run: the state that outlives a block."""
 
@@ -231,8 +210,7 @@ class _Run:
         self.started = time.time()
         fingerprint = self._fingerprint()
         ranks.agree("the run", {**fingerprint, "output": str(out.absolute())}, "Start all of them with the same command, files and versions.")
-        self.place = Workplace(out, fingerprint, len(stream) + 1, writes=ranks.first)
-        self.done: bool = ranks.told(self.place.done)
+        self.place = Workplace(out, fingerprint, len(stream) + 1, ranks)
         self.records: list[dict[str, Any]] = []
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -251,7 +229,7 @@ class _Run:
 
     def finish(self) -> Result:
         """Everything from the first tensor to the verified directory; if that exists already, it is only verified again."""
-        if self.done:
+        if self.place.done:
             return self._result(repeated=True)
         self.stream = ordered(self.stream, self.recipe, self.rows.calibration, self.seed, self._announce, self.ranks)
         self._outer_shard()
@@ -270,18 +248,10 @@ class _Run:
         return Result(out, report, verification, repeated)
 
     def _outer_shard(self) -> None:
-        record = self._finished(0)
+        record = self.place.finished(0)
         if record is None:
-            tensors = self.stream.outer_tensors() if self.ranks.first else {}
-            record = self._finish(0, tensors, {"name": "outside the blocks"}, None)
+            record = self.place.finish(0, self.stream.outer_tensors(), {"name": "outside the blocks"})
         self.records.append(record)
-
-    def _finished(self, number: int) -> dict[str, Any] | None:
-        record: dict[str, Any] | None = self.ranks.told(self.place.finished(number) if self.ranks.first else None)
-        return record
-
-    def _finish(self, number: int, tensors: Mapping[str, Tensor], record: dict[str, Any], check: Check | None) -> dict[str, Any]:
-        return self.place.finish(number, tensors, record, check) if self.ranks.first else record
 
     def _enter(self) -> Streams:
         mine = slice(self.ranks.rank, None, self.ranks.size)
@@ -302,7 +272,7 @@ class _Run:
         self.recipe = surveyed(self.stream, self.recipe, streams, kwargs, self.seed, self._announce)
         start = 0
         while start < len(self.stream):
-            record = self._finished(start + 1)
+            record = self.place.finished(start + 1)
             if record is None:
                 break
             block = begin(self.stream, start, self.recipe, streams, kwargs[start], self.seed)
@@ -313,27 +283,13 @@ class _Run:
         clock = time.time()
         for i, (block, after) in enumerate(run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce), start):
             tensors = artifact.block_tensors(block)
-            self._must_agree(block, tensors)
-            block = self._remarked(block) if i == start else block
-            record = self._finish(i + 1, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
+            if i == start and (idle := idle_ranks(self.recipe, self.ranks)):
+                block = block.noted(trouble=[*block.notes.get("trouble", ()), *idle])
+            record = self.place.finish(i + 1, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
             yield record, after, False
             del block, tensors
             give_back_memory()
-
-    def _must_agree(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
-        """Compare what the ranks have made of a block; each has summed the same numbers, so it must be the same."""
-        if self.ranks.size > 1:
-            hashes = {name: artifact.tensor_hash(t.cpu()) for name, t in tensors.items()}
-            self.ranks.agree(f"the tuned '{block.name}'", hashes, "Do all ranks have the same kind of device and libraries?")
-
-    def _remarked(self, block: Block) -> Block:
-        """The first block tuned, with a remark on methods that give some ranks nothing to do."""
-        told = [
-            f"{type(m).__name__.lower()} learns from {m.batch} rows a step: {self.ranks.size - m.batch} of {self.ranks.size} ranks are idle in it"
-            for m in self.recipe.methods if isinstance(m, (TesseraQ, OmniQuant)) and m.batch < self.ranks.size
-        ]  # fmt: skip
-        return block.noted(trouble=[*block.notes.get("trouble", ()), *told]) if told else block
 
     def _reloaded(self, block: Block) -> Block:
         """A block of an earlier run, its weights and codes read from its finished shard."""

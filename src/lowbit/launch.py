@@ -90,7 +90,7 @@ def _reached(rank: int, size: int) -> Iterator[None]:
 
 def _brief(what: str) -> str:
     """An error of torch.distributed without the places in its source and what it advises."""
-    line = re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\]\s*", "", what.splitlines()[0] if what else "no answer")
+    line = re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\]\s*|\s*\[[^\]]*\]:\d+", "", what.splitlines()[0] if what else "no answer")
     return re.split(r"\.\s|\. ?This may", line)[0].strip(" .")
 
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from .errors import LowbitError
-from .grid import KVGrid, Reading
-from .methods import CLAQ, RTN, CrossQuant, OmniQuant, QuaRot
+from .grid import CrossQuant as ColumnGrid
+from .grid import KVGrid, LLMInt8, Reading
+from .methods import CLAQ, RTN, CrossQuant, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
 from .methods.claq import least_gain, survey
 from .model.block import Announce, Block, silent
 from .model.ranks import ALONE, Ranks
 from .model.stream import ModelStream
+from .model.wiring import Wiring
 from .recipe import Recipe
 
 
@@ -54,6 +56,28 @@ def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
         if isinstance(method, OmniQuant) and method.clips and not Path(method.clips).is_file():
             raise LowbitError(f"omniquant.clips: no such file: '{method.clips}'.")
     return stream
+
+
+def check_shared(ranks: Ranks, recipe: Recipe, wiring: Wiring, samples: int) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises:
+        LowbitError: fewer rows than processes, or an activation grid by which a row's numbers depend on the rows it comes with.
+    """
+    if ranks.size == 1:
+        return
+    if samples < ranks.size:
+        raise LowbitError(f"{ranks.size} processes cannot share {samples} calibration rows: use fewer, or more --samples.")
+    grid = recipe.activations
+    if (isinstance(grid, ColumnGrid) and (grid.columns == "call" or wiring.flat)) or isinstance(grid, LLMInt8):
+        kept = " --set activations.columns=sequence keeps rows apart." if isinstance(grid, ColumnGrid) and not wiring.flat else ""
+        raise LowbitError(f"{grid} quantizes a row by what the rows of its batch hold, which depends on how they are shared: use one process.{kept}")
+
+
+def idle_ranks(recipe: Recipe, ranks: Ranks) -> list[str]:
+    """Remarks on methods whose steps look at fewer rows than there are ranks."""
+    learners = [m for m in recipe.methods if isinstance(m, (TesseraQ, OmniQuant)) and m.batch < ranks.size]
+    return [f"{type(m).__name__.lower()} has {m.batch} rows a step: {ranks.size - m.batch} of {ranks.size} ranks wait in it" for m in learners]
 
 
 def ordered(stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent, ranks: Ranks = ALONE) -> ModelStream:
