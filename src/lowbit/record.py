@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .artifact import CARD, RECIPE
@@ -63,8 +64,15 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
              "error": error.tuned, **_parts(q)}
         )  # fmt: skip
     return {
-        "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,
+        "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": _peak(block), **block.notes,
     }  # fmt: skip
+
+
+def _peak(block: Block) -> int:
+    """Bytes, of the rank that needs most."""
+    most = torch.tensor([peak_memory(block.device)], dtype=torch.int64)
+    block.ranks.max_(most)
+    return int(most)
 
 
 def _parts(q: QTensor) -> dict[str, Any]:

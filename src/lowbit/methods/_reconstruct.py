@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.block import Block
+from ._batches import gathered, summed
 
 Objective = Literal["block", "logits"]
 
@@ -44,11 +45,22 @@ class Reconstruction:
     def _fresh(self) -> Tensor:
         return torch.randperm(self.block.tuned_rows, generator=self._generator)[: self.batch]
 
-    def output(self, weights: Mapping[str, Tensor], rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """The block's output and its target for some rows, (n, length, hidden) float32 each."""
+    def output(self, weights: Mapping[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's output and its target for this rank's part of some rows, (n, length, hidden) float32 each.
+
+        Args:
+            rows: their numbers over all ranks. n is less with several ranks, and may be 0.
+        """
+        b, part = self.block, self.block.ranks.share(len(rows))
+        x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        if part.start < part.stop:
+            return self._output(weights, x[part], target[part])
+        y, target = self._output(weights, x[:1], target[:1])  # modules take no empty batch
+        return y[:0], target[:0]
+
+    def _output(self, weights: Mapping[str, Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         b = self.block
-        y = b.forward(b.xq[rows].to(b.device, b.compute), weights)
-        return y.float(), b.target[rows].to(b.device).float()
+        return b.forward(x.to(b.device, b.compute), weights).float(), target.to(b.device).float()
 
     def distance(self, y: Tensor, target: Tensor) -> Tensor:
         """The loss of outputs, summed over tokens."""
@@ -58,33 +70,42 @@ class Reconstruction:
             expected = self._readout(target).log_softmax(-1)
         return torch.nn.functional.kl_div(self._readout(y).log_softmax(-1), expected, reduction="sum", log_target=True)
 
-    def probe(self, y: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    def probe(self, y: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
         """A random scalar whose squared derivatives average to the diagonal of the loss's Gauss-Newton matrix.
 
-        Random signs for the squared error, next tokens drawn from the float model for the divergence.
+        Random signs for the squared error, next tokens drawn from the float model for the divergence; drawn for all rows alike on
+        every rank, so that the parts of a batch add up to what one rank has.
+
+        Args:
+            y: from `output` for ``rows``.
         """
+        part = self.block.ranks.share(len(rows))
         if self._readout is None:
-            signs = torch.randint(0, 2, y.shape, generator=generator, device=y.device).to(y.dtype) * 2 - 1
+            signs = torch.randint(0, 2, (len(rows), *y.shape[1:]), generator=generator, device=y.device)[part].to(y.dtype) * 2 - 1
             return (y * signs).sum() * 2**0.5
+        [target] = gathered(self.block.ranks, rows, (self.block.target,), y.device)
         with torch.no_grad():
-            drawn = torch.multinomial(self._readout(target).softmax(-1).flatten(0, -2), 1, generator=generator)
+            chances = self._readout(target.to(y.device).float()).softmax(-1)
+            drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(*chances.shape[:-1], 1)[part].flatten(0, -2)
         return self._readout(y).log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
 
     def gradients(self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss on some rows and its gradients by the parameters named in ``trained``."""
+        """Loss on some rows of all ranks and its gradients by the parameters named in ``trained``."""
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
         y, target = self.output({**weights, **leaves}, rows)
-        loss = self.distance(y, target) / y[..., 0].numel()
-        return loss.detach(), torch.autograd.grad(loss, list(leaves.values()))
+        loss = self.distance(y, target) / (len(rows) * y.shape[1])
+        return summed(self.block, loss.detach(), torch.autograd.grad(loss, list(leaves.values())))
 
     @torch.no_grad()
     def loss(self, weights: Mapping[str, Tensor], rows: int = _JUDGED_ROWS) -> float:
         """Loss on the first rows, the same ones every time."""
-        rows = min(rows, self.block.tuned_rows)
+        b, rows = self.block, self.block.ranks.count(min(rows, self.block.tuned_rows))
         total, tokens = 0.0, 0
         step = max(1, 4096 // self.block.x.shape[1])
         for at in range(0, rows, step):
-            y, target = self.output(weights, slice(at, min(at + step, rows)))
+            part = slice(at, min(at + step, rows))
+            y, target = self._output(weights, b.xq[part], b.target[part])
             total += float(self.distance(y, target))
             tokens += y[..., 0].numel()
-        return total / tokens
+        total, count = b.ranks.total(total, tokens)
+        return total / count

@@ -184,9 +184,11 @@ class TesseraQ:
         generator = torch.Generator(soft.block.device).manual_seed(soft.block.seed + round_)
         for at in range(0, soft.block.tuned_rows, job.batch):
             leaves = {k: hard[k].detach().requires_grad_() for k in soft.keys}
-            y, target = job.output({**hard, **leaves}, slice(at, min(at + job.batch, soft.block.tuned_rows)))
-            for total, scalar, power in ((gradient, job.distance(y, target), 1), (curvature, job.probe(y, target, generator), 2)):
+            rows = torch.arange(at, min(at + job.batch, soft.block.tuned_rows))
+            y, target = job.output({**hard, **leaves}, rows)
+            for total, scalar, power in ((gradient, job.distance(y, target), 1), (curvature, job.probe(y, rows, generator), 2)):
                 found = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=power == 1)
+                soft.block.ranks.sum_(*found)
                 for key, g in zip(soft.keys, found, strict=True):
                     total[key] += g.pow(power)
         soft.aim(gradient, curvature)

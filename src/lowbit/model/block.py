@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import LowbitError
 from ..grid import Affine, Grid, KVGrid, QTensor, QuantizedStates, Reading
 from ..grid.kmeans import NotFiniteError
+from .ranks import ALONE, Ranks
 from .storage import Storage
 from .wiring import Wiring
 
@@ -64,13 +65,14 @@ class Block:
         compute: dtype of the forward pass.
         stored: the dtype of the checkpoint, in which scales, norms and activation streams are kept.
         grids: linear -> grid.
-        x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them.
+        x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them; this rank's rows of them.
         target: the float block's output on ``x``, before anything was changed.
-        tuned_rows: how many leading rows methods may learn from; later rows only pass through (held-out evaluation).
+        tuned_rows: how many leading rows of all ranks methods may learn from; later rows only pass through (held-out evaluation).
         seed: for everything random in this block.
         readout: the last block's output -> logits, None for every other block.
         announce: told what a method is about to do, for whoever watches.
         storage: where streams made by `run` live; None puts them beside their input.
+        ranks: the processes that share the rows.
         readings: linear -> what happens to its input (activation grid, online rotation); nothing where it is missing.
         kv: grid of keys and values, None for floating point.
         params: linear -> fixed grid parameters.
@@ -95,6 +97,7 @@ class Block:
     readout: Callable[[Tensor], Tensor] | None = None
     announce: Announce = silent
     storage: Storage | None = None
+    ranks: Ranks = ALONE
     readings: Mapping[str, Reading] = field(default_factory=dict)
     kv: KVGrid | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -185,7 +188,8 @@ class Block:
 
     @torch.no_grad()
     def observe(self, modules: Sequence[str], x: Tensor, rows: int, visit: Callable[[str, Call], None]) -> None:
-        """Tell ``visit`` what each of these submodules is called with when the first ``rows`` rows of ``x`` pass.
+        """Tell ``visit`` what each of these submodules is called with when the first ``rows`` rows of ``x`` pass, of all ranks' rows those
+        that are here.
 
         A linear's input is shown as it arrives, before its reading; `entering` gives what meets the weight. ``visit`` is
         called once per submodule and batch of rows, and need not keep what it sees.
@@ -202,7 +206,7 @@ class Block:
             for name in modules:
                 submodule = self.module.get_submodule(name)
                 handles.append(submodule.register_forward_pre_hook(hook_of(name), with_kwargs=True))
-            for _, batch in self.passes(x[:rows]):
+            for _, batch in self.passes(x[: self.ranks.count(rows)]):
                 self.forward(batch)
         finally:
             for handle in handles:
