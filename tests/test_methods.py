@@ -19,6 +19,7 @@ from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
 from lowbit.methods._soft import SoftBlock, quantile
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
+from lowbit.model.block import Block
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 
@@ -133,6 +134,39 @@ def test_codes_differ_from_nearest_by_at_most_one(block):
         assert int(difference.max()) <= 1
         moved += int(difference.sum())
     assert moved > 0
+
+
+def scarce(block, rows):
+    """A block whose device has room for so many rows at a time."""
+
+    class Scarce(Block):
+        def forward(self, x, weights=None):
+            if len(x) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x, weights)
+
+    return Scarce(**vars(block))
+
+
+def test_out_of_memory_is_met_by_smaller_parts_with_the_same_result(block):
+    plain, tight = Reconstruction(block, 4), Reconstruction(scarce(block, 1), 4)
+    rows = plain.draw()
+    keys = [f"{n}.weight" for n in block.wiring.linears]
+    shifted = {k: w + 0.01 for k, w in block.weights.items()}
+    loss, gradients = plain.gradients(shifted, keys, rows)
+    again, parts = tight.gradients(shifted, keys, rows)
+    torch.testing.assert_close(again, loss)
+    for a, b in zip(parts, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+    assert tight.loss(shifted) == pytest.approx(plain.loss(shifted), rel=1e-5)
+    assert len(tight.remarks) == 2 + 3  # 4 to 2 to 1 in tuning, 8 to 1 in judging
+    torch.testing.assert_close(scarce(block, 3).run(block.x), block.run(block.x))
+    done = FAST(scarce(block, 2))
+    assert any("ran out of memory while tuning" in t and "2 now" in t for t in done.notes["trouble"])
+    for name, q in FAST(block).coded.items():
+        assert float((q.codes != done.coded[name].codes).float().mean()) < 0.02
+    with pytest.raises(LowbitError, match="with a single row at a time"):
+        FAST(scarce(block, 0))
 
 
 def test_non_finite_loss_falls_back_and_is_recorded(block):

@@ -37,7 +37,7 @@ from .plan import HELD_OUT, beyond_compressed_tensors, check_divides, check_load
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
 from .recipe import Recipe
-from .record import block_record, command_of, source_of
+from .record import block_record, command_of, sizes, source_of
 from .scheme import Scheme, parse_scheme
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
@@ -164,7 +164,16 @@ def quantize(
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
     origin = {"source": source_of(stream.checkpoint), "command": command}
     check_shared(ranks, recipe, stream.wiring, len(rows.calibration))
-    return _Run(stream, recipe, rows, Path(out), seed, origin, placed, offload_dir, progress, watch, ranks).finish()
+    run = _Run(stream, recipe, rows, Path(out), seed, origin, placed, offload_dir, progress, watch, ranks)
+    try:
+        return run.finish()
+    except torch.OutOfMemoryError as e:
+        if ranks.size > 1:  # `lowbit.launch` says which of them
+            raise
+        raise LowbitError(
+            f"'{where}' is out of memory ({str(e).splitlines()[0]}). The finished blocks are kept: run the same command with --offload host, or "
+            "free the device. If that is not enough, shorter rows (--length) or another recipe take less, as a run of their own."
+        ) from e
 
 
 def _calibration(given: Calibration, stream: ModelStream, source: str | None, samples: int | None, length: int | None) -> Calibration:
@@ -368,11 +377,6 @@ class _Run:
 
     def _report(self, own_version: str, skipped: Mapping[str, str], quality: dict[str, Any] | None) -> dict[str, Any]:
         linears = [e for r in self.records[1:] for e in r["linears"]]
-        weights = sum(e["shape"][0] * e["shape"][1] for e in linears)
-        shapes = self.stream.checkpoint.shapes()
-        width = {"F32": 4, "BF16": 2, "F16": 2}
-        before = sum(_numel(s) * width.get(d, 4) for s, d in shapes.values())
-        total = sum(r["bytes"] for r in self.records)
         shards = {r["shard"]: {"sha256": r["sha256"], "bytes": r["bytes"], "tensors": r["tensors"]} for r in self.records}
         digest = hashlib.sha256("".join(s["sha256"] for s in shards.values()).encode()).hexdigest()
         blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
@@ -383,18 +387,10 @@ class _Run:
                             "sha256": self.rows.sha256},
             "seed": self.seed, "ranks": self.ranks.size, "device": str(self.stream.device), "compute": str(self.stream.compute),
             "offload": asdict(self.offload), "hash": digest,
-            "size": {"before": before, "after": total, "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / weights,
-                     "model_bits_per_weight": 8 * total / sum(_numel(s) for s, _ in shapes.values())},
-            "quality": quality, "blocks": blocks, "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},
+            "size": sizes(self.stream.checkpoint.shapes(), self.records), "quality": quality, "blocks": blocks,
+            "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},
             "linears": linears + [{"name": n, "skipped": why} for n, why in skipped.items()], "shards": shards,
         }  # fmt: skip
-
-
-def _numel(shape: Sequence[int]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,22 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
         )  # fmt: skip
     return {
         "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": _peak(block), **block.notes,
+    }  # fmt: skip
+
+
+def sizes(shapes: Mapping[str, tuple[Sequence[int], str]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bytes of the model before and after, and bits per weight counted from them.
+
+    Args:
+        shapes: of the original tensors, with their dtypes as safetensors name them. records: of the shards, that outside the blocks first.
+    """
+    linears = [e for r in records[1:] for e in r["linears"]]
+    width = {"F32": 4, "BF16": 2, "F16": 2}
+    after = sum(r["bytes"] for r in records)
+    return {
+        "before": sum(math.prod(s) * width.get(d, 4) for s, d in shapes.values()), "after": after,
+        "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / sum(math.prod(e["shape"]) for e in linears),
+        "model_bits_per_weight": 8 * after / sum(math.prod(s) for s, _ in shapes.values()),
     }  # fmt: skip
 
 

@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from ..model.block import Block
+from ..model.parts import Parts
 from ._batches import gathered, summed
 
 Objective = Literal["block", "logits"]
 
 _JUDGED_ROWS = 32
+_JUDGED_TOKENS = 4096  # at a time
+
+_Found = tuple[Tensor, tuple[Tensor, ...]]  # a loss and its gradients
+
+
+def _nothing() -> _Found | None:
+    return None
 
 
 class Reconstruction:
@@ -34,6 +42,9 @@ class Reconstruction:
         self.objective: Objective = "logits" if self._readout else "block"
         self._generator = torch.Generator().manual_seed(block.seed)
         self._drawn: Tensor | None = None
+        self.remarks: list[str] = []  # what became of the batch where memory ran out
+        self._parts = Parts(f"tuning '{block.name}'", self.batch, self.remarks.append)
+        self._judged = Parts(f"judging '{block.name}'", max(1, _JUDGED_TOKENS // block.x.shape[1]), self.remarks.append)
 
     def draw(self) -> Tensor:
         """Row numbers of the next mini-batch, (batch,) int64. Those after it are drawn too, so that they can be read meanwhile."""
@@ -90,22 +101,39 @@ class Reconstruction:
         return self._readout(y).log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
 
     def gradients(self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss on some rows of all ranks and its gradients by the parameters named in ``trained``."""
+        """Loss on some rows of all ranks and its gradients by the parameters named in ``trained``.
+
+        If the device's memory is too small for them, the rows go in parts, whose gradients are added up in float32.
+        """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
-        y, target = self.output({**weights, **leaves}, rows)
-        loss = self.distance(y, target) / (len(rows) * y.shape[1])
-        return summed(self.block, loss.detach(), torch.autograd.grad(loss, list(leaves.values())))
+        b, part = self.block, self.block.ranks.share(len(rows))
+        x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        tokens = len(rows) * x.shape[1]
+
+        def add(total: _Found | None, at: slice) -> _Found | None:
+            y, wanted = self._output({**weights, **leaves}, x[at], target[at])
+            loss = self.distance(y, wanted) / tokens
+            found = torch.autograd.grad(loss, list(leaves.values()))
+            if total is None:
+                return loss.detach(), found
+            return total[0] + loss.detach(), tuple(t.float().add_(g) for t, g in zip(total[1], found, strict=True))
+
+        if part.start == part.stop:  # modules take no empty batch
+            found = add(None, slice(0, 1))
+            assert found is not None
+            return summed(b, found[0] * 0, [g.zero_() for g in found[1]])
+        x, target = x[part], target[part]
+        total = self._parts.over(len(x), _nothing, add)
+        assert total is not None
+        return summed(b, *total)
 
     @torch.no_grad()
     def loss(self, weights: Mapping[str, Tensor], rows: int = _JUDGED_ROWS) -> float:
         """Loss on the first rows, the same ones every time."""
         b, rows = self.block, self.block.ranks.count(min(rows, self.block.tuned_rows))
-        total, tokens = 0.0, 0
-        step = max(1, 4096 // self.block.x.shape[1])
-        for at in range(0, rows, step):
-            part = slice(at, min(at + step, rows))
-            y, target = self._output(weights, b.xq[part], b.target[part])
-            total += float(self.distance(y, target))
-            tokens += y[..., 0].numel()
-        total, count = b.ranks.total(total, tokens)
+
+        def add(total: float, part: slice) -> float:
+            return total + float(self.distance(*self._output(weights, b.xq[part], b.target[part])))
+
+        total, count = b.ranks.total(self._judged.over(rows, float, add), rows * b.x.shape[1])
         return total / count

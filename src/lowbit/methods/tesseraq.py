@@ -104,7 +104,6 @@ class TesseraQ:
         soft, job = SoftBlock(stepped), Reconstruction(stepped, self.batch, self.objective)
         judge = Reconstruction(block, self.batch, self.objective)
         before = judge.loss(soft.hard_weights())
-        start = soft.snapshot()
         trouble: list[str] = []
         for round_ in range(self.rounds):
             if round_ or soft.from_codes:
@@ -123,8 +122,8 @@ class TesseraQ:
         if not after < before:  # also when it is NaN: rather the start than something worse
             trouble.append(f"tuning ended at loss {after:.4g}, above the {before:.4g} it started from; kept the start")
             soft = SoftBlock(block)
-            soft.restore(start)
             after = before
+        trouble += job.remarks + judge.remarks
         notes: dict[str, Any] = {"tesseraq": {"objective": job.objective, "before": before, "after": after}}
         if trouble:
             notes["trouble"] = [*block.notes.get("trouble", []), *trouble]

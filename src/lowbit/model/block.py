@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import LowbitError
 from ..grid import Affine, Grid, KVGrid, QTensor, QuantizedStates, Reading
 from ..grid.kmeans import NotFiniteError
+from .parts import Parts
 from .ranks import ALONE, Ranks
 from .storage import Storage
 from .wiring import Wiring
@@ -160,8 +161,12 @@ class Block:
         step = max(1, TOKENS_PER_PASS // x.shape[1])
         for at in range(0, len(x), step):
             self.prefetch(slice(at + step, at + 2 * step), x)
-            # Moved, then cast: streams are often half as wide. From page-locked memory nothing waits for the copy.
-            yield at, x[at : at + step].to(self.device, non_blocking=True).to(self.compute)
+            yield at, self.arriving(x[at : at + step])
+
+    def arriving(self, rows: Tensor) -> Tensor:
+        """Rows of a stream as the layer takes them: moved, then cast, for streams are often half as wide. From page-locked memory nothing
+        waits for the copy."""
+        return rows.to(self.device, non_blocking=True).to(self.compute)
 
     def prefetch(self, rows: Tensor | slice, *streams: Tensor) -> None:
         """A hint that these rows of streams will be read next, see `Storage.prefetch`."""
@@ -174,9 +179,15 @@ class Block:
         """The layer's output for a whole stream, in the stored dtype; written over ``out``, if there is one, not ``x`` itself."""
         if out is None:
             out = torch.empty_like(x) if self.storage is None else self.storage.empty(x.shape, x.dtype)
-        for at, rows in self.passes(x):
-            y = self.forward(rows, weights)
-            out[at : at + len(rows)] = y.to(out.device, out.dtype)
+        made = out
+
+        def add(done: int, part: slice) -> int:
+            self.prefetch(slice(part.stop, 2 * part.stop - part.start), x)
+            y = self.forward(self.arriving(x[part]), weights)
+            made[part] = y.to(made.device, made.dtype)
+            return done + len(y)
+
+        Parts(f"running '{self.name}'", TOKENS_PER_PASS // x.shape[1], self.announce).over(len(x), int, add)
         return out
 
     def decoded(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -12,7 +12,7 @@ from ..errors import LowbitError
 T = TypeVar("T")
 
 
-class Parts(Generic[T]):
+class Parts:
     """Rows in parts as large as fit, found out once and kept.
 
     Args:
@@ -32,20 +32,20 @@ class Parts(Generic[T]):
             LowbitError: a single row does not fit.
         """
         while True:
-            done, total = self._tried(rows, start, add)
-            if done:
-                assert total is not None
+            for total in self._tried(rows, start, add):
                 return total
+            self._size = min(self._size, rows)
             self._halve()
 
-    def _tried(self, rows: int, start: Callable[[], T], add: Callable[[T, slice], T]) -> tuple[bool, T | None]:
+    def _tried(self, rows: int, start: Callable[[], T], add: Callable[[T, slice], T]) -> Iterator[T]:
+        """The result, or nothing: outside the handler, as the exception holds on to what the failed attempt had allocated."""
         try:
             total = start()
             for part in self.of(rows):
                 total = add(total, part)
-            return True, total
         except torch.OutOfMemoryError:
-            return False, None  # out of the handler first: the exception holds on to what the failed attempt had allocated
+            return
+        yield total
 
     def of(self, rows: int) -> Iterator[slice]:
         """The parts as they are now."""
