@@ -24,15 +24,13 @@ _PAPER_20 = (0.80, 0.65, 0.50, 0.43, 0.38, 0.34, 0.30, 0.27, 0.24, 0.21, 0.18, 0
 _PAPER_10 = (0.75, 0.50, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
 _SCALE_DECAY = 1e-4  # L2 inside Adam on the scale variables, fixed in the published code
 _RETRIES = 3
-_LOOKED_AT = 5  # phases from one look at whether the loss has settled to the next
 
 
 def soft_shares(schedule: str) -> tuple[float, ...]:
     """The share of weights still soft after each phase's hardening.
 
     Args:
-        schedule: "handcrafted-20" or "handcrafted-10" as published, "exponential-T-K" for exp(-T k / K), k = 1 ... K, or
-            "geometric-FIRST-LAST-K" for K shares from FIRST to LAST in equal ratios ("exponential-5-50" is "geometric-0.905-0.0067-50").
+        schedule: "handcrafted-20" or "handcrafted-10" as published, or "exponential-T-K" for exp(-T k / K), k = 1 ... K.
 
     Raises:
         LowbitError: no such schedule.
@@ -45,16 +43,9 @@ def soft_shares(schedule: str) -> tuple[float, ...]:
     try:
         if parts[0] == "exponential" and len(parts) == 3 and float(parts[1]) > 0 and int(parts[2]) > 0:
             return tuple(math.exp(-float(parts[1]) * k / int(parts[2])) for k in range(1, int(parts[2]) + 1))
-        if parts[0] == "geometric" and len(parts) == 4:
-            first, last, phases = float(parts[1]), float(parts[2]), int(parts[3])
-            if 1 >= first > last > 0 and phases > 1:
-                return tuple(first * (last / first) ** (k / (phases - 1)) for k in range(phases))
     except ValueError:
         pass
-    raise LowbitError(
-        f"unknown schedule '{schedule}': use handcrafted-20, handcrafted-10, exponential-T-K (for example exponential-4-20) or "
-        "geometric-FIRST-LAST-K (for example geometric-0.5-0.005-20)."
-    )
+    raise LowbitError(f"unknown schedule '{schedule}': use handcrafted-20, handcrafted-10 or exponential-T-K (for example exponential-4-20).")
 
 
 @dataclass(frozen=True)
@@ -73,8 +64,6 @@ class TesseraQ:
         objective: "logits" tunes the last block on the KL divergence of the next-token distribution instead of on its
             hidden state, as published ("block").
         refit: steps on the scales alone after the last weight is frozen.
-        settle: end a round early once rounding all that is still soft would raise the loss by no more than this share of it; looked at
-            every fifth phase. 0 never does.
         half: steps in bfloat16 also where the block computes in float32; variables, losses that decide and everything else stay.
     """
 
@@ -86,13 +75,12 @@ class TesseraQ:
     rounds: int = 1
     objective: Objective = "logits"
     refit: int = 0
-    settle: float = 0.0
     half: bool = False
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
-        if self.iters < 1 or self.batch < 1 or self.rounds < 1 or not self.lr > 0 or self.refit < 0 or not self.settle >= 0:
-            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1, refit >= 0 and settle >= 0.")
+        if self.iters < 1 or self.batch < 1 or self.rounds < 1 or not self.lr > 0 or self.refit < 0:
+            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1 and refit >= 0.")
 
     @property
     def steps(self) -> int:
@@ -112,7 +100,7 @@ class TesseraQ:
             for phase, share in enumerate(shares, 1):
                 block.announce(f"tesseraq: round {round_ + 1}, phase {phase} of {len(shares)}, {share:.1%} still soft")
                 soft.harden(share)
-                if not self._phase(soft, job, trouble) or (self.settle and not phase % _LOOKED_AT and self._settled(soft, job)):
+                if not self._phase(soft, job, trouble):
                     break
             soft.harden_all()
         if self.refit:
@@ -128,11 +116,6 @@ class TesseraQ:
         if trouble:
             notes["trouble"] = [*block.notes.get("trouble", []), *trouble]
         return block.solved(soft.codes()).noted(**notes)
-
-    def _settled(self, soft: SoftBlock, job: Reconstruction) -> bool:
-        with torch.no_grad():
-            now = job.loss(soft.weights())
-        return job.loss(soft.hard_weights()) <= (1 + self.settle) * now
 
     def _phase(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> bool:
         """Adam from fresh state. On a non-finite result: back to the phase's start with half the step size."""
