@@ -14,6 +14,7 @@ from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
+from lowbit.methods._batches import copied
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
 from lowbit.methods._soft import SoftBlock, quantile
@@ -134,6 +135,11 @@ def test_codes_differ_from_nearest_by_at_most_one(block):
         assert int(difference.max()) <= 1
         moved += int(difference.sum())
     assert moved > 0
+
+
+def test_rows_copied_one_by_one_are_those_asked_for():
+    stream, rows = torch.randn(9, 3, 4), torch.tensor([7, 0, 7, 2])
+    assert torch.equal(copied(stream, rows, torch.device("cpu")), stream[rows])
 
 
 def scarce(block, rows):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model.block import Block
 from ..model.parts import Parts
-from ._batches import gathered, summed
+from ._batches import Feed, gathered, summed
 
 Objective = Literal["block", "logits"]
 
@@ -42,6 +42,7 @@ class Reconstruction:
         self.objective: Objective = "logits" if self._readout else "block"
         self._generator = torch.Generator().manual_seed(block.seed)
         self._drawn: Tensor | None = None
+        self._feed = Feed(block)
         self.remarks: list[str] = []  # what became of the batch where memory ran out
         self._parts = Parts(f"tuning '{block.name}'", self.batch, self.remarks.append)
         self._judged = Parts(f"judging '{block.name}'", max(1, _JUDGED_TOKENS // block.x.shape[1]), self.remarks.append)
@@ -50,7 +51,7 @@ class Reconstruction:
         """Row numbers of the next mini-batch, (batch,) int64. Those after it are drawn too, so that they can be read meanwhile."""
         rows = self._fresh() if self._drawn is None else self._drawn
         self._drawn = self._fresh()
-        self.block.prefetch(self._drawn, self.block.xq, self.block.target)
+        self._feed.prepare(self._drawn)
         return rows
 
     def _fresh(self) -> Tensor:
@@ -107,7 +108,7 @@ class Reconstruction:
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
         b, part = self.block, self.block.ranks.share(len(rows))
-        x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        x, target = self._feed.take(rows)
         tokens = len(rows) * x.shape[1]
 
         def add(total: _Found | None, at: slice) -> _Found | None:
