@@ -24,6 +24,7 @@ from lowbit.loop import Streams, begin, run
 from lowbit.machine import control_groups, free_memory
 from lowbit.memory import Layer, Needs, Rows, needs
 from lowbit.model import storage as module
+from lowbit.model.block import Block
 from lowbit.model.storage import Storage
 from lowbit.model.stream import ModelStream
 from lowbit.plan import needs_of
@@ -233,23 +234,18 @@ def alive():  # no garbage collection: what waits for one takes memory
     return sum(ref() is not None for ref in ALIVE)
 
 
-@pytest.mark.parametrize("name, most", [("tesseraq", 3), ("gptq", 3), ("omniquant", 4)])
-def test_how_many_streams_live_at_a_time(tmp_path, monkeypatch, name, most):
-    """As `plan` counts them, in every announced step of blocks that have others before them; none is made after the second block."""
-    from lowbit.model.block import Block
-
-    ALIVE.clear()
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
     config = FAMILIES["llama"]()
     config.num_hidden_layers = 4
-    monkeypatch.setitem(FAMILIES, "llama", lambda: config)
-    stream = ModelStream(save_tiny(tmp_path / "deep"))
-    settings = {"tesseraq": FAST, "omniquant": ["omniquant.epochs=1"]}.get(name, [])
-    recipe = load_recipe(name, scheme=parse_scheme("W2A16g16"), settings=settings)
-    storage = Counting("host", CPU)
-    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)), storage=storage)
-    streams, kwargs = Streams(x, x, 8, storage=storage), stream.block_kwargs(32)
-    del x
-    counts, made, whole = [], [], Block.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "llama", lambda: config)
+        return save_tiny(tmp_path_factory.mktemp("deep"))
+
+
+def count_after_every_pass(monkeypatch, counts):
+    """Streams alive, noted when a block has run over a whole one."""
+    whole = Block.run
 
     def counted(self, *args, **more):
         out = whole(self, *args, **more)
@@ -257,6 +253,21 @@ def test_how_many_streams_live_at_a_time(tmp_path, monkeypatch, name, most):
         return out
 
     monkeypatch.setattr(Block, "run", counted)
+
+
+@pytest.mark.parametrize("name, most", [("tesseraq", 3), ("gptq", 3), ("omniquant", 4)])
+def test_how_many_streams_live_at_a_time(deep, monkeypatch, name, most):
+    """As `plan` counts them, in every announced step of blocks that have others before them; none is made after the second block."""
+    stream = ModelStream(deep)
+    settings = {"tesseraq": FAST, "omniquant": ["omniquant.epochs=1"]}.get(name, [])
+    recipe = load_recipe(name, scheme=parse_scheme("W2A16g16"), settings=settings)
+    storage = Counting("host", CPU)
+    ALIVE.clear()
+    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)), storage=storage)
+    streams, kwargs = Streams(x, x, 8, storage=storage), stream.block_kwargs(32)
+    del x
+    counts, made = [], []
+    count_after_every_pass(monkeypatch, counts)
     blocks = run(stream, recipe, streams, 0, kwargs, kwargs, announce=lambda _: counts.append(alive()))
     del streams  # as a run lets go of what entered
     for block, after in blocks:
@@ -265,6 +276,28 @@ def test_how_many_streams_live_at_a_time(tmp_path, monkeypatch, name, most):
     assert max(counts) == most == needs(Layer({"a": (4, 4)}, 0, 0, 4, 4), Rows(1, 1, 2, 4), recipe).copies
     if most == 3:
         assert made == [3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("recipe, scheme", [("gptq", "W4A16g16"), ("claq-ap", "W3A16")])
+def test_a_whole_run_holds_no_more(deep, tmp_path, monkeypatch, recipe, scheme):
+    """From the first block to the last, also when it goes on after a stop, and in the pass that surveys a model before its first block."""
+    counts = []
+    ALIVE.clear()
+    monkeypatch.setattr(job, "Storage", Counting)
+    count_after_every_pass(monkeypatch, counts)
+
+    def stop(done):
+        if done.index == 2 and not done.resumed:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(deep, tmp_path / "out", recipe, [], scheme, progress=stop)
+    assert max(counts) == 3
+    counts.clear()
+    ALIVE.clear()
+    report = quantized(deep, tmp_path / "out", recipe, [], scheme).report
+    assert max(counts) == 3
+    assert hashes(report) == hashes(quantized(deep, tmp_path / "again", recipe, [], scheme).report)
 
 
 def test_streams_of_the_caller_are_not_written_over(model):

@@ -270,16 +270,20 @@ class _Run:
                 break
             block = begin(self.stream, start, self.recipe, streams, kwargs[start], self.seed)
             streams = advance(self._reloaded(as_read(block, self.recipe)), streams, proof_kwargs[start])
+            del block  # else it would be held while the next one is begun
             yield record, streams, True
             start += 1
             give_back_memory()
         clock = time.time()
         blocks = run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce)
-        for i, (block, streams) in enumerate(blocks, start):  # those that entered are let go
+        first = True
+        for block, streams in blocks:  # no enumerate: it would hold a block, and what entered it, until the next one is finished
+            start += 1
             tensors = artifact.block_tensors(block)
-            if i == start and (idle := idle_ranks(self.recipe, self.ranks)):
+            if first and (idle := idle_ranks(self.recipe, self.ranks)):
                 block = block.noted(trouble=[*block.notes.get("trouble", ()), *idle])
-            record = self.place.finish(i + 1, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
+            first = False
+            record = self.place.finish(start, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
             yield record, streams, False
             del block, tensors

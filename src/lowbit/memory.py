@@ -21,7 +21,7 @@ from .model.block import TOKENS_PER_PASS
 from .model.storage import Place
 from .recipe import Recipe
 
-PROCESS = 400 << 20  # resident before a model is opened: Python, torch, transformers and their libraries
+PROCESS = 490 << 20  # resident before a model is opened: Python, torch, transformers and their libraries
 _STREAMS = 3  # x, xq and target of one block: `lowbit.loop.Streams`
 _JUDGED_TOKENS = 4096  # `Reconstruction.loss`
 
