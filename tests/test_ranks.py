@@ -152,6 +152,8 @@ CELLS = [
     ("W2A16g16", "omniquant", ["omniquant.epochs=1"], False),  # a row a step: the second rank's part is empty
     ("W4A4g16", "omniquant", ["omniquant.epochs=1", "omniquant.batch=3"], False),
     ("W4A8g16", "crossquant-deploy", ["crossquant.rows=1", "crossquant.search=true", "crossquant.search_rows=1"], False),
+    ("W4A8g16", "crossquant-deploy", ["crossquant.fold=group"], True),  # a pass over the model before the first block, as below
+    ("W2A16", "claq-ap", ["claq.allocation=greedy", "claq.scope=model"], True),
     ("W4A8g16", "smoothquant+gptq", ["smoothquant.rows=1", "gptq.rows=1"], True),
     ("W2A16g16", "gptq+tesseraq", [*TESSERAQ, "tesseraq.rounds=2", "tesseraq.batch=3"], True),
     ("W2A16g16", "omniquant", ["omniquant.epochs=1", "omniquant.batch=2"], True),

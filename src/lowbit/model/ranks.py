@@ -19,6 +19,7 @@ from torch import distributed as dist
 from ..errors import LowbitError
 
 _SHOWN = 4  # differences named in an error
+_TOGETHER = 1 << 24  # bytes of tensors that are sent in one message
 
 
 class RankGone(LowbitError):
@@ -100,14 +101,16 @@ class Ranks:
     def _reduce(self, tensors: Sequence[Tensor], operation: Any) -> None:
         if self.size == 1:
             return
-        with _answered():
-            for t in tensors:
-                if t.is_contiguous():
-                    dist.all_reduce(t, operation)
-                else:
-                    dense = t.contiguous()
-                    dist.all_reduce(dense, operation)
-                    t.copy_(dense)
+        alike = len({(t.dtype, t.device) for t in tensors}) == 1 and sum(t.nbytes for t in tensors) <= _TOGETHER
+        for batch in [tensors] if alike else [[t] for t in tensors]:
+            with _answered():
+                if len(batch) == 1 and batch[0].is_contiguous():
+                    dist.all_reduce(batch[0], operation)
+                    continue
+                flat = torch.cat([t.reshape(-1) for t in batch])  # one message: small ones cost their latency
+                dist.all_reduce(flat, operation)
+                for t, part in zip(batch, torch.split(flat, [t.numel() for t in batch]), strict=True):
+                    t.copy_(part.view(t.shape))
 
     def total(self, *numbers: float) -> list[float]:
         """The sum of each number over ranks, added in float64."""
