@@ -137,6 +137,16 @@ def test_codes_differ_from_nearest_by_at_most_one(block):
     assert moved > 0
 
 
+def test_steps_in_bfloat16_end_as_good_and_are_reported(block):
+    plain, half = (replace(FAST, precision=p)(block) for p in ("float32", "bfloat16"))
+    assert half.notes["tesseraq"]["steps"] == "torch.bfloat16" and plain.notes["tesseraq"]["steps"] == "torch.float32"
+    assert half.notes["tesseraq"]["before"] == plain.notes["tesseraq"]["before"]  # judged in float32
+    assert half.notes["tesseraq"]["after"] == pytest.approx(plain.notes["tesseraq"]["after"], rel=0.15)
+    assert any(not torch.equal(q.codes, half.coded[n].codes) for n, q in plain.coded.items())
+    with pytest.raises(LowbitError, match="unknown precision for tesseraq 'half'"):
+        replace(FAST, precision="half")
+
+
 def test_rows_copied_one_by_one_are_those_asked_for():
     stream, rows = torch.randn(9, 3, 4), torch.tensor([7, 0, 7, 2])
     assert torch.equal(copied(stream, rows, torch.device("cpu")), stream[rows])

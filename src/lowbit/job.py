@@ -27,7 +27,7 @@ from .grid import Affine, Grid, QTensor
 from .loop import Streams, advance, as_read, begin, check_shared, idle_ranks, ordered, prepared, readings_of, run, surveyed
 from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
-from .methods import OmniQuant
+from .methods import OmniQuant, TesseraQ
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.ranks import ALONE, Ranks
@@ -216,6 +216,7 @@ class _Run:
             "recipe": {k: v for k, v in self.recipe.as_dict().items() if k != "calibration"},  # its tokens count, not their path
             "files": {f: artifact.file_hash(Path(f)) for f in files},
             "calibration": self.rows.sha256, "seed": self.seed, "compute": str(s.compute), "versions": _versions(),
+            "bfloat16_steps": any(isinstance(m, TesseraQ) and m.in_bfloat16(s.device) for m in self.recipe.methods),
         }  # fmt: skip
 
     # --- the blocks ------------------------------------------------------------------------------------------------------

@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import LowbitError
+from ..errors import LowbitError, unknown
 from ..model.block import Block
 from ._reconstruct import Objective, Reconstruction
 from ._rounding import Adam
 from ._soft import SoftBlock
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 _PAPER_20 = (0.80, 0.65, 0.50, 0.43, 0.38, 0.34, 0.30, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005)
 _PAPER_10 = (0.75, 0.50, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
 _SCALE_DECAY = 1e-4  # L2 inside Adam on the scale variables, fixed in the published code
 _RETRIES = 3
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster there than in float32."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def soft_shares(schedule: str) -> tuple[float, ...]:
@@ -64,7 +73,8 @@ class TesseraQ:
         objective: "logits" tunes the last block on the KL divergence of the next-token distribution instead of on its
             hidden state, as published ("block").
         refit: steps on the scales alone after the last weight is frozen.
-        half: steps in bfloat16 also where the block computes in float32; variables, losses that decide and everything else stay.
+        precision: of the steps' forward and backward passes on blocks that compute in float32: "float32", "bfloat16", or "auto", which
+            is bfloat16 where the processor multiplies it. Variables, gradients' sums, losses that decide and everything else stay.
     """
 
     schedule: str = "exponential-5-50"
@@ -75,12 +85,18 @@ class TesseraQ:
     rounds: int = 1
     objective: Objective = "logits"
     refit: int = 0
-    half: bool = False
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
         if self.iters < 1 or self.batch < 1 or self.rounds < 1 or not self.lr > 0 or self.refit < 0:
             raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1 and refit >= 0.")
+        if self.precision not in get_args(Precision):
+            raise unknown("precision for tesseraq", self.precision, get_args(Precision))
+
+    def in_bfloat16(self, device: torch.device) -> bool:
+        """Whether steps of a float32 block are made in bfloat16 on a device."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and multiplies_bfloat16(device))
 
     @property
     def steps(self) -> int:
@@ -88,7 +104,7 @@ class TesseraQ:
         return len(soft_shares(self.schedule)) * self.iters * self.rounds + self.refit
 
     def __call__(self, block: Block) -> Block:
-        stepped = block.computing(torch.bfloat16) if self.half and block.compute == torch.float32 else block
+        stepped = block.computing(torch.bfloat16) if self.in_bfloat16(block.device) and block.compute == torch.float32 else block
         soft, job = SoftBlock(stepped), Reconstruction(stepped, self.batch, self.objective)
         judge = Reconstruction(block, self.batch, self.objective)
         before = judge.loss(soft.hard_weights())
@@ -112,7 +128,7 @@ class TesseraQ:
             soft = SoftBlock(block)
             after = before
         trouble += job.remarks + judge.remarks
-        notes: dict[str, Any] = {"tesseraq": {"objective": job.objective, "before": before, "after": after}}
+        notes: dict[str, Any] = {"tesseraq": {"objective": job.objective, "steps": str(stepped.compute), "before": before, "after": after}}
         if trouble:
             notes["trouble"] = [*block.notes.get("trouble", []), *trouble]
         return block.solved(soft.codes()).noted(**notes)
