@@ -8,6 +8,9 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from lowbit.methods._rounding import Adam
+from lowbit.methods._rounding._adam import BETAS
+
 TEXT = "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n        self.items.append(item)\n" * 400
 COMMON = dict(vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 LLAMA = dict(COMMON, intermediate_size=96, num_key_value_heads=2)
@@ -26,7 +29,7 @@ FAMILIES = {
 
 
 def projected(soft, block):
-    """A scalar of a block's soft weights, and its gradients put into their variables: a random direction through all of them."""
+    """A scalar of a block's soft weights: a random direction through all of them. And its gradients by (nu, v) of each bucket."""
     target = {k: torch.randn_like(block.weights[k]) for k in soft.keys}
 
     def loss():
@@ -34,8 +37,16 @@ def projected(soft, block):
         return sum((w[k].double() * target[k].double()).sum() for k in soft.keys)
 
     loss()
-    soft.backward([target[k] for k in soft.keys], scales=True)
-    return loss
+    return loss, slopes(soft, [target[k] for k in soft.keys])
+
+
+def slopes(soft, gradients):
+    """The gradients by (nu, v) of each bucket, read off Adam's first moments after one step from zero; no variable is moved."""
+    saved = soft.snapshot()
+    soft.start()
+    soft.descend(gradients, Adam(1e-2).next(), 0.0)
+    soft.restore(saved)
+    return [(b._nu_moments.first / (1 - BETAS[0]), b._v_moments.first / (1 - BETAS[0])) for b in soft.buckets]
 
 
 def assert_slopes(loss, variable: torch.Tensor, grad: torch.Tensor) -> None:

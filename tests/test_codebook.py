@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_slopes, projected, save_tiny
+from helpers import assert_slopes, projected, save_tiny, slopes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import StudentT
@@ -23,7 +23,7 @@ from lowbit.grid.compiled import library, pointer
 from lowbit.grid.kmeans import kmeans
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import CLAQ, RTN, TesseraQ
-from lowbit.methods._buckets import FROZEN
+from lowbit.methods._rounding import FROZEN, Adam
 from lowbit.methods._soft import SoftBlock
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
@@ -236,9 +236,9 @@ def test_gradients_match_finite_differences(block):
     for b in soft.buckets:
         b.v.add_(0.1)
         b.levels = lambda b=b: b.level + b.gap * (2 * (1.2 * torch.sigmoid(b.v) - 0.1).clamp(0, 1) - 1)  # rounding has no slope
-    loss = projected(soft, block)
-    for b in soft.buckets[:2]:
-        for variable, grad in ((b.nu, b.nu.grad.clone()), (b.v, b.v.grad.clone())):
+    loss, found = projected(soft, block)
+    for b, gradients in zip(soft.buckets[:2], found, strict=False):
+        for variable, grad in zip((b.nu, b.v), gradients, strict=True):
             assert_slopes(loss, variable, grad)
 
 
@@ -247,13 +247,14 @@ def test_the_optimizer_moves_the_weights_whose_gradient_it_is(block):
     before = [b.nu.clone() for b in soft.buckets]
     g = torch.Generator().manual_seed(5)
     soft.weights()
-    soft.backward([torch.randn(block.weight(n).shape, generator=g) for n in soft.names], scales=True)
-    for variables in soft.parameters():
-        torch.optim.Adam(variables, lr=1e-2, fused=True).step()
-    for b, start in zip(soft.buckets, before, strict=True):
+    gradients = [torch.randn(block.weight(n).shape, generator=g) for n in soft.names]
+    found = slopes(soft, gradients)
+    soft.start()
+    soft.descend(gradients, Adam(1e-2).next(), 0.0)
+    for b, start, (by_nu, by_v) in zip(soft.buckets, before, found, strict=True):
         moved = (b.nu - start) * (b.nu.abs() < FROZEN)
-        assert torch.equal(torch.sign(moved), -torch.sign(b.nu.grad) * (b.nu.abs() < FROZEN))
-        assert torch.equal(torch.sign(b.v), -torch.sign(b.v.grad))
+        assert torch.equal(torch.sign(moved), -torch.sign(by_nu) * (b.nu.abs() < FROZEN))
+        assert torch.equal(torch.sign(b.v), -torch.sign(by_v))
 
 
 def test_soft_weights_start_as_the_float_ones_inside_a_book(block):
@@ -288,8 +289,7 @@ def test_outliers_pull_at_no_level(block):
     soft = SoftBlock(CLAQ(outlier_bits=0.7)(block))
     soft.weights()
     only = {n: torch.zeros_like(block.weight(n)).flatten().index_fill(0, soft.outliers[n].index, 1.0).view_as(block.weight(n)) for n in soft.names}
-    soft.backward([only[n] for n in soft.names], scales=True)
-    assert all(not bool(b.v.grad.any()) and not bool(b.nu.grad.any()) for b in soft.buckets)
+    assert all(not bool(by_v.any()) and not bool(by_nu.any()) for by_nu, by_v in slopes(soft, [only[n] for n in soft.names]))
 
 
 @pytest.mark.parametrize("methods", [(FAST,), (CLAQ(adaptive_bits=0.2, outlier_bits=0.14), FAST), (CLAQ(), replace(FAST, rounds=2))])

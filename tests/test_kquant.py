@@ -100,10 +100,9 @@ def test_gradients_match_finite_differences(block):
     for b in soft.buckets:
         b.v.add_(0.1)
         b.stored_units = lambda b=b: b.units * (2 * (1.2 * torch.sigmoid(b.v) - 0.1).clamp(0, 1))  # rounding has no slope
-    loss = projected(soft, block)
-    for b in soft.buckets:
-        assert_slopes(loss, b.nu, b.nu.grad.clone())
-        grad = b.v.grad.clone()
+    loss, found = projected(soft, block)
+    for b, (by_nu, grad) in zip(soft.buckets, found, strict=True):
+        assert_slopes(loss, b.nu, by_nu)
         for at in [(0, 0), (3, 0), *([] if b.grid.symmetric else [(5, 1), (20, 1)])]:
             keep, eps = b.v[at].item(), 1e-2
             b.v[at] = keep + eps
@@ -138,7 +137,7 @@ def test_a_restart_moves_to_codes_inside_the_range(block):
     gradient = {k: torch.randn(block.weights[k].shape, generator=g) for k in soft.keys}
     soft.aim(gradient, {k: torch.ones_like(v) for k, v in gradient.items()})
     for b in soft.buckets:
-        b.nu.copy_(torch.where(b.step != 0, 100.0, -100.0))
+        b.nu.copy_(torch.where(b.way != 0, 100.0, -100.0))
     for name, q in soft.codes().items():
         before, after = done.coded[name].decode(), q.decode()
         assert int(q.codes.max()) <= q.grid.top and bool(((after - before) * gradient[f"{name}.weight"] <= 0).all())

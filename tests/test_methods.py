@@ -14,11 +14,13 @@ from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
-from lowbit.methods._buckets import FROZEN, inverse_rectified, rectified
+from lowbit.methods._batches import copied
 from lowbit.methods._reconstruct import Reconstruction
+from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
 from lowbit.methods._soft import SoftBlock, quantile
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
+from lowbit.model.block import Block
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 
@@ -78,9 +80,9 @@ def test_gradients_match_finite_differences(block):
     soft = SoftBlock(block)
     for b in soft.buckets:
         b.v.add_(0.1)
-    loss = projected(soft, block)
+    loss, found = projected(soft, block)
     b = soft.buckets[0]
-    for variable, grad in ((b.nu, b.nu.grad.clone()), (b.v, b.v.grad.clone())):
+    for variable, grad in zip((b.nu, b.v), found[0], strict=True):
         assert_slopes(loss, variable, grad)
 
 
@@ -102,8 +104,8 @@ def test_another_round_aims_each_weight_where_its_own_loss_falls(block):
     assert float(rectified(b.nu).max()) <= 0.2 + 1e-6
     key = soft.keys[0]
     place = soft.places[soft.names[0]]
-    step, scale = b.step[place.rows], b.scale[place.rows]
-    codes = b.base[place.rows] + b.zero_point[place.rows] + step
+    step, scale = b.way[place.rows], b.scale[place.rows]
+    codes = b.code[place.rows] + step
     assert float(codes.min()) >= 0 and float(codes.max()) <= 3
     before = job.loss(hard, 8)
     free = step.nonzero()[::97]
@@ -133,6 +135,54 @@ def test_codes_differ_from_nearest_by_at_most_one(block):
         assert int(difference.max()) <= 1
         moved += int(difference.sum())
     assert moved > 0
+
+
+def test_steps_in_bfloat16_end_as_good_and_are_reported(block):
+    plain, half = (replace(FAST, precision=p)(block) for p in ("float32", "bfloat16"))
+    assert half.notes["tesseraq"]["steps"] == "torch.bfloat16" and plain.notes["tesseraq"]["steps"] == "torch.float32"
+    assert half.notes["tesseraq"]["before"] == plain.notes["tesseraq"]["before"]  # judged in float32
+    assert half.notes["tesseraq"]["after"] == pytest.approx(plain.notes["tesseraq"]["after"], rel=0.15)
+    assert any(not torch.equal(q.codes, half.coded[n].codes) for n, q in plain.coded.items())
+    with pytest.raises(LowbitError, match="unknown precision for tesseraq 'half'"):
+        replace(FAST, precision="half")
+
+
+def test_rows_copied_one_by_one_are_those_asked_for():
+    stream, rows = torch.randn(9, 3, 4), torch.tensor([7, 0, 7, 2])
+    assert torch.equal(copied(stream, rows, torch.device("cpu")), stream[rows])
+
+
+def scarce(block, rows):
+    """A block whose device has room for so many rows at a time."""
+
+    class Scarce(Block):
+        def forward(self, x, weights=None):
+            if len(x) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x, weights)
+
+    return Scarce(**vars(block))
+
+
+def test_out_of_memory_is_met_by_smaller_parts_with_the_same_result(block):
+    plain, tight = Reconstruction(block, 4), Reconstruction(scarce(block, 1), 4)
+    rows = plain.draw()
+    keys = [f"{n}.weight" for n in block.wiring.linears]
+    shifted = {k: w + 0.01 for k, w in block.weights.items()}
+    loss, gradients = plain.gradients(shifted, keys, rows)
+    again, parts = tight.gradients(shifted, keys, rows)
+    torch.testing.assert_close(again, loss)
+    for a, b in zip(parts, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+    assert tight.loss(shifted) == pytest.approx(plain.loss(shifted), rel=1e-5)
+    assert len(tight.remarks) == 2 + 3  # 4 to 2 to 1 in tuning, 8 to 1 in judging
+    torch.testing.assert_close(scarce(block, 3).run(block.x), block.run(block.x))
+    done = FAST(scarce(block, 2))
+    assert any("ran out of memory while tuning" in t and "2 now" in t for t in done.notes["trouble"])
+    for name, q in FAST(block).coded.items():
+        assert float((q.codes != done.coded[name].codes).float().mean()) < 0.02
+    with pytest.raises(LowbitError, match="with a single row at a time"):
+        FAST(scarce(block, 0))
 
 
 def test_non_finite_loss_falls_back_and_is_recorded(block):

@@ -20,6 +20,7 @@ from .errors import LowbitError, VerificationError
 from .formats.packing import local_tensors, pack, unpack
 from .grid import Grid, QTensor
 from .model.block import Block
+from .model.ranks import ALONE, Ranks
 
 REPORT = "report.json"
 CARD = "README.md"
@@ -127,21 +128,26 @@ class Workplace:
         out: the final directory.
         fingerprint: everything that decides the bytes; a resume must match it.
         shards: number of shards, the one for the tensors outside the blocks included.
+        ranks: the processes that share the run. Rank 0 alone writes; all see the directory, and call what is here alike.
 
     Raises:
         LowbitError: OUT exists and is not empty, cannot be written, or OUT.partial belongs to another run.
     """
 
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any], shards: int) -> None:
-        self.out, self.shards = out, shards
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any], shards: int, ranks: Ranks = ALONE) -> None:
+        self.out, self.shards, self.ranks = out, shards, ranks
         self.partial = out.with_name(out.name + ".partial")
         state = json.dumps(fingerprint, indent=1, sort_keys=True)
         self.run = hashlib.sha256(state.encode()).hexdigest()
-        self.done = self._is_finished()
-        if self.done:
+        self.done: bool = ranks.told(self._entered(state) if ranks.first else None)
+
+    def _entered(self, state: str) -> bool:
+        """Make the directory or find it as this run left it; whether the run is finished."""
+        out = self.out
+        if self._is_finished():
             with _disk(out):
                 self._tidy(out)
-            return
+            return True
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise LowbitError(f"'{out}' exists and is not empty. Choose another -o, or remove it first.")
         with _disk(self.partial):
@@ -155,6 +161,7 @@ class Workplace:
             write_atomic(found, state.encode())
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
+        return False
 
     def _is_finished(self) -> bool:
         report = self.out / REPORT
@@ -186,6 +193,10 @@ class Workplace:
 
     def finished(self, number: int) -> dict[str, Any] | None:
         """The record of a shard that an earlier run completed, its bytes checked; None if it has to be made."""
+        found: dict[str, Any] | None = self.ranks.told(self._finished(number) if self.ranks.first else None)
+        return found
+
+    def _finished(self, number: int) -> dict[str, Any] | None:
         if not self._note(number).is_file() or not self.shard(number).is_file():
             return None
         record: dict[str, Any] = json.loads(self._note(number).read_text())
@@ -197,7 +208,15 @@ class Workplace:
         """Write a shard, read it back, let ``check`` look at what was read, then write its record with the hashes.
 
         Without its record a shard does not count as finished: a resume makes it again.
+
+        Raises:
+            LowbitError: other ranks have other tensors.
         """
+        if self.ranks.size > 1:
+            made = {name: tensor_hash(t.cpu()) for name, t in tensors.items()}
+            self.ranks.agree(f"'{record['name']}' as tuned", made, "Do all have the same kind of device and the same libraries?")
+        if not self.ranks.first:
+            return dict(record)
         path = self.shard(number)
         save_shard(path, tensors)
         held = read_shard(path)

@@ -14,6 +14,10 @@ class VerificationError(LowbitError):
     """An artifact that is not what its report says it is. The command line prints it and exits with code 1."""
 
 
+class ToldElsewhere(LowbitError):
+    """An error of which another rank of the run tells the user. The command line prints nothing and exits with code 2."""
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> LowbitError:
     """A LowbitError for a name that does not exist, with the nearest one that does, or the whole list."""
     names = sorted(known)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import LowbitError, unknown
 from .model.checkpoint import Checkpoint
+from .model.ranks import Ranks
 from .model.stream import load_config
 
 _LOGITS_AT_ONCE = 1 << 27  # of one forward pass
@@ -90,6 +91,11 @@ class Tally:
                 self._kl += _sum(_kl(log_q, log_p))
                 self._same += int((logits[part].argmax(-1) == reference[part].argmax(-1)).sum())
         self._tokens += len(target)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add what the other ranks have counted. Called by all, also by one that had no window."""
+        self._nll, self._kl, *counts = ranks.total(self._nll, self._kl, self._same, self._tokens, self._windows)
+        self._same, self._tokens, self._windows = (int(n) for n in counts)
 
     def result(self) -> Evaluation:
         """The means over everything added.

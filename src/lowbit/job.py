@@ -24,19 +24,20 @@ from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
 from .grid import Affine, Grid, QTensor
-from .loop import Streams, advance, as_read, begin, ordered, prepared, readings_of, run, surveyed
-from .machine import give_back_memory, pick_device
+from .loop import Streams, advance, as_read, begin, check_shared, idle_ranks, ordered, prepared, readings_of, run, surveyed
+from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
-from .methods import OmniQuant
+from .methods import OmniQuant, TesseraQ
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
+from .model.ranks import ALONE, Ranks
 from .model.storage import Storage
 from .model.stream import ModelStream, load_tokenizer
 from .plan import HELD_OUT, beyond_compressed_tensors, check_divides, check_loadable, needs_of
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
 from .recipe import Recipe
-from .record import block_record, command_of, source_of
+from .record import block_record, command_of, sizes, source_of
 from .scheme import Scheme, parse_scheme
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
@@ -110,6 +111,7 @@ def quantize(
     offload_dir: str | Path | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Quantize a model and write a verified artifact; continue an unfinished run of the same command.
 
@@ -125,6 +127,8 @@ def quantize(
         offload: where the activation streams live, see `lowbit.memory.Offload`; changes no byte of the artifact.
         offload_dir: folder for them on disk, by default OUT.partial.
         progress: told after each block. watch: told of each step within a block.
+        ranks: the processes that share the run, from `lowbit.launch.joined`; all call this alike, the first one writes, and all get
+            its result. The folder of ``out`` must be one that all of them see.
 
     Raises:
         LowbitError: bad input, named; or a block or the activations do not fit this machine.
@@ -142,7 +146,7 @@ def quantize(
         recipe = load_recipe(recipe, scheme=scheme, settings=settings)
     elif scheme is not None:
         recipe = recipe.with_scheme(scheme)
-    where = pick_device(device)
+    where = pick_device(device) if ranks.size == 1 else device_of_rank(device, ranks.local)
     stream = ModelStream(model, where)
     check_divides(stream.linear_shapes(), recipe)
     check_loadable(stream.linear_shapes(), recipe, stream.wiring)
@@ -159,7 +163,17 @@ def quantize(
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
     origin = {"source": source_of(stream.checkpoint), "command": command}
-    return _Run(stream, recipe, rows, Path(out), seed, origin, placed, offload_dir, progress, watch).finish()
+    check_shared(ranks, recipe, stream.wiring, len(rows.calibration))
+    run = _Run(stream, recipe, rows, Path(out), seed, origin, placed, offload_dir, progress, watch, ranks)
+    try:
+        return run.finish()
+    except torch.OutOfMemoryError as e:
+        if ranks.size > 1:  # `lowbit.launch` says which of them
+            raise
+        raise LowbitError(
+            f"'{where}' is out of memory ({str(e).splitlines()[0]}). The finished blocks are kept: run the same command with --offload host, or "
+            "free the device. If that is not enough, shorter rows (--length) or another recipe take less, as a run of their own."
+        ) from e
 
 
 def _calibration(given: Calibration, stream: ModelStream, source: str | None, samples: int | None, length: int | None) -> Calibration:
@@ -179,12 +193,15 @@ class _Run:
 
     def __init__(
         self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, origin: Mapping[str, Any], offload: Offload,
-        offload_dir: str | Path | None, progress: Progress | None, watch: Watch | None,
+        offload_dir: str | Path | None, progress: Progress | None, watch: Watch | None, ranks: Ranks,
     ) -> None:
         self.stream, self.recipe, self.rows, self.seed, self.progress, self.watch = stream, recipe, rows, seed, progress, watch
+        self.ranks = ranks
         self.origin = origin  # what report.json says of the model's source and the command
         self.started = time.time()
-        self.place = Workplace(out, self._fingerprint(), len(stream) + 1)
+        fingerprint = self._fingerprint()
+        ranks.agree("the run", {**fingerprint, "output": str(out.absolute())}, "Start all of them with the same command, files and versions.")
+        self.place = Workplace(out, fingerprint, len(stream) + 1, ranks)
         self.offload = offload
         self.storage = Storage(offload.used, stream.device, Path(offload_dir or self.place.partial))
         self.records: list[dict[str, Any]] = []
@@ -199,6 +216,7 @@ class _Run:
             "recipe": {k: v for k, v in self.recipe.as_dict().items() if k != "calibration"},  # its tokens count, not their path
             "files": {f: artifact.file_hash(Path(f)) for f in files},
             "calibration": self.rows.sha256, "seed": self.seed, "compute": str(s.compute), "versions": _versions(),
+            "bfloat16_steps": any(isinstance(m, TesseraQ) and m.in_bfloat16(s.device) for m in self.recipe.methods),
         }  # fmt: skip
 
     # --- the blocks ------------------------------------------------------------------------------------------------------
@@ -206,15 +224,22 @@ class _Run:
     def finish(self) -> Result:
         """Everything from the first tensor to the verified directory; if that exists already, it is only verified again."""
         if self.place.done:
-            return Result(self.place.out, read_report(self.place.out), verify(self.place.out), repeated=True)
-        self.stream = ordered(self.stream, self.recipe, self.rows.calibration, self.seed, self._announce, self.storage)
+            return self._result(repeated=True)
+        self.stream = ordered(self.stream, self.recipe, self.rows.calibration, self.seed, self._announce, self.storage, self.ranks)
         self._outer_shard()
         streams = self._enter()
         for record, after, resumed in self._blocks(streams):
             streams = after
             self._told(record, resumed)
-        verification = self._close(streams)
-        return Result(self.place.out, read_report(self.place.out), verification)
+        quality = self._quality(streams)
+        return self._result(self._close(streams, quality) if self.ranks.first else None)
+
+    def _result(self, verification: Verification | None = None, *, repeated: bool = False) -> Result:
+        """What rank 0 has found of the finished directory, told to all."""
+        out = self.place.out
+        found = (read_report(out), verification or verify(out)) if self.ranks.first else None
+        report, verification = self.ranks.told(found)
+        return Result(out, report, verification, repeated)
 
     def _outer_shard(self) -> None:
         record = self.place.finished(0)
@@ -223,12 +248,12 @@ class _Run:
         self.records.append(record)
 
     def _enter(self) -> Streams:
-        held = self.rows.held_out
-        x = self.stream.embed(torch.cat([self.rows.calibration, held]), storage=self.storage)
+        mine = slice(self.ranks.rank, None, self.ranks.size)
+        x = self.stream.embed(torch.cat([self.rows.calibration[mine], self.rows.held_out[mine]]), storage=self.storage)
         exact = self.stream.in_float32()
-        proof = exact.embed(self._proof_ids(), exact.compute)
+        proof = exact.embed(self._proof_ids(), exact.compute) if self.ranks.first else None
         self.stream.release()
-        return Streams(x, x, len(self.rows.calibration), proof, self.storage)
+        return Streams(x, x, len(self.rows.calibration), proof, self.storage, ranks=self.ranks)
 
     def _proof_ids(self) -> Tensor:
         source = self.rows.held_out if len(self.rows.held_out) >= _PROOF_ROWS else self.rows.calibration
@@ -252,9 +277,13 @@ class _Run:
             give_back_memory()
         clock = time.time()
         blocks = run(self.stream, self.recipe, streams, self.seed, kwargs, proof_kwargs, start, self._announce)
+        first = True
         for block, streams in blocks:  # no enumerate: it would hold a block, and what entered it, until the next one is finished
             start += 1
             tensors = artifact.block_tensors(block)
+            if first and (idle := idle_ranks(self.recipe, self.ranks)):
+                block = block.noted(trouble=[*block.notes.get("trouble", ()), *idle])
+            first = False
             record = self.place.finish(start, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
             yield record, streams, False
@@ -286,7 +315,7 @@ class _Run:
 
     # --- the end -----------------------------------------------------------------------------------------------------------
 
-    def _close(self, streams: Streams) -> Verification:
+    def _close(self, streams: Streams, quality: dict[str, Any] | None) -> Verification:
         from . import __version__
 
         place, skipped = self.place, self.stream.skipped_linears()
@@ -301,7 +330,6 @@ class _Run:
         total = sum(r["bytes"] for r in self.records)
         place.write_json(artifact.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         artifact.write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
-        quality = self._quality(streams)
         self._write_proof(streams)
         report = self._report(__version__, skipped, quality)
         place.write_json(artifact.REPORT, report)
@@ -335,11 +363,14 @@ class _Run:
         if not len(ids):
             return None
         floating, tuned = Tally(), Tally()
-        for i in range(len(ids)):
-            at = slice(streams.tuned_rows + i, streams.tuned_rows + i + 1)
-            expected = self.stream.head(streams.x[at])
+        for at, i in enumerate(self.ranks.mine(len(ids)), self.ranks.count(streams.tuned_rows)):
+            expected = self.stream.head(streams.x[at : at + 1])
             floating.add(expected, ids[i : i + 1])
-            tuned.add(self.stream.head(streams.xq[at]), ids[i : i + 1], expected)
+            tuned.add(self.stream.head(streams.xq[at : at + 1]), ids[i : i + 1], expected)
+        floating.merge(self.ranks)
+        tuned.merge(self.ranks)
+        if not self.ranks.first:
+            return None
         return {"text": f"{self.rows.source} (held out)", "float": floating.result().as_dict(), "quantized": tuned.result().as_dict()}
 
     @torch.no_grad()
@@ -351,11 +382,6 @@ class _Run:
 
     def _report(self, own_version: str, skipped: Mapping[str, str], quality: dict[str, Any] | None) -> dict[str, Any]:
         linears = [e for r in self.records[1:] for e in r["linears"]]
-        weights = sum(e["shape"][0] * e["shape"][1] for e in linears)
-        shapes = self.stream.checkpoint.shapes()
-        width = {"F32": 4, "BF16": 2, "F16": 2}
-        before = sum(_numel(s) * width.get(d, 4) for s, d in shapes.values())
-        total = sum(r["bytes"] for r in self.records)
         shards = {r["shard"]: {"sha256": r["sha256"], "bytes": r["bytes"], "tensors": r["tensors"]} for r in self.records}
         digest = hashlib.sha256("".join(s["sha256"] for s in shards.values()).encode()).hexdigest()
         blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
@@ -364,20 +390,12 @@ class _Run:
             **self.origin, "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
-            "seed": self.seed, "device": str(self.stream.device), "compute": str(self.stream.compute), "offload": asdict(self.offload),
-            "hash": digest,
-            "size": {"before": before, "after": total, "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / weights,
-                     "model_bits_per_weight": 8 * total / sum(_numel(s) for s, _ in shapes.values())},
-            "quality": quality, "blocks": blocks, "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},
+            "seed": self.seed, "ranks": self.ranks.size, "device": str(self.stream.device), "compute": str(self.stream.compute),
+            "offload": asdict(self.offload), "hash": digest,
+            "size": sizes(self.stream.checkpoint.shapes(), self.records), "quality": quality, "blocks": blocks,
+            "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},
             "linears": linears + [{"name": n, "skipped": why} for n, why in skipped.items()], "shards": shards,
         }  # fmt: skip
-
-
-def _numel(shape: Sequence[int]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
 
 
 def _versions() -> dict[str, str]:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from .errors import LowbitError
-from .grid import KVGrid, Reading
-from .methods import CLAQ, RTN, CrossQuant, OmniQuant, QuaRot
+from .grid import CrossQuant as ColumnGrid
+from .grid import KVGrid, LLMInt8, Reading
+from .methods import CLAQ, RTN, CrossQuant, OmniQuant, QuaRot, TesseraQ
 from .methods._reconstruct import Reconstruction
 from .methods.claq import least_gain, survey
 from .model.block import Announce, Block, silent
+from .model.ranks import ALONE, Ranks
 from .model.storage import Storage
 from .model.stream import ModelStream
+from .model.wiring import Wiring
 from .recipe import Recipe
 
 
@@ -30,12 +33,13 @@ class Streams:
     next target.
 
     Attributes:
-        x, xq: (rows, length, hidden) in the model's dtype; the same tensor before the first block.
-        tuned_rows: leading rows that methods may learn from; the others are held out.
+        x, xq: (rows, length, hidden) in the model's dtype, this rank's rows; the same tensor before the first block.
+        tuned_rows: leading rows, of all ranks, that methods may learn from; the others are held out.
         proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the quantized model's activations for
-            the artifact's proof, never rounded between blocks.
+            the artifact's proof, never rounded between blocks. None where no proof is made: not on this rank.
         storage: where new ones are put; None puts them beside those that enter.
         room: a tensor like ``xq`` that the next target is written over, or None.
+        ranks: the processes that share the rows.
     """
 
     x: Tensor
@@ -44,6 +48,7 @@ class Streams:
     proof: Tensor | None = None
     storage: Storage | None = None
     room: Tensor | None = None
+    ranks: Ranks = ALONE
 
 
 def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
@@ -62,9 +67,32 @@ def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
     return stream
 
 
+def check_shared(ranks: Ranks, recipe: Recipe, wiring: Wiring, samples: int) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises:
+        LowbitError: fewer rows than processes, or an activation grid by which a row's numbers depend on the rows it comes with.
+    """
+    if ranks.size == 1:
+        return
+    if samples < ranks.size:
+        raise LowbitError(f"{ranks.size} processes cannot share {samples} calibration rows: use fewer, or more --samples.")
+    grid = recipe.activations
+    if (isinstance(grid, ColumnGrid) and (grid.columns == "call" or wiring.flat)) or isinstance(grid, LLMInt8):
+        kept = " --set activations.columns=sequence keeps rows apart." if isinstance(grid, ColumnGrid) and not wiring.flat else ""
+        raise LowbitError(f"{grid} quantizes a row by what the rows of its batch hold, which depends on how they are shared: use one process.{kept}")
+
+
+def idle_ranks(recipe: Recipe, ranks: Ranks) -> list[str]:
+    """Remarks on methods whose steps look at fewer rows than there are ranks."""
+    learners = [m for m in recipe.methods if isinstance(m, (TesseraQ, OmniQuant)) and m.batch < ranks.size]
+    return [f"{type(m).__name__.lower()} has {m.batch} rows a step: {ranks.size - m.batch} of {ranks.size} ranks wait in it" for m in learners]
+
+
 def ordered(
-    stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent, storage: Storage | None = None
-) -> ModelStream:
+    stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent, storage: Storage | None = None,
+    ranks: Ranks = ALONE,
+) -> ModelStream:  # fmt: skip
     """The model with the channels of its residual stream by falling size, if the recipe folds CrossQuant's factors by groups.
 
     One pass of the float model over the calibration rows ``ids``, also when a run is resumed.
@@ -76,8 +104,8 @@ def ordered(
     if method is None:
         return stream
     stream.ordered(torch.arange(stream.config.hidden_size))  # refuses before the pass
-    x = stream.embed(ids, storage=storage)
-    streams, kwargs = Streams(x, x, len(ids), storage=storage), stream.block_kwargs(ids.shape[1])
+    x = stream.embed(ids[ranks.rank :: ranks.size], storage=storage)
+    streams, kwargs = Streams(x, x, len(ids), storage=storage, ranks=ranks), stream.block_kwargs(ids.shape[1])
     del x
     total = torch.zeros(stream.config.hidden_size, dtype=torch.float64, device=stream.device)
     for i in range(len(stream)):
@@ -118,7 +146,7 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
         name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
         compute=stream.compute, stored=stream.dtype, grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
         x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
-        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce, storage=streams.storage,
+        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce, storage=streams.storage, ranks=streams.ranks,
     )  # fmt: skip
     target = block.run(streams.x, out=streams.room)
     if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):  # as norms and losses take it

@@ -81,6 +81,25 @@ def give_back_memory() -> None:
             trim(0)
 
 
+def device_of_rank(name: str, local: int) -> torch.device:
+    """The device of process number ``local`` on this machine, where several share a run: a GPU of its own, or the CPU for all.
+
+    Raises:
+        LowbitError: there are fewer GPUs than processes, a single one was asked for, or another kind of device.
+    """
+    found = pick_device(name)
+    if found.type == "cpu":
+        return found
+    if found.type != "cuda":
+        raise LowbitError(f"several processes can share a run on CUDA GPUs or on the CPU, not on '{found.type}'. Use --device cpu, or one process.")
+    if found.index is not None:
+        raise LowbitError(f"--device {name} is one GPU for all processes: use --device cuda, which gives each its own.")
+    if local >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise LowbitError(f"process {local + 1} on this machine has no GPU, there are {count}: give torchrun --nproc-per-node {count}.")
+    return torch.device("cuda", local)
+
+
 def pick_device(name: str) -> torch.device:
     """"auto" is the accelerator if there is one (with float64), else the CPU.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .artifact import CARD, RECIPE
@@ -63,8 +65,31 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
              "error": error.tuned, **_parts(q)}
         )  # fmt: skip
     return {
-        "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": peak_memory(block.device), **block.notes,
+        "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": _peak(block), **block.notes,
     }  # fmt: skip
+
+
+def sizes(shapes: Mapping[str, tuple[Sequence[int], str]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bytes of the model before and after, and bits per weight counted from them.
+
+    Args:
+        shapes: of the original tensors, with their dtypes as safetensors name them. records: of the shards, that outside the blocks first.
+    """
+    linears = [e for r in records[1:] for e in r["linears"]]
+    width = {"F32": 4, "BF16": 2, "F16": 2}
+    after = sum(r["bytes"] for r in records)
+    return {
+        "before": sum(math.prod(s) * width.get(d, 4) for s, d in shapes.values()), "after": after,
+        "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / sum(math.prod(e["shape"]) for e in linears),
+        "model_bits_per_weight": 8 * after / sum(math.prod(s) for s, _ in shapes.values()),
+    }  # fmt: skip
+
+
+def _peak(block: Block) -> int:
+    """Bytes, of the rank that needs most."""
+    most = torch.tensor([peak_memory(block.device)], dtype=torch.int64)
+    block.ranks.max_(most)
+    return int(most)
 
 
 def _parts(q: QTensor) -> dict[str, Any]:

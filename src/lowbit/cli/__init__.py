@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from . import make, measure, look, share  # isort: skip  # noqa: F401 - the order of --help
@@ -13,5 +14,6 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        err.print("interrupted; the same command continues from the last finished block.")
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes are interrupted too
+            err.print("interrupted; the same command continues from the last finished block.")
         sys.exit(130)

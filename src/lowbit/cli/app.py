@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from ..errors import LowbitError, VerificationError
+from ..errors import LowbitError, ToldElsewhere, VerificationError
 
 app = typer.Typer(
     add_completion=False,
@@ -39,14 +39,22 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         _quiet()
         try:
             command(*args, **kwargs)
+        except ToldElsewhere as e:
+            raise typer.Exit(2) from e
         except VerificationError as e:
             err.print(f"verification failed: {e}", style="red", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from e
         except LowbitError as e:
-            err.print(f"error: {e}", style="red", highlight=False, soft_wrap=True, markup=False)
+            complain(str(e))
             raise typer.Exit(2) from e
 
     return run
+
+
+def complain(what: str) -> None:
+    """Print what went wrong, also while a table is shown."""
+    err.show_cursor()
+    err.print(f"error: {what}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def _quiet() -> None:

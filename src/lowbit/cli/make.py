@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
-from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, app, out, reported, write_json
+from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, app, complain, out, reported, write_json
 
 
 @app.command()
@@ -29,16 +30,21 @@ def quantize(
     plain: Annotated[bool, typer.Option("--plain", help="Refuse what only this library could load: online rotations, quantized keys and values, most quantized activations.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Quantize a model into a verified artifact. Repeating an interrupted command continues it."""
+    """Quantize a model into a verified artifact. Repeating an interrupted command continues it.
+
+    On several GPUs: torchrun --nproc-per-node N -m lowbit quantize ...
+    """
     from ..display import Progress, summary
     from ..job import quantize as job
+    from ..launch import joined
 
-    with Progress(out) as progress:
+    with joined(device, complain) as ranks, Progress(out if ranks.first else Console(quiet=True)) as progress:
         result = job(
             model, scheme, recipe, out=output, calib=calib, samples=samples, length=length, seed=seed, device=device,
-            settings=set_ or [], plain=plain, offload=offload, offload_dir=offload_dir, progress=progress, watch=progress.working,
+            settings=set_ or [], plain=plain, offload=offload, offload_dir=offload_dir, progress=progress, watch=progress.working, ranks=ranks,
         )  # fmt: skip
-    out.print(summary(result), highlight=False, soft_wrap=True)
+    if ranks.first:
+        out.print(summary(result), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,9 +1,7 @@
-"""Soft weights of linears that share a layout, and the gradients of their variables, by kind of grid.
+"""Soft weights of linears that share a layout, by kind of grid: how their variables make levels and move.
 
-A bucket holds all of them in one matrix, so that a tuning step makes a handful of passes over memory whatever the number of
-linears, and the gradient is written out by hand: nothing is saved for autograd.
-
-Frozen weights carry nu = +-FROZEN: h is then exactly 0 or 1 and its slope exactly 0, without infinities and without a mask.
+A bucket holds all of them in one matrix, so that the weights of a step are made in one pass over memory whatever the number of
+linears. What a weight is made of, and how rounding variables move, is `_rounding`'s.
 """
 
 from __future__ import annotations
@@ -16,26 +14,10 @@ from torch import Tensor
 
 from ..grid import Affine, AffineParams, Codebook, CodebookParams, QTensor
 from ..model.block import Block
+from . import _rounding
+from ._rounding import FROZEN, Adam, inverse_rectified, moved, rectified, slope
 
-FROZEN = 100.0
 _LEAST_AIM, _MOST_AIM = 0.02, 0.2  # measured: 0.5 ends no better than without the round, 0.15 to 0.25 are alike
-
-
-def rectified(nu: Tensor) -> Tensor:
-    """h(nu), the stretched and clamped sigmoid of AdaRound."""
-    return (1.2 * torch.sigmoid(nu) - 0.1).clamp(0, 1)
-
-
-def slope(nu: Tensor) -> Tensor:
-    """h'(nu), zero where h is clamped."""
-    sigmoid = torch.sigmoid(nu)
-    inside = (sigmoid > 0.1 / 1.2) & (sigmoid < 1.1 / 1.2)
-    return 1.2 * sigmoid * (1 - sigmoid) * inside
-
-
-def inverse_rectified(h: Tensor) -> Tensor:
-    """nu with h(nu) = h, for h in [0, 1]."""
-    return -torch.log(1.2 / (h + 0.1) - 1)
 
 
 def aimed(gradient: Tensor, curvature: Tensor, unit: Tensor, outside: Tensor) -> Tensor:
@@ -66,12 +48,20 @@ class Bucket(Protocol):
         """The inverse for one linear, from what `values` gave."""
         ...
 
-    def values(self) -> Tensor:
-        """(rows, length) soft weights."""
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """(rows, length) soft weights, good until the next call."""
         ...
 
-    def backward(self, gradient: Tensor, *, scales: bool) -> None:
-        """Turn the gradient by `values`, as last computed, into gradients by nu and v."""
+    def start(self) -> None:
+        """Forget where Adam stood."""
+        ...
+
+    def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
+        """Move one linear's nu against its (rows, length) gradient by what `values` gave last, and note the gradient by v."""
+        ...
+
+    def retune(self, adam: Adam, decay: float) -> None:
+        """Move v by what `descend` noted since `values`; ``decay`` is L2 inside Adam."""
         ...
 
     def coded(self, rows: slice, shape: torch.Size) -> QTensor:
@@ -83,13 +73,42 @@ class Bucket(Protocol):
         ...
 
 
+class Moments:
+    """Adam's two moments of a variable, made when they are first needed."""
+
+    def __init__(self, variable: Tensor) -> None:
+        self._like = variable
+        self.first = self.second = variable.new_empty(0)
+
+    def reset(self) -> None:
+        """Both zero."""
+        if self.first.shape != self._like.shape:
+            self.first, self.second = torch.zeros_like(self._like), torch.zeros_like(self._like)
+        else:
+            self.first.zero_()
+            self.second.zero_()
+
+
+class Room:
+    """A tensor that is written again and again: large ones cost more to allocate than to fill."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def like(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialised, of t's shape and device."""
+        if self._held is None or self._held.dtype != dtype or self._held.shape != t.shape:
+            self._held = torch.empty_like(t, dtype=dtype)
+        return self._held
+
+
 # --- uniform grids ---------------------------------------------------------------------------------------------------------
 
 
 class AffineBucket:
-    """weight = (base + step * h(nu)) * stored(scale * phi(v)), phi(v) = 2 h(v): one row per group of weights.
+    """weight = (code + way * h(nu) - zero point) * stored(scale * phi(v)), phi(v) = 2 h(v): one row per group of weights.
 
-    ``base`` is a code minus the zero point and ``step`` is +1, -1 or 0 (0: the other code lies outside the range).
+    ``way`` is +1, -1 or 0 (0: the other code lies outside the range).
 
     Args:
         block: what is tuned. names: linears whose groups have the same length. from_codes: start on their codes, frozen.
@@ -105,20 +124,20 @@ class AffineBucket:
             assert isinstance(grid, Affine)
             params = block.coded[name].params if from_codes else block.range_of(name)
             self.group = grid.group(weight.shape[1])
-            scale, zero = params.scale.reshape(-1, 1), params.zero_point.reshape(-1, 1)
+            scale, zero = params.scale.reshape(-1, 1).float(), params.zero_point.reshape(-1, 1).float()
             if from_codes:
-                low = block.coded[name].codes.reshape(-1, self.group).to(scale.dtype) - zero
-                parts.append((torch.full_like(low, -FROZEN), low, torch.zeros_like(low), scale, zero))
+                code = block.coded[name].codes.reshape(-1, self.group)
+                start = torch.full(code.shape, -FROZEN, device=code.device), code, torch.zeros_like(code, dtype=torch.int8)
             else:
-                parts.append((*_around(weight.reshape(-1, self.group) / scale, zero, grid.top), scale, zero))
+                start = _around(weight.reshape(-1, self.group).float() / scale, zero, grid.top)
+            parts.append((*start, scale, zero))
             self.grids.append((slice(at, at + len(scale)), grid))
             at += len(scale)
-        columns = [torch.cat(column).float() for column in zip(*parts, strict=True)]
-        self.nu, self.base, self.step, self.scale, self.zero_point = columns
+        self.nu, self.code, self.way, self.scale, self.zero_point = (torch.cat(column) for column in zip(*parts, strict=True))
         self.v = torch.zeros_like(self.scale)
-        self.h = torch.empty_like(self.nu)  # scratch of `values`, read again by `backward`
-        self.sigmoid = torch.empty_like(self.nu)
-        self.soft = torch.empty_like(self.nu)
+        self._nu_moments, self._v_moments, self._room = Moments(self.nu), Moments(self.v), Room()
+        self._by_scale = torch.zeros_like(self.scale)
+        self._now = self.scale
 
     @property
     def rows(self) -> list[slice]:
@@ -136,33 +155,37 @@ class AffineBucket:
         scale = self.scale * (2 * rectified(self.v))
         return scale.to(self.stored).clamp(min=torch.finfo(self.stored).tiny).float()
 
-    def values(self) -> Tensor:
-        torch.sigmoid(self.nu, out=self.sigmoid)
-        torch.mul(self.sigmoid, 1.2, out=self.h).sub_(0.1).clamp_(0, 1)
-        torch.addcmul(self.base, self.step, self.h, out=self.soft)
-        return self.soft * self.stored_scale()
+    def values(self, dtype: torch.dtype) -> Tensor:
+        self._now = self.stored_scale()
+        return _rounding.weights(self.nu, self.code, self.way, self.zero_point, self._now, None, self._room.like(self.nu, dtype))
 
-    def backward(self, gradient: Tensor, *, scales: bool) -> None:
-        if scales:
-            self.v.grad = (gradient * self.soft).sum(1, keepdim=True) * self.scale * (2 * slope(self.v))
-        # h is strictly inside (0, 1) exactly where the clamp lets gradients through.
-        inside = (self.h > 0).logical_and_(self.h < 1)
-        curve = torch.addcmul(self.sigmoid, self.sigmoid, self.sigmoid, value=-1, out=self.sigmoid)  # sigma (1 - sigma)
-        self.nu.grad = gradient.mul(self.step).mul_(1.2 * self.stored_scale()).mul_(curve).mul_(inside)
+    def start(self) -> None:
+        self._nu_moments.reset()
+        self._v_moments.reset()
+
+    def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
+        m = self._nu_moments
+        sums = _rounding.descend(
+            gradient, self.nu[rows], self.code[rows], self.way[rows], self.zero_point[rows], self._now[rows], m.first[rows], m.second[rows], adam
+        )
+        self._by_scale[rows] = sums[:, :1]
+
+    def retune(self, adam: Adam, decay: float) -> None:
+        gradient = self._by_scale * self.scale * (2 * slope(self.v))
+        moved(self.v, gradient.add_(self.v, alpha=decay), self._v_moments.first, self._v_moments.second, adam)
 
     def coded(self, rows: slice, shape: torch.Size) -> QTensor:
-        codes = (self.base[rows] + self.step[rows] * (self.nu[rows] > 0) + self.zero_point[rows]).to(torch.uint8).view(shape)
+        codes = (self.code[rows] + self.way[rows] * (self.nu[rows] > 0)).to(torch.uint8).view(shape)
         params = AffineParams(self.stored_scale()[rows].reshape(shape[0], -1).clone(), self.zero_point[rows].reshape(shape[0], -1).clone())
         return QTensor(self._grid(rows), codes, params)
 
     def aim(self, rows: slice, gradient: Tensor, curvature: Tensor) -> None:
-        base, step, nu = self.base[rows], self.step[rows], self.nu[rows]
-        hard = base + step * (nu > 0)
-        toward = -torch.sign(gradient)
-        code = hard + self.zero_point[rows] + toward
-        outside = (code < 0) | (code > self._grid(rows).top)
-        base.copy_(hard)
-        step.copy_(toward.masked_fill_(outside, 0))
+        code, way, nu = self.code[rows], self.way[rows], self.nu[rows]
+        code.copy_(code + way * (nu > 0))
+        way.copy_(-torch.sign(gradient))
+        other = code.to(torch.int16) + way
+        outside = (other < 0) | (other > self._grid(rows).top)
+        way.masked_fill_(outside, 0)
         nu.copy_(aimed(gradient, curvature, self.stored_scale()[rows], outside))
 
     def _grid(self, rows: slice) -> Affine:
@@ -170,12 +193,11 @@ class AffineBucket:
 
 
 def _around(ratio: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """nu, base and step for weights at ``ratio`` steps from zero, between the codes around them."""
+    """nu, code and way for weights at ``ratio`` steps from zero, between the codes around them."""
     floor = ratio.floor()
     fraction = (ratio - floor).clamp(0, 1 - 2**-24)
-    low = (floor + zero).clamp(0, top) - zero
-    high = (floor + 1 + zero).clamp(0, top) - zero
-    return inverse_rectified(fraction), low, high - low
+    low, high = (floor + zero).clamp(0, top), (floor + 1 + zero).clamp(0, top)
+    return inverse_rectified(fraction), low.to(torch.uint8), (high - low).to(torch.int8)
 
 
 # --- codebooks -------------------------------------------------------------------------------------------------------------
@@ -212,7 +234,8 @@ class BookBucket:
             low, high = self.level.gather(1, self.base), self.level.gather(1, self.other)
             fraction = ((lists - low) / (high - low).clamp(min=1e-30)).clamp(0, 1 - 2**-24)
             self.nu = inverse_rectified(fraction.masked_fill(self.other == self.base, 0))
-        self._table = self.level
+        self._nu_moments, self._v_moments = Moments(self.nu), Moments(self.v)
+        self._by_level = torch.zeros_like(self.level)
 
     def lists(self, weight: Tensor) -> Tensor:
         return self.grid.lists(weight)
@@ -226,19 +249,25 @@ class BookBucket:
         limit = torch.finfo(torch.float16).max
         return moved.clamp(-limit, limit).to(torch.float16).float()
 
-    def values(self) -> Tensor:
+    def values(self, dtype: torch.dtype) -> Tensor:
         table = self.levels().to(self.stored).float()
         self.low = table.gather(1, self.base)
         self.way = table.gather(1, self.other).sub_(self.low)
-        self.h = rectified(self.nu)
-        return torch.addcmul(self.low, self.way, self.h)
+        return torch.addcmul(self.low, self.way, rectified(self.nu)).to(dtype)
 
-    def backward(self, gradient: Tensor, *, scales: bool) -> None:
-        if scales:
-            upper = gradient * self.h
-            by_level = torch.zeros_like(self.level).scatter_add_(1, self.other, upper).scatter_add_(1, self.base, gradient - upper)
-            self.v.grad = by_level * self.gap * (2 * slope(self.v))
-        self.nu.grad = gradient.mul(self.way).mul_(slope(self.nu))
+    def start(self) -> None:
+        self._nu_moments.reset()
+        self._v_moments.reset()
+
+    def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
+        gradient = gradient.float()
+        upper = gradient * rectified(self.nu)
+        self._by_level.zero_().scatter_add_(1, self.other, upper).scatter_add_(1, self.base, gradient - upper)
+        moved(self.nu, gradient * self.way * slope(self.nu), self._nu_moments.first, self._nu_moments.second, adam)
+
+    def retune(self, adam: Adam, decay: float) -> None:
+        gradient = self._by_level * self.gap * (2 * slope(self.v))
+        moved(self.v, gradient.add_(self.v, alpha=decay), self._v_moments.first, self._v_moments.second, adam)
 
     def coded(self, rows: slice, shape: torch.Size) -> QTensor:
         codes = torch.where(self.nu > 0, self.other, self.base)

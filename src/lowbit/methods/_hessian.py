@@ -126,7 +126,7 @@ def input_hessians(block: Block, linears: Sequence[str], rows: int) -> dict[str,
     for name in linears:
         width = block.weight(name).shape[1]
         sums[name] = torch.zeros(width, width, dtype=torch.float64, device=block.device)
-    seen = dict.fromkeys(linears, 0)
+    seen: dict[str, float] = dict.fromkeys(linears, 0)
 
     def visit(name: str, call: Call) -> None:
         x = block.entering(name, call.args[0]).flatten(0, -2)
@@ -135,4 +135,6 @@ def input_hessians(block: Block, linears: Sequence[str], rows: int) -> dict[str,
         seen[name] += len(x)
 
     replace(block, weights=block.decoded()).observe(linears, block.xq, rows, visit)
+    block.ranks.sum_(*sums.values())
+    seen = dict(zip(seen, block.ranks.total(*seen.values()), strict=True))
     return {name: total * (2 / max(1, seen[name])) for name, total in sums.items()}

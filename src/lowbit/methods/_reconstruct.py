@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from ..model.block import Block
+from ..model.parts import Parts
+from ._batches import Feed, gathered, summed
 
 Objective = Literal["block", "logits"]
 
 _JUDGED_ROWS = 32
+_JUDGED_TOKENS = 4096  # at a time
+
+_Found = tuple[Tensor, tuple[Tensor, ...]]  # a loss and its gradients
+
+
+def _nothing() -> _Found | None:
+    return None
 
 
 class Reconstruction:
@@ -33,22 +42,37 @@ class Reconstruction:
         self.objective: Objective = "logits" if self._readout else "block"
         self._generator = torch.Generator().manual_seed(block.seed)
         self._drawn: Tensor | None = None
+        self._feed = Feed(block)
+        self.remarks: list[str] = []  # what became of the batch where memory ran out
+        self._parts = Parts(f"tuning '{block.name}'", self.batch, self.remarks.append)
+        self._judged = Parts(f"judging '{block.name}'", max(1, _JUDGED_TOKENS // block.x.shape[1]), self.remarks.append)
 
     def draw(self) -> Tensor:
         """Row numbers of the next mini-batch, (batch,) int64. Those after it are drawn too, so that they can be read meanwhile."""
         rows = self._fresh() if self._drawn is None else self._drawn
         self._drawn = self._fresh()
-        self.block.prefetch(self._drawn, self.block.xq, self.block.target)
+        self._feed.prepare(self._drawn)
         return rows
 
     def _fresh(self) -> Tensor:
         return torch.randperm(self.block.tuned_rows, generator=self._generator)[: self.batch]
 
-    def output(self, weights: Mapping[str, Tensor], rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """The block's output and its target for some rows, (n, length, hidden) float32 each."""
+    def output(self, weights: Mapping[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's output and its target for this rank's part of some rows, (n, length, hidden) float32 each.
+
+        Args:
+            rows: their numbers over all ranks. n is less with several ranks, and may be 0.
+        """
+        b, part = self.block, self.block.ranks.share(len(rows))
+        x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        if part.start < part.stop:
+            return self._output(weights, x[part], target[part])
+        y, target = self._output(weights, x[:1], target[:1])  # modules take no empty batch
+        return y[:0], target[:0]
+
+    def _output(self, weights: Mapping[str, Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         b = self.block
-        y = b.forward(b.xq[rows].to(b.device, b.compute), weights)
-        return y.float(), b.target[rows].to(b.device).float()
+        return b.forward(x.to(b.device, b.compute), weights).float(), target.to(b.device).float()
 
     def distance(self, y: Tensor, target: Tensor) -> Tensor:
         """The loss of outputs, summed over tokens."""
@@ -58,33 +82,59 @@ class Reconstruction:
             expected = self._readout(target).log_softmax(-1)
         return torch.nn.functional.kl_div(self._readout(y).log_softmax(-1), expected, reduction="sum", log_target=True)
 
-    def probe(self, y: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    def probe(self, y: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
         """A random scalar whose squared derivatives average to the diagonal of the loss's Gauss-Newton matrix.
 
-        Random signs for the squared error, next tokens drawn from the float model for the divergence.
+        Random signs for the squared error, next tokens drawn from the float model for the divergence; drawn for all rows alike on
+        every rank, so that the parts of a batch add up to what one rank has.
+
+        Args:
+            y: from `output` for ``rows``.
         """
+        part = self.block.ranks.share(len(rows))
         if self._readout is None:
-            signs = torch.randint(0, 2, y.shape, generator=generator, device=y.device).to(y.dtype) * 2 - 1
+            signs = torch.randint(0, 2, (len(rows), *y.shape[1:]), generator=generator, device=y.device)[part].to(y.dtype) * 2 - 1
             return (y * signs).sum() * 2**0.5
+        [target] = gathered(self.block.ranks, rows, (self.block.target,), y.device)
         with torch.no_grad():
-            drawn = torch.multinomial(self._readout(target).softmax(-1).flatten(0, -2), 1, generator=generator)
+            chances = self._readout(target.to(y.device).float()).softmax(-1)
+            drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(*chances.shape[:-1], 1)[part].flatten(0, -2)
         return self._readout(y).log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
 
     def gradients(self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss on some rows and its gradients by the parameters named in ``trained``."""
+        """Loss on some rows of all ranks and its gradients by the parameters named in ``trained``.
+
+        If the device's memory is too small for them, the rows go in parts, whose gradients are added up in float32.
+        """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
-        y, target = self.output({**weights, **leaves}, rows)
-        loss = self.distance(y, target) / y[..., 0].numel()
-        return loss.detach(), torch.autograd.grad(loss, list(leaves.values()))
+        b, part = self.block, self.block.ranks.share(len(rows))
+        x, target = self._feed.take(rows)
+        tokens = len(rows) * x.shape[1]
+
+        def add(total: _Found | None, at: slice) -> _Found | None:
+            y, wanted = self._output({**weights, **leaves}, x[at], target[at])
+            loss = self.distance(y, wanted) / tokens
+            found = torch.autograd.grad(loss, list(leaves.values()))
+            if total is None:
+                return loss.detach(), found
+            return total[0] + loss.detach(), tuple(t.float().add_(g) for t, g in zip(total[1], found, strict=True))
+
+        if part.start == part.stop:  # modules take no empty batch
+            found = add(None, slice(0, 1))
+            assert found is not None
+            return summed(b, found[0] * 0, [g.zero_() for g in found[1]])
+        x, target = x[part], target[part]
+        total = self._parts.over(len(x), _nothing, add)
+        assert total is not None
+        return summed(b, *total)
 
     @torch.no_grad()
     def loss(self, weights: Mapping[str, Tensor], rows: int = _JUDGED_ROWS) -> float:
         """Loss on the first rows, the same ones every time."""
-        rows = min(rows, self.block.tuned_rows)
-        total, tokens = 0.0, 0
-        step = max(1, 4096 // self.block.x.shape[1])
-        for at in range(0, rows, step):
-            y, target = self.output(weights, slice(at, min(at + step, rows)))
-            total += float(self.distance(y, target))
-            tokens += y[..., 0].numel()
-        return total / tokens
+        b, rows = self.block, self.block.ranks.count(min(rows, self.block.tuned_rows))
+
+        def add(total: float, part: slice) -> float:
+            return total + float(self.distance(*self._output(weights, b.xq[part], b.target[part])))
+
+        total, count = b.ranks.total(self._judged.over(rows, float, add), rows * b.x.shape[1])
+        return total / count

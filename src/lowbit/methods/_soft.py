@@ -15,7 +15,8 @@ from torch import Tensor
 from ..grid import Affine, KQuant, QTensor
 from ..model.block import Block
 from ._blocks import KQuantBucket
-from ._buckets import FROZEN, AffineBucket, BookBucket, Bucket, rectified
+from ._buckets import AffineBucket, BookBucket, Bucket
+from ._rounding import FROZEN, Adam, rectified
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ class SoftBlock:
     # --- the weights -----------------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
-        """The block's parameters with soft weights in place."""
-        flats = [b.values() for b in self.buckets]
+        """The block's parameters with soft weights in place, in the compute dtype; good until the next call."""
+        flats = [b.values(self.block.compute) for b in self.buckets]
         out = dict(self.block.weights)
         for name in self.names:
             p = self.places[name]
-            weight = self.buckets[p.bucket].weight(p.rows, p.shape, flats[p.bucket]).to(self.block.compute)
+            weight = self.buckets[p.bucket].weight(p.rows, p.shape, flats[p.bucket])
             kept = self.outliers.get(name)
             if kept is not None:
                 values = kept.values.to(self.block.stored).to(weight.dtype)
@@ -77,21 +78,26 @@ class SoftBlock:
         """The block's parameters with every weight on the grid, decoded as a loader would."""
         return self.block.solved(self.codes()).decoded()
 
-    def backward(self, gradients: Sequence[Tensor], *, scales: bool) -> None:
-        """Turn gradients by the weights (in the order of ``names``) into gradients by nu and v; call after `weights`."""
-        by_bucket: list[list[Tensor]] = [[] for _ in self.buckets]
+    def start(self) -> None:
+        """Forget where Adam stood."""
+        for b in self.buckets:
+            b.start()
+
+    @torch.no_grad()
+    def descend(self, gradients: Sequence[Tensor], adam: Adam, decay: float | None) -> None:
+        """One step of Adam on nu, and on v with ``decay`` (L2) if that is given.
+
+        Args:
+            gradients: by the weights that `weights` gave last, in the order of ``names``, (out, in) each in any float dtype.
+        """
         for name, g in zip(self.names, gradients, strict=True):
-            kept = self.outliers.get(name)
+            kept, p = self.outliers.get(name), self.places[name]
             if kept is not None:
                 g = g.flatten().index_fill(0, kept.index, 0).view(g.shape)
-            by_bucket[self.places[name].bucket].append(self.buckets[self.places[name].bucket].lists(g))
-        for b, pieces in zip(self.buckets, by_bucket, strict=True):
-            # Fused Adam pairs variables and gradients as they lie in memory: a transposed gradient would move the wrong weights.
-            b.backward((torch.cat(pieces) if len(pieces) > 1 else pieces[0]).float().contiguous(), scales=scales)
-
-    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(rounding variables, scale variables)."""
-        return [b.nu for b in self.buckets], [b.v for b in self.buckets]
+            self.buckets[p.bucket].descend(p.rows, self.buckets[p.bucket].lists(g), adam)
+        if decay is not None:
+            for b in self.buckets:
+                b.retune(adam, decay)
 
     # --- hardening -------------------------------------------------------------------------------------------------------
 

@@ -96,6 +96,7 @@ class AWQ:
         for site in block.wiring.sites:
             groups[site.reads[0]] = {_ranged(block.grids[n]).group(block.weight(n).shape[1]) for n in site.reads}
         picked = pick_tokens(rows * block.xq.shape[1], self.clip_tokens, self.clip_sampling, torch.Generator().manual_seed(block.seed))
+        picked = None if picked is None else block.ranks.tokens(picked, block.xq.shape[1])
         moments: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
         seen = dict.fromkeys(groups, 0)
         exact = block.exact()
@@ -107,6 +108,8 @@ class AWQ:
             if picked is not None:
                 here = (picked[(picked >= at) & (picked < at + len(x))] - at).to(x.device)
                 x, q = x[here], q[here]
+                if not len(here):
+                    return
             reading = block.readings.get(name)
             e = None if reading is None or reading.grid is None else q - x
             for group in groups[name]:
@@ -119,7 +122,25 @@ class AWQ:
 
         with torch.no_grad():
             block.observe(list(groups), block.xq, rows, visit)
-        return moments
+        return _summed(block, groups, moments)
+
+
+def _summed(
+    block: Block, groups: Mapping[str, set[int]], moments: Mapping[tuple[str, int], tuple[Tensor, Tensor | None]]
+) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
+    """The moments over all ranks, of which some may have seen no token of the few rows looked at."""
+    if block.ranks.size == 1:
+        return dict(moments)
+    out: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
+    for name, cuts in groups.items():
+        reading = block.readings.get(name)
+        for group in sorted(cuts):
+            zeros = torch.zeros(block.weight(name).shape[1] // group, group, group, device=block.device)
+            drifts = reading is not None and reading.grid is not None
+            gram, drift = moments.get((name, group), (zeros, zeros.clone() if drifts else None))
+            block.ranks.sum_(gram, *([] if drift is None else [drift]))
+            out[name, group] = gram, drift
+    return out
 
 
 def _ranged(grid: Grid) -> Affine | KQuant:
@@ -160,7 +181,10 @@ def search_scale(block: Block, site: Site, rows: int, exponents: int) -> tuple[T
     """
     inputs, calls = calls_of(block, site, rows)
     tokens = sum(x[..., 0].numel() for x in inputs)
-    mean = sum((x.flatten(0, -2).abs().sum(0, dtype=torch.float64) for x in inputs), start=torch.zeros((), dtype=torch.float64)) / tokens
+    start = torch.zeros(block.weight(site.reads[0]).shape[1], dtype=torch.float64, device=block.device)
+    total = sum((x.flatten(0, -2).abs().sum(0, dtype=torch.float64) for x in inputs), start=start)
+    block.ranks.sum_(total)
+    mean = total / block.ranks.total(tokens)[0]
 
     def candidates() -> Iterator[tuple[Tensor, float]]:
         for n in range(exponents):
@@ -184,7 +208,8 @@ def least_harmful(
 ) -> tuple[Tensor, float]:
     """Of the given per-channel factors, with a number each, the one under which the site's quantized readers hurt least, and its number."""
     probe = _linear_probe(block, site, inputs) if site.probe in site.reads else _module_probe(block, site, calls)
-    best, best_error, best_number = torch.ones(inputs[0].shape[-1], dtype=torch.float64, device=block.device), float("inf"), 0.0
+    channels = block.weight(site.reads[0]).shape[1]
+    best, best_error, best_number = torch.ones(channels, dtype=torch.float64, device=block.device), float("inf"), 0.0
     for factor, number in candidates:
         quantized = {}
         for name in site.reads:
@@ -192,7 +217,8 @@ def least_harmful(
             scaled = (weight.double() * factor).to(weight.dtype)
             quantized[name] = (_rtn(scaled, block.grids[name], block.stored).double() / factor).to(weight.dtype)
         reading = block.readings.get(site.reads[0])
-        error = probe(quantized, {} if reading is None else dict.fromkeys(site.reads, reading.with_factor(factor)))
+        read = {} if reading is None else dict.fromkeys(site.reads, reading.with_factor(factor))
+        [error] = block.ranks.total(probe(quantized, read) if inputs else 0.0)
         if error < best_error:
             best, best_error, best_number = factor, error, number
     return best, best_number

@@ -151,7 +151,17 @@ class CrossQuant:
 
         if linears:
             block.exact().observe(linears, block.x, rows, visit)
+        if block.ranks.size > 1:
+            largest = {n: _over_ranks(block, n, largest.get(n), keep) for n in linears}
         return {n: t[-1].double() for n, t in largest.items()}
+
+
+def _over_ranks(block: Block, linear: str, found: Tensor | None, keep: int) -> Tensor:
+    """The ``keep`` largest sizes of each channel over all ranks, (keep, channels) float32, falling; some ranks may have fewer."""
+    padded = torch.full((keep, block.weight(linear).shape[1]), -1.0, device=block.device)
+    if found is not None:
+        padded[: len(found)] = found
+    return block.ranks.stacked(padded).flatten(0, 1).topk(keep, dim=0).values
 
 
 def _factor(size: Tensor, exponent: float) -> Tensor:

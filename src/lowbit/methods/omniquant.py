@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ..grid import Affine, AffineParams
 from ..model.block import Block
 from ..model.rewrite import fold
 from ..model.wiring import Site
+from ._batches import shared
 from ._reconstruct import Reconstruction
 from .awq import foldable
 from .smoothquant import channel_ranges, smoothing
@@ -96,7 +97,7 @@ class OmniQuant:
         return tuple(s for s in able if s.source is not None and (s is not block.wiring.sites[-1] or s.source.kind == "norm"))
 
     def _train(self, block: Block, learned: _Learned, second: bool, epochs: int) -> None:
-        groups = [{"params": learned.clips(), "lr": self.clip_lr}, {"params": learned.transforms(), "lr": self.transform_lr}]
+        groups: list[dict[str, Any]] = [{"params": learned.clips(), "lr": self.clip_lr}, {"params": learned.transforms(), "lr": self.transform_lr}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
         job = Reconstruction(block, self.batch)
         own = block.exact().run(block.xq) if second else None
@@ -105,12 +106,19 @@ class OmniQuant:
             block.announce(f"omniquant: epoch {epoch + 1} of {epochs}")
             for picked in torch.split(rows, self.batch):
                 y, target = job.output(learned.weights(), picked)
-                loss = (y - target).pow(2).mean()
+                loss = _part_of_mean((y - target).pow(2), len(picked))
                 if own is not None:
-                    loss = loss + (y - own[picked].to(y.device, y.dtype)).pow(2).mean()
+                    [second_target] = shared(block.ranks, picked, (own,), block.device)
+                    loss = loss + _part_of_mean((y - second_target.to(y.device, y.dtype)).pow(2), len(picked))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
+                block.ranks.sum_(*(p.grad for g in groups for p in g["params"] if p.grad is not None))
                 optimizer.step()
+
+
+def _part_of_mean(errors: Tensor, rows: int) -> Tensor:
+    """What this rank's part (n, length, hidden) of a batch adds to the mean over all its ``rows``; n may be 0."""
+    return errors.mean() * (len(errors) / rows) if len(errors) else errors.sum()
 
 
 class _Learned:

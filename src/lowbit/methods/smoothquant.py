@@ -55,7 +55,16 @@ def channel_ranges(block: Block, linears: list[str], rows: int) -> dict[str, tup
 
     if linears:
         block.exact().observe(linears, block.x, rows, visit)
-    return ranges
+    return ranges if block.ranks.size == 1 else {name: _over_ranks(block, name, ranges.get(name)) for name in linears}
+
+
+def _over_ranks(block: Block, linear: str, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Least and largest values over all ranks, of which some may have none of the rows looked at."""
+    nothing = torch.full((block.weight(linear).shape[1],), float("inf"), device=block.device, dtype=block.compute)
+    low, high = (nothing, -nothing) if found is None else found
+    ends = torch.stack([-low, high]).double()  # as every backend can compare
+    block.ranks.max_(ends)
+    return (-ends[0]).to(low.dtype), ends[1].to(low.dtype)
 
 
 def smoothing(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:

@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import LowbitError
+from ..errors import LowbitError, unknown
 from ..model.block import Block
 from ._reconstruct import Objective, Reconstruction
+from ._rounding import Adam
 from ._soft import SoftBlock
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 _PAPER_20 = (0.80, 0.65, 0.50, 0.43, 0.38, 0.34, 0.30, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005)
 _PAPER_10 = (0.75, 0.50, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
 _SCALE_DECAY = 1e-4  # L2 inside Adam on the scale variables, fixed in the published code
 _RETRIES = 3
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster there than in float32."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def soft_shares(schedule: str) -> tuple[float, ...]:
@@ -63,6 +73,8 @@ class TesseraQ:
         objective: "logits" tunes the last block on the KL divergence of the next-token distribution instead of on its
             hidden state, as published ("block").
         refit: steps on the scales alone after the last weight is frozen.
+        precision: of the steps' forward and backward passes on blocks that compute in float32: "float32", "bfloat16", or "auto", which
+            is bfloat16 where the processor multiplies it. Variables, gradients' sums, losses that decide and everything else stay.
     """
 
     schedule: str = "exponential-5-50"
@@ -73,11 +85,18 @@ class TesseraQ:
     rounds: int = 1
     objective: Objective = "logits"
     refit: int = 0
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
         if self.iters < 1 or self.batch < 1 or self.rounds < 1 or not self.lr > 0 or self.refit < 0:
             raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1 and refit >= 0.")
+        if self.precision not in get_args(Precision):
+            raise unknown("precision for tesseraq", self.precision, get_args(Precision))
+
+    def in_bfloat16(self, device: torch.device) -> bool:
+        """Whether steps of a float32 block are made in bfloat16 on a device."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and multiplies_bfloat16(device))
 
     @property
     def steps(self) -> int:
@@ -85,10 +104,10 @@ class TesseraQ:
         return len(soft_shares(self.schedule)) * self.iters * self.rounds + self.refit
 
     def __call__(self, block: Block) -> Block:
-        soft = SoftBlock(block)
-        job = Reconstruction(block, self.batch, self.objective)
-        before = job.loss(soft.hard_weights())
-        start = soft.snapshot()
+        stepped = block.computing(torch.bfloat16) if self.in_bfloat16(block.device) and block.compute == torch.float32 else block
+        soft, job = SoftBlock(stepped), Reconstruction(stepped, self.batch, self.objective)
+        judge = Reconstruction(block, self.batch, self.objective)
+        before = judge.loss(soft.hard_weights())
         trouble: list[str] = []
         for round_ in range(self.rounds):
             if round_ or soft.from_codes:
@@ -103,13 +122,13 @@ class TesseraQ:
         if self.refit:
             block.announce(f"tesseraq: {self.refit} steps on the scales alone")
             self._refit(soft, job, trouble)
-        after = job.loss(soft.hard_weights())
+        after = judge.loss(soft.hard_weights())
         if not after < before:  # also when it is NaN: rather the start than something worse
             trouble.append(f"tuning ended at loss {after:.4g}, above the {before:.4g} it started from; kept the start")
             soft = SoftBlock(block)
-            soft.restore(start)
             after = before
-        notes: dict[str, Any] = {"tesseraq": {"objective": job.objective, "before": before, "after": after}}
+        trouble += job.remarks + judge.remarks
+        notes: dict[str, Any] = {"tesseraq": {"objective": job.objective, "steps": str(stepped.compute), "before": before, "after": after}}
         if trouble:
             notes["trouble"] = [*block.notes.get("trouble", []), *trouble]
         return block.solved(soft.codes()).noted(**notes)
@@ -128,33 +147,29 @@ class TesseraQ:
         return False
 
     def _descend(self, soft: SoftBlock, job: Reconstruction, lr: float) -> Tensor:
-        nu, v = soft.parameters()
-        groups: list[dict[str, Any]] = [{"params": nu}]
-        if self.tune_scale:
-            groups.append({"params": v, "weight_decay": _SCALE_DECAY})
-        optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
+        soft.start()
+        adam, decay = Adam(lr), _SCALE_DECAY if self.tune_scale else None
         total = torch.zeros((), device=soft.block.device)
         for _ in range(self.iters):
-            total += self._step(soft, job, optimizer, self.tune_scale)  # stays on the device: no step waits for the host
+            adam = adam.next()
+            total += self._step(soft, job, adam, decay)  # stays on the device: no step waits for the host
         return total
 
-    def _step(self, soft: SoftBlock, job: Reconstruction, optimizer: torch.optim.Optimizer, scales: bool) -> Tensor:
+    def _step(self, soft: SoftBlock, job: Reconstruction, adam: Adam, decay: float | None) -> Tensor:
         with torch.no_grad():
             weights = soft.weights()
         loss, gradients = job.gradients(weights, soft.keys, job.draw())
-        with torch.no_grad():
-            soft.backward(gradients, scales=scales)
-        optimizer.step()
+        soft.descend(gradients, adam, decay)
         return loss
 
     def _refit(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> None:
         """The scales alone, all codes frozen, with a step size that falls to zero."""
         saved = soft.snapshot()
-        _, v = soft.parameters()
-        optimizer = torch.optim.Adam(v, lr=self.lr / 4, fused=True)
+        soft.start()
+        adam = Adam(self.lr / 4)
         for step in range(self.refit):
-            optimizer.param_groups[0]["lr"] = self.lr / 4 * (1 - step / self.refit)
-            self._step(soft, job, optimizer, scales=True)
+            adam = adam.next(self.lr / 4 * (1 - step / self.refit))
+            self._step(soft, job, adam, 0.0)
         if not soft.finite():
             soft.restore(saved)
             trouble.append("non-finite loss while refitting scales; kept those before it")
@@ -167,9 +182,11 @@ class TesseraQ:
         generator = torch.Generator(soft.block.device).manual_seed(soft.block.seed + round_)
         for at in range(0, soft.block.tuned_rows, job.batch):
             leaves = {k: hard[k].detach().requires_grad_() for k in soft.keys}
-            y, target = job.output({**hard, **leaves}, slice(at, min(at + job.batch, soft.block.tuned_rows)))
-            for total, scalar, power in ((gradient, job.distance(y, target), 1), (curvature, job.probe(y, target, generator), 2)):
+            rows = torch.arange(at, min(at + job.batch, soft.block.tuned_rows))
+            y, target = job.output({**hard, **leaves}, rows)
+            for total, scalar, power in ((gradient, job.distance(y, target), 1), (curvature, job.probe(y, rows, generator), 2)):
                 found = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=power == 1)
+                soft.block.ranks.sum_(*found)
                 for key, g in zip(soft.keys, found, strict=True):
                     total[key] += g.pow(power)
         soft.aim(gradient, curvature)

@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import LowbitError
 from ..grid import Affine, Grid, KVGrid, QTensor, QuantizedStates, Reading
 from ..grid.kmeans import NotFiniteError
+from .parts import Parts
+from .ranks import ALONE, Ranks
 from .storage import Storage
 from .wiring import Wiring
 
@@ -25,6 +27,12 @@ def first(output: Any) -> Tensor:
     """A layer's hidden states: some transformers versions return a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 Announce = Callable[[str], None]
@@ -58,13 +66,14 @@ class Block:
         compute: dtype of the forward pass.
         stored: the dtype of the checkpoint, in which scales, norms and activation streams are kept.
         grids: linear -> grid.
-        x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them.
+        x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them; this rank's rows of them.
         target: the float block's output on ``x``, before anything was changed.
-        tuned_rows: how many leading rows methods may learn from; later rows only pass through (held-out evaluation).
+        tuned_rows: how many leading rows of all ranks methods may learn from; later rows only pass through (held-out evaluation).
         seed: for everything random in this block.
         readout: the last block's output -> logits, None for every other block.
         announce: told what a method is about to do, for whoever watches.
         storage: where streams made by `run` live; None puts them beside their input.
+        ranks: the processes that share the rows.
         readings: linear -> what happens to its input (activation grid, online rotation); nothing where it is missing.
         kv: grid of keys and values, None for floating point.
         params: linear -> fixed grid parameters.
@@ -89,6 +98,7 @@ class Block:
     readout: Callable[[Tensor], Tensor] | None = None
     announce: Announce = silent
     storage: Storage | None = None
+    ranks: Ranks = ALONE
     readings: Mapping[str, Reading] = field(default_factory=dict)
     kv: KVGrid | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -134,6 +144,10 @@ class Block:
         """The block with activations, keys and values in floating point."""
         return replace(self, readings={n: r.exact() for n, r in self.readings.items() if r.rotation is not None}, kv=None)
 
+    def computing(self, dtype: torch.dtype) -> Block:
+        """The block with its forward pass in another dtype."""
+        return replace(self, compute=dtype, kwargs={k: _cast(v, dtype) for k, v in self.kwargs.items()})
+
     def entering(self, linear: str, x: Tensor) -> Tensor:
         """What meets a linear's weight when ``x`` arrives at it."""
         return self.readings[linear](x) if linear in self.readings else x
@@ -147,8 +161,12 @@ class Block:
         step = max(1, TOKENS_PER_PASS // x.shape[1])
         for at in range(0, len(x), step):
             self.prefetch(slice(at + step, at + 2 * step), x)
-            # Moved, then cast: streams are often half as wide. From page-locked memory nothing waits for the copy.
-            yield at, x[at : at + step].to(self.device, non_blocking=True).to(self.compute)
+            yield at, self.arriving(x[at : at + step])
+
+    def arriving(self, rows: Tensor) -> Tensor:
+        """Rows of a stream as the layer takes them: moved, then cast, for streams are often half as wide. From page-locked memory nothing
+        waits for the copy."""
+        return rows.to(self.device, non_blocking=True).to(self.compute)
 
     def prefetch(self, rows: Tensor | slice, *streams: Tensor) -> None:
         """A hint that these rows of streams will be read next, see `Storage.prefetch`."""
@@ -161,9 +179,15 @@ class Block:
         """The layer's output for a whole stream, in the stored dtype; written over ``out``, if there is one, not ``x`` itself."""
         if out is None:
             out = torch.empty_like(x) if self.storage is None else self.storage.empty(x.shape, x.dtype)
-        for at, rows in self.passes(x):
-            y = self.forward(rows, weights)
-            out[at : at + len(rows)] = y.to(out.device, out.dtype)
+        made = out
+
+        def add(done: int, part: slice) -> int:
+            self.prefetch(slice(part.stop, 2 * part.stop - part.start), x)
+            y = self.forward(self.arriving(x[part]), weights)
+            made[part] = y.to(made.device, made.dtype)
+            return done + len(y)
+
+        Parts(f"running '{self.name}'", TOKENS_PER_PASS // x.shape[1], self.announce).over(len(x), int, add)
         return out
 
     def decoded(self) -> dict[str, Tensor]:
@@ -175,7 +199,8 @@ class Block:
 
     @torch.no_grad()
     def observe(self, modules: Sequence[str], x: Tensor, rows: int, visit: Callable[[str, Call], None]) -> None:
-        """Tell ``visit`` what each of these submodules is called with when the first ``rows`` rows of ``x`` pass.
+        """Tell ``visit`` what each of these submodules is called with when the first ``rows`` rows of ``x`` pass, of all ranks' rows those
+        that are here.
 
         A linear's input is shown as it arrives, before its reading; `entering` gives what meets the weight. ``visit`` is
         called once per submodule and batch of rows, and need not keep what it sees.
@@ -192,7 +217,7 @@ class Block:
             for name in modules:
                 submodule = self.module.get_submodule(name)
                 handles.append(submodule.register_forward_pre_hook(hook_of(name), with_kwargs=True))
-            for _, batch in self.passes(x[:rows]):
+            for _, batch in self.passes(x[: self.ranks.count(rows)]):
                 self.forward(batch)
         finally:
             for handle in handles:

@@ -36,10 +36,14 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
         block: all linears coded.
     """
     exact = block.exact()
-    read: dict[str, list[tuple[Tensor, Tensor]]] = {site.reads[0]: [] for site in block.wiring.sites}
+    read: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for site in block.wiring.sites:
+        none = torch.empty(0, block.weight(site.reads[0]).shape[1], device=block.device, dtype=block.compute)
+        read[site.reads[0]] = [(none, none)]
+    most = len(block.ranks.tokens(torch.arange(_TOKENS), block.xq.shape[1]))
 
     def visit(name: str, call: Call) -> None:
-        left = _TOKENS - sum(len(x) for x, _ in read[name])
+        left = most - sum(len(x) for x, _ in read[name])
         if left > 0:
             x, met = exact.entering(name, call.args[0]), block.entering(name, call.args[0])
             read[name].append((x.flatten(0, -2)[:left].clone(), met.flatten(0, -2)[:left].clone()))
@@ -56,10 +60,13 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
             whole = block.whole[name].to(weight.dtype) if name in block.whole else weight
             expected = x @ whole.T
             nearest = grid.stored(grid.fit(whole), block.stored)
-            scale = expected.square().sum(dtype=torch.float64).clamp(min=1e-300)
-            errors = [
-                float((met @ w.T - expected).square().sum(dtype=torch.float64) / scale)
+            squares = [expected.square().sum(dtype=torch.float64)]
+            squares += [
+                (met @ w.T - expected).square().sum(dtype=torch.float64)
                 for w in (grid.decode(grid.encode(whole, nearest), nearest), block.coded[name].decode(block.stored).to(weight.dtype))
             ]
-            out[name] = LinearError(*errors)
+            total = torch.stack(squares)
+            block.ranks.sum_(total)
+            nearest_error, error = (total[1:] / total[0].clamp(min=1e-300)).tolist()
+            out[name] = LinearError(nearest_error, error)
     return out

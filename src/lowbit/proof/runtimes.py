@@ -18,6 +18,7 @@ from ..formats import awq, gguf, gptq, mlx, native
 from ..formats import compressed_tensors as ct
 
 _SCRIPTS = Path(__file__).parent.parent / "readers"
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # torchrun's: a reader is no rank of it
 _MISSING = 3  # exit status of a script whose runtime is not installed
 
 
@@ -68,7 +69,8 @@ def runtime_logits(
     with tempfile.TemporaryDirectory() as scratch:
         given, out = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"ids": ids.contiguous()}, given)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
+        environment = {**own, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                        "GPTQMODEL_CPU_WORKERS": "2"}  # fmt: skip
         method = "gptq" if format_ in (gptq.V1, gptq.V2) else format_
         command = [python, str(_SCRIPTS / reader.script), str(folder), str(given), str(out), method, "exact" if exact else "as stored"]

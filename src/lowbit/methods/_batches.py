@@ -1,0 +1,88 @@
+"""Mini-batches over ranks: the rows that one rank would draw, fetched from whoever holds them, worked on in equal parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.block import Block
+from ..model.ranks import Ranks
+
+
+class Feed:
+    """Rows of a block's quantized stream and target, step after step. Where an accelerator computes, the next ones are copied meanwhile, on
+    a stream of their own; nothing waits for the host."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self._side = torch.Stream(device=block.device) if block.device.type != "cpu" and block.ranks.size == 1 else None
+        self._ahead: tuple[Tensor, list[Tensor], torch.Event] | None = None
+
+    def prepare(self, rows: Tensor) -> None:
+        """Have these rows fetched: they come next."""
+        b = self._block
+        b.prefetch(rows, b.xq, b.target)
+        if self._side is not None:
+            self._side.wait_stream(torch.accelerator.current_stream(b.device))  # which may still be writing the streams
+            with self._side:
+                self._ahead = rows, [copied(s, rows, b.device) for s in (b.xq, b.target)], self._side.record_event()
+
+    def take(self, rows: Tensor) -> list[Tensor]:
+        """(n, length, hidden) of both for all ranks' rows, see `gathered`."""
+        b, ahead = self._block, self._ahead
+        self._ahead = None
+        if ahead is None or not torch.equal(ahead[0], rows):
+            return gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        now = torch.accelerator.current_stream(b.device)
+        now.wait_event(ahead[2])
+        for t in ahead[1]:
+            t.record_stream(now)  # or its memory would be given away while this stream reads it
+        return ahead[1]
+
+
+def copied(stream: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Rows of a stream on a device, each copied by itself: an index would have to be sent there first, and the host wait for it.
+
+    Args:
+        stream: (rows, length, hidden). rows: (n,) int64 on the CPU.
+    """
+    out = torch.empty(len(rows), *stream.shape[1:], dtype=stream.dtype, device=device)
+    for to, i in zip(out, rows.tolist(), strict=True):
+        to.copy_(stream[i], non_blocking=True)
+    return out
+
+
+def gathered(ranks: Ranks, rows: Tensor, streams: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Rows of some streams by their numbers over all ranks.
+
+    Args:
+        rows: (n,) int64, the same on all ranks. streams: this rank's rows of each, (local rows, length, hidden), of one dtype.
+
+    Returns:
+        (n, length, hidden) for each stream; on ``device`` if there are several ranks.
+    """
+    if ranks.size == 1:
+        return [s[rows] if device.type == "cpu" else copied(s, rows, device) for s in streams]
+    own = (rows % ranks.size == ranks.rank).nonzero()[:, 0]
+    out = torch.zeros(len(streams), len(rows), *streams[0].shape[1:], dtype=streams[0].dtype, device=device)
+    for filled, stream in zip(out, streams, strict=True):
+        filled[own.to(device)] = stream[rows[own] // ranks.size].to(device)
+    ranks.sum_(out.view(torch.uint8))  # one rank has the row and the others zeros: summed as bytes, nothing is rounded
+    return list(out)
+
+
+def shared(ranks: Ranks, rows: Tensor, streams: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """This rank's contiguous part of `gathered` rows: the work is balanced whoever holds them. Empty if there are more ranks than rows."""
+    found = gathered(ranks, rows, streams, device)
+    return found if ranks.size == 1 else [f[ranks.share(len(rows))] for f in found]
+
+
+def summed(block: Block, loss: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A loss and gradients added over ranks, in float32 at least."""
+    if block.ranks.size == 1:
+        return loss, tuple(gradients)
+    wide = tuple(g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients)
+    block.ranks.sum_(loss, *wide)
+    return loss, wide

@@ -1,0 +1,88 @@
+"""Soft rounding: one operation from rounding variables to weights, and one from the weights' gradient to the variables' next values.
+
+    weight = (code - zero + way * h(nu)) * scale - offset        h(nu) = clamp(1.2 sigmoid(nu) - 0.1, 0, 1)
+
+``way`` is the step to the other code: +1, -1, or 0 where there is none. A frozen weight has nu = +-FROZEN: h is then exactly 0 or 1
+and its slope exactly 0, so that neither a mask nor an infinity is needed. Between the two operations nothing is kept but their
+inputs: per weight nu and Adam's two moments in float32, code and way in a byte each.
+
+One plain version ("reference") and faster ones: compiled C on the CPU ("c"), Triton on CUDA ("triton"), and what torch.compile
+makes of the plain one ("inductor"), which is taken only when asked for: compiling takes longer than it saves beside the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+from . import cpu
+from ._adam import Adam as Adam
+from ._adam import moved as moved
+from .reference import gradients as gradients
+from .reference import inverse_rectified as inverse_rectified
+from .reference import rectified as rectified
+from .reference import slope as slope
+
+FROZEN = 100.0
+
+Backend = Literal["reference", "c", "inductor", "triton"]
+_MODULES: dict[Backend, str] = {"reference": "reference", "c": "cpu", "inductor": "inductor", "triton": "gpu"}
+
+
+def weights(
+    nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor, backend: Backend | None = None
+) -> Tensor:
+    """Soft weights.
+
+    Args:
+        nu: (rows, length) float32, contiguous like all the others.
+        code: (rows, length) uint8. way: (rows, length) int8, -1, 0 or 1.
+        zero, scale: (rows, 1) in nu's dtype. offset: the same, None for zeros.
+        out: (rows, length) in any float dtype; written.
+        backend: None for the fastest one there is.
+
+    Returns:
+        out.
+    """
+    _module(backend or _fastest(nu, out)).weights(nu, code, way, zero, scale, offset, out)
+    return out
+
+
+def descend(
+    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, first: Tensor, second: Tensor, adam: Adam,
+    backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
+    """One step of Adam on the rounding variables: nu and its moments are changed in place.
+
+    Args:
+        gradient: (rows, length) by the weights, in any float dtype.
+        first, second: (rows, length) Adam's moments in nu's dtype.
+        adam: step size and number of this step.
+        backend: None for the fastest one there is.
+
+    Returns:
+        (rows, 2) in nu's dtype: the loss's gradient by the scale, and by minus the offset, of every row.
+    """
+    sums = nu.new_empty(len(nu), 2)
+    _module(backend or _fastest(nu, gradient)).descend(gradient, nu, code, way, zero, scale, first, second, adam, sums)
+    return sums
+
+
+def _fastest(nu: Tensor, other: Tensor) -> Backend:
+    if nu.device.type == "cuda" and _has_triton():
+        return "triton"
+    return "c" if cpu.fits(nu, other) and cpu.library() is not None else "reference"
+
+
+def _module(backend: Backend) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{_MODULES[backend]}")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,102 @@
+"""Soft rounding in Triton: a program holds some rows, a stretch of their columns at a time; sums have one order, so do results."""
+
+# Triton's language is not Python's, and what a kernel takes has no type in either.
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, operator, arg-type"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._adam import BETAS, EPSILON, Adam
+
+_TILE = 2048  # weights that a program holds at a time
+
+
+@triton.jit
+def _sigmoid(nu):
+    return 1.0 / (1.0 + tl.exp(-nu))
+
+
+@triton.jit
+def _rectified(sigma):
+    return tl.minimum(tl.maximum(1.2 * sigma - 0.1, 0.0), 1.0)
+
+
+@triton.jit
+def _weights(nu, code, way, zero, scale, offset, out, rows, length, SHIFTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    z = tl.load(zero + row, mask=there, other=0.0)[:, None]
+    s = tl.load(scale + row, mask=there, other=0.0)[:, None]
+    o = tl.zeros((ROWS, 1), dtype=tl.float32)
+    if SHIFTED:
+        o = tl.load(offset + row, mask=there, other=0.0)[:, None]
+    for start in range(0, length, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        at = row.to(tl.int64)[:, None] * length + column[None, :]
+        mask = there[:, None] & (column < length)[None, :]
+        h = _rectified(_sigmoid(tl.load(nu + at, mask=mask, other=0.0)))
+        c = tl.load(code + at, mask=mask, other=0).to(tl.float32)
+        w = tl.load(way + at, mask=mask, other=0).to(tl.float32)
+        tl.store(out + at, (((c - z) + w * h) * s - o).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _descend(
+    gradient, nu, code, way, zero, scale, first, second, sums, rows, length, size, root,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    z = tl.load(zero + row, mask=there, other=0.0)[:, None]
+    s = tl.load(scale + row, mask=there, other=0.0)[:, None]
+    by_scale = tl.zeros((ROWS,), dtype=tl.float32)
+    by_offset = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in range(0, length, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        at = row.to(tl.int64)[:, None] * length + column[None, :]
+        mask = there[:, None] & (column < length)[None, :]
+        g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+        n = tl.load(nu + at, mask=mask, other=0.0)
+        sigma = _sigmoid(n)
+        h = _rectified(sigma)
+        c = tl.load(code + at, mask=mask, other=0).to(tl.float32)
+        w = tl.load(way + at, mask=mask, other=0).to(tl.float32)
+        by_scale += tl.sum(g * ((c - z) + w * h), axis=1)
+        by_offset += tl.sum(g, axis=1)
+        by_nu = tl.where((h > 0.0) & (h < 1.0), g * s * w * (1.2 * sigma * (1.0 - sigma)), 0.0)
+        m = tl.load(first + at, mask=mask, other=0.0)
+        m = m + (by_nu - m) * (1.0 - BETA1)
+        v = tl.load(second + at, mask=mask, other=0.0) * BETA2 + by_nu * by_nu * (1.0 - BETA2)
+        tl.store(first + at, m, mask=mask)
+        tl.store(second + at, v, mask=mask)
+        tl.store(nu + at, n - size * m / (tl.sqrt(v) * root + EPS), mask=mask)
+    tl.store(sums + 2 * row, by_scale, mask=there)
+    tl.store(sums + 2 * row + 1, by_offset, mask=there)
+
+
+def _tile(rows: int, length: int) -> tuple[int, int, int]:
+    """Rows and columns of a program, and the number of programs."""
+    columns = min(triton.next_power_of_2(length), _TILE)
+    held = max(1, _TILE // columns)
+    return held, columns, -(-rows // held)
+
+
+def weights(nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> None:
+    held, columns, programs = _tile(*nu.shape)
+    _weights[(programs,)](
+        nu, code, way, zero, scale, zero if offset is None else offset, out, len(nu), nu.shape[1],
+        SHIFTED=offset is not None, ROWS=held, COLUMNS=columns,
+    )  # fmt: skip
+
+
+def descend(
+    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
+) -> None:
+    held, columns, programs = _tile(*nu.shape)
+    _descend[(programs,)](
+        gradient.contiguous(), nu, code, way, zero, scale, first, second, sums, len(nu), nu.shape[1], adam.size, adam.root,
+        BETA1=BETAS[0], BETA2=BETAS[1], EPS=EPSILON, ROWS=held, COLUMNS=columns,
+    )  # fmt: skip

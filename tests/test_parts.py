@@ -1,0 +1,36 @@
+"""Work in parts that shrink when memory runs out."""
+
+import pytest
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.model.parts import Parts
+
+
+def limited(limit, asked):
+    """Adds numbers of rows up, and runs out of memory on more than ``limit`` rows."""
+
+    def add(total, part):
+        asked.append(part.stop - part.start)
+        if asked[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return total + sum(range(part.start, part.stop))
+
+    return add
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+def test_every_row_counts_once_whatever_fits(limit):
+    said, asked = [], []
+    parts = Parts("tuning", 8, said.append)
+    assert parts.over(21, lambda: 0, limited(limit, asked)) == sum(range(21))
+    assert len(said) == {1: 3, 2: 2, 3: 2, 7: 1, 100: 0}[limit]
+    assert all("while tuning" in s for s in said)
+    asked.clear()
+    assert parts.over(21, lambda: 0, limited(limit, asked)) == sum(range(21))  # what was found out is kept
+    assert max(asked) <= limit and len(said) == {1: 3, 2: 2, 3: 2, 7: 1, 100: 0}[limit]
+
+
+def test_a_single_row_that_does_not_fit_is_an_error():
+    with pytest.raises(LowbitError, match="ran out of memory while tuning, with a single row at a time: use a shorter --length"):
+        Parts("tuning", 4, lambda _: None).over(4, lambda: 0, limited(0, []))
