@@ -15,6 +15,7 @@ from typing import get_args
 import torch
 
 from .errors import LowbitError, in_bytes, unknown
+from .grid import Codebook
 from .machine import free_memory
 from .methods import AWQ, CLAQ, GPTQ, CrossQuant, Method, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from .model.block import TOKENS_PER_PASS
@@ -210,7 +211,7 @@ def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0) -> Needs:
     least = base + coded
     for method in recipe.methods:
         name = type(method).__name__.lower()
-        steps[name] = base + _step(method, layer, rows, passing, kept)
+        steps[name] = base + _step(method, layer, rows, passing, kept, isinstance(recipe.grid, Codebook))
         least = max(least, base + _floor(method, layer, rows))
     steps = {name: round(most * _HOLES) for name, most in steps.items()}
     if process and any(isinstance(m, (TesseraQ, OmniQuant)) for m in recipe.methods):
@@ -241,7 +242,7 @@ def _training(layer: Layer, rows: Rows, batch: int) -> int:
     return min(batch, rows.count) * rows.length * rows.compute * wide + _cast(layer, rows)
 
 
-def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int) -> int:
+def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int, books: bool) -> int:
     """Most bytes held besides a block's float32 weights while a method works."""
     weights, largest = layer.weights, layer.largest
     if isinstance(method, AWQ):
@@ -251,9 +252,9 @@ def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int) -> 
         clip = 8 * weights + kept + max(passing, 20 * largest) if method.clip != "none" else 0  # folded, and clipped
         return max(scales, clip)
     if isinstance(method, TesseraQ):
-        # Per weight: nu, base, step, h, sigmoid, soft; two snapshots; two moments; gradient of nu; soft weights, their gradients, and
-        # these in one piece. Then the readout of the last block, five times its logits.
-        state = 4 * 14 * weights
+        # Per weight: nu, its snapshot and two moments in float32, code and way in a byte each; soft weights and their gradients. On
+        # codebooks two indices of eight bytes, and levels and products looked up. Then the readout of the last block, five times its logits.
+        state = (68 if books else 18 + 2 * rows.compute) * weights
         tokens = max(min(method.batch, rows.count) * rows.length, rows.tokens(_JUDGED_TOKENS))
         logits = 5 * 4 * layer.vocab * tokens if method.objective == "logits" else 0
         return kept + state + max(_training(layer, rows, method.batch), logits)
@@ -271,8 +272,8 @@ def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int) -> 
 
 def _floor(method: Method, layer: Layer, rows: Rows) -> int:
     """Bytes besides a block's float32 weights that a method needs in any implementation of ours."""
-    if isinstance(method, TesseraQ):  # variable and two moments in float32, soft weights and their gradient as they compute
-        return (12 + 2 * rows.compute) * layer.weights
+    if isinstance(method, TesseraQ):  # variable and two moments in float32, two bytes of code, soft weights and their gradient in 16 bits at least
+        return (12 + 2 + 2 * 2) * layer.weights
     if isinstance(method, OmniQuant):
         return 2 * rows.compute * layer.weights
     if isinstance(method, (GPTQ, CLAQ)):  # a Hessian and its factor in float64
