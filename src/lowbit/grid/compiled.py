@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-std=c11")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=c11")
 
 
 def cache_folder() -> Path:
