@@ -353,3 +353,85 @@ def test_recipes_read_back(name):
     assert recipe.name == name
     assert isinstance(recipe.methods[-1], GPTQ)
     assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+# --- compiled against plain ------------------------------------------------------------------------------------------------
+
+
+def without_compiler(monkeypatch):
+    monkeypatch.setattr("lowbit.methods._columns.library", lambda source: None)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    groups=st.integers(1, 4),
+    size=st.sampled_from([1, 4, 6, 16, 33]),
+    bits=st.integers(1, 8),
+    symmetric=st.booleans(),
+    mode=st.sampled_from(["dynamic", "static", "act_order"]),
+    block_size=st.integers(1, 40),
+    stored=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 10_000),
+)
+def test_the_compiled_loop_codes_as_brute_force(rows, groups, size, bits, symmetric, mode, block_size, stored, seed):
+    """Float32 against float64: a code may differ only where rounding error decides, and then the rest of its row may."""
+    weight, hessian = case(rows, groups * size, seed)
+    weight, grid = weight.float().double(), Affine(bits, size, symmetric and bits > 1)
+    order = hessian.diagonal().argsort(descending=True) if mode == "act_order" else ascending(weight)
+    params = None if mode == "dynamic" else fit_range(grid, weight.float(), "none", stored)
+    q = solve(weight.float(), inverse_factor(hessian[order][:, order]), grid, params, stored, order=order, block_size=block_size)
+    codes, scale = brute_force(weight, hessian, grid, mode != "dynamic", order, stored)
+    same = (q.codes == codes).all(1)
+    assert bool(same.float().mean() >= 0.8 - 1.5 / rows)
+    torch.testing.assert_close(q.params.scale.double()[same], scale[same], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e5])
+def test_the_compiled_loop_rounds_as_torch_does(stored, scale, monkeypatch):
+    """Uncorrelated inputs but one pair: what a column hands on is exactly what its decoded value is off by."""
+    g = torch.Generator().manual_seed(1)
+    weight, factor = torch.randn(40, 8, generator=g) * scale, torch.eye(8)
+    factor[0, 1], factor[2, 7] = 0.5, -0.25
+    grid = Affine(8, 4)
+    params = grid.stored(grid.fit(weight), stored)
+    fast = solve(weight, factor, grid, params, stored, order=ascending(weight))
+    without_compiler(monkeypatch)
+    assert fast.same_as(solve(weight, factor, grid, params, stored, order=ascending(weight))) is None
+
+
+@pytest.mark.parametrize("shape, size", [((7, 64), 16), ((3, 40), 40), ((5, 66), 33), ((70, 12), 1)])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_compiled_range_search_finds_the_least_error(shape, size, scale, symmetric):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(4)) ** 3 * scale
+    weight[0] = 0
+    grid = Affine(2, size, symmetric)
+    tried = [grid.stored(grid.fit(weight, 1 - i / 100), torch.bfloat16) for i in range(80)]
+    errors = torch.stack([grid.grouped((grid.decode(grid.encode(weight, p), p) - weight).double()).abs().pow(2.4).sum(-1) for p in tried])
+    found = fit_range(grid, weight, "mse", torch.bfloat16)
+    reached = grid.grouped((grid.decode(grid.encode(weight, found), found) - weight).double()).abs().pow(2.4).sum(-1)
+    torch.testing.assert_close(reached, errors.amin(0), rtol=1e-5, atol=1e-34)
+    assert torch.equal(found.scale[0], tried[0].scale[0])  # nothing to gain: the first
+
+
+def test_two_threads_give_the_codes_of_one(monkeypatch):
+    weight, hessian = case(600, 64, 3)
+    factor = inverse_factor(hessian)
+    one, two = [], []
+    for threads, found in ((1, one), (2, two)):
+        monkeypatch.setattr("lowbit.methods._columns.threads", lambda n=threads: n)
+        for clip in ("none", "mse"):
+            found.append(solve(weight.float(), factor, Affine(3, 16), None, torch.bfloat16, order=ascending(weight), clip=clip))
+    assert all(a.same_as(b) is None for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_pass_ends_where_the_last_input_asked_for_is_seen(block, name):
+    seen, later = [], []
+    handle = block.module.get_submodule("mlp").register_forward_pre_hook(lambda *_: later.append(1))
+    block.observe([name, "self_attn.k_proj"], block.xq, 8, lambda n, call: seen.append((n, call.args[0].shape)))
+    handle.remove()
+    assert sorted(n for n, _ in seen) == sorted([name, "self_attn.k_proj"])
+    assert bool(later) == (name == "mlp.down_proj")

@@ -18,9 +18,10 @@ from lowbit.methods._batches import copied
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
 from lowbit.methods._soft import SoftBlock, quantile
-from lowbit.methods.awq import pick_tokens, search_clip
+from lowbit.methods.awq import least_harmful, pick_tokens, search_clip, seen_at
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.block import Block
+from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 
@@ -244,3 +245,62 @@ def test_group_moments_are_the_inputs_seen_by_the_linears(block, tokens):
     for g in range(x.shape[1] // 16):
         part = x[:, 16 * g : 16 * g + 16]
         assert torch.allclose(moments["self_attn.q_proj", 16][0][g].double(), part.T @ part, rtol=1e-5, atol=1e-5)
+
+
+def brute_scale(block, site, rows, exponents):
+    """AWQ's choice by its definition: every candidate's block part on all tokens, in float64."""
+    wide = replace(block, compute=torch.float64, weights={k: v.double() for k, v in block.weights.items()})
+    seen, probe = [], []
+
+    def outputs(weights):
+        found, module = [], block.module.get_submodule(site.probe)
+        handle = module.register_forward_hook(lambda _m, _a, y: found.append(y[0] if isinstance(y, tuple) else y))
+        wide.forward(block.x[:rows].double(), {**wide.weights, **weights})
+        handle.remove()
+        return found[0]
+
+    wide.observe([site.reads[0]], block.x.double(), rows, lambda _, call: seen.append(call.args[0].flatten(0, -2)))
+    mean, errors, factors = torch.cat(seen).abs().mean(0), [], []
+    with torch.no_grad():
+        probe = outputs({})
+        for n in range(exponents):
+            factor = mean.pow(n / exponents).clamp(min=1e-4)
+            factor = factor / (factor.max() * factor.min()).sqrt()
+            weights = {}
+            for name in site.reads:
+                scaled = (block.weight(name).double() * factor).float()
+                params = block.grids[name].stored(block.grids[name].fit(scaled), block.stored)
+                weights[f"{name}.weight"] = block.grids[name].decode(block.grids[name].encode(scaled, params), params).double() / factor
+            errors.append(float((outputs(weights) - probe).pow(2).sum()))
+            factors.append(factor)
+    best = int(np.argmin(errors))
+    return factors[best], best / exponents
+
+
+@pytest.mark.parametrize("tokens", [32, 100_000])
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_scale_search_equals_brute_force(tmp_path, monkeypatch, family, tokens):
+    """Candidates left early would not have won, whatever the size of the parts; and all sites' inputs come from one pass."""
+    monkeypatch.setattr("lowbit.methods.awq._TOKENS", tokens)
+    stream = ModelStream(save_tiny(tmp_path, family, dtype=torch.float32))
+    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
+    block = begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
+    found = AWQ(clip="none")(block)
+    sites = [s for s in block.wiring.sites if s.source is not None]
+    assert len(sites) > 1
+    for site in sites:
+        factor, exponent = brute_scale(block, site, 8, 20)
+        assert found.notes["awq_exponents"][site.reads[0]] == exponent
+        if exponent > 0:
+            block = fold(block, site, factor)
+    for name, w in block.weights.items():
+        torch.testing.assert_close(found.weights[name], w.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_candidates_that_are_no_numbers_never_win(block):
+    site = block.wiring.sites[0]
+    seen = seen_at(block, [site], 8)[site.reads[0]]
+    ones = torch.ones(len(seen.size), dtype=torch.float64)
+    candidates = [(ones * float("nan"), 0.1), (ones, 0.2), (ones, 0.3)]
+    assert least_harmful(block, site, seen, candidates)[1] == 0.2  # of equals the first
+    assert least_harmful(block, site, seen, candidates[:1])[1] == 0.0

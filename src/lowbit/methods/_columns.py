@@ -5,11 +5,22 @@ Shared by methods that solve argmin ||(W - Q) X||^2 greedily; what a column may 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+import ctypes
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from ..grid.compiled import library, pointer, threads
+
+_SOURCE = Path(__file__).with_name("_columns.c")
+_TILE = 32  # as in the source
+_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SOLVED = 512  # columns of the factor solved for at a time
 
 
 class Coder(Protocol):
@@ -38,6 +49,36 @@ class Coder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Uniform levels for a run of columns: code * scale, codes counted from the zero point, clamped to 0 ... top.
+
+    Attributes:
+        scale, zero: (groups, rows) float32, contiguous.
+        group: (columns,) int32 on the CPU, each column's row in them. top: the highest code.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    top: int
+
+
+@runtime_checkable
+class UniformCoder(Protocol):
+    """A `Coder` whose levels are uniform and known when a run of columns starts, so that the loop can be compiled.
+
+    Attributes:
+        stored: the dtype decoded weights are rounded to.
+    """
+
+    stored: torch.dtype
+
+    def steps(self, start: int, stop: int, current: Tensor) -> tuple[Steps, int]:
+        """Levels for the columns from ``start`` on, and the column before which they end, ``stop`` at the latest."""
+        ...
+
+
 def inverse_factor(hessian: Tensor) -> Tensor | None:
     """The upper triangular U with U^T U = hessian^-1, or None if the matrix is not positive definite to working precision.
 
@@ -54,7 +95,13 @@ def inverse_factor(hessian: Tensor) -> Tensor | None:
         return None
     upper = lower.flip(0, 1)
     del lower  # as large as the Hessian, which may be gigabytes
-    factor: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
+    # Column by column of the identity only the leading part of the triangle matters: a third of the work of solving for all.
+    factor = torch.zeros_like(upper)
+    for start in range(0, len(upper), _SOLVED):
+        stop = min(start + _SOLVED, len(upper))
+        unit = torch.zeros(stop, stop - start, dtype=upper.dtype, device=upper.device)
+        unit[start:].fill_diagonal_(1)
+        factor[:stop, start:stop] = torch.linalg.solve_triangular(upper[:stop, :stop], unit, upper=True)
     return factor
 
 
@@ -71,14 +118,79 @@ def code_columns(weight: Tensor, factor: Tensor, coder: Coder, block_size: int) 
     """
     rest = weight.T.contiguous()  # (columns, rows): what a step reads and writes lies together
     codes = torch.empty_like(rest, dtype=torch.uint8)
+    compiled = library(_SOURCE) if rest.device.type == "cpu" and rest.dtype == factor.dtype == torch.float32 else None
+    if compiled is not None and isinstance(coder, UniformCoder) and coder.stored in _STORED:
+        factor = factor.contiguous()
+        for start, stop in _spans(len(rest), coder.period, block_size):
+            errors = _coded_span(compiled, rest, factor, coder, codes, start, stop)
+            rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        return codes.T.contiguous()
+    diagonal = factor.diagonal()
     for start, stop in _spans(len(rest), coder.period, block_size):
         errors = torch.empty_like(rest[start:stop])
         for c in range(start, stop):
             codes[c], decoded = coder.code(c, rest[c], rest.T)
-            errors[c - start] = (rest[c] - decoded) / factor[c, c]
+            torch.div(rest[c] - decoded, diagonal[c], out=errors[c - start])
             rest[c + 1 : stop].addr_(factor[c, c + 1 : stop], errors[c - start], alpha=-1)
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return codes.T.contiguous()
+
+
+def _coded_span(compiled: ctypes.CDLL, rest: Tensor, factor: Tensor, coder: UniformCoder, codes: Tensor, start: int, stop: int) -> Tensor:
+    """Code some columns in compiled code, which keeps a tile of rows in the cache. Returns their errors, (columns, rows)."""
+    columns, rows = rest.shape
+    errors = torch.empty(stop - start, rows)
+    at = start
+    while at < stop:
+        levels, until = coder.steps(at, stop, rest.T)
+        sizes = (at, until, stop, start)
+
+        def rows_from(first: int, last: int, levels: Steps = levels, sizes: tuple[int, int, int, int] = sizes) -> None:
+            scratch = torch.empty(sizes[2] - sizes[0], _TILE)
+            compiled.code_uniform(
+                *map(pointer, (rest, factor, levels.scale, levels.zero, levels.group, codes, errors)),
+                *map(ctypes.c_int64, (columns, rows, first, last, *sizes)),
+                ctypes.c_float(levels.top), ctypes.c_int(_STORED[coder.stored]), pointer(scratch),
+            )  # fmt: skip
+
+        _in_threads(rows_from, rows, rows * (stop - at) * (until - at))
+        at = until
+    return errors
+
+
+def _in_threads(work: Callable[[int, int], object], count: int, size: int) -> list[object]:
+    """``work`` on (first, last) spans of ``count`` things, by as many threads as torch uses if ``size`` operations are worth it."""
+    workers = threads() if size > 1 << 20 else 1
+    step = max(1, -(-count // workers))
+    spans = [(a, min(a + step, count)) for a in range(0, count, step)]
+    if workers == 1:
+        return [work(*s) for s in spans]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda s: work(*s), spans))
+
+
+def least_range(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor | None:
+    """Which of several ranges costs each group least when its weights are rounded to nearest, in sums of |error| ** 2.4.
+
+    Args:
+        weight: (groups, group) float32 on the CPU. scale, zero: (ranges, groups) float32.
+
+    Returns:
+        (groups,) int64, the first of the best; None where nothing can be compiled, or groups are beyond what it takes.
+    """
+    compiled = library(_SOURCE)
+    if compiled is None:
+        return None
+    weight, scale, zero = weight.contiguous(), scale.contiguous(), zero.contiguous()
+    best = torch.empty(len(weight), dtype=torch.int32)
+    failed = _in_threads(
+        lambda first, last: compiled.least_range(
+            pointer(weight), pointer(scale), pointer(zero), pointer(best), *(ctypes.c_int64(n) for n in (*weight.shape, first, last, len(scale))),
+            ctypes.c_float(top),
+        ),
+        len(weight), weight.numel() * len(scale),
+    )  # fmt: skip
+    return None if any(failed) else best.long()
 
 
 def code_in_order(weight: Tensor, factor: Tensor, order: Tensor, coder: Coder, block_size: int) -> Tensor:

@@ -21,7 +21,7 @@ from ..model.block import Block, Call
 from ..model.order import reorder
 from ..model.rewrite import fold, fold_values, repeated
 from ..model.wiring import Heads, Site
-from .awq import calls_of, foldable, least_harmful
+from .awq import foldable, least_harmful, seen_at
 
 _LEAST_COLUMN = 1e-5  # of the largest column's, as in the dynamic grid
 _TRIED = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
@@ -82,8 +82,8 @@ class CrossQuant:
             factor, exponent = _factor(size, self.row_exponent), self.row_exponent
             if self.search:
                 block.announce(f"crossquant: exponent of {', '.join(site.reads)}")
-                inputs, calls = calls_of(block, site, min(self.search_rows, rows))
-                factor, exponent = least_harmful(block, site, inputs, calls, _candidates(size))
+                seen = seen_at(block, [site], min(self.search_rows, rows))[site.reads[0]]
+                factor, exponent = least_harmful(block, site, seen, list(_candidates(size)))
             chosen[site.reads[0]] = exponent
             if exponent == 1:
                 continue

@@ -19,12 +19,13 @@ from ..errors import LowbitError
 from ..grid import Affine, AffineParams, Codebook, CodebookParams, Grid, KQuant, KQuantParams, QTensor
 from ..model.block import Block
 from ._books import ColumnBooks, SharedBooks
-from ._columns import code_in_order
+from ._columns import Steps, code_in_order, least_range
 from ._hessian import Inputs, solve_sites
 
 Clip = Literal["none", "mse"]
 
 _CLIP_STEPS, _CLIP_NORM = 80, 2.4  # factors 1 - i/100 and the norm of the error, as in the published code
+_RANGES = 1 << 16  # groups whose ranges are searched at a time: their tables stay small
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,10 @@ def fit_range(grid: Affine, weight: Tensor, clip: Clip, stored: torch.dtype) -> 
     best = grid.stored(grid.fit(weight), stored)
     if clip == "none":
         return best
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        found = _searched(grid, weight, stored)
+        if found is not None:
+            return found
     least = _distance(grid, weight, best)
     for i in range(1, _CLIP_STEPS):
         tried = grid.stored(grid.fit(weight, 1 - i / 100), stored)
@@ -125,6 +130,20 @@ def fit_range(grid: Affine, weight: Tensor, clip: Clip, stored: torch.dtype) -> 
         least = torch.where(better, error, least)
         best = AffineParams(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero_point, best.zero_point))
     return best
+
+
+def _searched(grid: Affine, weight: Tensor, stored: torch.dtype) -> AffineParams | None:
+    """`fit_range` with "mse" in compiled code, some rows at a time; None where there is none."""
+    size, parts = grid.group(weight.shape[1]), []
+    for rows in torch.split(weight, max(1, _RANGES // (weight.shape[1] // size))):
+        tried = [grid.stored(grid.fit(rows, 1 - i / 100), stored) for i in range(_CLIP_STEPS)]
+        scale, zero = torch.stack([p.scale.flatten() for p in tried]), torch.stack([p.zero_point.flatten() for p in tried])
+        best = least_range(rows.reshape(-1, size), scale, zero, grid.top)
+        if best is None:
+            return None
+        shape = tried[0].scale.shape
+        parts.append(AffineParams(*(t.gather(0, best[None])[0].reshape(shape) for t in (scale, zero))))
+    return AffineParams(torch.cat([p.scale for p in parts]), torch.cat([p.zero_point for p in parts]))
 
 
 def _distance(grid: Affine, weight: Tensor, params: AffineParams) -> Tensor:
@@ -145,20 +164,34 @@ class AffineColumns:
     def __init__(self, grid: Affine, width: int, groups: Sequence[int], params: AffineParams | None, stored: torch.dtype, clip: Clip) -> None:
         self.period = 1 if params else grid.group(width)
         self._row = replace(grid, group_size=None)  # one scale per row of what it is given: a column, or a group's columns
-        self._groups, self._stored, self._clip = groups, stored, clip
+        self._groups, self.stored, self._clip = groups, stored, clip
         self._params: dict[int, AffineParams] = {}
+        self._steps: Steps | None = None
         if params:
+            scale, zero = params.scale.T.float().contiguous(), params.zero_point.T.float().contiguous()
+            self._steps = Steps(scale, zero, torch.tensor(groups, dtype=torch.int32), grid.top)
             for i in range(params.scale.shape[1]):
                 self._params[i] = AffineParams(params.scale[:, i : i + 1], params.zero_point[:, i : i + 1])
 
     def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+        params = self._of(column, current)
+        codes = self._row.encode(values[:, None], params)
+        return codes[:, 0], self._row.decode(codes, params)[:, 0].to(self.stored).to(values.dtype)
+
+    def _of(self, column: int, current: Tensor) -> AffineParams:
         group = self._groups[column]
         if group not in self._params:
             ahead = current[:, column : column + self.period]
-            self._params[group] = fit_range(self._row, ahead, self._clip, self._stored)
-        params = self._params[group]
-        codes = self._row.encode(values[:, None], params)
-        return codes[:, 0], self._row.decode(codes, params)[:, 0].to(self._stored).to(values.dtype)
+            self._params[group] = fit_range(self._row, ahead, self._clip, self.stored)
+        return self._params[group]
+
+    def steps(self, start: int, stop: int, current: Tensor) -> tuple[Steps, int]:
+        """As `UniformCoder` has it: all columns where the grids are given, else those of one group."""
+        if self._steps is not None:
+            return replace(self._steps, group=self._steps.group[start:stop]), stop
+        until, params = min(stop, (start // self.period + 1) * self.period), self._of(start, current)
+        group = torch.zeros(until - start, dtype=torch.int32)
+        return Steps(params.scale.T.contiguous(), params.zero_point.T.contiguous(), group, self._row.top), until
 
     def params(self) -> AffineParams:
         """Scale and zero point of all groups, each (rows, groups)."""

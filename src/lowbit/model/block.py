@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,10 @@ from .storage import Storage
 from .wiring import Wiring
 
 TOKENS_PER_PASS = 8192
+
+
+class _Seen(Exception):
+    """Everything that was asked for has been seen: the rest of the pass need not run."""
 
 
 def first(output: Any) -> Tensor:
@@ -203,13 +207,17 @@ class Block:
         that are here.
 
         A linear's input is shown as it arrives, before its reading; `entering` gives what meets the weight. ``visit`` is
-        called once per submodule and batch of rows, and need not keep what it sees.
+        called once per submodule and batch of rows, and need not keep what it sees. A pass ends where the last of them is called.
         """
         handles: list[RemovableHandle] = []
+        left: set[str] = set()
 
         def hook_of(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 visit(name, Call(args, kwargs))
+                left.discard(name)
+                if not left:
+                    raise _Seen
 
             return hook
 
@@ -218,7 +226,9 @@ class Block:
                 submodule = self.module.get_submodule(name)
                 handles.append(submodule.register_forward_pre_hook(hook_of(name), with_kwargs=True))
             for _, batch in self.passes(x[: self.ranks.count(rows)]):
-                self.forward(batch)
+                left.update(modules)
+                with suppress(_Seen):
+                    self.forward(batch)
         finally:
             for handle in handles:
                 handle.remove()
