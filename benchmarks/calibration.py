@@ -99,7 +99,10 @@ def floors(method: str, tokens: int, length: int, h: int, f: int) -> dict[str, f
 def watched(method: str) -> dict[str, tuple[Any, str]]:
     """Part -> the function that does it, where it is looked up."""
     if method == "awq":
-        return {"capture": (awq, "seen_at"), "scale search": (awq, "least_harmful"), "clip search": (awq, "search_clip"), "capture for the clip": (awq.AWQ, "_group_moments")}
+        return {
+            "capture": (awq, "seen_at"), "scale search": (awq, "search_scale"), "clip search": (awq, "search_clip"),
+            "capture for the clip": (awq.AWQ, "_group_moments"),
+        }  # fmt: skip
     parts: dict[str, tuple[Any, str]] = {"capture": (hessian, "input_hessians"), "factor": (hessian, "inverse_factor")}
     if method == "gptq":
         return {**parts, "range search": (gptq, "fit_range"), "column loop": (gptq, "code_in_order")}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-import lowbit.methods.awq
+import lowbit.methods._probe
 import lowbit.model.block
 from lowbit.evaluate import Tally
 from lowbit.loop import Streams, prepared, run, surveyed
@@ -43,7 +43,7 @@ class Clock:
 
 def main() -> None:
     clock = Clock(lowbit.model.block.functional_call)
-    lowbit.model.block.functional_call = lowbit.methods.awq.functional_call = clock
+    lowbit.model.block.functional_call = lowbit.methods._probe.functional_call = clock
     model, rows_file, scheme, out, *recipes = sys.argv[1:]
     rows = json.load(open(rows_file))
     calibration, evaluation = torch.tensor(rows["calibration"]), torch.tensor(rows["evaluation"])

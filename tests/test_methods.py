@@ -15,10 +15,11 @@ from lowbit.grid import Affine
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._batches import copied
+from lowbit.methods._probe import least_harmful, seen_at
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
 from lowbit.methods._soft import SoftBlock, quantile
-from lowbit.methods.awq import least_harmful, pick_tokens, search_clip, seen_at
+from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.block import Block
 from lowbit.model.rewrite import fold
@@ -281,7 +282,7 @@ def brute_scale(block, site, rows, exponents):
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
 def test_scale_search_equals_brute_force(tmp_path, monkeypatch, family, tokens):
     """Candidates left early would not have won, whatever the size of the parts; and all sites' inputs come from one pass."""
-    monkeypatch.setattr("lowbit.methods.awq._TOKENS", tokens)
+    monkeypatch.setattr("lowbit.methods._probe._TOKENS", tokens)
     stream = ModelStream(save_tiny(tmp_path, family, dtype=torch.float32))
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
     block = begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)

@@ -8,7 +8,7 @@ from helpers import FAMILIES, save_tiny
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.loop import Streams, begin
-from lowbit.methods.awq import search_scale
+from lowbit.methods._probe import search_scale
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe

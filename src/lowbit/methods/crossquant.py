@@ -21,7 +21,8 @@ from ..model.block import Block, Call
 from ..model.order import reorder
 from ..model.rewrite import fold, fold_values, repeated
 from ..model.wiring import Heads, Site
-from .awq import foldable, least_harmful, seen_at
+from ._probe import least_harmful, seen_at
+from .awq import foldable
 
 _LEAST_COLUMN = 1e-5  # of the largest column's, as in the dynamic grid
 _TRIED = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
