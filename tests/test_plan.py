@@ -77,19 +77,19 @@ def linears_of(hidden, inner, heads):
 
 
 @pytest.mark.parametrize("shape, device, least", [
-    (L70B, "cpu", (4 + 12 + 2 + 2 * 2) * 855_638_016), (L70B, "cuda", (4 + 12 + 2 + 2 * 2) * 855_638_016),
-    (L405B, "cpu", (4 + 12 + 2 + 2 * 2) * 3_187_671_040), (L405B, "cuda", (4 + 12 + 2 + 2 * 2) * 3_187_671_040),
+    (L70B, "cpu", 20 * 855_638_016), (L70B, "cuda", 20 * 855_638_016),
+    (L405B, "cpu", 20 * 3_187_671_040), (L405B, "cuda", 20 * 3_187_671_040),
 ])  # fmt: skip
 def test_memory_of_the_large_llamas(shape, device, least):
     hidden, inner, _, heads, vocab = shape
     wide = 4 if device == "cpu" else 2
     found = make_plan(llama(*shape), recipe("W2A16g128"), 128, 2048, device=torch.device(device)).memory
-    assert least == (4 + 12 + 2 + 2 * 2) * linears_of(hidden, inner, heads)
+    assert least == 20 * linears_of(hidden, inner, heads)
     assert found.least == least + 4 * 2 * hidden  # two norms
     assert found.stream == (128 + 16) * 2048 * hidden * 2 and found.copies == 3
     assert found.outer == (2 * vocab * hidden + hidden) * wide
     assert set(found.steps) == {"passes", "awq", "tesseraq"}
-    # The variables of soft rounding: at least 4 + 12 bytes a weight besides the weight's own 4, and 20 GB of logits or of saved activations.
+    # The variables of soft rounding: 12 bytes a weight, 4 for soft weights and gradients, and the weight's own 4.
     assert found.least < found.block < 6 * found.least
     assert found.peak == found.process + found.block + found.outer + found.streams
     assert (found.process > 0) == (device == "cpu")

@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 
 from .errors import LowbitError, in_bytes, unknown
-from .grid import Codebook
+from .grid import Affine, Grid
 from .machine import free_memory
 from .methods import AWQ, CLAQ, GPTQ, CrossQuant, Method, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from .model.block import TOKENS_PER_PASS
@@ -25,7 +25,7 @@ from .recipe import Recipe
 PROCESS = 490 << 20  # resident before a model is opened: Python, torch, transformers and their libraries
 _STREAMS = 3  # x, xq and target of one block: `lowbit.loop.Streams`
 _JUDGED_TOKENS = 4096  # `Reconstruction.loss`
-_OPTIMIZER = 160 << 20  # what torch loads (its compiler) when an optimizer takes its first step
+_OPTIMIZER = 80 << 20  # what torch loads (its compiler) when an optimizer takes its first step
 _HOLES = 1.1  # what allocators hold and cannot use: measured
 
 
@@ -211,10 +211,10 @@ def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0) -> Needs:
     least = base + coded
     for method in recipe.methods:
         name = type(method).__name__.lower()
-        steps[name] = base + _step(method, layer, rows, passing, kept, isinstance(recipe.grid, Codebook))
+        steps[name] = base + _step(method, recipe.grid, layer, rows, passing, kept)
         least = max(least, base + _floor(method, layer, rows))
     steps = {name: round(most * _HOLES) for name, most in steps.items()}
-    if process and any(isinstance(m, (TesseraQ, OmniQuant)) for m in recipe.methods):
+    if process and any(isinstance(m, OmniQuant) for m in recipe.methods):
         process += _OPTIMIZER
     copies = _STREAMS + int(any(isinstance(m, OmniQuant) and _second(m, recipe) for m in recipe.methods))
     stream = rows.count * rows.length * layer.hidden * rows.stored
@@ -242,7 +242,7 @@ def _training(layer: Layer, rows: Rows, batch: int) -> int:
     return min(batch, rows.count) * rows.length * rows.compute * wide + _cast(layer, rows)
 
 
-def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int, books: bool) -> int:
+def _step(method: Method, grid: Grid, layer: Layer, rows: Rows, passing: int, kept: int) -> int:
     """Most bytes held besides a block's float32 weights while a method works."""
     weights, largest = layer.weights, layer.largest
     if isinstance(method, AWQ):
@@ -252,9 +252,9 @@ def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int, boo
         clip = 8 * weights + kept + max(passing, 20 * largest) if method.clip != "none" else 0  # folded, and clipped
         return max(scales, clip)
     if isinstance(method, TesseraQ):
-        # Per weight: nu, its snapshot and two moments in float32, code and way in a byte each; soft weights and their gradients. On
-        # codebooks two indices of eight bytes, and levels and products looked up. Then the readout of the last block, five times its logits.
-        state = (68 if books else 18 + 2 * rows.compute) * weights
+        # Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft weights and their gradients; codebooks
+        # hold both codes as indices and both levels. Then the readout of the last block, five times its logits.
+        state = (18 + 2 * rows.compute if isinstance(grid, Affine) else 56) * weights
         tokens = max(min(method.batch, rows.count) * rows.length, rows.tokens(_JUDGED_TOKENS))
         logits = 5 * 4 * layer.vocab * tokens if method.objective == "logits" else 0
         return kept + state + max(_training(layer, rows, method.batch), logits)
@@ -272,8 +272,8 @@ def _step(method: Method, layer: Layer, rows: Rows, passing: int, kept: int, boo
 
 def _floor(method: Method, layer: Layer, rows: Rows) -> int:
     """Bytes besides a block's float32 weights that a method needs in any implementation of ours."""
-    if isinstance(method, TesseraQ):  # variable and two moments in float32, two bytes of code, soft weights and their gradient in 16 bits at least
-        return (12 + 2 + 2 * 2) * layer.weights
+    if isinstance(method, TesseraQ):  # variable and two moments in float32, soft weights and their gradient in 16 bits
+        return 16 * layer.weights
     if isinstance(method, OmniQuant):
         return 2 * rows.compute * layer.weights
     if isinstance(method, (GPTQ, CLAQ)):  # a Hessian and its factor in float64
