@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 
 from .errors import LowbitError, in_bytes, unknown
-from .grid import Affine, Grid
+from .grid import Codebook, Grid
 from .machine import free_memory
 from .methods import AWQ, CLAQ, GPTQ, CrossQuant, Method, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from .model.block import TOKENS_PER_PASS
@@ -254,7 +254,7 @@ def _step(method: Method, grid: Grid, layer: Layer, rows: Rows, passing: int, ke
     if isinstance(method, TesseraQ):
         # Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft weights and their gradients; codebooks
         # hold both codes as indices and both levels. Then the readout of the last block, five times its logits.
-        state = (18 + 2 * rows.compute if isinstance(grid, Affine) else 56) * weights
+        state = (56 if isinstance(grid, Codebook) else 18 + 2 * rows.compute) * weights
         tokens = max(min(method.batch, rows.count) * rows.length, rows.tokens(_JUDGED_TOKENS))
         logits = 5 * 4 * layer.vocab * tokens if method.objective == "logits" else 0
         return kept + state + max(_training(layer, rows, method.batch), logits)
