@@ -46,6 +46,16 @@ def test_joined_names(name, kinds):
     assert recipe.name == name
 
 
+def test_short_names_are_one_scale_of_effort():
+    fast, default, best = (load_recipe(n) for n in ("fast", "default", "best"))
+    assert [r.name for r in (fast, default, best)] == ["tesseraq-fast", "tesseraq", "tesseraq-best"]
+    steps = [r.methods[1].steps * r.methods[1].batch for r in (fast, default, best)]
+    assert steps == [600, 2400, 9600] and default == load_recipe("tesseraq")
+    assert load_recipe("omniquant+fast").methods == (OmniQuant(), fast.methods[1])
+    with pytest.raises(LowbitError, match="did you mean 'fast'"):
+        load_recipe("fats")
+
+
 def test_parts_keep_their_options():
     recipe = load_recipe("quarot+gptq", scheme=parse_scheme("W4A4KV4"), settings=["gptq.damping=0.05"])
     assert recipe.activations.symmetric and recipe.activations.clip == 0.9 and recipe.kv.clip == 0.95

@@ -20,14 +20,17 @@ else:
     import tomli as tomllib
 
 
+SHORT = {"fast": "tesseraq-fast", "default": "tesseraq", "best": "tesseraq-best"}  # one scale of effort, and what is behind it
+
+
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes that come with the package, without the short ones."""
     folder = resources.files(__package__) / "recipes"
     return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
 
 
 def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[str] = ()) -> Recipe:
-    """A named recipe, several of them joined by "+", or one from a .toml file; for another scheme, with single options changed.
+    """A named recipe (`SHORT` names too), several of them joined by "+", or one from a .toml file; for another scheme, with single options changed.
 
     Of each part of a joined name the method that the part is called after is taken, with its options ("smoothquant+gptq",
     "omniquant+tesseraq-best"); the scheme, how activations, keys and values are quantized and the calibration come from the last
@@ -57,6 +60,7 @@ def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[s
 
 
 def _read(name: str, origin: str) -> dict[str, Any]:
+    name = SHORT.get(name, name)
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -65,7 +69,7 @@ def _read(name: str, origin: str) -> dict[str, Any]:
     elif name in recipe_names():
         text = (resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise unknown("recipe", name, recipe_names())
+        raise unknown("recipe", name, (*recipe_names(), *SHORT))
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
@@ -77,7 +81,7 @@ def _joined(name: str) -> dict[str, Any]:
     for part in name.split("+"):
         if part.endswith(".toml"):
             raise LowbitError(f"recipe '{name}': files cannot be joined; write the methods into one file.")
-        data, method = _read(part, f"recipe '{part}'"), part.split("-")[0]
+        data, method = _read(part, f"recipe '{part}'"), SHORT.get(part, part).split("-")[0]
         if method in out["methods"]:
             raise LowbitError(f"recipe '{name}' has '{method}' twice.")
         if method in data["methods"]:  # not so where the name is that of an activation grid
