@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
-from lowbit.grid import Affine
+from lowbit.grid import Affine, PerToken, Reading
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN
 from lowbit.methods._columns import code_columns, inverse_factor
@@ -435,3 +435,24 @@ def test_a_pass_ends_where_the_last_input_asked_for_is_seen(block, name):
     handle.remove()
     assert sorted(n for n, _ in seen) == sorted([name, "self_attn.k_proj"])
     assert bool(later) == (name == "mlp.down_proj")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "bitnet"])
+def test_calls_kept_for_the_next_site_give_the_same_codes(tmp_path, monkeypatch, family):
+    block = block_of(tmp_path, Affine(3, 16), family)
+    replayed, real = [], type(block).observe_inside
+    monkeypatch.setattr("lowbit.model.block.Block.observe_inside", lambda self, part, *a: replayed.append(part) or real(self, part, *a))
+    fast = GPTQ()(block)
+    assert replayed == ([] if family == "opt" else ["mlp"])
+    monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
+    plain = GPTQ()(block)
+    assert replayed == ([] if family == "opt" else ["mlp"])
+    assert all(q.same_as(plain.coded[n]) is None for n, q in fast.coded.items())
+
+
+def test_what_is_kept_sees_codes_and_activation_grids(tmp_path, monkeypatch):
+    block = block_of(tmp_path, Affine(3, 16))
+    block = block.read(dict.fromkeys(block.wiring.linears, Reading(grid=PerToken(4))))
+    fast = GPTQ()(block)
+    monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
+    assert all(q.same_as(GPTQ()(block).coded[n]) is None for n, q in fast.coded.items())
