@@ -7,15 +7,18 @@ import torch
 from helpers import save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.errors import LowbitError
-from lowbit.grid import Affine
+from lowbit.grid import Affine, PerToken, Reading
+from lowbit.grid.kmeans import kmeans
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN
+from lowbit.methods._books import ColumnBooks
 from lowbit.methods._columns import code_columns, inverse_factor
 from lowbit.methods._hessian import factored, input_hessians
 from lowbit.methods._reconstruct import Reconstruction
-from lowbit.methods.gptq import fit_range, solve
+from lowbit.methods.gptq import AffineColumns, fit_range, solve
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.recipe import Recipe
@@ -435,3 +438,52 @@ def test_a_pass_ends_where_the_last_input_asked_for_is_seen(block, name):
     handle.remove()
     assert sorted(n for n, _ in seen) == sorted([name, "self_attn.k_proj"])
     assert bool(later) == (name == "mlp.down_proj")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "bitnet"])
+def test_calls_kept_for_the_next_site_give_the_same_codes(tmp_path, monkeypatch, family):
+    block = block_of(tmp_path, Affine(3, 16), family)
+    replayed, real = [], type(block).observe_inside
+    monkeypatch.setattr("lowbit.model.block.Block.observe_inside", lambda self, part, *a: replayed.append(part) or real(self, part, *a))
+    fast = GPTQ()(block)
+    assert replayed == ([] if family == "opt" else ["mlp"])
+    monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
+    plain = GPTQ()(block)
+    assert replayed == ([] if family == "opt" else ["mlp"])
+    assert all(q.same_as(plain.coded[n]) is None for n, q in fast.coded.items())
+
+
+def test_what_is_kept_sees_codes_and_activation_grids(tmp_path, monkeypatch):
+    block = block_of(tmp_path, Affine(3, 16))
+    block = block.read(dict.fromkeys(block.wiring.linears, Reading(grid=PerToken(4))))
+    fast = GPTQ()(block)
+    monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
+    assert all(q.same_as(GPTQ()(block).coded[n]) is None for n, q in fast.coded.items())
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what would make the host wait for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "books"])
+def test_the_plain_loop_waits_for_no_column(mode, monkeypatch):
+    without_compiler(monkeypatch)
+    monkeypatch.setattr("lowbit.grid.kmeans.library", lambda source: None)
+    monkeypatch.setattr("lowbit.methods._books.kmeans", lambda v, k, checked: kmeans(v, k, exact=True, checked=False))  # as on an accelerator, without Lloyd
+    weight, hessian = case(9, 32, 2)
+    weight, factor, grid = weight.float(), inverse_factor(hessian).float(), Affine(2, 8)
+    if mode == "books":
+        coder = ColumnBooks(weight, torch.full((32,), 2), torch.float32)
+    else:
+        coder = AffineColumns(grid, 32, [c // 8 for c in range(32)], grid.fit(weight) if mode == "static" else None, torch.float32, "mse")
+    with _Waits() as waits:
+        code_columns(weight, factor, coder, 16)
+    assert waits.count == 0

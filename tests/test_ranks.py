@@ -18,7 +18,7 @@ from lowbit.machine import device_of_rank
 from lowbit.methods._batches import gathered
 from lowbit.model.ranks import ALONE, RankGone, Ranks, _answered
 
-TESSERAQ = ["tesseraq.schedule=exponential-4-4", "tesseraq.iters=4"]
+TESSERAQ = ["tesseraq.precision=float32", "tesseraq.schedule=exponential-4-4", "tesseraq.iters=4"]
 WORKER = Path(__file__).with_name("ranks_worker.py")
 
 
@@ -164,7 +164,7 @@ CELLS = [
 def twice(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     cells = [(model, *cell) for cell in CELLS]
-    differ = [arguments(model, folder / "out"), arguments(model, folder / "out", settings=[TESSERAQ[0], "tesseraq.iters=3"])]
+    differ = [arguments(model, folder / "out"), arguments(model, folder / "out", settings=[*TESSERAQ[:-1], "tesseraq.iters=3"])]
     done = torchrun(WORKER, job(folder, do="tune", cells=cells, differ=differ, out=str(folder / "out.pt")))
     assert done.returncode == 0, done.said
     assert not list(folder.glob("out*.partial"))

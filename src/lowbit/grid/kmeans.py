@@ -8,6 +8,7 @@ it is within 0.3 % of that for up to 16 levels (measured; see docs/results.md) a
 from __future__ import annotations
 
 import ctypes
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .compiled import library, pointer, threads
 _SOURCE = Path(__file__).with_name("kmeans.c")
 _CUTS = 192
 _LLOYD = 20
+_LOOKED = 5  # steps between two looks on an accelerator
 _IN_CACHE = 1 << 17  # numbers sorted and clustered at a time
 _RADIX = 2048  # numbers a list from which counting digits beats comparing
 _TABLE = 1 << 23  # entries of the cost tables held at a time by the torch path
@@ -28,7 +30,7 @@ class NotFiniteError(ValueError):
     """A number that is none, or beyond what is stored."""
 
 
-def kmeans(values: Tensor, levels: int, weights: Tensor | None = None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+def kmeans(values: Tensor, levels: int, weights: Tensor | None = None, *, exact: bool = False, checked: bool = True) -> tuple[Tensor, Tensor]:
     """Cluster each row of numbers so that the (weighted) sum of squared distances to the nearest level is least.
 
     Args:
@@ -36,6 +38,7 @@ def kmeans(values: Tensor, levels: int, weights: Tensor | None = None, *, exact:
         levels: 1 to 256. A list with no more different numbers than that gets exactly those, the last one repeated.
         weights: (lists, n) positive importance of each number, or None.
         exact: the global optimum, to rounding; otherwise close to it.
+        checked: False leaves it to the caller to see whether levels are finite, so that nothing waits for an accelerator.
 
     Returns:
         (lists, levels) float32 ascending, and (lists,) float64 sums of squared distances (for levels before any rounding).
@@ -52,7 +55,7 @@ def kmeans(values: Tensor, levels: int, weights: Tensor | None = None, *, exact:
     parts = []
     step = max(1, _TABLE // (min(values.shape[1], values.shape[1] if exact else _CUTS) + 1) ** 2)
     for at in range(0, len(values), step):
-        parts.append(_batched(values[at : at + step], levels, None if weights is None else weights[at : at + step], exact))
+        parts.append(_batched(values[at : at + step], levels, None if weights is None else weights[at : at + step], exact, checked))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -103,6 +106,7 @@ def _sorted(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | No
     return values.gather(1, order).contiguous(), weights.float().gather(1, order).contiguous()
 
 
+@functools.lru_cache(maxsize=8)  # a copy to the device would make it wait, once per call
 def _ranks(n: int, exact: bool, device: torch.device) -> Tensor:
     """Where cuts are allowed: (count,) int64 from 0 to n."""
     if exact or n <= _CUTS:
@@ -114,10 +118,10 @@ def _ranks(n: int, exact: bool, device: torch.device) -> Tensor:
     return distinct.to(device)
 
 
-def _batched(values: Tensor, levels: int, weights: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def _batched(values: Tensor, levels: int, weights: Tensor | None, exact: bool, checked: bool) -> tuple[Tensor, Tensor]:
     """The same in torch, for other devices and where there is no compiler."""
     ordered, w = _sorted(values, weights)
-    if not bool(torch.isfinite(ordered[:, [0, -1]]).all()):  # sorted: what is not finite lies at an end
+    if checked and not bool(torch.isfinite(ordered[:, [0, -1]]).all()):  # sorted: what is not finite lies at an end
         raise NotFiniteError("kmeans takes finite numbers")
     x = ordered.double()
     m = torch.ones_like(x) if w is None else w.double()
@@ -128,11 +132,12 @@ def _batched(values: Tensor, levels: int, weights: Tensor | None, exact: bool) -
     cuts = _best_cuts(mass[:, ranks], first[:, ranks], second[:, ranks], levels)
     cuts = ranks[cuts]
     center, sse = _clusters(cuts, x, mass, first, second)
-    for _ in range(0 if exact else _LLOYD):
+    looked = 1 if x.device.type == "cpu" else _LOOKED  # a look at whether cuts still move waits for the device; steps that move none do no harm
+    for i in range(0 if exact else _LLOYD):
         middle = ((center[:, 1:] + center[:, :-1]) / 2 + shift).float()
         inner = torch.searchsorted(ordered.contiguous(), middle.contiguous(), right=True)
         moved = torch.cat([cuts[:, :1], inner, cuts[:, -1:]], 1)
-        if torch.equal(moved, cuts):
+        if (i + 1) % looked == 0 and torch.equal(moved, cuts):
             break
         cuts = moved
         center, sse = _clusters(cuts, x, mass, first, second)

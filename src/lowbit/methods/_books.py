@@ -102,7 +102,7 @@ class ColumnBooks:
             clustered = values[left]
         k = 1 << self.widths[column]
         if self.levels == "sequential":
-            levels = kmeans(clustered[None], k)[0][0]
+            levels = kmeans(clustered[None], k, checked=values.device.type == "cpu")[0][0]
         else:
             levels = self._table[column, :k]
             for _ in range(_REFINING if self.levels == "refined" else 0):

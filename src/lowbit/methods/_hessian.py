@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -16,6 +17,15 @@ from ._columns import inverse_factor
 
 _RETRIES = 3
 _LEAST_RETRIED_DAMPING = 1e-2
+_KEPT = 1 << 28  # bytes of calls kept for the next site, so that it need not run the block from its start
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a submodule was called with on the calibration rows; of use as long as nothing before it changes."""
+
+    part: str
+    calls: list[Call]
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,20 @@ def solve_sites(
     rows = min(rows or block.tuned_rows, block.tuned_rows)
     free = [tuple(n for n in site.reads if n not in block.coded) for site in block.wiring.sites]
     steps = [[names] for names in free if names]
+    parts = {names[0]: site.probe for names, site in zip(free, block.wiring.sites, strict=True) if names}
+    kept: Kept | None = None
     if not true_sequential:
         steps = [[names for step in steps for names in step]] if steps else []
     trouble: list[str] = []
-    for step in steps:
+    nothing: list[tuple[str, ...]] = []
+    for step, after in zip_longest(steps, steps[1:], fillvalue=nothing):
         block.announce(f"{method}: inputs of {', '.join(name for names in step for name in names)}")
-        hessians = input_hessians(block, [names[0] for names in step], rows)
+        fresh = None  # nothing to save at the first site: little runs before it
+        if after and after[0][0].startswith(f"{(part := parts[step[0][0]])}.") and step[0][0] not in block.wiring.sites[0].reads:
+            size = rows * block.xq.shape[1] * block.weight(step[0][0]).shape[1] * block.compute.itemsize
+            fresh = Kept(part, []) if size <= _KEPT else None
+        hessians = input_hessians(block, [names[0] for names in step], rows, kept, fresh)
+        kept = fresh
         for names in step:
             block.announce(f"{method}: codes of {', '.join(names)}")
             inputs = factored(block, method, names[0], hessians.pop(names[0]), damping, act_order, trouble)
@@ -113,11 +131,15 @@ def _factor(hessian: Tensor, diagonal: Tensor, damping: float, method: str, labe
 
 
 @torch.no_grad()
-def input_hessians(block: Block, linears: Sequence[str], rows: int) -> dict[str, Tensor]:
+def input_hessians(block: Block, linears: Sequence[str], rows: int, kept: Kept | None = None, fresh: Kept | None = None) -> dict[str, Tensor]:
     """(2/n) sum x x^T over the n tokens that reach each linear (GPTQ, section 2), in float64.
 
     The tokens come from the first ``rows`` rows of the quantized stream, through the block with its coded weights decoded,
     and count as they meet the weight.
+
+    Args:
+        kept: calls of a submodule that holds all the linears, if only it is to run.
+        fresh: gets the calls of its submodule.
 
     Returns:
         linear -> (inputs, inputs) on the block's device; zeros for a linear that no token reaches.
@@ -129,12 +151,19 @@ def input_hessians(block: Block, linears: Sequence[str], rows: int) -> dict[str,
     seen: dict[str, float] = dict.fromkeys(linears, 0)
 
     def visit(name: str, call: Call) -> None:
+        if fresh is not None and name == fresh.part:
+            fresh.calls.append(call)
+            return
         x = block.entering(name, call.args[0]).flatten(0, -2)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         sums[name] += x.T @ x
         seen[name] += len(x)
 
-    replace(block, weights=block.decoded()).observe(linears, block.xq, rows, visit)
+    decoded = replace(block, weights=block.decoded())
+    if kept is not None:
+        decoded.observe_inside(kept.part, kept.calls, linears, visit)
+    else:
+        decoded.observe([*linears, *([fresh.part] if fresh else [])], block.xq, rows, visit)
     block.ranks.sum_(*sums.values())
     seen = dict(zip(seen, block.ranks.total(*seen.values()), strict=True))
     return {name: total * (2 / max(1, seen[name])) for name, total in sums.items()}

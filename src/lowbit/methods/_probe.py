@@ -15,6 +15,7 @@ from ..model.wiring import Site
 
 _TOKENS = 1024  # of a batch on which a candidate's error is computed before it is looked at
 _PARTS = 8  # of a linear's outputs, likewise
+_HELD = 1 << 27  # bytes of quantized candidates held rather than made again when their turn comes
 
 
 def _rtn(weight: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:
@@ -144,13 +145,16 @@ def least_harmful(block: Block, site: Site, seen: Seen, candidates: Sequence[tup
             block.ranks.sum_(own)
         return own
 
-    firsts = torch.stack([error(*under(factor), 0) for factor, _ in candidates]).nan_to_num(nan=float("inf")).tolist()
+    size = len(candidates) * sum(block.weight(n).numel() * block.weight(n).element_size() for n in site.reads)
+    made = [under(factor) if size <= _HELD else None for factor, _ in candidates]
+    first_errors = [error(*(held or under(factor)), 0) for held, (factor, _) in zip(made, candidates, strict=True)]
+    firsts = torch.stack(first_errors).nan_to_num(nan=float("inf")).tolist()  # in one go: an accelerator is waited for once
     best, least = -1, float("inf")
     for i in sorted(range(len(candidates)), key=lambda i: (firsts[i], i)):
         if firsts[i] > least or firsts[i] == float("inf"):
             break
         total = firsts[i]
-        quantized, read = under(candidates[i][0]) if parts > 1 else ({}, {})
+        quantized, read = (made[i] or under(candidates[i][0])) if parts > 1 else ({}, {})
         for part in range(1, parts):
             total += float(error(quantized, read, part))
             if not total <= least:

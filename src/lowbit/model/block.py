@@ -209,6 +209,25 @@ class Block:
         A linear's input is shown as it arrives, before its reading; `entering` gives what meets the weight. ``visit`` is
         called once per submodule and batch of rows, and need not keep what it sees. A pass ends where the last of them is called.
         """
+        with self._watched(modules, visit) as left:
+            for _, batch in self.passes(x[: self.ranks.count(rows)]):
+                left.update(modules)
+                with suppress(_Seen):
+                    self.forward(batch)
+
+    @torch.no_grad()
+    def observe_inside(self, part: str, calls: Sequence[Call], modules: Sequence[str], visit: Callable[[str, Call], None]) -> None:
+        """The same for submodules of ``part``, run alone on calls that were kept of it."""
+        cast = {k.removeprefix(f"{part}."): w.to(self.compute) for k, w in self.weights.items() if k.startswith(f"{part}.")}
+        with self._watched(modules, visit) as left:
+            for call in calls:
+                left.update(modules)
+                with suppress(_Seen), self.reading(self.readings):
+                    functional_call(self.module.get_submodule(part), cast, call.args, dict(call.kwargs))
+
+    @contextmanager
+    def _watched(self, modules: Sequence[str], visit: Callable[[str, Call], None]) -> Iterator[set[str]]:
+        """Within, passes show their calls of some submodules, and end when the set given, the names still to come, is empty."""
         handles: list[RemovableHandle] = []
         left: set[str] = set()
 
@@ -225,10 +244,7 @@ class Block:
             for name in modules:
                 submodule = self.module.get_submodule(name)
                 handles.append(submodule.register_forward_pre_hook(hook_of(name), with_kwargs=True))
-            for _, batch in self.passes(x[: self.ranks.count(rows)]):
-                left.update(modules)
-                with suppress(_Seen):
-                    self.forward(batch)
+            yield left
         finally:
             for handle in handles:
                 handle.remove()
