@@ -1,11 +1,12 @@
-"""Seconds of calibration's parts on one wide random block, each next to its floor: its matrix products at the rate of this machine's own.
+"""Seconds of calibration's parts on one wide random block, each next to its floor: its matrix products at this machine's own rate.
 
     python benchmarks/calibration.py OUT.json [ROWS [LENGTH [HIDDEN [INNER]]]]
 
-A Llama block with random weights and random inputs, 32 x 512 tokens, hidden 1024 and 2816 unless told otherwise; AWQ and GPTQ (presets `awq` and `gptq`) at
-W2A16g64, CLAQ at W2A16. Prints a table in Markdown and writes JSON. Seconds are of the process's own processor time on a CPU, so that a busy machine counts for little;
-the floor is the flops of the part's matrix products over the rate of a float32 product of (tokens, hidden) by (hidden, inner), float64 for the factor. A floor of 0
-stands for a part that needs no product.
+A Llama block with random weights and inputs, 32 x 512 tokens, hidden 1024 and 2816 unless told otherwise; presets `awq` and `gptq` at
+W2A16g64, `claq` at W2A16. Prints a table in Markdown and writes JSON. Seconds are the process's own processor time (on an accelerator
+those of the clock), so that a busy machine counts for little. The floor is the flops of the part's matrix products over the rate of one
+product of (tokens, hidden) by (hidden, inner) in float32, for the factor of (hidden, hidden) in float64; for AWQ's scale search, with no
+candidate left early. "capture" has the sums of x x^T in it. "all" is the methods alone, without the float target and the losses.
 """
 
 from __future__ import annotations
@@ -41,22 +42,20 @@ def clock() -> float:
 class Part:
     """Adds up the seconds spent in a function, those of other parts inside it left out."""
 
-    running: list[Part] = []  # noqa: RUF012
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.seconds, self._inside = function, 0.0, 0.0
+    def __init__(self, function: Callable[..., Any], running: list[Part]) -> None:
+        self.function, self.seconds, self._inside, self._running = function, 0.0, 0.0, running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         start, self._inside = clock(), 0.0
-        Part.running.append(self)
+        self._running.append(self)
         try:
             return self.function(*args, **kwargs)
         finally:
-            Part.running.pop()
+            self._running.pop()
             taken = clock() - start
             self.seconds += taken - self._inside
-            if Part.running:
-                Part.running[-1]._inside += taken
+            if self._running:
+                self._running[-1]._inside += taken
 
 
 def rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -90,8 +89,8 @@ def floors(method: str, tokens: int, length: int, h: int, f: int) -> dict[str, f
         # One pass to the last input; candidates run attention and the MLP, twenty times and once more for what is expected, or a product with a Gram matrix.
         searched = 21 * (4 * project + attention + 3 * mlp) + 20 * 2 * h * (h * h + f * f)
         return {"capture": 2 * (4 * project + attention + 2 * mlp), "statistics": grams, "scale search": searched, "clip search": 10 * 2 * 64 * (4 * h * h + 3 * h * f)}
-    # Inputs are collected site by site: up to attention's, to its output's, to the MLP's, and to the last linear's.
-    capture = (3 * project + attention) + (4 * project + attention) + (4 * project + attention + 2 * mlp)
+    # Inputs are collected site by site: nothing runs before attention's; then up to its output's, up to the MLP's, and inside the MLP.
+    capture = (3 * project + attention) + (4 * project + attention) + 2 * mlp
     loop = h * h * (4 * h + 2 * f) + h * f * f
     return {"capture": capture, "statistics": 2 * tokens * (3 * h * h + f * f), "factor": (3 * h**3 + f**3) * 2 / 3, "range search": 0.0, "column loop": loop}
 
@@ -112,8 +111,8 @@ def watched(method: str) -> dict[str, tuple[Any, str]]:
 def timed(method: str, recipe: Any, block: Block) -> dict[str, float]:
     """Seconds of each part, and of everything."""
     places = watched(method)
-    kept = {part: getattr(*at) for part, at in places.items()}
-    parts = {part: Part(f) for part, f in kept.items()}
+    kept, running = {part: getattr(*at) for part, at in places.items()}, []
+    parts = {part: Part(f, running) for part, f in kept.items()}
     try:
         for part, (owner, name) in places.items():
             setattr(owner, name, (lambda p: lambda *a, **k: p(*a, **k))(parts[part]))  # a function, so that it binds as a method

@@ -416,7 +416,6 @@ def test_the_compiled_range_search_finds_the_least_error(shape, size, scale, sym
     found = fit_range(grid, weight, "mse", torch.bfloat16)
     reached = grid.grouped((grid.decode(grid.encode(weight, found), found) - weight).double()).abs().pow(2.4).sum(-1)
     torch.testing.assert_close(reached, errors.amin(0), rtol=1e-5, atol=1e-34)
-    assert torch.equal(found.scale[0], tried[0].scale[0])  # nothing to gain: the first
 
 
 def test_two_threads_give_the_codes_of_one(monkeypatch):

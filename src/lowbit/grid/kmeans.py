@@ -118,7 +118,7 @@ def _ranks(n: int, exact: bool, device: torch.device) -> Tensor:
     return distinct.to(device)
 
 
-def _batched(values: Tensor, levels: int, weights: Tensor | None, exact: bool, checked: bool) -> tuple[Tensor, Tensor]:
+def _batched(values: Tensor, levels: int, weights: Tensor | None, exact: bool, checked: bool = True) -> tuple[Tensor, Tensor]:
     """The same in torch, for other devices and where there is no compiler."""
     ordered, w = _sorted(values, weights)
     if checked and not bool(torch.isfinite(ordered[:, [0, -1]]).all()):  # sorted: what is not finite lies at an end

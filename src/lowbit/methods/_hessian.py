@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -69,8 +68,8 @@ def solve_sites(
     if not true_sequential:
         steps = [[names for step in steps for names in step]] if steps else []
     trouble: list[str] = []
-    nothing: list[tuple[str, ...]] = []
-    for step, after in zip_longest(steps, steps[1:], fillvalue=nothing):
+    for number, step in enumerate(steps, 1):
+        after = steps[number] if number < len(steps) else []
         block.announce(f"{method}: inputs of {', '.join(name for names in step for name in names)}")
         fresh = None  # nothing to save at the first site: little runs before it
         if after and after[0][0].startswith(f"{(part := parts[step[0][0]])}.") and step[0][0] not in block.wiring.sites[0].reads:
