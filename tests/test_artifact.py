@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact import tensor_hash
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 
@@ -336,3 +337,10 @@ def test_peak_memory_is_the_process_own_not_what_its_parent_held():
     code = "import torch; from lowbit.machine import peak_memory; print(peak_memory(torch.device('cpu')))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(child.stdout) < held.nbytes
+
+
+def test_a_hash_is_of_the_numbers_and_not_of_how_they_lie_in_memory():
+    wide = torch.randint(0, 99, (6, 4), dtype=torch.int32)
+    for t in (wide[:, :1], wide[:1, :1], wide.T, wide[::2], torch.tensor(3.0), torch.empty(0, 3), wide[:, 1].bfloat16()):
+        assert tensor_hash(t) == tensor_hash(torch.empty(t.shape, dtype=t.dtype).copy_(t))
+    assert tensor_hash(wide[:, :1]) != tensor_hash(wide[:, 1:2])

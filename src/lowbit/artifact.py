@@ -92,7 +92,10 @@ def _umask() -> int:
 def tensor_hash(t: Tensor) -> str:
     """sha256 over dtype, shape and bytes, the first 32 hex digits."""
     h = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
-    h.update(t.contiguous().view(torch.uint8).numpy().data if t.dim() else t.reshape(1).view(torch.uint8).numpy().data)
+    flat = t.reshape(-1)
+    if flat.stride(0) != 1:  # also of a single element, whose stride says nothing
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    h.update(flat.view(torch.uint8).numpy().data)
     return h.hexdigest()[:32]
 
 
