@@ -77,14 +77,14 @@ def linears_of(hidden, inner, heads):
 
 
 @pytest.mark.parametrize("shape, device, least", [
-    (L70B, "cpu", 20 * 855_638_016), (L70B, "cuda", 20 * 855_638_016),
-    (L405B, "cpu", 20 * 3_187_671_040), (L405B, "cuda", 20 * 3_187_671_040),
+    (L70B, "cpu", 28 * 855_638_016), (L70B, "cuda", 28 * 855_638_016),
+    (L405B, "cpu", 28 * 3_187_671_040), (L405B, "cuda", 28 * 3_187_671_040),
 ])  # fmt: skip
 def test_memory_of_the_large_llamas(shape, device, least):
     hidden, inner, _, heads, vocab = shape
     wide = 4 if device == "cpu" else 2
     found = make_plan(llama(*shape), recipe("W2A16g128"), 128, 2048, device=torch.device(device)).memory
-    assert least == 20 * linears_of(hidden, inner, heads)
+    assert least == (4 + 2 + 18 + 2 * 2) * linears_of(hidden, inner, heads)  # weights, those before the clip, variables, soft ones and gradients
     assert found.least == least + 4 * 2 * hidden  # two norms
     assert found.stream == (128 + 16) * 2048 * hidden * 2 and found.copies == 3
     assert found.outer == (2 * vocab * hidden + hidden) * wide
@@ -146,3 +146,16 @@ def test_needs_of_every_family(family):
             continue  # some of them cannot be rotated; not this test's business
         need = needs_of(FAMILIES[family](), chosen, 24, 32, torch.device("cpu"), torch.bfloat16)
         assert 0 < need.least <= need.block <= need.peak
+
+
+def test_a_plan_for_a_gpu_that_is_not_here(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(llama(*L70B).to_dict()))
+
+    def planned(gib):
+        result = CliRunner().invoke(app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", "--samples", "128", "--length", "2048", "--gpu-memory", gib])
+        return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+    code, text = planned("139")
+    assert code == 0 and "139 are free there" in text and "--offload auto puts them here on the device" in text and "not said of a GPU that is not here" in text
+    code, text = planned("16")
+    assert code == 2 and "one block of this model does not fit 'cuda'" in text

@@ -18,6 +18,7 @@ from rich.table import Table
 from .errors import LowbitError
 from .job import BlockDone, Result, Working
 from .machine import free_memory
+from .memory import Room
 from .plan import Plan
 from .targets import Verdict
 
@@ -168,16 +169,16 @@ def analysis_tables(data: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def memory_rows(plan: Plan, device: torch.device, folder: Path) -> tuple[tuple[str, str], ...]:
-    """What a plan says of memory, on this machine with files in ``folder``."""
+def memory_rows(plan: Plan, device: torch.device, folder: Path, room: Room | None = None) -> tuple[tuple[str, str], ...]:
+    """What a plan says of memory, with files in ``folder`` and so much room on devices."""
     m, gib = plan.memory, 2**30
-    free = free_memory(device)
+    free = (room or free_memory)(device)
     steps = ", ".join(f"{name} {most / gib:.3g}" for name, most in m.steps.items())
     try:
-        placed = f"--offload auto puts them here on the {m.placed('auto', device, folder).used}"
+        placed = f"--offload auto puts them here on the {m.placed('auto', device, folder, room).used}"
     except LowbitError as e:
         placed = str(e)
-    there = "" if free is None else f"; {free / gib:.3g} are free here"
+    there = "" if free is None else f"; {free / gib:.3g} are free there"
     return (
         ("peak memory", f"{m.peak / gib:.3g} GiB: a block {m.block / gib:.3g}, embeddings and head {m.outer / gib:.3g}, activations "
          f"{m.streams / gib:.3g}" + (f", libraries {m.process / gib:.2g}" if m.process else "") + there),

@@ -7,7 +7,7 @@ of its largest linear. Where a method's code changes, its line here has to; benc
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -21,6 +21,8 @@ from .methods import AWQ, CLAQ, GPTQ, CrossQuant, Method, OmniQuant, QuaRot, Smo
 from .model.block import TOKENS_PER_PASS
 from .model.storage import Place
 from .recipe import Recipe
+
+Room = Callable[[torch.device], int | None]
 
 PROCESS = 490 << 20  # resident before a model is opened: Python, torch, transformers and their libraries
 _STREAMS = 3  # x, xq and target of one block: `lowbit.loop.Streams`
@@ -129,13 +131,16 @@ class Needs:
         """All streams that live at a time."""
         return self.stream * self.copies
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device, room: Room | None = None) -> None:
         """Refuse a block that certainly does not fit.
+
+        Args:
+            room: bytes free on a device; None asks the machine.
 
         Raises:
             LowbitError: ``least`` is more than the device has free.
         """
-        free = free_memory(device)
+        free = (room or free_memory)(device)
         if free is not None and self.least > free:
             hungry = max(self.steps, key=lambda k: self.steps[k])
             where = "this machine" if device.type == "cpu" else f"'{device}'"
@@ -145,15 +150,17 @@ class Needs:
                 "awq or rtn), shorter rows (--length), or a device with more memory (--device)."
             )
 
-    def placed(self, asked: str, device: torch.device, folder: Path) -> Offload:
+    def placed(self, asked: str, device: torch.device, folder: Path, room: Room | None = None) -> Offload:
         """Where the streams go.
 
         Args:
+            room: bytes free on a device; None asks the machine.
             folder: for files on disk; its nearest ancestor that exists says how much is free.
 
         Raises:
             LowbitError: no such place, or "auto" finds no room in any.
         """
+        room = room or free_memory
         known = ("auto", *get_args(Place))
         if asked not in known:
             raise unknown("place for --offload", asked, known)
@@ -163,15 +170,15 @@ class Needs:
             return Offload(asked, "host", self.streams)
         if asked == "disk":
             return Offload(asked, "disk", self.streams)
-        if device.type != "cpu" and _has(device, self.streams + self.block + self.outer):
+        if device.type != "cpu" and _has(room(device), self.streams + self.block + self.outer):
             return Offload(asked, "device", self.streams)
         host = torch.device("cpu")
-        if _has(host, self.streams + self.block + self.outer if device.type == "cpu" else self.pinned):
+        if _has(room(host), self.streams + self.block + self.outer if device.type == "cpu" else self.pinned):
             return Offload(asked, "host", self.streams)
         free = disk_free(folder)
         if free is not None and free < self.streams:
             raise LowbitError(
-                f"nowhere is room for the activations of {in_bytes(self.streams)}: in memory {in_bytes(free_memory(host) or 0)} are free "
+                f"nowhere is room for the activations of {in_bytes(self.streams)}: in memory {in_bytes(room(host) or 0)} are free "
                 f"(a block takes {in_bytes(self.block)} besides), in '{folder}' {in_bytes(free)}. Name a folder on another disk "
                 "(--offload-dir), or take fewer --samples."
             )
@@ -183,8 +190,7 @@ class Needs:
         return self.copies * (1 << max(0, self.stream - 1).bit_length())
 
 
-def _has(device: torch.device, wanted: int) -> bool:
-    free = free_memory(device)
+def _has(free: int | None, wanted: int) -> bool:
     return free is None or wanted <= free
 
 
@@ -212,7 +218,7 @@ def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0) -> Needs:
     for method in recipe.methods:
         name = type(method).__name__.lower()
         steps[name] = base + _step(method, recipe.grid, layer, rows, passing, kept)
-        least = max(least, base + _floor(method, layer, rows))
+        least = max(least, base + _floor(method, recipe.grid, layer, rows, kept))
     steps = {name: round(most * _HOLES) for name, most in steps.items()}
     if process and any(isinstance(m, OmniQuant) for m in recipe.methods):
         process += _OPTIMIZER
@@ -270,10 +276,10 @@ def _step(method: Method, grid: Grid, layer: Layer, rows: Rows, passing: int, ke
     return weights + 12 * largest
 
 
-def _floor(method: Method, layer: Layer, rows: Rows) -> int:
-    """Bytes besides a block's float32 weights that a method needs in any implementation of ours."""
-    if isinstance(method, TesseraQ):  # variable and two moments in float32, soft weights and their gradient in 16 bits
-        return 16 * layer.weights
+def _floor(method: Method, grid: Grid, layer: Layer, rows: Rows, kept: int) -> int:
+    """Bytes besides a block's float32 weights that live together while a method works, whatever the activations."""
+    if isinstance(method, TesseraQ):  # as in `_step`, soft weights and their gradient in 16 bits
+        return kept + (52 if isinstance(grid, Codebook) else 18 + 2 * 2) * layer.weights
     if isinstance(method, OmniQuant):
         return 2 * rows.compute * layer.weights
     if isinstance(method, (GPTQ, CLAQ)):  # a Hessian and its factor in float64

@@ -59,34 +59,40 @@ def plan(
     target: Annotated[Optional[str], typer.Option(help="Runtime that is to load the result: vllm, sglang, llama.cpp, mlx or transformers. What it will not load is refused.")] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Devices among which vLLM or SGLang will divide every linear.")] = 1,
     device: Device = "auto",
+    gpu_memory: Annotated[Optional[float], typer.Option("--gpu-memory", help="Plan for a GPU with so many GiB free, which need not be here, instead of --device.")] = None,
     json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
 ) -> None:
     """Say before any work what a run will need, which runtimes will load its result, and how to export it for them."""
+    import torch
+
     from ..display import duration, memory_rows, runtime_table, runtimes_table
-    from ..machine import pick_device
+    from ..machine import free_memory, pick_device
     from ..model.calibration import Calibration
     from ..plan import make_plan, measure_rate, read_config
     from ..presets import load_recipe
     from ..scheme import parse_scheme
     from ..targets import check_target, demand
 
+    gib = 2**30
     wanted = None if target is None else check_target(target, tensor_parallel)
     chosen = load_recipe(recipe, scheme=None if scheme is None else parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
     own = chosen.calibration
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
-    where = pick_device(device)
-    p = make_plan(config, chosen, c.samples, c.length, measure_rate(str(where)), tensor_parallel, where)
+    where = pick_device(device) if gpu_memory is None else torch.device("cuda")
+    room = None if gpu_memory is None else lambda d: free_memory(d) if d.type == "cpu" else int(gpu_memory * gib)
+    rate = measure_rate(str(where)) if gpu_memory is None else None
+    p = make_plan(config, chosen, c.samples, c.length, rate, tensor_parallel, where)
     if wanted is not None:
         demand(p.verdict(wanted))
-    gib = 2**30
+    took = f"about {duration(p.seconds)} with recipe '{chosen.name}' at this machine's measured matrix product rate (an estimate)" if p.seconds else "not said of a GPU that is not here"
     rows = (
         ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),
         ("size", f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> {p.artifact / 1e9:.3g} GB)"),
         ("bits per weight", f"{p.bits_per_weight:.3f} in quantized linears, {p.model_bits_per_weight:.3f} over all parameters"),
-        *memory_rows(p, where, Path.cwd()),
+        *memory_rows(p, where, Path.cwd(), room),
         ("disk", f"{p.artifact / gib:.3g} GiB"),
-        ("time", f"about {duration(p.seconds or 0)} with recipe '{chosen.name}' at this machine's measured matrix product rate (an estimate)"),
+        ("time", took),
     )  # fmt: skip
     table = Table(show_header=False)
     for row in rows:
@@ -95,7 +101,7 @@ def plan(
     out.print(runtimes_table(p.runtimes) if wanted is None else runtime_table(p.verdict(wanted)))
     if json_:
         write_json(json_, {**p.as_dict(), "target": wanted, "tensor_parallel": tensor_parallel})
-    p.memory.check(where)
+    p.memory.check(where, room)
 
 
 @app.command()
