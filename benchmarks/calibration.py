@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import random_llama
 
 import lowbit.methods._hessian as hessian
 import lowbit.methods.awq as awq
@@ -70,15 +71,7 @@ def rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.
 
 
 def model(folder: str, hidden: int, inner: int) -> Path:
-    import transformers
-
-    from lowbit.demo import demo_model
-
-    config = transformers.LlamaConfig.from_pretrained(demo_model())
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, hidden, inner
-    config.head_dim, config.num_attention_heads, config.num_key_value_heads = 128, hidden // 128, hidden // 128
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return Path(folder)
+    return random_llama(Path(folder), hidden, inner, 2)
 
 
 def floors(method: str, tokens: int, length: int, h: int, f: int) -> dict[str, float]:

@@ -27,17 +27,12 @@ RECIPES = {
 MEASURES = ("seconds", "block_seconds", "peak_bytes")
 
 MODEL = """
-import json, sys, torch, transformers
+import json, sys
 from pathlib import Path
-from lowbit.demo import demo_model
+from shapes import random_llama
 given, source = json.loads(sys.argv[1]), Path(sys.argv[2])
-config, h = transformers.LlamaConfig.from_pretrained(demo_model()), given["width"]
-config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.head_dim = given["depth"], h, 3 * h, 64
-config.num_attention_heads, config.num_key_value_heads = h // 64, max(1, h // 256)
-torch.manual_seed(0)
-transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
-for name in ("tokenizer.json", "tokenizer_config.json"):
-    (source / name).write_bytes((demo_model() / name).read_bytes())
+h = given["width"]
+random_llama(source, h, 3 * h, given["depth"], heads=h // 64, kv_heads=max(1, h // 256))
 # A text no larger than it need be: to read all sources of the standard library takes more memory than a small block.
 texts = (p.read_text(errors="replace") for p in sorted(Path(json.__file__).parent.parent.glob("*.py")))
 (source / "text.txt").write_text("".join(texts)[: 1 << 21])
@@ -71,7 +66,7 @@ def measured(recipe: str, at: dict[str, int]) -> dict:
         outputs = [
             subprocess.run(
                 [sys.executable, "-c", code, json.dumps(given), str(Path(folder) / "model")], capture_output=True, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])},
             )
             for code in (MODEL, RUN)
         ]

@@ -46,11 +46,12 @@ def main() -> None:
     grid = parse_scheme(a.scheme).weights
     assert isinstance(grid, Affine)
     bits, group, sym = str(grid.bits), str(grid.group_size or 0), str(int(grid.symmetric))
+    row = str(grid.group_size or -1)  # as AutoRound and GPTQModel write one scale per row
     jobs: list[tuple[str, str, list[str]]] = []
     for rows in filter(None, (a.rows, a.best_rows)):
         if rows == a.rows:
             if a.gptqmodel:
-                jobs.append(("GPTQModel, gptq, activation order", rows, [a.gptqmodel, str(HERE / "gptqmodel.py"), a.model, rows, bits, group, "1", sym]))
+                jobs.append(("GPTQModel, gptq, activation order", rows, [a.gptqmodel, str(HERE / "gptqmodel.py"), a.model, rows, bits, row, "1", sym]))
             if a.llmcompressor:
                 for what in ("gptq", "awq"):
                     command = [a.llmcompressor, str(HERE / "llmcompressor.py"), a.model, rows, what, bits, group, "16", sym]
@@ -61,7 +62,7 @@ def main() -> None:
         if a.autoround:
             for name, iters in (("default", "200"), ("best", "1000")):
                 if rows == a.rows or name == "best":
-                    command = [a.autoround, str(HERE / "autoround.py"), a.model, rows, bits, group, iters, sym]
+                    command = [a.autoround, str(HERE / "autoround.py"), a.model, rows, bits, row, iters, sym]
                     jobs.append((f"AutoRound, {name} ({iters} iterations)", rows, command))
     results = []
     print(f"{Path(a.model).name}, {a.scheme}, {a.threads} threads\n\n| tool | rows | seconds | perplexity | KL |\n|---|---|---|---|---|")
