@@ -8,7 +8,7 @@ from helpers import FAMILIES, save_tiny
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.loop import Streams, begin
-from lowbit.methods._probe import search_scale
+from lowbit.methods._probe import search_scale, seen_at
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
@@ -37,7 +37,7 @@ def test_folding_a_factor_keeps_the_function(tmp_path, family):
     folded = 0
     for site in block.wiring.sites:
         if site.source is not None:
-            factor, _ = search_scale(block, site, 4, 4)
+            factor, _ = search_scale(block, site, seen_at(block, [site], 4)[site.reads[0]], 4)
             block = fold(block, site, factor * torch.linspace(0.5, 2, len(factor)).double())
             folded += 1
     if folded:
