@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.grid.compiled import Team, team
 from lowbit.methods import _rounding as rounding
 from lowbit.methods._rounding import FROZEN, Adam, cpu
 
@@ -116,7 +117,12 @@ def test_compiled_c(rows, length, dtype, seed):
 
 
 @needs_compiler
-def test_compiled_c_does_not_depend_on_threads():
+@pytest.mark.parametrize("shared", [True, False])
+def test_compiled_c_does_not_depend_on_threads(shared, monkeypatch):
+    if not shared:
+        monkeypatch.setattr(cpu, "team", Team)
+    elif not team().parallel:
+        pytest.skip("torch runs on no OpenMP here")
     found, threads = [], torch.get_num_threads()
     try:
         for n in (1, 3):

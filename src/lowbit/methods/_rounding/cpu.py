@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...grid import compiled
-from ...grid.compiled import pointer, threads
+from ...grid.compiled import pointer, team, threads
 from ._adam import BETAS, EPSILON, Adam
 
 _ALONE = 1 << 15  # weights that are not worth a second thread
@@ -61,4 +61,4 @@ def _call(name: str, job: _Job, nu: Tensor) -> None:
     code = library()
     assert code is not None
     workers = threads() if nu.numel() > _ALONE else 1
-    getattr(code, name)(ctypes.byref(job), ctypes.c_int64(len(nu)), ctypes.c_int64(workers))
+    getattr(code, name)(ctypes.byref(job), ctypes.c_int64(len(nu)), ctypes.c_int64(workers), ctypes.byref(team()))

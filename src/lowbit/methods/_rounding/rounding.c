@@ -159,41 +159,67 @@ static void descend(const job *j, int64_t from, int64_t to)
 
 typedef void work(const job *, int64_t, int64_t);
 
+/* Entries of the OpenMP runtime the program already runs, or NULLs. Its idle threads spin for a while before they sleep, so threads
+ * of our own would compete with them for the processors. */
+typedef struct {
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
+    int (*number)(void);                                            /* omp_get_thread_num */
+    int (*count)(void);                                             /* omp_get_num_threads */
+} team;
+
 typedef struct {
     work *what;
     const job *of;
-    int64_t from, to;
+    const team *by;
+    int64_t rows, part, parts;
 } share;
 
 static void *do_share(void *given)
 {
     const share *s = given;
-    s->what(s->of, s->from, s->to);
+    s->what(s->of, s->rows * s->part / s->parts, s->rows * (s->part + 1) / s->parts);
     return NULL;
 }
 
+static void do_part(void *given)
+{
+    share s = *(const share *)given;
+    s.part = s.by->number();
+    s.parts = s.by->count();
+    do_share(&s);
+}
+
 /* A thread that cannot be had is no failure: its share is done here. */
-static void shared_out(work *what, const job *of, int64_t rows, int64_t threads)
+static void in_threads(share all)
 {
     share shares[MOST_THREADS];
     pthread_t ids[MOST_THREADS];
     int running[MOST_THREADS];
-    if (threads > rows)
-        threads = rows;
-    if (threads > MOST_THREADS)
-        threads = MOST_THREADS;
-    for (int64_t i = 0; i < threads; i++) {
-        shares[i] = (share){what, of, rows * i / threads, rows * (i + 1) / threads};
+    for (int64_t i = 0; i < all.parts; i++) {
+        shares[i] = all;
+        shares[i].part = i;
         running[i] = i && !pthread_create(&ids[i], NULL, do_share, &shares[i]);
     }
-    for (int64_t i = 0; i < threads; i++)
+    for (int64_t i = 0; i < all.parts; i++)
         if (!running[i])
             do_share(&shares[i]);
-    for (int64_t i = 0; i < threads; i++)
+    for (int64_t i = 0; i < all.parts; i++)
         if (running[i])
             pthread_join(ids[i], NULL);
 }
 
-void rounding_weights(const job *j, int64_t rows, int64_t threads) { shared_out(soften, j, rows, threads); }
+static void shared_out(work *what, const job *of, int64_t rows, int64_t threads, const team *by)
+{
+    int64_t most = rows < MOST_THREADS ? rows : MOST_THREADS;
+    share all = {what, of, by, rows, 0, threads < most ? threads : most};
+    if (all.parts <= 1)
+        what(of, 0, rows);
+    else if (by->parallel)
+        by->parallel(do_part, &all, (unsigned)all.parts, 0);
+    else
+        in_threads(all);
+}
 
-void rounding_descend(const job *j, int64_t rows, int64_t threads) { shared_out(descend, j, rows, threads); }
+void rounding_weights(const job *j, int64_t rows, int64_t threads, const team *by) { shared_out(soften, j, rows, threads, by); }
+
+void rounding_descend(const job *j, int64_t rows, int64_t threads, const team *by) { shared_out(descend, j, rows, threads, by); }
