@@ -27,6 +27,7 @@ import lowbit.methods.awq as awq
 import lowbit.methods.claq as claq
 import lowbit.methods.gptq as gptq
 from lowbit.loop import Streams, begin
+from lowbit.machine import pick_device
 from lowbit.model.block import Block
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
@@ -125,9 +126,9 @@ def main() -> None:
     torch.manual_seed(0)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        stream = ModelStream(model(folder, h, f))
+        device = pick_device("auto")
+        stream = ModelStream(model(folder, h, f), device)
         kwargs = stream.block_kwargs(length)[0]
-        device = stream.block_weights(0)["input_layernorm.weight"].device
         single, double = rate(min(rows * length, 8192), h, f, torch.float32, device), rate(h, h, h, torch.float64, device)
         x = (torch.randn(rows, length, h) * torch.exp(torch.randn(h))).to(stream.dtype)
         streams = Streams(x, x + 0.05 * torch.randn_like(x), rows)
@@ -148,6 +149,7 @@ def main() -> None:
     for r in results:
         times = f"{r['seconds'] / r['floor']:.2f}" if r["floor"] else ""
         print(f"| {r['method']} | {r['part']} | {r['seconds']:.2f} | {r['floor']:.2f} | {times} |")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(json.dumps({**about, "parts": results}, indent=1) + "\n")
 
 

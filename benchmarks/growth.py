@@ -50,9 +50,9 @@ done = lowbit.quantize(
     source, given["scheme"], given["recipe"], out=Path(source).parent / "out", samples=given["samples"], length=given["length"],
     settings=given["settings"], device="cpu", calib=source + "/text.txt",
 )
+seconds, blocks = time.time() - start, sum(b["seconds"] for b in done.report["blocks"])
 recipe = load_recipe(given["recipe"], scheme=parse_scheme(given["scheme"]), settings=given["settings"])
 planned = make_plan(read_config(source), recipe, given["samples"], given["length"]).memory.peak
-seconds, blocks = time.time() - start, sum(b["seconds"] for b in done.report["blocks"])
 peak = peak_memory(torch.device("cpu"))
 print(json.dumps({"seconds": seconds, "block_seconds": blocks, "peak_bytes": peak, "planned_bytes": planned, "offload": done.report["offload"]}))
 """

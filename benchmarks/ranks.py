@@ -76,6 +76,7 @@ def main() -> None:
         rows.append({"recipe": recipe, "scheme": SCHEME, "samples": samples, "length": length, "windows": windows, "differing": differ, "one": one, "two": two})
         pairs = (("perplexity", ".4f"), ("kl", ".5f"), ("seconds_blocks", ".1f"), ("seconds", ".1f"))
         print(f"| {recipe} | {differ:.3%} | " + " | ".join(f"{one[k]:{f}} | {two[k]:{f}}" for k, f in pairs) + " |", flush=True)
+    Path(result).parent.mkdir(parents=True, exist_ok=True)
     Path(result).write_text(json.dumps({"model": model, "text": text, "threads": os.environ.get("OMP_NUM_THREADS"), "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
 
 

@@ -24,6 +24,7 @@ ALLOWED = {
     "scheme": {"grid", "errors"},
     "recipe": {"grid", "model", "methods", "scheme", "errors"},
     "record": {"grid", "model", "formats", "machine", "scheme", "recipe", "artifact", "card", "errors"},
+    "identity": {"model", "methods", "recipe", "artifact", "__version__"},
     "launch": {"machine", "model", "errors"},
     "loop": {"grid", "model", "methods", "recipe", "errors"},
     "presets": {"grid", "methods", "recipe", "scheme", "errors"},

@@ -187,6 +187,97 @@ def test_out_of_memory_is_met_by_smaller_parts_with_the_same_result(block):
         FAST(scarce(block, 0))
 
 
+@pytest.mark.parametrize("objective", ["block", "logits"])
+def test_a_restart_in_parts_aims_at_the_same(block, objective):
+    jobs = [Reconstruction(b, 4, objective) for b in (last(block), scarce(last(block), 1))]
+    keys = [f"{n}.weight" for n in block.wiring.linears]
+    shifted = {k: w + 0.01 for k, w in block.weights.items()}
+    found = [j.derivatives(shifted, keys, torch.arange(4), torch.Generator().manual_seed(3)) for j in jobs]
+    assert len(jobs[1].remarks) == 2 and jobs[0].objective == objective
+    for whole, parts in zip(*(sum(f, ()) for f in found), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
+    whole = jobs[0].gradients(shifted, keys, torch.arange(4))[1]
+    for summed, mean in zip(found[0][0], whole, strict=True):
+        torch.testing.assert_close(summed, mean * 4 * 32, rtol=1e-3, atol=1e-4 * float(summed.abs().max()))
+
+
+@pytest.mark.parametrize("objective", ["block", "logits"])
+def test_random_probes_average_to_the_curvature(block, objective):
+    """By one weight: the Gauss-Newton second derivative is that of the loss along a line, but for the curvature of the output itself."""
+    job, key = Reconstruction(last(block), 4, objective), "self_attn.q_proj.weight"
+    rows, generator, weights = torch.arange(4), torch.Generator().manual_seed(0), dict(block.weights)
+    direction = torch.randn_like(weights[key])
+    squares = [float((job.derivatives(weights, [key], rows, generator)[1][0] * direction).sum()) ** 2 for _ in range(200)]
+    x, target = block.xq[rows], block.target[rows]
+    target = block.forward(x).detach()  # at the optimum the Gauss-Newton matrix is the Hessian
+
+    def loss(step):
+        with torch.no_grad():
+            return float(job.distance(block.forward(x, {**weights, key: weights[key] + step * direction}).double().float(), target))
+
+    job.block.target[rows] = target
+    eps = 0.05
+    curvature = (loss(eps) + loss(-eps) - 2 * loss(0)) / eps**2
+    assert sum(squares) / len(squares) == pytest.approx(curvature, rel=0.35)
+
+
+def last(block):
+    """The block as if it were the model's last one, on a head of its own."""
+    head = torch.randn(40, block.x.shape[-1], generator=torch.Generator().manual_seed(5)) / 4
+    return replace(block, readout=lambda y: y @ head.T, target=block.target.clone())
+
+
+@pytest.mark.parametrize("second_loss", ["on", "off"])
+def test_omniquant_in_parts_learns_the_same(block, second_loss):
+    method = OmniQuant(epochs=2, batch=4, second_loss=second_loss)
+    plain, tight = method(block), method(scarce(block, 2))
+    assert any("ran out of memory while tuning" in t for t in tight.notes["trouble"]) and "trouble" not in plain.notes
+    assert tight.notes["omniquant"]["after"] == pytest.approx(plain.notes["omniquant"]["after"], rel=1e-3)
+    for name, params in plain.params.items():
+        torch.testing.assert_close(tight.params[name].scale, params.scale, rtol=1e-2, atol=1e-6)
+
+
+def test_no_step_is_made_in_float16(block, monkeypatch):
+    monkeypatch.setattr("lowbit.methods.tesseraq.multiplies_bfloat16", lambda device: True)
+    half = block.computing(torch.float16)
+    assert TesseraQ()._stepped(half).compute == torch.float32
+    assert TesseraQ(precision="auto")._stepped(half).compute == torch.bfloat16
+    assert TesseraQ(precision="auto")._stepped(block.computing(torch.bfloat16)).compute == torch.bfloat16
+
+
+class Side:
+    """A stream of an accelerator, as far as `Feed` uses it."""
+
+    def wait_stream(self, other):
+        pass
+
+    wait_event = wait_stream
+
+    def record_event(self):
+        return "event"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_what_was_read_ahead_is_what_a_step_gets(block, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Side())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None, raising=False)
+    job = Reconstruction(block, 4)
+    job._feed._side = Side()
+    keys, asked, taken = ["mlp.down_proj.weight"], [], []
+    plain = job._feed.take
+    job._feed.take = lambda rows: (asked.append(job._feed._ahead), taken.append(plain(rows)))[1] or taken[-1]
+    for _ in range(3):
+        rows = job.draw()
+        job.gradients(block.weights, keys, rows)
+        assert all(torch.equal(t, s[rows]) for t, s in zip(taken[-1], (block.xq, block.target), strict=True))
+    assert asked[0] is None and [a[1] for a in asked[1:]] == taken[1:]  # not copied again
+
+
 def test_non_finite_loss_falls_back_and_is_recorded(block):
     broken = replace(block, target=torch.full_like(block.target, float("nan")))
     done = FAST(broken)

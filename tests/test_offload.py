@@ -101,7 +101,7 @@ def test_a_full_disk_is_an_error_before_a_page_is_written(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(LowbitError, match=r"no room for .*4\.0 MiB wanted.* free\..*--offload-dir.*--offload host.*--samples") as caught:
+        with pytest.raises(LowbitError, match=r"no room for .*4\.0 MiB wanted, more than one file may have there.*--offload-dir.*--offload host.*--samples") as caught:
             disk(tmp_path).empty((4, 1 << 20), torch.uint8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -331,11 +331,11 @@ def test_control_groups_of_both_versions(tmp_path):
         for name, text in files.items():
             (path / name.replace("__", ".")).write_text(text)
 
-    group(tmp_path / "two" / "a", memory__max="1000\n", memory__current="700\n", memory__stat="anon 5\ninactive_file 100\nactive_file 3\n")
+    group(tmp_path / "two" / "a", memory__max="1000\n", memory__current="700\n", memory__stat="anon 5\ninactive_file 100\nactive_file 3\nslab_reclaimable 2\nslab_unreclaimable 50\n")
     group(tmp_path / "two" / "a" / "b", memory__max="max\n", memory__current="10\n")
     (tmp_path / "in2").write_text("0::/a/b\n")
-    assert control_groups(tmp_path / "in2", tmp_path / "two") == [400]  # the parent's limit binds; files that can be dropped are room
-    group(tmp_path / "one" / "memory" / "x", memory__limit_in_bytes="5000", memory__usage_in_bytes="5500", memory__stat="inactive_file 9\ntotal_inactive_file 200\n")
+    assert control_groups(tmp_path / "in2", tmp_path / "two") == [405]  # the parent's limit binds; files that can be dropped are room
+    group(tmp_path / "one" / "memory" / "x", memory__limit_in_bytes="5000", memory__usage_in_bytes="5500", memory__stat="inactive_file 9\ntotal_inactive_file 200\ntotal_active_file 100\n")
     (tmp_path / "in1").write_text("3:cpu,cpuacct:/\n4:memory:/x\n")
     assert control_groups(tmp_path / "in1", tmp_path / "one") == [0]
     assert control_groups(tmp_path / "nothing", tmp_path) == []
@@ -343,6 +343,62 @@ def test_control_groups_of_both_versions(tmp_path):
 
 def test_free_memory_is_between_nothing_and_all():
     assert 0 < free_memory(CPU) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_files_that_take_memory_are_told_from_those_on_disk(tmp_path):
+    mounts = tmp_path / "mounts"
+    mounts.write_text("/dev/a / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/b /tmp/big xfs rw 0 0\n/dev/c /srv ext4 rw 0 0\ntmpfs /srv tmpfs rw 0 0\n")
+    found = {p: module.lies_in_memory(Path(p), mounts) for p in ("/home/x", "/tmp", "/tmp/none/yet", "/tmp/big/x", "/tmpx", "/srv/x")}
+    assert found == {"/home/x": False, "/tmp": True, "/tmp/none/yet": True, "/tmp/big/x": False, "/tmpx": False, "/srv/x": True}
+    assert not module.lies_in_memory(Path("/tmp"), tmp_path / "nothing")
+
+
+def test_a_place_that_certainly_has_no_room_is_refused(monkeypatch, tmp_path):
+    cuda, need = torch.device("cuda"), Needs({"rtn": 1000}, 100, 300, 3, 50, processes=2)
+    free = {"cuda": 1000, "cpu": 2 * 3 * 512}
+    monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(memory, "disk_free", lambda folder: 1800)
+    assert [need.placed(p, cuda, tmp_path).used for p in ("device", "host", "disk")] == ["device", "host", "disk"]
+    free.update(cuda=999, cpu=2 * 3 * 512 - 1)
+    monkeypatch.setattr(memory, "disk_free", lambda folder: 1799)
+    for place, said in (("device", "'cuda': 1000 bytes"), ("host", "this machine's memory: 3.0 KiB"), ("disk", "1.8 KiB are wanted")):
+        with pytest.raises(LowbitError, match=f"the activations do not fit .*{said}"):
+            need.placed(place, cuda, tmp_path)
+    monkeypatch.setattr(memory, "disk_free", lambda folder: 1 << 40)
+    monkeypatch.setattr(memory, "lies_in_memory", lambda folder: True)
+    with pytest.raises(LowbitError, match="nowhere is room"):  # not in a file that takes memory
+        need.placed("auto", cuda, tmp_path)
+
+
+def test_processes_on_a_cpu_share_its_memory(monkeypatch, tmp_path):
+    need = Needs({"rtn": 1000}, 100, 300, 3, 50, processes=4)
+    free = [4 * (900 + 1000 + 50)]
+    monkeypatch.setattr(memory, "free_memory", lambda device: free[0])
+    monkeypatch.setattr(memory, "disk_free", lambda folder: 1 << 40)
+    assert need.placed("auto", CPU, tmp_path).used == "host"
+    free[0] -= 1
+    assert need.placed("auto", CPU, tmp_path).used == "disk"
+    free[0] = 399
+    with pytest.raises(LowbitError, match="at least 100 bytes in each of 4 processes"):
+        need.check(CPU)
+    need.check(torch.device("cuda"))  # where each has a device of its own
+    config = FAMILIES["llama"]()
+    one, three = (needs_of(config, load_recipe("gptq", scheme=parse_scheme("W2A16g16")), 25, 32, CPU, torch.bfloat16, n, n) for n in (1, 3))
+    assert three.stream == -(-25 // 3) * one.stream // 25 and three.processes == 3
+
+
+def test_streams_do_not_lie_in_the_folder_of_the_artifact(model, tmp_path):
+    with pytest.raises(LowbitError, match="--offload-dir .* lies in the artifact's own folder"):
+        quantized(model, tmp_path / "out", "rtn", [], offload="disk", offload_dir=tmp_path / "out" / "streams")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_artifact_is_verified_whatever_memory_is_free(model, tmp_path, monkeypatch):
+    quantized(model, tmp_path / "out", "rtn", [])
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1)
+    assert quantized(model, tmp_path / "out", "rtn", []).repeated
+    with pytest.raises(LowbitError, match="does not fit"):
+        quantized(model, tmp_path / "other", "rtn", [])
 
 
 def test_auto_on_an_accelerator(monkeypatch, tmp_path):
@@ -360,6 +416,7 @@ def test_auto_on_an_accelerator(monkeypatch, tmp_path):
         need.placed("auto", cuda, tmp_path)
     free["cuda"] = None  # nobody tells: as if there were room
     assert need.placed("auto", cuda, tmp_path).used == "device"
+    free["cpu"] += 1
     assert need.placed("host", cuda, tmp_path).used == "host"
     with pytest.raises(LowbitError, match="unknown place for --offload 'dsk': did you mean 'disk'"):
         need.placed("dsk", cuda, tmp_path)
@@ -370,7 +427,7 @@ def test_a_block_that_cannot_fit_is_refused_before_any_work(model, tmp_path, mon
     monkeypatch.setattr(memory, "free_memory", lambda device: need.least)
     need.check(CPU)
     monkeypatch.setattr(memory, "free_memory", lambda device: need.least - 1)
-    with pytest.raises(LowbitError, match=r"one block of this model does not fit this machine: .* at least .*'tesseraq'.* are free\. What helps"):
+    with pytest.raises(LowbitError, match=r"one block of this model does not fit this machine: .* at least .*'tesseraq'.* are free\. What helps: a recipe that takes less \(--recipe gptq or awq or rtn\)"):
         quantized(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     config = tmp_path / "config.json"

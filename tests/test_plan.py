@@ -67,7 +67,7 @@ def test_configs_that_transformers_cannot_read(tmp_path, change):
 
 # --- memory ----------------------------------------------------------------------------------------------------------------
 
-L70B, L405B = (8192, 28672, 80, 64, 128256), (16384, 53248, 126, 128, 128256)
+L8B, L70B, L405B = (4096, 14336, 32, 32, 128256), (8192, 28672, 80, 64, 128256), (16384, 53248, 126, 128, 128256)
 GPU = torch.device("cuda")
 
 
@@ -159,3 +159,28 @@ def test_a_plan_for_a_gpu_that_is_not_here(tmp_path):
     assert code == 0 and "139 are free there" in text and "--offload auto puts them here on the device" in text and "not said of a GPU that is not here" in text
     code, text = planned("16")
     assert code == 2 and "one block of this model does not fit 'cuda'" in text
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--gpu-memory", "nan"], "--gpu-memory is a number of GiB, above 0; got nan"),
+    (["--gpu-memory", "-3"], "--gpu-memory is a number of GiB, above 0; got -3"),
+    (["--gpu-memory", "80", "--device", "cpu"], "give one of them"),
+    (["--ranks", "0"], "--ranks is a number of processes, at least 1; got 0"),
+    (["--offload", "dsk"], "unknown place for --offload 'dsk'"),
+])  # fmt: skip
+def test_plan_refuses_options_that_say_nothing(tmp_path, options, said):
+    (tmp_path / "config.json").write_text(json.dumps(llama(*L8B).to_dict()))
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", *options])
+    assert result.exit_code == 2 and said in " ".join(result.output.split())
+
+
+def test_plan_counts_the_processes_of_a_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(llama(*L8B).to_dict()))
+    found = []
+    for ranks in ("1", "4"):
+        out = tmp_path / f"{ranks}.json"
+        result = CliRunner().invoke(app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", "--gpu-memory", "139", "--ranks", ranks, "--json", str(out)])
+        assert result.exit_code == 0 and ("each of 4" in result.output) == (ranks == "4")
+        found.append(json.loads(out.read_text()))
+    assert found[1]["activations"] == found[0]["activations"] // 4
+    assert found[1]["block_memory"] < found[0]["block_memory"]

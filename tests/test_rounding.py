@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.errors import LowbitError
 from lowbit.grid.compiled import Team, team
 from lowbit.methods import _rounding as rounding
 from lowbit.methods._rounding import FROZEN, Adam, cpu
+from lowbit.methods._sums import _masked, sums_by
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler")
 
@@ -145,6 +147,23 @@ def test_compiled_c_rounds_to_bfloat16_as_torch_does():
     assert torch.equal(half, wide.bfloat16())
     nu[0, 0] = float("nan")
     assert rounding.weights(nu, code, way, zero, scale, None, half, "c")[0, 0].isnan() or way[0, 0] == 0
+
+
+def test_the_version_can_be_named(monkeypatch):
+    nu = torch.zeros(2, 4)
+    monkeypatch.setenv("LOWBIT_ROUNDING", "inductor")
+    assert rounding._fastest(nu, nu) == "inductor"
+    monkeypatch.setenv("LOWBIT_ROUNDING", "tritn")
+    with pytest.raises(LowbitError, match="unknown version of soft rounding in LOWBIT_ROUNDING 'tritn': did you mean 'triton'"):
+        rounding._fastest(nu, nu)
+
+
+@pytest.mark.parametrize("rows, length, count", [(1, 1, 1), (7, 300, 4), (3, 1000, 16)])
+def test_sums_by_index_in_either_way(rows, length, count, monkeypatch):
+    index, values = torch.randint(0, count, (rows, length)), torch.randn(rows, length, dtype=torch.float64)
+    scattered = sums_by(index, values, count)
+    torch.testing.assert_close(_masked(index, values, count), scattered)
+    assert scattered.shape == (rows, count)
 
 
 @needs_compiler

@@ -8,6 +8,7 @@ model on the same rows, writes {"perplexity", "kl", "seconds", "float"}. "second
 
 import json
 import math
+import os
 import sys
 import time
 
@@ -24,7 +25,7 @@ def log_probs(model, rows):
 
 def main() -> None:
     model_dir, rows_file, bits, group, iters, sym, out = sys.argv[1:]
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     rows = json.load(open(rows_file))
     evaluation = torch.tensor(rows["evaluation"])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()

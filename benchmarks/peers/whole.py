@@ -65,6 +65,7 @@ def main() -> None:
                     command = [a.autoround, str(HERE / "autoround.py"), a.model, rows, bits, row, iters, sym]
                     jobs.append((f"AutoRound, {name} ({iters} iterations)", rows, command))
     results = []
+    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     print(f"{Path(a.model).name}, {a.scheme}, {a.threads} threads\n\n| tool | rows | seconds | perplexity | KL |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for i, (name, rows, command) in enumerate(jobs):

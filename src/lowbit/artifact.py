@@ -120,6 +120,11 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as e:
         raise VerificationError(f"'{path}' is missing or not a readable safetensors file: {e}") from e
 
+_DIFFERENCES = {  # of a run's fingerprint, in words
+    "bfloat16_steps": "tuning steps in bfloat16: {} there, {} here (by the processor, where tesseraq.precision is auto)",
+    "compute": "arithmetic in {} where this machine's device has {}",
+}
+
 
 class Workplace:
     """The directory of a run in progress: OUT.partial until everything is in it and verified, then OUT.
@@ -182,8 +187,9 @@ class Workplace:
     def _must_match(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         different = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if different:
+            told = [_DIFFERENCES.get(k, f"another {k} than this one").format(old.get(k), new.get(k)) for k in different]
             raise LowbitError(
-                f"'{self.partial}' holds an unfinished run with another {', '.join(different)}. Repeat that command to finish it, "
+                f"'{self.partial}' holds an unfinished run with {', and '.join(told)}. Repeat that command, on such a machine, to finish it, "
                 "or remove the directory to start anew."
             )
 

@@ -169,18 +169,19 @@ def analysis_tables(data: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def memory_rows(plan: Plan, device: torch.device, folder: Path, room: Room | None = None) -> tuple[tuple[str, str], ...]:
-    """What a plan says of memory, with files in ``folder`` and so much room on devices."""
+def memory_rows(plan: Plan, device: torch.device, offload: str, folder: Path, room: Room | None = None) -> tuple[tuple[str, str], ...]:
+    """What a plan says of memory, with activations where ``offload`` says, files in ``folder`` and so much room on devices."""
     m, gib = plan.memory, 2**30
     free = (room or free_memory)(device)
     steps = ", ".join(f"{name} {most / gib:.3g}" for name, most in m.steps.items())
     try:
-        placed = f"--offload auto puts them here on the {m.placed('auto', device, folder, room).used}"
+        placed = f"--offload {offload} puts them here on the {m.placed(offload, device, folder, room).used}"
     except LowbitError as e:
         placed = str(e)
     there = "" if free is None else f"; {free / gib:.3g} are free there"
+    peak = "peak memory" if m.processes == 1 else f"peak memory of each of {m.processes}"
     return (
-        ("peak memory", f"{m.peak / gib:.3g} GiB: a block {m.block / gib:.3g}, embeddings and head {m.outer / gib:.3g}, activations "
+        (peak, f"{m.peak / gib:.3g} GiB: a block {m.block / gib:.3g}, embeddings and head {m.outer / gib:.3g}, activations "
          f"{m.streams / gib:.3g}" + (f", libraries {m.process / gib:.2g}" if m.process else "") + there),
         ("of a block", f"GiB by step: {steps}; below {m.least / gib:.3g} it cannot be done"),
         ("activations", f"{m.copies} x {m.stream / gib:.3g} GiB; {placed}"),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from .evaluate import Tally
 from .formats import compressed_tensors as ct
 from .formats import native
 from .grid import Affine, Grid, QTensor
+from .identity import fingerprint, own_version, sources, versions
 from .loop import Streams, advance, as_read, begin, check_shared, idle_ranks, ordered, prepared, readings_of, run, surveyed
 from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
-from .methods import OmniQuant, TesseraQ
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.ranks import ALONE, Ranks
@@ -155,9 +153,7 @@ def quantize(
         raise LowbitError(f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or leave --plain out.")
     stream = prepared(stream, recipe, seed)
     recipe = replace(recipe, calibration=_calibration(recipe.calibration, stream, calib, samples, length))
-    needs = needs_of(stream.config, recipe, recipe.calibration.samples + HELD_OUT, recipe.calibration.length, where, stream.dtype)
-    needs.check(where)
-    placed = needs.placed(offload, where, Path(offload_dir or Path(out).parent))
+    placed = _placed(stream, recipe, where, ranks, Path(out), offload, offload_dir)
     rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, HELD_OUT)
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
     if top >= stream.config.vocab_size:
@@ -170,10 +166,31 @@ def quantize(
     except torch.OutOfMemoryError as e:
         if ranks.size > 1:  # `lowbit.launch` says which of them
             raise
+        again = "run the same command"
+        helps = f"{again} with --offload host, or free the device" if placed.used == "device" else f"free the device, and {again}"
         raise LowbitError(
-            f"'{where}' is out of memory ({str(e).splitlines()[0]}). The finished blocks are kept: run the same command with --offload host, or "
-            "free the device. If that is not enough, shorter rows (--length) or another recipe take less, as a run of their own."
+            f"'{where}' is out of memory ({str(e).splitlines()[0]}). The finished blocks are kept: {helps}. If that is not enough, shorter rows "
+            "(--length) or another recipe take less, as a run of their own."
         ) from e
+
+
+def _placed(
+    stream: ModelStream, recipe: Recipe, where: torch.device, ranks: Ranks, out: Path, offload: str, offload_dir: str | Path | None
+) -> Offload:
+    """Where the activations go; nowhere if there is nothing left to do but to verify.
+
+    Raises:
+        LowbitError: a block or the activations do not fit, or the folder for them will be the artifact's.
+    """
+    folder = out.parent if offload_dir is None else Path(offload_dir)
+    if offload_dir is not None and folder.resolve().is_relative_to(out.resolve()):
+        raise LowbitError(f"--offload-dir '{offload_dir}' lies in the artifact's own folder '{out}', which is made last. Name one outside of it.")
+    if (out / artifact.REPORT).is_file():
+        return Offload(offload, "host", 0)
+    rows, length = recipe.calibration.samples + HELD_OUT, recipe.calibration.length
+    needs = needs_of(stream.config, recipe, rows, length, where, stream.dtype, ranks.size, ranks.here)
+    needs.check(where)
+    return needs.placed(offload, where, folder)
 
 
 def _calibration(given: Calibration, stream: ModelStream, source: str | None, samples: int | None, length: int | None) -> Calibration:
@@ -199,25 +216,13 @@ class _Run:
         self.ranks = ranks
         self.origin = origin  # what report.json says of the model's source and the command
         self.started = time.time()
-        fingerprint = self._fingerprint()
-        ranks.agree("the run", {**fingerprint, "output": str(out.absolute())}, "Start all of them with the same command, files and versions.")
-        self.place = Workplace(out, fingerprint, len(stream) + 1, ranks)
+        identity = fingerprint(stream, recipe, rows, seed)
+        told = {**identity, "sources": sources(), "output": str(out.absolute())}
+        ranks.agree("the run", told, "Start all of them with the same command, files and versions.")
+        self.place = Workplace(out, identity, len(stream) + 1, ranks)
         self.offload = offload
         self.storage = Storage(offload.used, stream.device, Path(offload_dir or self.place.partial))
         self.records: list[dict[str, Any]] = []
-
-    def _fingerprint(self) -> dict[str, Any]:
-        s = self.stream
-        config = s.checkpoint.file("config.json")
-        assert config is not None
-        files = [m.clips for m in self.recipe.methods if isinstance(m, OmniQuant) and m.clips]
-        return {
-            "model": hashlib.sha256(config.read_bytes() + s.checkpoint.digest().encode()).hexdigest(),
-            "recipe": {k: v for k, v in self.recipe.as_dict().items() if k != "calibration"},  # its tokens count, not their path
-            "files": {f: artifact.file_hash(Path(f)) for f in files},
-            "calibration": self.rows.sha256, "seed": self.seed, "compute": str(s.compute), "versions": _versions(),
-            "bfloat16_steps": any(isinstance(m, TesseraQ) and m.in_bfloat16(s.device) for m in self.recipe.methods),
-        }  # fmt: skip
 
     # --- the blocks ------------------------------------------------------------------------------------------------------
 
@@ -316,8 +321,6 @@ class _Run:
     # --- the end -----------------------------------------------------------------------------------------------------------
 
     def _close(self, streams: Streams, quality: dict[str, Any] | None) -> Verification:
-        from . import __version__
-
         place, skipped = self.place, self.stream.skipped_linears()
         grids = {e["name"]: self.recipe.grid_of(e["name"]) for r in self.records[1:] for e in r["linears"]}
         config_file = self.stream.checkpoint.file("config.json")
@@ -331,7 +334,7 @@ class _Run:
         place.write_json(artifact.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         artifact.write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
         self._write_proof(streams)
-        report = self._report(__version__, skipped, quality)
+        report = self._report(own_version(), skipped, quality)
         place.write_json(artifact.REPORT, report)
         self.stream.release()
         verification = verify(place.partial)
@@ -386,7 +389,7 @@ class _Run:
         digest = hashlib.sha256("".join(s["sha256"] for s in shards.values()).encode()).hexdigest()
         blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
         return {
-            "lowbit": own_version, "run": self.place.run, "versions": _versions(), "model": self.stream.checkpoint.name,
+            "lowbit": own_version, "run": self.place.run, "versions": versions(), "model": self.stream.checkpoint.name,
             **self.origin, "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
@@ -396,7 +399,3 @@ class _Run:
             "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},
             "linears": linears + [{"name": n, "skipped": why} for n, why in skipped.items()], "shards": shards,
         }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "safetensors", "compressed-tensors")}}

@@ -58,16 +58,17 @@ def joined(device: str, say: Say) -> Iterator[Ranks]:
         store, _, _ = next(rendezvous("env://", timeout=_JOIN))
     voices = _Voices(PrefixStore("lowbit", store), rank, size, say)
     group = None
-    with voices.until_ended(), voices.heard():
+    with voices.until_ended():
         try:
-            where = device_of_rank(device, local)
-            if where.type == "cuda":
-                torch.cuda.set_device(where)
-            with _reached(rank, size):
-                kinds = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-                dist.init_process_group(kinds, store=PrefixStore("torch", store), rank=rank, world_size=size, timeout=_ANSWER)
-                group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-            yield Ranks(rank, size, local, group)
+            with voices.heard():  # leaves word of a failure before the connections are closed
+                where = device_of_rank(device, local)
+                if where.type == "cuda":
+                    torch.cuda.set_device(where)
+                with _reached(rank, size):
+                    kinds = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+                    dist.init_process_group(kinds, store=PrefixStore("torch", store), rank=rank, world_size=size, timeout=_ANSWER)
+                    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+                yield Ranks(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)), group)
         except BaseException:
             if group is not None and where.type == "cpu":  # closes the connections, which wakes the others; NCCL might wait for them
                 _leave()

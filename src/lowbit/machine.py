@@ -49,20 +49,22 @@ def control_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = Pa
         membership: a file like /proc/self/cgroup. root: where the groups' file system is mounted, of version 1 or 2.
     """
     out = []
+    names: tuple[str, ...]
+    cache: tuple[str, ...]
     for line in _text(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, names, cache = root, ("memory.max", "memory.current"), "inactive_file"
+            base, names, cache = root, ("memory.max", "memory.current"), ("inactive_file", "active_file", "slab_reclaimable")
         elif "memory" in controllers.split(","):
-            base, names, cache = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
+            base, names, cache = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("total_inactive_file", "total_active_file")
         else:
             continue
         group = base / path.lstrip("/")
         for folder in (group, *(p for p in group.parents if p.is_relative_to(base))):  # a limit of a parent binds its children
             limit, used = (_text(folder / n).strip() for n in names)
             if limit.isdigit() and used.isdigit():
-                dropped = re.search(rf"^{cache} (\d+)$", _text(folder / "memory.stat"), re.M)
-                out.append(max(0, int(limit) - int(used) + (int(dropped[1]) if dropped else 0)))
+                dropped = re.findall(rf"^(?:{'|'.join(cache)}) (\d+)$", _text(folder / "memory.stat"), re.M)
+                out.append(max(0, int(limit) - int(used) + sum(map(int, dropped))))
     return out
 
 

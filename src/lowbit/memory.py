@@ -18,15 +18,15 @@ from .errors import LowbitError, in_bytes, unknown
 from .grid import Codebook, Grid
 from .machine import free_memory
 from .methods import AWQ, CLAQ, GPTQ, CrossQuant, Method, OmniQuant, QuaRot, SmoothQuant, TesseraQ
+from .methods._reconstruct import JUDGED_TOKENS
 from .model.block import TOKENS_PER_PASS
-from .model.storage import Place
+from .model.storage import Place, lies_in_memory
 from .recipe import Recipe
 
 Room = Callable[[torch.device], int | None]
 
 PROCESS = 490 << 20  # resident before a model is opened: Python, torch, transformers and their libraries
 _STREAMS = 3  # x, xq and target of one block: `lowbit.loop.Streams`
-_JUDGED_TOKENS = 4096  # `Reconstruction.loss`
 _OPTIMIZER = 80 << 20  # what torch loads (its compiler) when an optimizer takes its first step
 _HOLES = 1.1  # what allocators hold and cannot use: measured
 
@@ -68,16 +68,22 @@ class Rows:
 
     Attributes:
         count: rows, held-out ones included. length: tokens each. stored, compute: bytes of a number in streams and in arithmetic.
+        ranks: processes that share the rows.
     """
 
     count: int
     length: int
     stored: int
     compute: int
+    ranks: int = 1
+
+    def mine(self, rows: int) -> int:
+        """How many of so many rows one process has to do with, at most."""
+        return -(-min(rows, self.count) // self.ranks)
 
     def tokens(self, most: int) -> int:
         """Tokens in a batch of whole rows, at most so many (or one row)."""
-        return min(self.count, max(1, most // self.length)) * self.length
+        return min(self.mine(self.count), max(1, most // self.length)) * self.length
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class Needs:
         stream: one activation stream. copies: how many live at a time.
         outer: embeddings, final norm and head as they compute, held with the last block (and alone at the start).
         process: what the libraries take of the same memory: on a CPU.
+        processes: how many of the run's are on this machine. Every number here is of one; on a CPU all take from the same memory.
     """
 
     steps: Mapping[str, int]
@@ -115,6 +122,7 @@ class Needs:
     copies: int
     outer: int
     process: int = 0
+    processes: int = 1
 
     @property
     def peak(self) -> int:
@@ -138,17 +146,26 @@ class Needs:
             room: bytes free on a device; None asks the machine.
 
         Raises:
-            LowbitError: ``least`` is more than the device has free.
+            LowbitError: ``least``, for all processes that share it, is more than the device has free.
         """
         free = (room or free_memory)(device)
-        if free is not None and self.least > free:
-            hungry = max(self.steps, key=lambda k: self.steps[k])
-            where = "this machine" if device.type == "cpu" else f"'{device}'"
-            raise LowbitError(
-                f"one block of this model does not fit {where}: it takes at least {in_bytes(self.least)} (about {in_bytes(self.block)} "
-                f"in '{hungry}'), and {in_bytes(free)} are free. What helps: a recipe without learning (--recipe gptq, "
-                "awq or rtn), shorter rows (--length), or a device with more memory (--device)."
-            )
+        if _has(free, self.least * self._sharing(device)):
+            return
+        hungry = max(self.steps, key=lambda k: self.steps[k])
+        where = "this machine" if device.type == "cpu" else f"'{device}'"
+        each = f" in each of {self.processes} processes" if self._sharing(device) > 1 else ""
+        lighter = [n for n, light in (("gptq", ("gptq", "claq")), ("awq or rtn", ("awq", "passes"))) if hungry not in light]
+        helps = [f"a recipe that takes less (--recipe {' or '.join(lighter)})"] if lighter and hungry != "passes" else []
+        helps += ["fewer processes"] if each else []
+        helps += [f"ending what else takes memory on {where}", "a device with more of it (--device)"]
+        raise LowbitError(
+            f"one block of this model does not fit {where}: it takes at least {in_bytes(self.least)}{each} (about {in_bytes(self.block)} "
+            f"in '{hungry}'), and {in_bytes(free or 0)} are free. What helps: {', '.join(helps[:-1])}, or {helps[-1]}."
+        )
+
+    def _sharing(self, device: torch.device) -> int:
+        """Processes that take from the same memory as this one."""
+        return self.processes if device.type == "cpu" else 1
 
     def placed(self, asked: str, device: torch.device, folder: Path, room: Room | None = None) -> Offload:
         """Where the streams go.
@@ -158,36 +175,56 @@ class Needs:
             folder: for files on disk; its nearest ancestor that exists says how much is free.
 
         Raises:
-            LowbitError: no such place, or "auto" finds no room in any.
+            LowbitError: no such place, "auto" finds no room in any, or the one asked for certainly has not enough.
         """
         room = room or free_memory
         known = ("auto", *get_args(Place))
         if asked not in known:
             raise unknown("place for --offload", asked, known)
-        if asked == "device":
-            return Offload(asked, "host" if device.type == "cpu" else "device", self.streams)
-        if asked == "host":
-            return Offload(asked, "host", self.streams)
-        if asked == "disk":
-            return Offload(asked, "disk", self.streams)
+        if asked != "auto":
+            used: Place = "disk" if asked == "disk" else "host" if device.type == "cpu" else "device" if asked == "device" else "host"
+            return Offload(asked, self._has_room(used, device, folder, room), self.streams)
         if device.type != "cpu" and _has(room(device), self.streams + self.block + self.outer):
             return Offload(asked, "device", self.streams)
         host = torch.device("cpu")
-        if _has(room(host), self.streams + self.block + self.outer if device.type == "cpu" else self.pinned):
+        if _has(room(host), self._on_host(device, self.block + self.outer)):
             return Offload(asked, "host", self.streams)
-        free = disk_free(folder)
-        if free is not None and free < self.streams:
+        free, wanted = disk_free(folder), self.streams * self.processes
+        if lies_in_memory(folder):
+            free = 0
+        if not _has(free, wanted):
             raise LowbitError(
-                f"nowhere is room for the activations of {in_bytes(self.streams)}: in memory {in_bytes(room(host) or 0)} are free "
-                f"(a block takes {in_bytes(self.block)} besides), in '{folder}' {in_bytes(free)}. Name a folder on another disk "
+                f"nowhere is room for the activations of {in_bytes(wanted)}: in memory {in_bytes(room(host) or 0)} are free "
+                f"(a block takes {in_bytes(self.block)} besides), in '{folder}' {in_bytes(free or 0)} on disk. Name a folder on another disk "
                 "(--offload-dir), or take fewer --samples."
             )
         return Offload(asked, "disk", self.streams)
 
-    @property
-    def pinned(self) -> int:
-        """The streams in page-locked memory, which torch allocates in powers of two."""
-        return self.copies * (1 << max(0, self.stream - 1).bit_length())
+    def _on_host(self, device: torch.device, besides: int) -> int:
+        """Host memory that the streams of all processes take there, on a CPU with what they work in."""
+        if device.type == "cpu":
+            return (self.streams + besides) * self.processes
+        return self.copies * self.processes * (1 << max(0, self.stream - 1).bit_length())  # page-locked: torch takes powers of two
+
+    def _has_room(self, place: Place, device: torch.device, folder: Path, room: Room) -> Place:
+        """A place that was asked for.
+
+        Raises:
+            LowbitError: it has less free than the streams and the least of a block take.
+        """
+        if place == "disk":
+            free, wanted, where = disk_free(folder), self.streams * self.processes, f"'{folder}'"
+        elif place == "device":
+            free, wanted, where = room(device), self.streams + self.least, f"'{device}'"
+        else:
+            free, wanted, where = room(torch.device("cpu")), self._on_host(device, self.least), "this machine's memory"
+        if not _has(free, wanted):
+            others = {"disk": "another disk (--offload-dir) or --offload host", "host": "--offload disk", "device": "--offload host or disk"}
+            raise LowbitError(
+                f"the activations do not fit {where}: {in_bytes(wanted)} are wanted there, {in_bytes(free or 0)} are free. "
+                f"Take {others[place]}, or fewer --samples."
+            )
+        return place
 
 
 def _has(free: int | None, wanted: int) -> bool:
@@ -202,17 +239,17 @@ def disk_free(folder: Path) -> int | None:
         return None
 
 
-def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0) -> Needs:
+def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0, processes: int = 1) -> Needs:
     """Count what a run of a recipe takes. Estimates are of the code as it is; see `Needs.least` for the bound.
 
     Args:
-        process: bytes that the libraries take of the same memory.
+        process: bytes that the libraries take of the same memory. processes: how many of the run's are on this machine.
     """
     base = 4 * (layer.weights + layer.rest)
     passing = _passing(layer, rows)
     coded = 5 * layer.weights  # uint8 codes, and the weights they decode to
     clipped = any(isinstance(m, AWQ) and m.clip != "none" for m in recipe.methods)
-    kept = 2 * layer.weights if clipped else 0  # weights before the clip, for judging
+    kept = rows.stored * layer.weights if clipped else 0  # weights before the clip, for judging
     steps = {"passes": base + kept + coded + max(passing, 16 * layer.largest)}
     least = base + coded
     for method in recipe.methods:
@@ -223,8 +260,8 @@ def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0) -> Needs:
     if process and any(isinstance(m, OmniQuant) for m in recipe.methods):
         process += _OPTIMIZER
     copies = _STREAMS + int(any(isinstance(m, OmniQuant) and _second(m, recipe) for m in recipe.methods))
-    stream = rows.count * rows.length * layer.hidden * rows.stored
-    return Needs(steps, least, stream, copies, layer.outside * rows.compute, process)
+    stream = rows.mine(rows.count) * rows.length * layer.hidden * rows.stored
+    return Needs(steps, least, stream, copies, layer.outside * rows.compute, process, processes)
 
 
 def _second(method: OmniQuant, recipe: Recipe) -> bool:
@@ -245,14 +282,14 @@ def _passing(layer: Layer, rows: Rows) -> int:
 def _training(layer: Layer, rows: Rows, batch: int) -> int:
     """What a forward pass saves for gradients, and the gradients of the widest activations."""
     wide = sum(a + b for a, b in layer.linears.values()) + 10 * layer.hidden + 2 * layer.widest
-    return min(batch, rows.count) * rows.length * rows.compute * wide + _cast(layer, rows)
+    return rows.mine(batch) * rows.length * rows.compute * wide + _cast(layer, rows)
 
 
 def _step(method: Method, grid: Grid, layer: Layer, rows: Rows, passing: int, kept: int) -> int:
     """Most bytes held besides a block's float32 weights while a method works."""
     weights, largest = layer.weights, layer.largest
     if isinstance(method, AWQ):
-        tokens = min(method.rows, rows.count) * rows.length
+        tokens = rows.mine(method.rows or rows.count) * rows.length
         seen = tokens * rows.compute * max(3 * layer.hidden, layer.widest) + 4 * layer.widest**2  # a site's inputs, their products
         scales = 4 * weights + seen + max(passing, 32 * largest) if method.scales else 0
         clip = 8 * weights + kept + max(passing, 20 * largest) if method.clip != "none" else 0  # folded, and clipped
@@ -261,9 +298,9 @@ def _step(method: Method, grid: Grid, layer: Layer, rows: Rows, passing: int, ke
         # Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft weights and their gradients; codebooks
         # hold both codes as indices and both levels. Then the readout of the last block, five times its logits.
         state = (56 if isinstance(grid, Codebook) else 18 + 2 * rows.compute) * weights
-        tokens = max(min(method.batch, rows.count) * rows.length, rows.tokens(_JUDGED_TOKENS))
-        logits = 5 * 4 * layer.vocab * tokens if method.objective == "logits" else 0
-        return kept + state + max(_training(layer, rows, method.batch), logits)
+        read = 5 * 4 * layer.vocab if method.objective == "logits" else 0
+        stepping = _training(layer, rows, method.batch) + read * rows.mine(method.batch) * rows.length
+        return kept + state + max(stepping, read * rows.tokens(JUDGED_TOKENS))
     if isinstance(method, OmniQuant):
         return kept + 40 * weights + _training(layer, rows, method.batch)
     if isinstance(method, (GPTQ, CLAQ)):

@@ -177,13 +177,14 @@ def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int, f
 
 def make_plan(
     config: Any, recipe: Recipe, samples: int = 128, length: int = 2048, rate: float | None = None, tensor_parallel: int = 1,
-    device: torch.device | None = None,
+    device: torch.device | None = None, ranks: int = 1,
 ) -> Plan:  # fmt: skip
     """Count what a run needs, and ask the runtimes.
 
     Args:
         config: a transformers config. rate: sustained FLOP/s of the device, see `measure_rate`.
         tensor_parallel: devices among which a server will divide every linear. device: which computes, by default a CPU.
+        ranks: processes that share the run on one machine; memory is of each.
 
     Raises:
         LowbitError: unsupported family, or a group size that does not fit.
@@ -212,7 +213,7 @@ def make_plan(
         model_type=config.model_type, blocks=blocks, parameters=parameters, quantized=quantized, original=2 * parameters,
         artifact=packed + 2 * stored, bits_per_weight=8 * packed / quantized,
         model_bits_per_weight=8 * (packed + 2 * stored) / parameters,
-        memory=needs_of(config, recipe, samples + HELD_OUT, min(length, context), device or torch.device("cpu"), _dtype(config)),
+        memory=needs_of(config, recipe, samples + HELD_OUT, min(length, context), device or torch.device("cpu"), _dtype(config), ranks, ranks),
         check_memory=4 * parameters,
         seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
         runtimes=verdicts(
@@ -221,18 +222,21 @@ def make_plan(
     )  # fmt: skip
 
 
-def needs_of(config: Any, recipe: Recipe, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> Needs:
-    """What a run holds in memory.
+def needs_of(
+    config: Any, recipe: Recipe, rows: int, length: int, device: torch.device, dtype: torch.dtype, ranks: int = 1, here: int = 1
+) -> Needs:
+    """What one process of a run holds in memory.
 
     Args:
         config: a transformers config. rows: calibration rows, held-out ones included. length: tokens each.
+        ranks: processes that share the rows. here: how many of them are on this machine.
         device: which computes, a CPU in float32, another in ``dtype``. dtype: of the checkpoint.
     """
     linears, rest, outside, tied_head, _ = _skeleton(config)
     head = tied_head if any(isinstance(m, QuaRot) and m.residual for m in recipe.methods) else 0
     layer = Layer(linears, rest, outside + head, config.hidden_size, config.vocab_size)
     cpu = device.type == "cpu"
-    return needs(layer, Rows(rows, length, dtype.itemsize, 4 if cpu else dtype.itemsize), recipe, PROCESS if cpu else 0)
+    return needs(layer, Rows(rows, length, dtype.itemsize, 4 if cpu else dtype.itemsize, ranks), recipe, PROCESS if cpu else 0, here)
 
 
 def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import LowbitError
 from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, app, complain, out, reported, write_json
 
 
@@ -60,6 +61,9 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option(help="Devices among which vLLM or SGLang will divide every linear.")] = 1,
     device: Device = "auto",
     gpu_memory: Annotated[Optional[float], typer.Option("--gpu-memory", help="Plan for a GPU with so many GiB free, which need not be here, instead of --device.")] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that will share the run on this machine, as torchrun --nproc-per-node starts them.")] = 1,
+    offload: Offload = "auto",
+    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: this one.", show_default=False)] = None,
     json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
 ) -> None:
     """Say before any work what a run will need, which runtimes will load its result, and how to export it for them."""
@@ -74,6 +78,12 @@ def plan(
     from ..targets import check_target, demand
 
     gib = 2**30
+    if gpu_memory is not None and not 0 < gpu_memory < 1e6:
+        raise LowbitError(f"--gpu-memory is a number of GiB, above 0; got {gpu_memory:g}.")
+    if gpu_memory is not None and device != "auto":
+        raise LowbitError("--gpu-memory plans for a GPU that is not here, --device for one that is: give one of them.")
+    if ranks < 1:
+        raise LowbitError(f"--ranks is a number of processes, at least 1; got {ranks}.")
     wanted = None if target is None else check_target(target, tensor_parallel)
     chosen = load_recipe(recipe, scheme=None if scheme is None else parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
@@ -82,16 +92,17 @@ def plan(
     where = pick_device(device) if gpu_memory is None else torch.device("cuda")
     room = None if gpu_memory is None else lambda d: free_memory(d) if d.type == "cpu" else int(gpu_memory * gib)
     rate = measure_rate(str(where)) if gpu_memory is None else None
-    p = make_plan(config, chosen, c.samples, c.length, rate, tensor_parallel, where)
+    p = make_plan(config, chosen, c.samples, c.length, rate, tensor_parallel, where, ranks)
     if wanted is not None:
         demand(p.verdict(wanted))
+    folder = offload_dir or Path.cwd()
     took = f"about {duration(p.seconds)} with recipe '{chosen.name}' at this machine's measured matrix product rate (an estimate)" if p.seconds else "not said of a GPU that is not here"
     rows = (
         ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),
         ("size", f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> {p.artifact / 1e9:.3g} GB)"),
         ("bits per weight", f"{p.bits_per_weight:.3f} in quantized linears, {p.model_bits_per_weight:.3f} over all parameters"),
-        *memory_rows(p, where, Path.cwd(), room),
-        ("disk", f"{p.artifact / gib:.3g} GiB"),
+        *memory_rows(p, where, offload, folder, room),
+        ("disk", f"{p.artifact / gib:.3g} GiB, besides activations that are kept there"),
         ("time", took),
     )  # fmt: skip
     table = Table(show_header=False)
@@ -102,6 +113,8 @@ def plan(
     if json_:
         write_json(json_, {**p.as_dict(), "target": wanted, "tensor_parallel": tensor_parallel})
     p.memory.check(where, room)
+    if gpu_memory is None:  # else it is not this machine's memory and disk that count
+        p.memory.placed(offload, where, folder, room)
 
 
 @app.command()

@@ -34,19 +34,23 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL | None:
+def library(source: Path, fused: bool = False) -> ctypes.CDLL | None:
     """The compiled form of a C file, or None if there is no compiler, or the one there is cannot build it.
 
     LOWBIT_NO_COMPILER=1 keeps to torch.
+
+    Args:
+        fused: products may be added without being rounded; else results are those of separate operations, whatever the compiler.
     """
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or os.environ.get("LOWBIT_NO_COMPILER") == "1" or os.name != "posix":
         return None
-    made_from = "\0".join([source.read_text(), *_FLAGS, compiler, platform.machine(), _processor()])
+    flags = (*_FLAGS, f"-ffp-contract={'fast' if fused else 'off'}")
+    made_from = "\0".join([source.read_text(), *flags, compiler, platform.machine(), _processor()])
     path = cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         if not path.is_file():
-            _build(compiler, source, path)
+            _build(compiler, flags, source, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
@@ -61,11 +65,11 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _build(compiler: str, source: Path, path: Path) -> None:
+def _build(compiler: str, flags: tuple[str, ...], source: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=120)
+        subprocess.run([compiler, *flags, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=120)
         os.replace(made, path)
 
 

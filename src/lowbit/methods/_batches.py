@@ -1,4 +1,4 @@
-"""Mini-batches over ranks: the rows that one rank would draw, fetched from whoever holds them, worked on in equal parts."""
+"""Mini-batches: the rows that one rank would draw, fetched ahead or from whoever holds them, worked on in equal parts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from ..model.ranks import Ranks
 
 
 class Feed:
-    """Rows of a block's quantized stream and target, step after step. Where an accelerator computes, the next ones are copied meanwhile, on
-    a stream of their own; nothing waits for the host."""
+    """Rows of a block's quantized stream and target, step after step.
+
+    Where an accelerator computes, the next ones are copied meanwhile, on a stream of their own. From the device or from page-locked
+    memory nothing waits for the host; from a file the host copies, while the device works on what it was given before.
+    """
 
     def __init__(self, block: Block) -> None:
         self._block = block
@@ -23,7 +26,8 @@ class Feed:
     def prepare(self, rows: Tensor) -> None:
         """Have these rows fetched: they come next."""
         b = self._block
-        b.prefetch(rows, b.xq, b.target)
+        own = rows if b.ranks.size == 1 else rows[rows % b.ranks.size == b.ranks.rank] // b.ranks.size
+        b.prefetch(own, b.xq, b.target)
         if self._side is not None:
             self._side.wait_stream(torch.accelerator.current_stream(b.device))  # which may still be writing the streams
             with self._side:

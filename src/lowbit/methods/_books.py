@@ -12,6 +12,7 @@ from torch import Tensor
 from ..grid import Codebook, CodebookParams, Outliers
 from ..grid.kmeans import NotFiniteError, kmeans
 from ._columns import Coder
+from ._sums import sums_by
 
 Levels = Literal["sequential", "refined", "precomputed"]
 _REFINING = 3
@@ -126,7 +127,7 @@ class ColumnBooks:
 def _lloyd(values: Tensor, levels: Tensor) -> Tensor:
     """One step: assign, then move each level to the mean of what it got."""
     codes = torch.bucketize(values, ((levels[1:] + levels[:-1]) / 2).to(values.dtype))
-    sums = torch.zeros_like(levels).index_add_(0, codes, values.to(levels.dtype))
+    sums = sums_by(codes[None], values.to(levels.dtype)[None], len(levels))[0]
     counts = torch.bincount(codes, minlength=len(levels))
     return torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort().values
 

@@ -16,6 +16,7 @@ from ..grid import Affine, AffineParams, Codebook, CodebookParams, QTensor
 from ..model.block import Block
 from . import _rounding
 from ._rounding import FROZEN, Adam, inverse_rectified, moved, rectified, slope
+from ._sums import sums_by
 
 _LEAST_AIM, _MOST_AIM = 0.02, 0.2  # measured: 0.5 ends no better than without the round, 0.15 to 0.25 are alike
 
@@ -262,7 +263,8 @@ class BookBucket:
     def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
         gradient = gradient.float()
         upper = gradient * rectified(self.nu)
-        self._by_level.zero_().scatter_add_(1, self.other, upper).scatter_add_(1, self.base, gradient - upper)
+        count = self.level.shape[1]
+        self._by_level = sums_by(self.other, upper, count).add_(sums_by(self.base, gradient - upper, count))
         moved(self.nu, gradient * self.way * slope(self.nu), self._nu_moments.first, self._nu_moments.second, adam)
 
     def retune(self, adam: Adam, decay: float) -> None:

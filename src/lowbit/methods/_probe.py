@@ -183,7 +183,7 @@ class _linear_probe:
             return ((delta @ gram) * delta).sum(dtype=torch.float64)
         x = self.seen.inputs[part]
         delta = readings[self.name](x).to(weight.dtype) @ weight.T - x.to(weight.dtype) @ self.weight.T
-        return delta.pow(2).sum(dtype=torch.float64)
+        return delta.float().pow(2).sum(dtype=torch.float64)
 
 
 class _module_probe:
@@ -205,4 +205,4 @@ class _module_probe:
     def error(self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading], part: int) -> Tensor:
         weights = {**self.weights, **{f"{k[len(self.prefix) :]}.weight": v for k, v in quantized.items()}}
         y = self._run(self.calls[part], weights, {**self.exact, **readings})
-        return (y - self.expected[part]).pow(2).sum(dtype=torch.float64)
+        return (y.float() - self.expected[part].float()).pow(2).sum(dtype=torch.float64)  # squares overflow 16 bits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,12 +15,12 @@ from ._batches import Feed, gathered, summed
 Objective = Literal["block", "logits"]
 
 _JUDGED_ROWS = 32
-_JUDGED_TOKENS = 4096  # at a time
+JUDGED_TOKENS = 4096  # at a time
 
 _Found = tuple[Tensor, tuple[Tensor, ...]]  # a loss and its gradients
 
 
-def _nothing() -> _Found | None:
+def _none() -> None:
     return None
 
 
@@ -45,30 +45,16 @@ class Reconstruction:
         self._feed = Feed(block)
         self.remarks: list[str] = []  # what became of the batch where memory ran out
         self._parts = Parts(f"tuning '{block.name}'", self.batch, self.remarks.append)
-        self._judged = Parts(f"judging '{block.name}'", max(1, _JUDGED_TOKENS // block.x.shape[1]), self.remarks.append)
+        self._judged = Parts(f"judging '{block.name}'", max(1, JUDGED_TOKENS // block.x.shape[1]), self.remarks.append)
 
     def draw(self) -> Tensor:
-        """Row numbers of the next mini-batch, (batch,) int64. Those after it are drawn too, so that they can be read meanwhile."""
+        """Row numbers of the next mini-batch, (batch,) int64. Those after it are drawn too, so that `gradients` can have them read."""
         rows = self._fresh() if self._drawn is None else self._drawn
         self._drawn = self._fresh()
-        self._feed.prepare(self._drawn)
         return rows
 
     def _fresh(self) -> Tensor:
         return torch.randperm(self.block.tuned_rows, generator=self._generator)[: self.batch]
-
-    def output(self, weights: Mapping[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output and its target for this rank's part of some rows, (n, length, hidden) float32 each.
-
-        Args:
-            rows: their numbers over all ranks. n is less with several ranks, and may be 0.
-        """
-        b, part = self.block, self.block.ranks.share(len(rows))
-        x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
-        if part.start < part.stop:
-            return self._output(weights, x[part], target[part])
-        y, target = self._output(weights, x[:1], target[:1])  # modules take no empty batch
-        return y[:0], target[:0]
 
     def _output(self, weights: Mapping[str, Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         b = self.block
@@ -82,24 +68,70 @@ class Reconstruction:
             expected = self._readout(target).log_softmax(-1)
         return torch.nn.functional.kl_div(self._readout(y).log_softmax(-1), expected, reduction="sum", log_target=True)
 
-    def probe(self, y: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """A random scalar whose squared derivatives average to the diagonal of the loss's Gauss-Newton matrix.
-
-        Random signs for the squared error, next tokens drawn from the float model for the divergence; drawn for all rows alike on
-        every rank, so that the parts of a batch add up to what one rank has.
+    def _probe(self, y: Tensor, target: Tensor, chance: Tensor) -> Tensor:
+        """A random scalar whose squared derivatives average to the diagonal of the loss's Gauss-Newton matrix: random signs for the
+        squared error, next tokens drawn from the float model for the divergence.
 
         Args:
-            y: from `output` for ``rows``.
+            chance: uniform in [0, 1), for every number of y, or for every token: what is drawn does not depend on how rows are divided.
         """
-        part = self.block.ranks.share(len(rows))
         if self._readout is None:
-            signs = torch.randint(0, 2, (len(rows), *y.shape[1:]), generator=generator, device=y.device)[part].to(y.dtype) * 2 - 1
-            return (y * signs).sum() * 2**0.5
-        [target] = gathered(self.block.ranks, rows, (self.block.target,), y.device)
+            return torch.where(chance < 0.5, -y, y).sum() * 2**0.5
         with torch.no_grad():
-            chances = self._readout(target.to(y.device).float()).softmax(-1)
-            drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(*chances.shape[:-1], 1)[part].flatten(0, -2)
-        return self._readout(y).log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
+            below = self._readout(target).softmax(-1).cumsum(-1)
+            drawn = torch.searchsorted(below, (chance * below[..., -1])[..., None], right=True).clamp_(max=below.shape[-1] - 1)
+        return self._readout(y).log_softmax(-1).gather(-1, drawn).sum()
+
+    def derivatives(
+        self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor, generator: torch.Generator
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Gradients, on some rows of all ranks, of the loss summed over tokens and of `_probe`'s scalar. In parts where memory is small."""
+        leaves = {k: weights[k].detach().requires_grad_() for k in trained}
+        b, part = self.block, self.block.ranks.share(len(rows))
+        x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        shape = (len(rows), *(x.shape[1:] if self._readout is None else x.shape[1:2]))
+        chance = torch.rand(shape, generator=generator, device=b.device)[part]
+        x, target = (x[part], target[part]) if part.start < part.stop else (x[:1], target[:1])  # modules take no empty batch
+
+        def add(total: tuple[Tensor, ...] | None, at: slice) -> tuple[Tensor, ...] | None:
+            y, wanted = self._output({**weights, **leaves}, x[at], target[at])
+            if part.start == part.stop:
+                y, wanted = y[:0], wanted[:0]
+            first = torch.autograd.grad(self.distance(y, wanted), list(leaves.values()), retain_graph=True)
+            second = torch.autograd.grad(self._probe(y, wanted, chance[at]), list(leaves.values()))
+            found = tuple(g.float() for g in (*first, *second))
+            return found if total is None else tuple(t.add_(g) for t, g in zip(total, found, strict=True))
+
+        found = self._parts.over(len(x), _none, add)
+        assert found is not None
+        b.ranks.sum_(*found)
+        return found[: len(leaves)], found[len(leaves) :]
+
+    def backward(
+        self, weights: Callable[[], Mapping[str, Tensor]], rows: Tensor, loss: Callable[[Tensor, Tensor, slice], Tensor], reset: Callable[[], None]
+    ) -> None:
+        """Differentiate ``loss(output, target, part)``, summed over this rank's part of some rows, back into the leaves of ``weights()``.
+
+        Args:
+            rows: their numbers over all ranks.
+            loss: of (n, length, hidden) float32 each, and of which of this rank's part they are; n may be 0.
+            reset: forgets what the leaves have so far. Called first, and again where memory ran out and smaller parts follow.
+        """
+        b, part = self.block, self.block.ranks.share(len(rows))
+        x, target = (t[part] if part.start < part.stop else t[:1] for t in gathered(b.ranks, rows, (b.xq, b.target), b.device))
+
+        def start() -> int:
+            reset()
+            return 0
+
+        def add(done: int, at: slice) -> int:
+            y, wanted = self._output(weights(), x[at], target[at])
+            if part.start == part.stop:
+                y, wanted = y[:0], wanted[:0]
+            loss(y, wanted, at).backward()  # type: ignore[no-untyped-call]
+            return done + 1
+
+        self._parts.over(len(x), start, add)
 
     def gradients(self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss on some rows of all ranks and its gradients by the parameters named in ``trained``.
@@ -109,6 +141,8 @@ class Reconstruction:
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
         b, part = self.block, self.block.ranks.share(len(rows))
         x, target = self._feed.take(rows)
+        if self._drawn is not None:
+            self._feed.prepare(self._drawn)
         tokens = len(rows) * x.shape[1]
 
         def add(total: _Found | None, at: slice) -> _Found | None:
@@ -124,7 +158,7 @@ class Reconstruction:
             assert found is not None
             return summed(b, found[0] * 0, [g.zero_() for g in found[1]])
         x, target = x[part], target[part]
-        total = self._parts.over(len(x), _nothing, add)
+        total = self._parts.over(len(x), _none, add)
         assert total is not None
         return summed(b, *total)
 

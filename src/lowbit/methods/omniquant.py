@@ -79,15 +79,16 @@ class OmniQuant:
         judge = Reconstruction(block, self.batch)
         with torch.no_grad():
             before = judge.loss(learned.weights())
-        self._train(block, learned, second, (self.epochs or (40 if bits <= 2 else 20)))
+        remarks = self._train(block, learned, second, (self.epochs or (40 if bits <= 2 else 20)))
         with torch.no_grad():
             after = judge.loss(learned.weights())
         notes = {"omniquant": {"before": before, "after": after}}
-        if after < before:
-            return learned.folded(block).noted(**notes)
-        start = _Learned(block, self._sites(block), self.alpha).folded(block)
-        said = f"omniquant ended at loss {after:.4g} from {before:.4g}; kept what it started from"
-        return start.noted(**notes, trouble=[*block.notes.get("trouble", []), said])
+        remarks += judge.remarks
+        if not after < before:
+            learned = _Learned(block, self._sites(block), self.alpha)
+            remarks.append(f"omniquant ended at loss {after:.4g} from {before:.4g}; kept what it started from")
+        trouble = {"trouble": [*block.notes.get("trouble", []), *remarks]} if remarks else {}
+        return learned.folded(block).noted(**notes, **trouble)
 
     def _sites(self, block: Block) -> tuple[Site, ...]:
         quantized = any(r.grid is not None for r in block.readings.values())
@@ -96,24 +97,26 @@ class OmniQuant:
         able = [s for s in block.wiring.sites if s.source is not None and foldable(block, s)]
         return tuple(s for s in able if s.source is not None and (s is not block.wiring.sites[-1] or s.source.kind == "norm"))
 
-    def _train(self, block: Block, learned: _Learned, second: bool, epochs: int) -> None:
+    def _train(self, block: Block, learned: _Learned, second: bool, epochs: int) -> list[str]:
+        """Learn; what became of the batch where memory ran out."""
         groups: list[dict[str, Any]] = [{"params": learned.clips(), "lr": self.clip_lr}, {"params": learned.transforms(), "lr": self.transform_lr}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
-        job = Reconstruction(block, self.batch)
+        job = Reconstruction(block.computing(torch.bfloat16) if block.compute == torch.float16 else block, self.batch)  # float16 loses gradients
         own = block.exact().run(block.xq) if second else None
         rows = torch.arange(block.tuned_rows)
         for epoch in range(epochs):
             block.announce(f"omniquant: epoch {epoch + 1} of {epochs}")
             for picked in torch.split(rows, self.batch):
-                y, target = job.output(learned.weights(), picked)
-                loss = _part_of_mean((y - target).pow(2), len(picked))
-                if own is not None:
-                    [second_target] = shared(block.ranks, picked, (own,), block.device)
-                    loss = loss + _part_of_mean((y - second_target.to(y.device, y.dtype)).pow(2), len(picked))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                others = [] if own is None else shared(block.ranks, picked, (own,), block.device)
+
+                def loss(y: Tensor, target: Tensor, part: slice, others: list[Tensor] = others, rows: int = len(picked)) -> Tensor:
+                    wanted = [target, *(t[part].to(y.device, y.dtype) for t in others)]
+                    return torch.stack([_part_of_mean((y - t).pow(2), rows) for t in wanted]).sum()
+
+                job.backward(learned.weights, picked, loss, optimizer.zero_grad)
                 block.ranks.sum_(*(p.grad for g in groups for p in g["params"] if p.grad is not None))
                 optimizer.step()
+        return job.remarks
 
 
 def _part_of_mean(errors: Tensor, rows: int) -> Tensor:

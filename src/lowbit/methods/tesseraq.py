@@ -59,7 +59,7 @@ def soft_shares(schedule: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class TesseraQ:
-    """The knobs of TesseraQ. The defaults are the preset `tesseraq`; the published ones are the preset `tesseraq-paper`.
+    """The knobs of TesseraQ. The defaults are the preset `tesseraq`'s, in float32; the published ones are the preset `tesseraq-paper`.
 
     Attributes:
         schedule: hardening schedule, see `soft_shares`.
@@ -73,8 +73,9 @@ class TesseraQ:
         objective: "logits" tunes the last block on the KL divergence of the next-token distribution instead of on its
             hidden state, as published ("block").
         refit: steps on the scales alone after the last weight is frozen.
-        precision: of the steps' forward and backward passes on blocks that compute in float32: "float32", "bfloat16", or "auto", which
-            is bfloat16 where the processor multiplies it. Variables, gradients' sums, losses that decide and everything else stay.
+        precision: of the steps' forward and backward passes on blocks that compute in float32 or float16: "float32", "bfloat16", or
+            "auto", which is bfloat16 where the processor multiplies it. Variables, gradients' sums, losses that decide and everything
+            else stay.
     """
 
     schedule: str = "exponential-5-50"
@@ -104,7 +105,7 @@ class TesseraQ:
         return len(soft_shares(self.schedule)) * self.iters * self.rounds + self.refit
 
     def __call__(self, block: Block) -> Block:
-        stepped = block.computing(torch.bfloat16) if self.in_bfloat16(block.device) and block.compute == torch.float32 else block
+        stepped = self._stepped(block)
         soft, job = SoftBlock(stepped), Reconstruction(stepped, self.batch, self.objective)
         judge = Reconstruction(block, self.batch, self.objective)
         before = judge.loss(soft.hard_weights())
@@ -132,6 +133,12 @@ class TesseraQ:
         if trouble:
             notes["trouble"] = [*block.notes.get("trouble", []), *trouble]
         return block.solved(soft.codes()).noted(**notes)
+
+    def _stepped(self, block: Block) -> Block:
+        """The block with the precision of its steps. None is made in float16, where gradients vanish."""
+        if block.compute == torch.float16:
+            return block.computing(torch.bfloat16 if self.in_bfloat16(block.device) else torch.float32)
+        return block.computing(torch.bfloat16) if block.compute == torch.float32 and self.in_bfloat16(block.device) else block
 
     def _phase(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> bool:
         """Adam from fresh state. On a non-finite result: back to the phase's start with half the step size."""
@@ -181,12 +188,8 @@ class TesseraQ:
         curvature = {k: torch.zeros_like(hard[k]) for k in soft.keys}
         generator = torch.Generator(soft.block.device).manual_seed(soft.block.seed + round_)
         for at in range(0, soft.block.tuned_rows, job.batch):
-            leaves = {k: hard[k].detach().requires_grad_() for k in soft.keys}
             rows = torch.arange(at, min(at + job.batch, soft.block.tuned_rows))
-            y, target = job.output({**hard, **leaves}, rows)
-            for total, scalar, power in ((gradient, job.distance(y, target), 1), (curvature, job.probe(y, rows, generator), 2)):
-                found = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=power == 1)
-                soft.block.ranks.sum_(*found)
-                for key, g in zip(soft.keys, found, strict=True):
-                    total[key] += g.pow(power)
+            for key, first, second in zip(soft.keys, *job.derivatives(hard, soft.keys, rows, generator), strict=True):
+                gradient[key] += first
+                curvature[key] += second.pow(2)
         soft.aim(gradient, curvature)

@@ -191,7 +191,7 @@ class Block:
             made[part] = y.to(made.device, made.dtype)
             return done + len(y)
 
-        Parts(f"running '{self.name}'", TOKENS_PER_PASS // x.shape[1], self.announce).over(len(x), int, add)
+        Parts(f"running '{self.name}'", TOKENS_PER_PASS // x.shape[1], self.announce).over(len(x), int, add)  # no row depends on another
         return out
 
     def decoded(self) -> dict[str, Tensor]:

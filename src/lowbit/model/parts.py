@@ -26,7 +26,7 @@ class Parts:
 
     def over(self, rows: int, start: Callable[[], T], add: Callable[[T, slice], T]) -> T:
         """``add(total, part)`` for each part of ``rows`` rows in turn, beginning with ``start()``; all again in smaller parts if memory
-        runs out, so ``add`` must not change anything but its total.
+        runs out, so ``add`` must change nothing but its total, or nothing that doing it again does not mend.
 
         Raises:
             LowbitError: a single row does not fit.
@@ -61,4 +61,4 @@ class Parts:
                 "or --offload host to keep activations off it."
             )
         before, self._size = self._size, (self._size + 1) // 2
-        self._remark(f"the device ran out of memory while {self._what} {before} rows at a time; {self._size} now, results added up")
+        self._remark(f"the device ran out of memory while {self._what} {before} rows at a time; {self._size} now, to the same result")

@@ -28,10 +28,10 @@ class RankGone(LowbitError):
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """The one place where torch.distributed's errors (connection closed, timeout) become ours."""
+    """The one place where torch.distributed's errors (connection closed, timeout) become ours. Nothing else belongs inside."""
     try:
         yield
-    except torch.OutOfMemoryError:  # ours to report, and a RuntimeError too
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # ours to report, and RuntimeErrors too
         raise
     except RuntimeError as e:
         raise RankGone(str(e).splitlines()[0]) from e
@@ -45,7 +45,7 @@ class Ranks:
 
     Attributes:
         rank: of this process. size: how many there are.
-        local: number of this process on its machine, and of its accelerator.
+        local: number of this process on its machine, and of its accelerator. here: how many of the run's are on that machine.
         patient: a CPU group for values and for waiting until rank 0 has written or verified, which may take hours.
 
     Raises:
@@ -55,6 +55,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local: int = 0
+    here: int = 1
     patient: Any = None
 
     @property
@@ -103,12 +104,11 @@ class Ranks:
             return
         alike = len({(t.dtype, t.device) for t in tensors}) == 1 and sum(t.nbytes for t in tensors) <= _TOGETHER
         for batch in [tensors] if alike else [[t] for t in tensors]:
+            alone = len(batch) == 1 and batch[0].is_contiguous()
+            flat = batch[0] if alone else torch.cat([t.reshape(-1) for t in batch])  # one message: small ones cost their latency
             with _answered():
-                if len(batch) == 1 and batch[0].is_contiguous():
-                    dist.all_reduce(batch[0], operation)
-                    continue
-                flat = torch.cat([t.reshape(-1) for t in batch])  # one message: small ones cost their latency
                 dist.all_reduce(flat, operation)
+            if not alone:
                 for t, part in zip(batch, torch.split(flat, [t.numel() for t in batch]), strict=True):
                     t.copy_(part.view(t.shape))
 
@@ -126,8 +126,9 @@ class Ranks:
         if self.size == 1:
             return t[None]
         parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        own = t.contiguous()
         with _answered():
-            dist.all_gather(parts, t.contiguous())
+            dist.all_gather(parts, own)
         return torch.stack(parts)
 
     # --- values ----------------------------------------------------------------------------------------------------------

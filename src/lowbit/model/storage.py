@@ -23,7 +23,11 @@ from ..errors import LowbitError, in_bytes
 
 Place = Literal["device", "host", "disk"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = {
+    errno.ENOSPC: "{} free. Free some",
+    errno.EDQUOT: "more than your quota there leaves ({} free on the disk). Free some",
+    errno.EFBIG: "more than one file may have there (ulimit -f, or the file system; {} free). Raise the limit",
+}
 _WILLNEED = 3  # MADV_WILLNEED, the same number on Linux, macOS and the BSDs
 _ZEROS = 1 << 22
 
@@ -47,17 +51,29 @@ class Storage:
         """A tensor with arbitrary contents. On disk its space is reserved now and given back when the tensor dies.
 
         Raises:
-            LowbitError: the disk has not that much room, or cannot be written or mapped.
+            LowbitError: the disk has not that much room, or cannot be written or mapped; memory cannot be page-locked.
         """
         if self.place == "device":
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         if self.place == "host":
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type != "cpu")
+            return self._in_memory(tuple(shape), dtype)
         count = math.prod(shape)
         if not count:
             return torch.empty(tuple(shape), dtype=dtype)
         assert self.folder is not None
         return torch.frombuffer(_mapped(self.folder, count * dtype.itemsize), dtype=dtype).view(tuple(shape))
+
+    def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.device.type == "cpu":
+            return torch.empty(shape, dtype=dtype)
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as e:
+            wanted = in_bytes(math.prod(shape) * dtype.itemsize)
+            raise LowbitError(
+                f"no page-locked memory for a stream of activations ({wanted}: {str(e).splitlines()[0]}). Free some, raise 'ulimit -l', or keep "
+                "them in a file (--offload disk), and run the same command: it continues after the last finished block."
+            ) from e
 
     def prefetch(self, x: Tensor, rows: slice | Tensor) -> None:
         """Have the system start to read some rows of a stream from disk, if that is where it lives. A hint: nothing waits or fails.
@@ -79,16 +95,21 @@ def _mapped(folder: Path, size: int) -> mmap.mmap:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix="streams-", suffix=".tmp", dir=folder)
+        left = _unlinked(Path(name))
         try:
             _reserve(handle, size)
             mapping = mmap.mmap(handle, size)
+        except BaseException:
+            if left is not None:
+                left.unlink(missing_ok=True)
+            raise
         finally:
             os.close(handle)  # the mapping has a handle of its own
-            left = _unlinked(Path(name))
     except OSError as e:
         if e.errno in _FULL:
+            short = _FULL[e.errno].format(in_bytes(_free(folder)))
             raise LowbitError(
-                f"no room for a stream of activations in '{folder}': {in_bytes(size)} wanted, {in_bytes(_free(folder))} free. Free some, or name a "
+                f"no room for a stream of activations in '{folder}': {in_bytes(size)} wanted, {short}, or name a "
                 "folder on another disk (--offload-dir), or keep them in memory (--offload host), and run the same command: it continues after "
                 "the last finished block. Fewer --samples take less, as a run of their own."
             ) from e
@@ -107,6 +128,21 @@ def _unlinked(path: Path) -> Path | None:
     except OSError:
         return path
     return None
+
+
+def lies_in_memory(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether files in a folder, which need not exist yet, take memory: on tmpfs and the like, as far as the system tells.
+
+    Args:
+        mounts: a file like /proc/self/mounts.
+    """
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return False
+    at = folder.resolve()
+    over = [(len(Path(where).parts), kind) for _, where, kind, *_ in lines if at.is_relative_to(where)]
+    return bool(over) and max(reversed(over), key=lambda o: o[0])[1] in ("tmpfs", "ramfs")  # of several on one point the last one counts
 
 
 def _reserve(handle: int, size: int) -> None:

@@ -8,6 +8,7 @@ inputs: per weight nu and Adam's two moments in float32, code and way in a byte 
 
 One plain version ("reference") and faster ones: compiled C on the CPU ("c"), Triton on CUDA ("triton"), and what torch.compile
 makes of the plain one ("inductor"), which is taken only when asked for: compiling takes longer than it saves beside the others.
+LOWBIT_ROUNDING names the version to take instead of the fastest.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
+import warnings
 from types import ModuleType
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from ...errors import unknown
 from . import cpu
 from ._adam import Adam as Adam
 from ._adam import moved as moved
@@ -74,7 +79,12 @@ def descend(
 
 
 def _fastest(nu: Tensor, other: Tensor) -> Backend:
-    if nu.device.type == "cuda" and _has_triton():
+    asked = os.environ.get("LOWBIT_ROUNDING")
+    if asked:
+        if asked not in _MODULES:
+            raise unknown("version of soft rounding in LOWBIT_ROUNDING", asked, tuple(_MODULES))
+        return asked
+    if nu.device.type == "cuda" and nu.dtype == torch.float32 and _has_triton(nu.device):
         return "triton"
     return "c" if cpu.fits(nu, other) and cpu.library() is not None else "reference"
 
@@ -84,5 +94,10 @@ def _module(backend: Backend) -> ModuleType:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has_triton(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    hindered: str | None = importlib.import_module(f"{__name__}.gpu").works(device)
+    if hindered is not None:
+        warnings.warn(f"Triton does not work on {device} ({hindered}): soft rounding takes plain torch, which is slower.", stacklevel=2)
+    return hindered is None

@@ -26,7 +26,7 @@ class _Job(ctypes.Structure):
 
 def library() -> ctypes.CDLL | None:
     """The compiled code, or None where there is no compiler."""
-    return compiled.library(Path(__file__).with_name("rounding.c"))
+    return compiled.library(Path(__file__).with_name("rounding.c"), fused=True)
 
 
 def fits(nu: Tensor, other: Tensor) -> bool:

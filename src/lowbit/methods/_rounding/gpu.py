@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -86,17 +89,34 @@ def _tile(rows: int, length: int) -> tuple[int, int, int]:
 
 def weights(nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> None:
     held, columns, programs = _tile(*nu.shape)
-    _weights[(programs,)](
-        nu, code, way, zero, scale, zero if offset is None else offset, out, len(nu), nu.shape[1],
-        SHIFTED=offset is not None, ROWS=held, COLUMNS=columns,
-    )  # fmt: skip
+    with torch.cuda.device_of(nu):  # Triton launches where the current device is, whatever the tensors' is
+        _weights[(programs,)](
+            nu, code, way, zero, scale, zero if offset is None else offset, out, len(nu), nu.shape[1],
+            SHIFTED=offset is not None, ROWS=held, COLUMNS=columns,
+        )  # fmt: skip
 
 
 def descend(
     gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
 ) -> None:
     held, columns, programs = _tile(*nu.shape)
-    _descend[(programs,)](
-        gradient.contiguous(), nu, code, way, zero, scale, first, second, sums, len(nu), nu.shape[1], adam.size, adam.root,
-        BETA1=BETAS[0], BETA2=BETAS[1], EPS=EPSILON, ROWS=held, COLUMNS=columns,
-    )  # fmt: skip
+    with torch.cuda.device_of(nu):
+        _descend[(programs,)](
+            gradient.contiguous(), nu, code, way, zero, scale, first, second, sums, len(nu), nu.shape[1], adam.size, adam.root,
+            BETA1=BETAS[0], BETA2=BETAS[1], EPS=EPSILON, ROWS=held, COLUMNS=columns,
+        )  # fmt: skip
+
+
+@functools.cache
+def works(device: torch.device) -> str | None:
+    """What keeps these kernels from running on a CUDA device, None if nothing does: they are built there and then, with a C compiler."""
+    try:
+        nu = torch.zeros(1, 16, device=device)
+        byte, row = torch.zeros(1, 16, dtype=torch.uint8, device=device), torch.ones(1, 1, device=device)
+        weights(nu, byte, byte.to(torch.int8), row, row, None, torch.empty_like(nu))
+        descend(nu, nu, byte, byte.to(torch.int8), row, row, nu.clone(), nu.clone(), Adam(1e-3, 1), torch.empty(1, 2, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # a compiler or its headers missing, a card too old: Triton has an error of its own for each
+        return f"{type(e).__name__}: {(str(e).splitlines() or ['no reason given'])[0]}"
+    return None

@@ -1,0 +1,20 @@
+"""Sums that come out the same on every run of a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sums_by(index: Tensor, values: Tensor, count: int) -> Tensor:
+    """(rows, count) sums of (rows, length) values by their (rows, length) int64 index, each added up in one order.
+
+    An accelerator's scatter adds in whatever order its threads arrive; the sum of a masked row has one order.
+    """
+    if values.device.type == "cpu":
+        return values.new_zeros(len(values), count).scatter_add_(1, index, values)
+    return _masked(index, values, count)
+
+
+def _masked(index: Tensor, values: Tensor, count: int) -> Tensor:
+    return torch.stack([torch.where(index == i, values, 0).sum(1) for i in range(count)], dim=1)
