@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
-from lowbit.grid.compiled import Team, team
+from lowbit.grid.openmp import Team, team
 from lowbit.methods import _rounding as rounding
 from lowbit.methods._rounding import FROZEN, Adam, cpu
 from lowbit.methods._sums import _masked, sums_by

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..model.block import Block
 from ..model.parts import Parts
-from ._batches import Feed, gathered, summed
+from ._batches import gathered, summed
+from ._feed import Feed
 
 Objective = Literal["block", "logits"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...grid import compiled
-from ...grid.compiled import pointer, team, threads
+from ...grid.compiled import pointer, threads
+from ...grid.openmp import team
 from ._adam import BETAS, EPSILON, Adam
 
 _ALONE = 1 << 15  # weights that are not worth a second thread
