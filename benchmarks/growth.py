@@ -62,13 +62,14 @@ def measured(recipe: str, at: dict[str, int]) -> dict:
     """One run: what was asked for and what it took."""
     scheme, settings = RECIPES[recipe]
     given = {**at, "recipe": recipe, "scheme": scheme, "settings": settings}
+    own = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n"
     with tempfile.TemporaryDirectory() as folder:
         outputs = [
             subprocess.run(
                 [sys.executable, "-c", code, json.dumps(given), str(Path(folder) / "model")], capture_output=True, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-            for code in (MODEL, RUN)
+            for code in (own + MODEL, RUN)
         ]
     if outputs[-1].returncode:
         raise SystemExit(f"{given}: {outputs[0].stderr}\n{outputs[1].stderr}")

@@ -1,6 +1,6 @@
 """Products with a packed 4096 x 11008 weight against the memory's own speed and torch.matmul with the float weight, side by side.
 
-    python benchmarks/kernels.py bench-out/kernels.json [--device cuda] [--runs 15]
+    python benchmarks/codebook_kernels.py bench-out/codebook_kernels.json [--device cuda] [--runs 15]
 
 Every time is the best of several rounds, and every round runs all of them. Weights are taken in turn from copies that no cache holds
 together, as the layers of a model are.
