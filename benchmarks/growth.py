@@ -35,7 +35,7 @@ h = given["width"]
 random_llama(source, h, 3 * h, given["depth"], heads=h // 64, kv_heads=max(1, h // 256))
 # A text no larger than it need be: to read all sources of the standard library takes more memory than a small block.
 texts = (p.read_text(errors="replace") for p in sorted(Path(json.__file__).parent.parent.glob("*.py")))
-(source / "text.txt").write_text("".join(texts)[: 1 << 21])
+(source / "text.txt").write_text("".join(texts)[: 1 << 19])
 """
 RUN = """
 import json, sys, time, torch, lowbit
