@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from ranks_worker import tuned
 
 import lowbit
 from lowbit.errors import LowbitError, ToldElsewhere
-from lowbit.launch import _Voices, joined
+from lowbit.launch import _KEPT, _Voices, joined
 from lowbit.machine import device_of_rank
 from lowbit.methods._batches import gathered
 from lowbit.model.ranks import ALONE, RankGone, Ranks, _answered
@@ -124,6 +128,21 @@ def test_one_rank_tells_the_user(monkeypatch):
     assert "rank 1 of 3 is gone (closed)" in str(raised(voices[0], RankGone("[a/b.cc:5] closed. GLHF")))
     memory = raised(_Voices(Store(), 1, 2, print), torch.OutOfMemoryError("no"))
     assert "rank 1 of 2 is out of memory" in str(memory)
+
+
+def test_one_thread_of_a_rank_speaks_at_a_time(monkeypatch):
+    """The end of another rank arrives twice, as a closed connection and as torchrun's signal: whoever is second waits for the first."""
+    monkeypatch.setattr("lowbit.launch._GRACE", 0.1)
+    said, ended, voices = [], threading.Event(), None
+    monkeypatch.setattr("lowbit.launch.os._exit", lambda code: ended.set())
+    near, far = socket.socketpair()
+    voices = _Voices(Store(), 0, 2, said.append)
+    threading.Thread(target=voices._listen, args=(near,), daemon=True).start()
+    far.send(bytes([signal.SIGTERM]))
+    while not voices._ending:
+        time.sleep(0.001)
+    assert isinstance(raised(voices, RankGone("closed")), ToldElsewhere)
+    assert ended.is_set() and said == ["rank 1 of 2 is gone (all were told to end). " + _KEPT]
 
 
 def test_what_cannot_be_shared_is_refused(model, tmp_path, monkeypatch):

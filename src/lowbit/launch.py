@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
@@ -105,14 +105,28 @@ class _Voices:
     def __init__(self, store: Any, rank: int, size: int, say: Say) -> None:
         self._store, self._rank, self._size, self._say = store, rank, size, say
         self._ending = False
+        self._first = threading.Lock()
+
+    def _begins(self) -> bool:
+        """Whether the caller is the thread that speaks: what was raised, or what listens for the end, whichever comes first."""
+        with self._first:
+            before, self._ending = self._ending, True
+        return not before
 
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Raise what is raised within again, as what this rank is to say of it."""
         try:
             yield
+        except Exception as e:
+            if not self._begins():
+                time.sleep(2 * _GRACE)  # the listening thread is speaking, and ends the process when it has
+            self._say_again(e)
+
+    def _say_again(self, raised: Exception) -> NoReturn:
+        try:
+            raise raised
         except RankGone as e:
-            self._ending = True
             told = self._of_others(_brief(str(e)))
             raise (ToldElsewhere(str(e)) if told is None else LowbitError(told)) from None
         except LowbitError as e:
@@ -143,7 +157,6 @@ class _Voices:
 
     def _of_own(self, what: str) -> bool:
         """Leave word of an error of this rank's; whether it tells the user. One that all have, rank 0 tells."""
-        self._ending = True
         with suppress(RuntimeError):
             self._store.set(f"error/{self._rank}", what)
         if self._rank:
@@ -186,7 +199,7 @@ class _Voices:
     def _listen(self, near: socket.socket) -> None:
         while (number := near.recv(1)) and number[0] != signal.SIGTERM:
             pass
-        if not number or self._ending:  # over, or the main thread is speaking
+        if not number or not self._begins():  # over, or the main thread is speaking
             return
         told = self._of_others("all were told to end")
         if told is not None:
