@@ -206,16 +206,15 @@ def test_random_probes_average_to_the_curvature(block, objective):
     """By one weight: the Gauss-Newton second derivative is that of the loss along a line, but for the curvature of the output itself."""
     job, key = Reconstruction(last(block), 4, objective), "self_attn.q_proj.weight"
     rows, generator, weights = torch.arange(4), torch.Generator().manual_seed(0), dict(block.weights)
-    direction = torch.randn_like(weights[key])
-    squares = [float((job.derivatives(weights, [key], rows, generator)[1][0] * direction).sum()) ** 2 for _ in range(200)]
-    x, target = block.xq[rows], block.target[rows]
+    direction, x = torch.randn(weights[key].shape, generator=generator), block.xq[rows]
     target = block.forward(x).detach()  # at the optimum the Gauss-Newton matrix is the Hessian
+    job.block.target[rows] = target
+    squares = [float((job.derivatives(weights, [key], rows, generator)[1][0] * direction).sum()) ** 2 for _ in range(200)]
 
     def loss(step):
         with torch.no_grad():
-            return float(job.distance(block.forward(x, {**weights, key: weights[key] + step * direction}).double().float(), target))
+            return float(job.distance(block.forward(x, {**weights, key: weights[key] + step * direction}), target))
 
-    job.block.target[rows] = target
     eps = 0.05
     curvature = (loss(eps) + loss(-eps) - 2 * loss(0)) / eps**2
     assert sum(squares) / len(squares) == pytest.approx(curvature, rel=0.35)

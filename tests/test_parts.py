@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.model.parts import Parts
+from lowbit.model.parts import Parts, ran_out
 
 
 def limited(limit, asked):
@@ -34,3 +34,19 @@ def test_every_row_counts_once_whatever_fits(limit):
 def test_a_single_row_that_does_not_fit_is_an_error():
     with pytest.raises(LowbitError, match="ran out of memory while tuning, with a single row at a time: use a shorter --length"):
         Parts("tuning", 4, lambda _: None).over(4, lambda: 0, limited(0, []))
+
+
+def test_a_cpu_that_cannot_allocate_is_out_of_memory_and_other_errors_are_not():
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60, dtype=torch.uint8)  # no machine has that much
+    assert not isinstance(found.value, torch.OutOfMemoryError) and ran_out(found.value)
+
+    def add(total, part):
+        if part.stop - part.start > 2:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return total + part.stop - part.start
+
+    said = []
+    assert Parts("tuning", 8, said.append).over(9, lambda: 0, add) == 9 and len(said) == 2
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Parts("tuning", 8, said.append).over(9, lambda: 0, lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))

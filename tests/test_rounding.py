@@ -156,10 +156,13 @@ def test_the_version_can_be_named(monkeypatch):
     monkeypatch.setenv("LOWBIT_ROUNDING", "tritn")
     with pytest.raises(LowbitError, match="unknown version of soft rounding in LOWBIT_ROUNDING 'tritn': did you mean 'triton'"):
         rounding._fastest(nu, nu)
+    monkeypatch.setenv("LOWBIT_ROUNDING", "triton")
+    with pytest.raises(LowbitError, match="LOWBIT_ROUNDING=triton does not work here, on cpu"):
+        rounding._fastest(nu, nu)
 
 
 @pytest.mark.parametrize("rows, length, count", [(1, 1, 1), (7, 300, 4), (3, 1000, 16)])
-def test_sums_by_index_in_either_way(rows, length, count, monkeypatch):
+def test_sums_by_index_in_either_way(rows, length, count):
     index, values = torch.randint(0, count, (rows, length)), torch.randn(rows, length, dtype=torch.float64)
     scattered = sums_by(index, values, count)
     torch.testing.assert_close(_masked(index, values, count), scattered)

@@ -120,8 +120,10 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as e:
         raise VerificationError(f"'{path}' is missing or not a readable safetensors file: {e}") from e
 
+
 _DIFFERENCES = {  # of a run's fingerprint, in words
     "bfloat16_steps": "tuning steps in bfloat16: {} there, {} here (by the processor, where tesseraq.precision is auto)",
+    "versions": "other versions of its libraries ({} there, {} here)",
     "compute": "arithmetic in {} where this machine's device has {}",
 }
 

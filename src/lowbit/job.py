@@ -28,6 +28,7 @@ from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
+from .model.parts import ran_out
 from .model.ranks import ALONE, Ranks
 from .model.storage import Storage
 from .model.stream import ModelStream, load_tokenizer
@@ -163,8 +164,8 @@ def quantize(
     run = _Run(stream, recipe, rows, Path(out), seed, origin, placed, offload_dir, progress, watch, ranks)
     try:
         return run.finish()
-    except torch.OutOfMemoryError as e:
-        if ranks.size > 1:  # `lowbit.launch` says which of them
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out(e) or ranks.size > 1:  # of several, `lowbit.launch` says which
             raise
         again = "run the same command"
         helps = f"{again} with --offload host, or free the device" if placed.used == "device" else f"free the device, and {again}"
@@ -217,8 +218,9 @@ class _Run:
         self.origin = origin  # what report.json says of the model's source and the command
         self.started = time.time()
         identity = fingerprint(stream, recipe, rows, seed)
-        told = {**identity, "sources": sources(), "output": str(out.absolute())}
-        ranks.agree("the run", told, "Start all of them with the same command, files and versions.")
+        if ranks.size > 1:
+            told = {**identity, "sources": sources(), "output": str(out.absolute())}
+            ranks.agree("the run", told, "Start all of them with the same command, files and versions.")
         self.place = Workplace(out, identity, len(stream) + 1, ranks)
         self.offload = offload
         self.storage = Storage(offload.used, stream.device, Path(offload_dir or self.place.partial))

@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from .errors import LowbitError, ToldElsewhere
 from .machine import device_of_rank
+from .model.parts import ran_out
 from .model.ranks import ALONE, RankGone, Ranks
 
 Say = Callable[[str], None]
@@ -133,12 +134,12 @@ class _Voices:
             if not self._of_own(str(e)):
                 raise ToldElsewhere(str(e)) from e
             raise (type(e)(f"rank {self._rank} of {self._size}: {e}") if self._rank else e) from None
-        except torch.OutOfMemoryError as e:
+        except Exception as e:
+            if not ran_out(e):
+                self._of_own(repr(e))
+                raise  # ours to repair: its traceback is printed
             what = f"rank {self._rank} of {self._size} is out of memory ({_brief(str(e))}). {_KEPT}"
             raise (LowbitError(what) if self._of_own(what) else ToldElsewhere(what)) from e
-        except Exception as e:  # ours to repair: its traceback is printed
-            self._of_own(repr(e))
-            raise
 
     def _claim(self) -> bool:
         with suppress(RuntimeError):  # torchrun itself is gone, and the store with it

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 
@@ -154,8 +154,8 @@ class Needs:
         hungry = max(self.steps, key=lambda k: self.steps[k])
         where = "this machine" if device.type == "cpu" else f"'{device}'"
         each = f" in each of {self.processes} processes" if self._sharing(device) > 1 else ""
-        lighter = [n for n, light in (("gptq", ("gptq", "claq")), ("awq or rtn", ("awq", "passes"))) if hungry not in light]
-        helps = [f"a recipe that takes less (--recipe {' or '.join(lighter)})"] if lighter and hungry != "passes" else []
+        lighter = {"gptq": "awq or rtn", "claq": "awq or rtn", "awq": "rtn", "passes": ""}.get(hungry, "gptq or awq or rtn")
+        helps = [f"a recipe that takes less (--recipe {lighter})"] if lighter else []
         helps += ["fewer processes"] if each else []
         helps += [f"ending what else takes memory on {where}", "a device with more of it (--device)"]
         raise LowbitError(
@@ -182,8 +182,9 @@ class Needs:
         if asked not in known:
             raise unknown("place for --offload", asked, known)
         if asked != "auto":
-            used: Place = "disk" if asked == "disk" else "host" if device.type == "cpu" else "device" if asked == "device" else "host"
-            return Offload(asked, self._has_room(used, device, folder, room), self.streams)
+            used = cast(Place, "host" if asked == "device" and device.type == "cpu" else asked)
+            self._check_place(used, device, folder, room)
+            return Offload(asked, used, self.streams)
         if device.type != "cpu" and _has(room(device), self.streams + self.block + self.outer):
             return Offload(asked, "device", self.streams)
         host = torch.device("cpu")
@@ -206,12 +207,8 @@ class Needs:
             return (self.streams + besides) * self.processes
         return self.copies * self.processes * (1 << max(0, self.stream - 1).bit_length())  # page-locked: torch takes powers of two
 
-    def _has_room(self, place: Place, device: torch.device, folder: Path, room: Room) -> Place:
-        """A place that was asked for.
-
-        Raises:
-            LowbitError: it has less free than the streams and the least of a block take.
-        """
+    def _check_place(self, place: Place, device: torch.device, folder: Path, room: Room) -> None:
+        """Refuse a place that has less free than the streams and the least of a block take."""
         if place == "disk":
             free, wanted, where = disk_free(folder), self.streams * self.processes, f"'{folder}'"
         elif place == "device":
@@ -224,7 +221,6 @@ class Needs:
                 f"the activations do not fit {where}: {in_bytes(wanted)} are wanted there, {in_bytes(free or 0)} are free. "
                 f"Take {others[place]}, or fewer --samples."
             )
-        return place
 
 
 def _has(free: int | None, wanted: int) -> bool:

@@ -143,17 +143,19 @@ def _work(x: Tensor, packed: PackedColumns) -> Any:
 def _launch_multiply(x: Tensor, packed: PackedColumns, segment: Segment, levels: Tensor, places: Tensor, sums: Tensor) -> None:
     outputs, inputs = packed.shape
     share = -(-_blocks(segment) // len(sums)) * _GROUPS
-    _multiply[(-(-outputs // _OUTPUTS), len(sums))](
-        x, segment.columns, segment.codes, levels, places, sums, len(x), outputs, inputs, segment.columns.numel(), len(segment.codes), share,
-        BITS=segment.bits, WORDS=segment.bits // (segment.bits & -segment.bits), CODES=_group_columns(segment),
-        TOKENS=max(16, triton.next_power_of_2(len(x))), OUTPUTS=_OUTPUTS, GROUPS=_GROUPS, WORK=_work(x, packed),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches where the current device is, whatever the tensors' is
+        _multiply[(-(-outputs // _OUTPUTS), len(sums))](
+            x, segment.columns, segment.codes, levels, places, sums, len(x), outputs, inputs, segment.columns.numel(), len(segment.codes), share,
+            BITS=segment.bits, WORDS=segment.bits // (segment.bits & -segment.bits), CODES=_group_columns(segment),
+            TOKENS=max(16, triton.next_power_of_2(len(x))), OUTPUTS=_OUTPUTS, GROUPS=_GROUPS, WORK=_work(x, packed),
+        )  # fmt: skip
 
 
 def _launch_correct(x: Tensor, sparse: Sparse, values: Tensor, segment: Segment, levels: Tensor, places: Tensor, sums: Tensor) -> None:
     outputs, inputs = sums.shape[1], x.shape[1]
-    _correct[(outputs,)](
-        x, segment.codes, levels, segment.columns, places, sparse.starts, sparse.columns, values, sums,
-        len(x), outputs, inputs, segment.columns.numel(),
-        BITS=segment.bits, TOKENS=triton.next_power_of_2(len(x)), ENTRIES=_ENTRIES,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _correct[(outputs,)](
+            x, segment.codes, levels, segment.columns, places, sparse.starts, sparse.columns, values, sums,
+            len(x), outputs, inputs, segment.columns.numel(),
+            BITS=segment.bits, TOKENS=triton.next_power_of_2(len(x)), ENTRIES=_ENTRIES,
+        )  # fmt: skip

@@ -12,6 +12,11 @@ from ..errors import LowbitError
 T = TypeVar("T")
 
 
+def ran_out(e: BaseException) -> bool:
+    """Whether an exception says that memory ran out. The CPU's allocator has none of its own."""
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
+
+
 class Parts:
     """Rows in parts as large as fit, found out once and kept.
 
@@ -43,7 +48,9 @@ class Parts:
             total = start()
             for part in self.of(rows):
                 total = add(total, part)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as e:
+            if not ran_out(e):
+                raise
             return
         yield total
 

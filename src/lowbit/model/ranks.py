@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..errors import LowbitError
+from .parts import ran_out
 
 _SHOWN = 4  # differences named in an error
 _TOGETHER = 1 << 24  # bytes of tensors that are sent in one message
@@ -31,9 +32,9 @@ def _answered() -> Iterator[None]:
     """The one place where torch.distributed's errors (connection closed, timeout) become ours. Nothing else belongs inside."""
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # ours to report, and RuntimeErrors too
-        raise
     except RuntimeError as e:
+        if ran_out(e) or isinstance(e, torch.AcceleratorError):  # ours to report
+            raise
         raise RankGone(str(e).splitlines()[0]) from e
 
 

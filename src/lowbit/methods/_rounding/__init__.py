@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...errors import unknown
+from ...errors import LowbitError, unknown
 from . import cpu
 from ._adam import Adam as Adam
 from ._adam import moved as moved
@@ -83,10 +83,18 @@ def _fastest(nu: Tensor, other: Tensor) -> Backend:
     if asked:
         if asked not in _MODULES:
             raise unknown("version of soft rounding in LOWBIT_ROUNDING", asked, tuple(_MODULES))
+        if (asked == "triton" and not _on_triton(nu)) or (asked == "c" and not _in_c(nu, other)):
+            raise LowbitError(f"LOWBIT_ROUNDING={asked} does not work here, on {nu.device}. Unset it, or take 'reference' or 'inductor'.")
         return asked
-    if nu.device.type == "cuda" and nu.dtype == torch.float32 and _has_triton(nu.device):
-        return "triton"
-    return "c" if cpu.fits(nu, other) and cpu.library() is not None else "reference"
+    return "triton" if _on_triton(nu) else "c" if _in_c(nu, other) else "reference"
+
+
+def _on_triton(nu: Tensor) -> bool:
+    return nu.device.type == "cuda" and nu.dtype == torch.float32 and _has_triton(nu.device)
+
+
+def _in_c(nu: Tensor, other: Tensor) -> bool:
+    return cpu.fits(nu, other) and cpu.library() is not None
 
 
 def _module(backend: Backend) -> ModuleType:
