@@ -16,7 +16,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .errors import LowbitError
-from .job import BlockDone, Result, Working
+from .events import BlockDone, Working
+from .job import Result
 from .machine import free_memory
 from .memory import Room
 from .plan import Plan

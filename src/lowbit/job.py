@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from .artifact import Workplace
 from .card import model_card
 from .errors import LowbitError
 from .evaluate import Tally
+from .events import BlockDone, Progress, Watch, Working
 from .formats import compressed_tensors as ct
 from .formats import native
 from .grid import Affine, Grid, QTensor
@@ -40,40 +41,6 @@ from .record import block_record, command_of, sizes, source_of
 from .scheme import Scheme, parse_scheme
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    """What a progress display is told after each block.
-
-    Attributes:
-        index, blocks: number of the block and how many there are.
-        record: its part of report.json.
-        resumed: finished by an earlier run.
-    """
-
-    index: int
-    blocks: int
-    record: Mapping[str, Any]
-    resumed: bool
-
-
-@dataclass(frozen=True)
-class Working:
-    """What a progress display is told within a block.
-
-    Attributes:
-        index, blocks: number of the block and how many there are.
-        what: the step of the method that begins.
-    """
-
-    index: int
-    blocks: int
-    what: str
-
-
-Progress = Callable[[BlockDone], None]
-Watch = Callable[[Working], None]
 
 
 @dataclass(frozen=True)
