@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .errors import LowbitError, VerificationError
 from .formats.packing import local_tensors, pack, unpack
 from .grid import Grid, QTensor
 from .model.block import Block
+from .model.checkpoint import Checkpoint
 from .model.ranks import ALONE, Ranks
 
 REPORT = "report.json"
@@ -30,10 +31,6 @@ INDEX = "model.safetensors.index.json"
 HASHED = ("config.json", INDEX, RECIPE, PROOF.as_posix())  # files that decide what is loaded or compared, besides the shards
 _STATE = "run.json"
 NOTES = (_STATE, "shard-*.json", "*.tmp")  # of a run at work; gone from a finished directory, unless it was killed while tidying
-_CARRIED = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 @contextmanager
@@ -251,12 +248,16 @@ class Workplace:
         if not (self.partial / CARD).exists():
             write_atomic(self.partial / CARD, text.encode())
 
-    def carry(self, source: Any) -> None:
-        """Copy the tokenizer and generation settings of the original model."""
-        for name in _CARRIED:
-            path = source.file(name)
-            if path is not None:
-                write_atomic(self.partial / name, path.read_bytes())
+    def carry(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+        """Copy files of the original model, byte for byte, such as its tokenizer."""
+        for name in names:
+            path = checkpoint.file(name)
+            if path is None:
+                raise LowbitError(f"'{name}' of '{checkpoint.name}' has gone while it was quantized. Put it back and run the same command.")
+            with _disk(self.partial / name):
+                (self.partial / name).parent.mkdir(exist_ok=True)
+                data = path.read_bytes()
+            write_atomic(self.partial / name, data)
 
     def complete(self) -> None:
         """Give the directory its final name, then drop the working notes: killed in between, it is finished all the same."""
@@ -275,13 +276,13 @@ def shard_name(number: int, shards: int) -> str:
 def block_tensors(block: Block) -> dict[str, Tensor]:
     """Everything a finished block stores, by full name."""
     out = {}
-    for name, weight in block.weights.items():
+    for name in block.weights:
         linear = name.removesuffix(".weight")
         if linear in block.coded:
             for key, t in pack(block.coded[linear], block.stored).items():
                 out[f"{block.name}.{linear}.{key}"] = t
         else:
-            out[f"{block.name}.{name}"] = weight.to(block.stored)
+            out[f"{block.name}.{name}"] = block.kept(name)
     return out
 
 
@@ -297,8 +298,8 @@ def compare_block(block: Block, tensors: Mapping[str, Tensor]) -> None:
         part = q.same_as(read)
         if part:
             raise VerificationError(f"'{full}': {part} read back from disk differ from what was tuned.")
-    for name, weight in block.weights.items():
-        if name.removesuffix(".weight") not in block.coded and not torch.equal(tensors[f"{block.name}.{name}"], weight.to(block.stored).cpu()):
+    for name in block.weights:
+        if name.removesuffix(".weight") not in block.coded and not torch.equal(tensors[f"{block.name}.{name}"], block.kept(name).cpu()):
             raise VerificationError(f"'{block.name}.{name}' read back from disk differs from what was tuned.")
 
 

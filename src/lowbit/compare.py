@@ -18,6 +18,7 @@ from torch import Tensor
 from .artifact import write_atomic
 from .errors import LowbitError
 from .evaluate import evaluate, load_causal_lm
+from .identity import Original, state_of
 from .job import quantize
 from .machine import pick_device
 from .model.calibration import Calibration, evaluation_windows
@@ -131,7 +132,9 @@ class Comparison:
         elif folder.exists() and any(folder.iterdir()):
             raise LowbitError(f"'{folder}' exists and holds no comparison. Choose another -o.")
         self.device = str(pick_device(terms.device))
-        self._tokenizer = load_tokenizer(Checkpoint(terms.model))
+        checkpoint = Checkpoint(terms.model)
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._model = Original.of(checkpoint).hashed().sha256
         self._windows: Tensor = evaluation_windows(terms.text, self._tokenizer, terms.length, terms.windows)
         self._tasks()
         (folder / _CELLS).mkdir(parents=True, exist_ok=True)
@@ -150,10 +153,15 @@ class Comparison:
         """What else decides a cell's figures: a finished cell that differs in it is measured anew."""
         versions = {n: version(n) for n in ("lowbit", "torch", "transformers")}
         resolved = {} if cell.recipe == "original" else _resolved(cell.recipe, cell.scheme, self.terms.settings).as_dict()
-        return json.loads(json.dumps({"recipe": resolved, "device": self.device.split(":")[0], "versions": versions}))  # type: ignore[no-any-return]
+        read = {"model": self._model, "calibration": state_of(self.terms.calibration.source), "windows": self._windows_hash()}
+        return json.loads(json.dumps({"recipe": resolved, "device": self.device.split(":")[0], "versions": versions, **read}))  # type: ignore[no-any-return]
+
+    def _windows_hash(self) -> str:
+        return hashlib.sha256(self._windows.to(torch.int64).numpy().tobytes()).hexdigest()
 
     def finished(self, cell: Cell) -> Row | None:
-        """What an earlier call measured, None if it failed, never ran, or ran with another recipe, version or kind of device."""
+        """What an earlier call measured, None if it failed, never ran, or ran with another model, text, recipe, version or
+        kind of device."""
         path = self.folder / _CELLS / f"{cell.name}.json"
         if not path.is_file():
             return None
@@ -182,7 +190,7 @@ class Comparison:
             yield row
 
     def _original(self, cell: Cell) -> Row:
-        size = sum(_bytes(shape, kind) for shape, kind in Checkpoint(self.terms.model).shapes().values())
+        size = sum(t.nbytes for t in Checkpoint(self.terms.model).stored().values())
         kind = "bfloat16" if cell.scheme == "bfloat16" else "float32"
         model = load_causal_lm(self.terms.model, self.device, kind)
         return {"scheme": cell.scheme, "recipe": cell.recipe, "bits": None, "bytes": size, "seconds": 0.0, **self._judged(model)}
@@ -224,14 +232,7 @@ class Comparison:
             from .tasks import evaluate_tasks
 
             found["tasks"] = evaluate_tasks(prepared, model, self._tokenizer, limit=self.terms.limit, batch=8).as_dict()
-        return {**found, "windows_sha256": hashlib.sha256(self._windows.to(torch.int64).numpy().tobytes()).hexdigest()}
-
-
-def _bytes(shape: Sequence[int], kind: str) -> int:
-    out = {"F32": 4, "F64": 8}.get(kind, 2)
-    for n in shape:
-        out *= n
-    return out
+        return {**found, "windows_sha256": self._windows_hash()}
 
 
 def fitting_length(model: str, asked: int | None, option: str) -> int:

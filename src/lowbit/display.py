@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from .plan import Plan
 from .targets import Verdict
 
 _SHOWN = 12  # rows of the live table
+_USUALLY_LEFT = ("README.md", "model.safetensors.index.json")
 
 
 def size(count: float) -> str:
@@ -229,6 +230,21 @@ def _made(v: Verdict) -> str:
     return v.export or "as quantized, no export"
 
 
+def remarks_of(report: Mapping[str, Any]) -> list[str]:
+    """What a person should know of an artifact's source, and of what became of its tensors and files; older reports have none."""
+    lines = list(report.get("remarks", ()))
+    copied, left = report.get("copied", {}), report.get("left_out", {})
+    if copied:
+        lines.append(f"{len(copied)} tensors that the model's class does not know were copied as they are: {_some(copied)}")
+    odd = [f"{name} ({why})" for name, why in left.items() if name not in _USUALLY_LEFT and not name.startswith(".")]
+    return lines + [f"left out: {line}" for line in odd]
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    listed = list(names)
+    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")
+
+
 def summary(result: Result) -> str:
     """The closing block: sizes, proof, and what to type next."""
     report: Mapping[str, Any] = result.report
@@ -238,6 +254,7 @@ def summary(result: Result) -> str:
         f"{size(s['before'])} -> {size(s['after'])} on disk; {s['bits_per_weight']:.3f} bits per quantized weight, "
         f"{s['model_bits_per_weight']:.3f} over all parameters",
     ]
+    lines += [f"note: {remark}" for remark in remarks_of(report)]
     kept = report.get("offload")  # older reports have none
     if kept and kept["used"] == "disk":
         lines.append(f"activations were kept on disk, {size(kept['bytes'])} at most")

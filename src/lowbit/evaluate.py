@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .errors import LowbitError, unknown
 from .model.checkpoint import Checkpoint
+from .model.intake import check_read_as_floats, is_leftover
 from .model.ranks import Ranks
+from .model.skeleton import reason_of
 from .model.stream import load_config
 
 _LOGITS_AT_ONCE = 1 << 27  # of one forward pass
@@ -142,17 +144,19 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
     checkpoint = Checkpoint(model)
-    load_config(checkpoint)
-    checkpoint.shapes()  # finds missing and truncated shards before transformers does
+    stored = checkpoint.stored()  # finds missing and truncated shards before transformers does
+    config = load_config(checkpoint)
+    if is_leftover(checkpoint, stored):
+        del config.quantization_config
     kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
-    options = {"dtype": kind, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    options = {"config": config, "dtype": kind, "trust_remote_code": False, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # refused below, by name
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(path.parent, **options)
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as e:
-        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
-        raise LowbitError(f"transformers cannot load '{model}': {reason}") from e
+    except Exception as e:  # each model class and each quantizer fails in ways of its own
+        raise LowbitError(f"transformers cannot load '{model}': {reason_of(e)}") from e
     if found["mismatched_keys"]:
         name, held, wanted = min(found["mismatched_keys"])
         raise LowbitError(
@@ -164,6 +168,8 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
             f"tensor '{min(found['missing_keys'])}' is missing from '{model}' ({len(found['missing_keys'])} in all): "
             "the checkpoint does not fit its config.json."
         )
+    if not hasattr(config, "quantization_config"):  # else it is for its loader to know what the numbers mean
+        check_read_as_floats(checkpoint, stored, {*found["unexpected_keys"]})
     return loaded.to(device).eval()
 
 

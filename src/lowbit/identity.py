@@ -4,29 +4,130 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .artifact import file_hash
+from .errors import LowbitError, VerificationError
 from .methods import OmniQuant, TesseraQ
 from .model.calibration import Rows
+from .model.checkpoint import Checkpoint
+from .model.files import source_files
+from .model.ranks import ALONE, Ranks
 from .model.stream import ModelStream
+from .proof import read_report
 from .recipe import Recipe
 
 
-def fingerprint(stream: ModelStream, recipe: Recipe, rows: Rows, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Original:
+    """The files that a model consists of: its config, its weights and what an artifact carries along.
+
+    Attributes:
+        name: of the model, for errors. paths: name -> where the file lies. sizes: name -> bytes.
+        times: name -> when it was last changed, in nanoseconds. hashes: name -> sha256, empty until `hashed`.
+    """
+
+    name: str
+    paths: Mapping[str, Path]
+    sizes: Mapping[str, int]
+    times: Mapping[str, int]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Original:
+        """Raises LowbitError if a file has gone."""
+        names = ["config.json", *checkpoint.shards, *source_files(checkpoint).carried]
+        paths = {name: checkpoint.file(name) for name in names}
+        gone = [n for n, p in paths.items() if p is None]
+        if gone:
+            raise LowbitError(f"'{gone[0]}' is missing from '{checkpoint.name}'.")
+        there = {n: p for n, p in paths.items() if p is not None}
+        states = {n: p.stat() for n, p in there.items()}
+        return cls(checkpoint.name, there, {n: s.st_size for n, s in states.items()}, {n: s.st_mtime_ns for n, s in states.items()})
+
+    def hashed(self, ranks: Ranks = ALONE) -> Original:
+        """With the hash of every byte of every file, which rank 0 reads for all."""
+        return replace(self, hashes=ranks.told(self._hashes() if ranks.first else None))
+
+    def _hashes(self) -> dict[str, str]:
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads work
+            return dict(zip(self.paths, pool.map(self._hash, self.paths.values()), strict=True))
+
+    def _hash(self, path: Path) -> str:
+        try:
+            return file_hash(path)
+        except OSError as e:
+            raise LowbitError(f"'{path}' cannot be read: {e.strerror or e}.") from e
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report: the hash of each file, and one over all of them."""
+        return {"sha256": self.sha256, "files": dict(self.hashes)}
+
+    @property
+    def sha256(self) -> str:
+        """One hash over the names and hashes of all files."""
+        return hashlib.sha256("".join(f"{n} {h}\n" for n, h in sorted(self.hashes.items())).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise LowbitError if a file has been changed since: what was read of it later is not what was hashed."""
+        for name, path in self.paths.items():
+            try:
+                state = path.stat()
+            except OSError:
+                state = None
+            if state is None or (state.st_size, state.st_mtime_ns) != (self.sizes[name], self.times[name]):
+                raise LowbitError(
+                    f"'{name}' of '{self.name}' was changed while it was quantized: the blocks made so far may be of two models. Remove the "
+                    "unfinished run and start anew."
+                )
+
+
+def fingerprint(stream: ModelStream, original: Original, recipe: Recipe, rows: Rows, seed: int) -> dict[str, Any]:
     """The model, the recipe with the files it names, the tokens, the seed, the arithmetic and the versions."""
-    config = stream.checkpoint.file("config.json")
-    assert config is not None
     files = [m.clips for m in recipe.methods if isinstance(m, OmniQuant) and m.clips]
     return {
-        "model": hashlib.sha256(config.read_bytes() + stream.checkpoint.digest().encode()).hexdigest(),
+        "model": original.sha256,
         "recipe": {k: v for k, v in recipe.as_dict().items() if k != "calibration"},  # its tokens count, not their path
         "files": {f: file_hash(Path(f)) for f in files},
         "calibration": rows.sha256, "seed": seed, "compute": str(stream.compute), "versions": {"lowbit": own_version(), **versions()},
         "bfloat16_steps": any(isinstance(m, TesseraQ) and m.in_bfloat16(stream.device) for m in recipe.methods),
     }  # fmt: skip
+
+
+def check_source(folder: Path, model: str) -> str:
+    """Compare every byte of a model's files with what an artifact was made of; a sentence about what was compared.
+
+    Raises:
+        LowbitError: no artifact, or no model. VerificationError: a file differs, is missing, or was not there.
+    """
+    report = read_report(folder)
+    if "original" not in report:
+        raise LowbitError(f"'{folder}' does not say which files it was made of: it comes from an older version, or is an export of one.")
+    then, now = report["original"]["files"], Original.of(Checkpoint(model)).hashed().hashes
+    for name in sorted({*then, *now}):
+        if then.get(name) != now.get(name):
+            how = "is not there" if name not in now else "was not there" if name not in then else "has other bytes"
+            raise VerificationError(f"'{folder}' was not made of '{model}' as it is now: '{name}' {how}.")
+    return f"made of '{model}': {len(now)} files have the bytes that were quantized"
+
+
+def state_of(source: str) -> str | None:
+    """What tells a local text from a later state of it: a file's hash, or the names, sizes and times of a folder's files.
+
+    None of a source that has a name alone.
+    """
+    path = Path(source)
+    if path.is_file():
+        return file_hash(path)
+    if not path.is_dir():
+        return None
+    found = [(p.relative_to(path).as_posix(), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
+    return hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, s in found]).encode()).hexdigest()
 
 
 def own_version() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +22,13 @@ from .events import BlockDone, Progress, Watch, Working
 from .formats import compressed_tensors as ct
 from .formats import native
 from .grid import Affine, Grid, QTensor
-from .identity import fingerprint, own_version, sources, versions
+from .identity import Original, fingerprint, own_version, sources, versions
 from .loop import Streams, advance, as_read, begin, check_shared, idle_ranks, ordered, prepared, readings_of, run, surveyed
 from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
+from .model.files import SourceFiles, source_files
 from .model.parts import ran_out
 from .model.ranks import ALONE, Ranks
 from .model.storage import Storage
@@ -182,11 +182,13 @@ class _Run:
     ) -> None:
         self.stream, self.recipe, self.rows, self.seed, self.progress, self.watch = stream, recipe, rows, seed, progress, watch
         self.ranks = ranks
-        self.origin = origin  # what report.json says of the model's source and the command
+        self.origin = dict(origin)  # what report.json says of the model's source and the command
         self.started = time.time()
-        identity = fingerprint(stream, recipe, rows, seed)
+        here = Original.of(stream.checkpoint)
+        self.original = here.hashed(ranks)
+        identity = fingerprint(stream, self.original, recipe, rows, seed)
         if ranks.size > 1:
-            told = {**identity, "sources": sources(), "output": str(out.absolute())}
+            told = {**identity, "files of the model": here.sizes, "sources": sources(), "output": str(out.absolute())}
             ranks.agree("the run", told, "Start all of them with the same command, files and versions.")
         self.place = Workplace(out, identity, len(stream) + 1, ranks)
         self.offload = offload
@@ -218,7 +220,8 @@ class _Run:
     def _outer_shard(self) -> None:
         record = self.place.finished(0)
         if record is None:
-            record = self.place.finish(0, self.stream.outer_tensors(), {"name": "outside the blocks"})
+            tensors = {**self.stream.outer_tensors(), **self.stream.copied_tensors()}
+            record = self.place.finish(0, tensors, {"name": "outside the blocks"})
         self.records.append(record)
 
     def _enter(self) -> Streams:
@@ -292,18 +295,17 @@ class _Run:
     def _close(self, streams: Streams, quality: dict[str, Any] | None) -> Verification:
         place, skipped = self.place, self.stream.skipped_linears()
         grids = {e["name"]: self.recipe.grid_of(e["name"]) for r in self.records[1:] for e in r["linears"]}
-        config_file = self.stream.checkpoint.file("config.json")
-        assert config_file is not None
-        config = {**json.loads(config_file.read_text()), **self.stream.config_changes}
-        config["quantization_config"] = self._describe(grids, list(skipped))
+        config = {**self.stream.artifact_config(), "quantization_config": self._describe(grids, list(skipped))}
         place.write_json("config.json", config)
-        place.carry(self.stream.checkpoint)
+        files = source_files(self.stream.checkpoint)
+        place.carry(self.stream.checkpoint, files.carried)
         weight_map = {t: r["shard"] for r in self.records for t in r["tensors"]}
         total = sum(r["bytes"] for r in self.records)
         place.write_json(artifact.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         artifact.write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
         self._write_proof(streams)
-        report = self._report(own_version(), skipped, quality)
+        self.original.check_unchanged()
+        report = self._report(own_version(), skipped, quality, files)
         place.write_json(artifact.REPORT, report)
         self.stream.release()
         verification = verify(place.partial)
@@ -352,19 +354,24 @@ class _Run:
         logits = self.stream.in_float32().head(streams.proof[:, -_PROOF_POSITIONS:])
         self.place.write_proof({"ids": ids.contiguous(), "logits": logits.cpu()})
 
-    def _report(self, own_version: str, skipped: Mapping[str, str], quality: dict[str, Any] | None) -> dict[str, Any]:
+    def _report(
+        self, own_version: str, skipped: Mapping[str, str], quality: dict[str, Any] | None, files: SourceFiles
+    ) -> dict[str, Any]:
         linears = [e for r in self.records[1:] for e in r["linears"]]
         shards = {r["shard"]: {"sha256": r["sha256"], "bytes": r["bytes"], "tensors": r["tensors"]} for r in self.records}
         digest = hashlib.sha256("".join(s["sha256"] for s in shards.values()).encode()).hexdigest()
         blocks = [{k: v for k, v in r.items() if k not in ("tensors", "sha256", "bytes", "linears")} for r in self.records[1:]]
         return {
             "lowbit": own_version, "run": self.place.run, "versions": versions(), "model": self.stream.checkpoint.name,
-            **self.origin, "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
+            **self.origin, "original": self.original.as_dict(), "recipe": self.recipe.as_dict(), "format": self._format(),
+            "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
                             "sha256": self.rows.sha256},
             "seed": self.seed, "ranks": self.ranks.size, "device": str(self.stream.device), "compute": str(self.stream.compute),
             "offload": asdict(self.offload), "hash": digest,
-            "size": sizes(self.stream.checkpoint.shapes(), self.records), "quality": quality, "blocks": blocks,
+            "size": sizes(self.stream.stored, self.stream.outer.left_out, self.records), "quality": quality, "blocks": blocks,
+            "copied": self.stream.copied(), "carried": list(files.carried), "left_out": {**self.stream.outer.left_out, **files.left_out},
+            "remarks": list(self.stream.remarks),
             "files": {n: artifact.file_hash(self.place.partial / n) for n in artifact.HASHED},
             "linears": linears + [{"name": n, "skipped": why} for n, why in skipped.items()], "shards": shards,
         }  # fmt: skip

@@ -144,7 +144,8 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
     name = stream.block_name(i)
     block = Block(
         name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
-        compute=stream.compute, stored=stream.dtype, grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
+        compute=stream.compute, stored=stream.dtype, dtypes=stream.block_dtypes(i),
+        grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
         x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
         readout=stream.readout() if i == len(stream) - 1 else None, announce=announce, storage=streams.storage, ranks=streams.ranks,
     )  # fmt: skip

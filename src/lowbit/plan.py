@@ -20,6 +20,7 @@ from .memory import PROCESS, Layer, Needs, Rows, needs
 from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
 from .methods.omniquant import steps as omniquant_steps
 from .model.checkpoint import config_at, hub_file
+from .model.skeleton import build_skeleton
 from .model.wiring import Wiring, wiring_of
 from .recipe import Recipe
 from .targets import Planned, Verdict, verdicts
@@ -153,15 +154,12 @@ def check_loadable(names: Iterable[str], recipe: Recipe, wiring: Wiring) -> None
 def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int, frozenset[str]]:
     """(linear -> shape of one block, parameters of a block outside its linears, parameters outside the blocks, of it the tied head,
     linears of a block with a bias)."""
-    from transformers import AutoModelForCausalLM
-
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
     wiring = wiring_of(small)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(small)
+    model: Any = build_skeleton(small, getattr(config, "name_or_path", "") or config.model_type)
     block = model.get_submodule(wiring.layers)[0]
     linears = {n: tuple(block.get_parameter(f"{n}.weight").shape) for n in wiring.linears}
     inside = sum(p.numel() for p in block.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .formats.packing import local_tensors
 from .grid import Codebook, QTensor
 from .machine import peak_memory
 from .model.block import Block
-from .model.checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint, Stored
 from .model.judge import linear_errors
 from .recipe import Recipe
 from .scheme import scheme_name
@@ -69,19 +69,19 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
     }  # fmt: skip
 
 
-def sizes(shapes: Mapping[str, tuple[Sequence[int], str]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sizes(stored: Mapping[str, Stored], left_out: Container[str], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Bytes of the model before and after, and bits per weight counted from them.
 
     Args:
-        shapes: of the original tensors, with their dtypes as safetensors name them. records: of the shards, that outside the blocks first.
+        stored: of the original. left_out: names of its tensors that the artifact has no copy of.
+        records: of the shards, that outside the blocks first.
     """
     linears = [e for r in records[1:] for e in r["linears"]]
-    width = {"F32": 4, "BF16": 2, "F16": 2}
-    after = sum(r["bytes"] for r in records)
+    after, kept = sum(r["bytes"] for r in records), [t for n, t in stored.items() if n not in left_out]
     return {
-        "before": sum(math.prod(s) * width.get(d, 4) for s, d in shapes.values()), "after": after,
+        "before": sum(t.nbytes for t in stored.values()), "after": after,
         "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / sum(math.prod(e["shape"]) for e in linears),
-        "model_bits_per_weight": 8 * after / sum(math.prod(s) for s, _ in shapes.values()),
+        "model_bits_per_weight": 8 * after / sum(t.numel for t in kept),
     }  # fmt: skip
 
 

@@ -31,6 +31,12 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
     out.print(table)
     for b in report["blocks"]:
         out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}", highlight=False)
+    for name, why in report.get("copied", {}).items():
+        out.print(f"{name}: {why}", highlight=False, markup=False, soft_wrap=True)
+    for name, why in report.get("left_out", {}).items():
+        out.print(f"{name}: left out, {why}", highlight=False, markup=False, soft_wrap=True)
+    for remark in report.get("remarks", ()):
+        out.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
     out.print((folder / "recipe.toml").read_text().strip(), highlight=False, markup=False)
     for name, shard in report["shards"].items():
         out.print(f"{name}  {size(shard['bytes'])}  sha256 {shard['sha256']}", highlight=False, soft_wrap=True)
@@ -42,11 +48,15 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
 def verify(
     folder: Annotated[Path, typer.Argument(help="Artifact folder, also a copy that was moved.")],
     loader: Annotated[bool, typer.Option(help="Also load it with its runtime and compare logits.")] = True,
+    source: Annotated[Optional[str], typer.Option(help="The model it was made of, folder or hub id: also compare every byte of its files with what was quantized.", show_default=False)] = None,
     python: Python = sys.executable,
 ) -> None:
     """Compare every tensor and code with what was tuned, and the logits that its runtime computes with the tuned model's."""
+    from ..identity import check_source
     from ..proof import verify as check
 
+    if source is not None:
+        out.print(check_source(folder, source), highlight=False, soft_wrap=True)
     out.print(f"verified: {check(folder, loader=loader, python=python).summary}", highlight=False, soft_wrap=True)
 
 

@@ -32,9 +32,11 @@ def export(source: Source, target: str, out: Path, python: str) -> Verification:
         raise LowbitError(f"'{source.folder}' has weights on codebooks, which {target} cannot say: only the format of lowbit carries them.")
     described = _described(source, target, grids)
     known: dict[str, dict[str, Any]] = {}
+    left = source.copied if target == mlx.NAME else ()  # mlx-lm refuses names that its class does not know
     with place(source, out) as made:
+        made.leave_out(left, "mlx-lm loads no tensor that its class does not know")
         for name, coded, others in source.shards():
-            tensors: dict[str, Tensor] = dict(others)
+            tensors: dict[str, Tensor] = {n: t for n, t in others.items() if n not in left}
             for linear, q in coded.items():
                 for key, t in layout.pack(q, source.dtype, linear).items():
                     tensors[f"{linear}.{key}"] = t

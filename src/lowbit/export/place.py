@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ class Place:
         path = self.partial / name
         self.report["shards"][name] = {"sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": dict(hashes)}
         self._weight_map.update(dict.fromkeys(hashes, name))
+
+    def leave_out(self, names: Iterable[str], why: str) -> None:
+        """Say of tensors that the source has a copy of that this export has none."""
+        gone = dict.fromkeys(names, why)
+        self.report["copied"] = {n: r for n, r in self.report.get("copied", {}).items() if n not in gone}
+        self.report["left_out"] = {**self.report.get("left_out", {}), **gone}
 
     def copy(self, source: Path, name: str) -> None:
         """Take a file over."""

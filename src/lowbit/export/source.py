@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..formats import compressed_tensors as ct
 from ..formats import native
 from ..formats.packing import local_tensors, unpack
 from ..grid import Grid, QTensor
+from ..model.checkpoint import Stored
 from ..proof import read_report
 
 
@@ -90,6 +91,12 @@ class Source:
         found: torch.dtype = getattr(torch, named)
         return found
 
+    @property
+    def copied(self) -> Collection[str]:
+        """Full names of the tensors that the model's class does not know."""
+        found: Mapping[str, str] = self.report.get("copied", {})
+        return found.keys()
+
     def only_weights(self, target: str) -> None:
         """Raise LowbitError if anything but weights on grids would be lost in a format that says no more than that."""
         if self.report["recipe"].get("activations") is not None:
@@ -118,16 +125,17 @@ class Source:
                     del held[f"{linear}.{key}"]
             yield name, coded, held
 
-    def others(self) -> dict[str, tuple[int, ...]]:
-        """Full names and shapes of the tensors that belong to no quantized linear."""
-        out: dict[str, tuple[int, ...]] = {}
+    def others(self) -> dict[str, Stored]:
+        """Full names, shapes and dtypes of the tensors that belong to no quantized linear."""
+        out: dict[str, Stored] = {}
         for name in self.report["shards"]:
             with safe_open(self.folder / name, framework="pt") as f:
                 keys = set(f.keys())
                 packed = {n for n in (k.removesuffix(".weight_shape") for k in keys if k.endswith(".weight_shape")) if n in self.grids}
                 for key in sorted(keys):
                     if key.rpartition(".")[0] not in packed or not key.rpartition(".")[2].startswith("weight_"):
-                        out[key] = tuple(f.get_slice(key).get_shape())
+                        part = f.get_slice(key)
+                        out[key] = Stored(tuple(part.get_shape()), part.get_dtype())
         return out
 
     @cached_property

@@ -68,7 +68,8 @@ class Block:
         weights: every parameter by its name inside the block, in float32 (float64 if that is the compute dtype): methods
             reason in it whatever the forward pass runs in.
         compute: dtype of the forward pass.
-        stored: the dtype of the checkpoint, in which scales, norms and activation streams are kept.
+        stored: the dtype of most of the checkpoint's linears, in which scales and activation streams are kept.
+        dtypes: parameter -> dtype in the checkpoint, where it is not ``stored``.
         grids: linear -> grid.
         x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them; this rank's rows of them.
         target: the float block's output on ``x``, before anything was changed.
@@ -99,6 +100,7 @@ class Block:
     target: Tensor
     tuned_rows: int
     seed: int
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     readout: Callable[[Tensor], Tensor] | None = None
     announce: Announce = silent
     storage: Storage | None = None
@@ -254,6 +256,13 @@ class Block:
     def weight(self, linear: str) -> Tensor:
         """The (out, in) float weight of a linear."""
         return self.weights[f"{linear}.weight"]
+
+    def kept(self, name: str) -> Tensor:
+        """A parameter that is not coded as an artifact stores it: bit for bit as the checkpoint does, if no method has changed it."""
+        value = self.weights[name]
+        own = self.dtypes.get(name, self.stored)
+        exact = value.to(own)
+        return exact if own == self.stored or torch.equal(exact.to(value.dtype), value) else value.to(torch.promote_types(own, self.stored))
 
     def rewritten(self, changes: Mapping[str, Tensor]) -> Block:
         """The block with some parameters replaced.

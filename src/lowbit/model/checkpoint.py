@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,34 @@ from ..errors import LowbitError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_NAMED = "transformers_weights"  # config.json may say which file holds the weights
+_ADAPTER = "adapter_config.json"
+TEMPLATES = "additional_chat_templates/"  # where transformers saves chat templates that have names
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what lowbit quantizes, as safetensors names it
+_BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}  # whose names do not end in them
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a tensor lies in its file.
+
+    Attributes:
+        shape: its sizes. kind: its dtype as safetensors names it, such as "BF16".
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        bits = _BITS.get(self.kind) or int(self.kind.lstrip("BFUIC"))
+        return self.numel * bits // 8
 
 
 def config_at(path: Path) -> Any:
@@ -60,15 +89,39 @@ def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
         raise LowbitError(f"could not fetch '{name}' of '{model}' from the hub: {e}") from e
 
 
+def hub_files(model: str, revision: str | None = None) -> list[str]:
+    """Names of all files of a hub repository; without a network, of those that are cached.
+
+    Raises:
+        LowbitError: the repository does not exist or cannot be read.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        found = HfApi().model_info(model, revision=revision).siblings
+        return [f.rfilename for f in found or ()]
+    except (RepositoryNotFoundError, HFValidationError) as e:
+        raise LowbitError(f"'{model}' is neither a local folder nor a hub repository you can read.") from e
+    except Exception as e:  # of the hub, of the network, of offline mode: each has a family of its own
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            raise LowbitError(f"the files of '{model}' on the hub cannot be listed: {e}") from e
+        snapshot = Path(cached).parent
+        return [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
+
+
 class Checkpoint:
     """Read-only access to a model's tensors. Opens files when they are needed and keeps none in memory.
+
+    Reads the files that transformers reads: the one that config.json names, else model.safetensors, else the shards of the index.
 
     Args:
         model: a local folder or a hub repository id.
         revision: hub branch, tag or commit.
 
     Raises:
-        LowbitError: no such folder or repository, or no safetensors in it.
+        LowbitError: no such folder or repository, no safetensors in it, or an adapter that belongs to the weights.
     """
 
     def __init__(self, model: str | Path, revision: str | None = None) -> None:
@@ -80,22 +133,79 @@ class Checkpoint:
         if self.folder is None and (str(model).startswith((".", "/", "~")) or str(model).count("/") != 1):
             raise LowbitError(f"no such folder: '{model}'.")
         if self.file("config.json") is None:
+            self._refuse_adapter(alone=True)
             raise LowbitError(f"'{self.name}' has no config.json: is it a Hugging Face model folder?")
-        index = self.file(_INDEX)
-        if index is not None:
-            try:
-                self._where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as e:
-                raise LowbitError(f"{index} is not a readable safetensors index ({e}). Download it again.") from e
+        self.config_json = self._read_json("config.json")
+        self._refuse_adapter(alone=False)
+        self.shards = self._find_shards()
+        self._where: dict[str, str] = {}
+        for shard in self.shards:
+            with self._open(shard) as f:
+                for key in f.keys():  # noqa: SIM118
+                    if key in self._where:
+                        both = f"'{self._where[key]}' and '{shard}'"
+                        raise LowbitError(f"tensor '{key}' of '{self.name}' lies in {both}: remove the file that does not belong.")
+                    self._where[key] = shard
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.file(name)
+        assert path is not None  # the caller has found it
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as e:
+            raise LowbitError(f"{path} is not readable JSON ({e}). Download it again.") from e
+        if not isinstance(data, dict):
+            raise LowbitError(f"{path} does not hold a JSON object. Download it again.")
+        return data
+
+    def _refuse_adapter(self, alone: bool) -> None:
+        """Raise LowbitError if an adapter is there: transformers would add it to the weights, which it is not part of."""
+        path = self.file(_ADAPTER)
+        if path is None:
+            return
+        how = "merge it into the model first (peft: merge_and_unload, then save_pretrained)"
+        if not alone:
+            raise LowbitError(f"{path} says that an adapter belongs to these weights: {how}, or move the adapter's files away.")
+        base = self._read_json(_ADAPTER).get("base_model_name_or_path")
+        wanted = f"of '{base}'" if isinstance(base, str) and base else "of a base model that it does not name"
+        raise LowbitError(f"'{self.name}' holds an adapter {wanted} and no model ({path}): {how}.")
+
+    def _find_shards(self) -> tuple[str, ...]:
+        """Names of the files that hold the weights, by transformers' own rule."""
+        named = self.config_json.get(_NAMED)
+        if named is not None and (not isinstance(named, str) or ".." in Path(named).parts or Path(named).is_absolute()):
+            raise LowbitError(f"config.json of '{self.name}' has {_NAMED} = {named!r}, which is no file of this folder: remove the entry.")
+        for name in (_SINGLE, _INDEX) if named is None else (named,):
+            if self.file(name) is not None:
+                return self._listed(name) if name.endswith(".json") else (name,)
+        unreached = "" if self.folder else " (or none is cached, and the hub was not reached)"
+        wanted = f"neither {_SINGLE} nor {_INDEX}" if named is None else f"no '{named}', which its config.json names as {_NAMED}"
+        raise LowbitError(
+            f"'{self.name}' has {wanted}{unreached}. Only safetensors are read; convert other formats with transformers' save_pretrained."
+        )
+
+    def _listed(self, index: str) -> tuple[str, ...]:
+        where = self._read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
+            raise LowbitError(f"{self.file(index)} is not a readable safetensors index (no weight_map). Download it again.")
+        for shard in where.values():
+            if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                raise LowbitError(f"{self.file(index)} names the shard '{shard}', which is no file of this folder.")
+        return tuple(sorted(set(where.values())))
+
+    def files(self) -> list[str]:
+        """Names of all files at the top and of the named chat templates, sorted; other folders by their names, which end in "/".
+
+        Raises:
+            LowbitError: the hub cannot be reached.
+        """
+        if self.folder is not None:
+            names = {p.name + "/" * p.is_dir() for p in self.folder.iterdir()}
+            names |= {TEMPLATES + p.name for p in (self.folder / TEMPLATES).glob("*") if p.is_file()}
         else:
-            if self.file(_SINGLE) is None:
-                unreached = "" if self.folder else " (or neither is cached, and the hub was not reached)"
-                raise LowbitError(
-                    f"'{self.name}' has neither {_SINGLE} nor {_INDEX}{unreached}. Only safetensors are read; convert other formats with "
-                    "transformers' save_pretrained."
-                )
-            with self._open(_SINGLE) as f:
-                self._where = {key: _SINGLE for key in f.keys()}  # noqa: SIM118
+            listed = hub_files(self.name, self.revision)
+            names = {n if "/" not in n or n.startswith(TEMPLATES) else n.partition("/")[0] + "/" for n in listed}
+        return sorted(names - {TEMPLATES})
 
     def file(self, name: str) -> Path | None:
         """Path of one file of the model, fetched from the hub if need be; None if the model has no such file."""
@@ -107,7 +217,7 @@ class Checkpoint:
     def _open(self, shard: str) -> safe_open:
         path = self.file(shard)
         if path is None:
-            raise LowbitError(f"shard '{shard}' named by {_INDEX} is missing from '{self.name}'.")
+            raise LowbitError(f"'{shard}', which {_INDEX} names, is missing from '{self.name}'. Download it again, or remove a stale index.")
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as e:
@@ -120,34 +230,29 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype name of every tensor, read from the headers alone. Also finds missing and truncated shards."""
-        found: dict[str, tuple[tuple[int, ...], str]] = {}
-        for shard in sorted(set(self._where.values())):
+    def stored(self) -> dict[str, Stored]:
+        """Shape and dtype of every tensor by its name, read from the headers alone."""
+        found: dict[str, Stored] = {}
+        for shard in self.shards:
             with self._open(shard) as f:
-                held = set(f.keys())
-                for name in (n for n, s in self._where.items() if s == shard):
-                    if name not in held:
-                        raise LowbitError(f"tensor '{name}' is listed in {_INDEX} but not in shard '{shard}'.")
+                for name in f.keys():  # noqa: SIM118
                     part = f.get_slice(name)
-                    found[name] = (tuple(part.get_shape()), part.get_dtype())
+                    found[name] = Stored(tuple(part.get_shape()), part.get_dtype())
         return found
 
-    def digest(self) -> str:
-        """sha256 over every tensor's name, type, shape and first row: tells models apart without reading them whole."""
-        h = hashlib.sha256()
-        for shard in sorted(set(self._where.values())):
-            with self._open(shard) as f:
-                for name in sorted(n for n, s in self._where.items() if s == shard):
-                    part = f.get_slice(name)
-                    shape = part.get_shape()
-                    h.update(f"{name}{part.get_dtype()}{shape}".encode())
-                    row = part[:1] if shape else f.get_tensor(name)[None]
-                    h.update(row.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return h.hexdigest()
+    def rows(self, names: Iterable[str], start: int, stop: int) -> list[Tensor]:
+        """Some rows of matrices, in their stored dtypes."""
+        out = []
+        for name in names:
+            with self._open(self._where[name]) as f:
+                out.append(f.get_slice(name)[start:stop])
+        return out
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], *, finite: bool = True) -> dict[str, Tensor]:
         """Read tensors by name, in their stored dtype.
+
+        Args:
+            finite: refuse tensors that hold NaN or infinity.
 
         Raises:
             LowbitError: a tensor is missing, unreadable, or holds NaN or infinity (named).
@@ -165,7 +270,7 @@ class Checkpoint:
                         tensor = f.get_tensor(key)
                     except (SafetensorError, OSError) as e:
                         raise LowbitError(f"tensor '{key}' in shard '{shard}' of '{self.name}' cannot be read: {e}") from e
-                    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                    if finite and tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
                         bad = int((~torch.isfinite(tensor)).sum())
                         if bad:
                             raise LowbitError(

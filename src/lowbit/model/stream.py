@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import LowbitError
-from .checkpoint import Checkpoint, config_at
+from .checkpoint import FLOATS, Checkpoint, config_at
+from .intake import check_floats, check_source, dtype_of_most, without_quantization
 from .order import check_order, order_block, order_outer
+from .outer import Outer, check_stored, outer_of
 from .residual import Basis, basis_of, rotate_block, rotate_outer
+from .skeleton import build_skeleton
 from .storage import Storage
 from .wiring import Wiring, wiring_of
 
@@ -58,6 +61,16 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+def _code_remarks(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What a person should know of code that comes with a model."""
+    if not checkpoint.config_json.get("auto_map"):
+        return ()
+    return (
+        "the model brings code of its own (auto_map in config.json), which is carried along and was not run: what was quantized is "
+        "transformers' own class",
+    )
+
+
 def _submodule(root: nn.Module, path: str) -> nn.Module:
     return root.get_submodule(path)
 
@@ -79,13 +92,16 @@ class ModelStream:
         self, model: str | Path, device: torch.device | str = "cpu", compute: torch.dtype | None = None, revision: str | None = None
     ) -> None:
         self.checkpoint = Checkpoint(model, revision)
+        check_source(self.checkpoint)
+        self.stored = self.checkpoint.stored()
         self.config = load_config(self.checkpoint)
         self.wiring: Wiring = wiring_of(self.config)
         self.device = torch.device(device)
         self._build_skeleton()
-        shapes = self.checkpoint.shapes()
-        self._check_coverage(shapes)
-        self.dtype = self._stored_dtype(shapes)
+        leftover = self._check_blocks()
+        self.outer: Outer = outer_of(self.checkpoint, self.skeleton, self.stored, bool(getattr(self.config, "tie_word_embeddings", False)))
+        self.remarks: tuple[str, ...] = (*leftover, *self.outer.remarks, *_code_remarks(self.checkpoint))
+        self.dtype = dtype_of_most(self.stored, (f"{n}.weight" for n in self.linear_shapes()))
         self.compute = compute or (torch.float32 if self.device.type == "cpu" else self.dtype)
         self._fixed: dict[str, Tensor] | None = None
         self._basis: Basis | None = None
@@ -126,17 +142,22 @@ class ModelStream:
         out._order, out._fixed = order.cpu(), None
         return out
 
+    def artifact_config(self) -> dict[str, Any]:
+        """What an artifact's config.json says, but for its quantization: the original's, and what is true of the tensors written."""
+        said = without_quantization(self.checkpoint.config_json)
+        if getattr(self.config, "tie_word_embeddings", False) and not self.tied:
+            said["tie_word_embeddings"] = False
+        named = str(self.dtype).removeprefix("torch.")
+        keys = [k for k in ("dtype", "torch_dtype") if k in said] or ["dtype"]
+        return {**said, **dict.fromkeys(keys, named)}
+
     @property
-    def config_changes(self) -> dict[str, Any]:
-        """What an artifact's config.json must say differently from the original's."""
-        return {} if self._basis is None else {"tie_word_embeddings": False}
+    def tied(self) -> bool:
+        """The head and the embedding are one matrix, in the model as it is seen here."""
+        return self.outer.tied and self._basis is None
 
     def _build_skeleton(self) -> None:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            self.skeleton: Any = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
-        self.skeleton.eval()
+        self.skeleton: Any = build_skeleton(self.config, self.checkpoint.name, attn_implementation="sdpa")
         self._trunk: Any = _submodule(self.skeleton, self.wiring.trunk)
         self._blocks: list[nn.Module] = list(_submodule(self.skeleton, self.wiring.layers).children())
         self._recorders = [_Recorder() for _ in self._blocks]
@@ -150,7 +171,8 @@ class ModelStream:
                 with torch.no_grad():
                     self.skeleton._init_weights(module)
 
-    def _check_coverage(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    def _check_blocks(self) -> tuple[str, ...]:
+        """Refuse blocks that the wiring does not describe, or tensors that are missing, of other shapes or no floats; remarks."""
         block, known = self._blocks[0], set(self.wiring.linears)
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and name not in known:
@@ -158,21 +180,12 @@ class ModelStream:
         for name, parameter in block.named_parameters():
             if parameter.dim() > 2:
                 raise LowbitError(f"'{name}' is a {parameter.dim()}-D parameter (fused experts?), which is not supported; nothing was written.")
-        for i in range(len(self)):
-            for name, parameter in self._blocks[i].named_parameters():
-                full = f"{self.block_name(i)}.{name}"
-                if full not in shapes:
-                    raise LowbitError(f"tensor '{full}' is missing from '{self.checkpoint.name}': the checkpoint does not fit its config.json.")
-                if shapes[full][0] != tuple(parameter.shape):
-                    raise LowbitError(f"tensor '{full}' has shape {shapes[full][0]}, config.json wants {tuple(parameter.shape)}.")
-
-    def _stored_dtype(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> torch.dtype:
-        names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-        first = f"{self.block_name(0)}.{self.wiring.linears[0]}.weight"
-        found = shapes[first][1]
-        if found not in names:
-            raise LowbitError(f"tensor '{first}' is stored as {found}: start from a 16- or 32-bit float checkpoint, not a quantized one.")
-        return names[found]
+        inside = {f"{self.block_name(i)}.{n}": p.shape for i, b in enumerate(self._blocks) for n, p in b.named_parameters()}
+        outside = [n for n, _ in self.skeleton.named_parameters(remove_duplicate=False)]
+        remarks = check_floats(self.checkpoint, self.stored, (*inside, *outside), (f"{self.block_name(i)}." for i in range(len(self))))
+        for name, shape in inside.items():
+            check_stored(name, self.stored, shape, self.checkpoint.name)
+        return remarks
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -207,28 +220,39 @@ class ModelStream:
     def _ready(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)
 
-    def outer_names(self) -> list[str]:
-        """Names of the tensors outside the blocks that the checkpoint stores (embeddings, final norm, untied head)."""
-        own = [n for n, _ in self.skeleton.named_parameters(remove_duplicate=False)]
-        return [n for n in own if n in self.checkpoint]
+    def block_dtypes(self, i: int) -> dict[str, torch.dtype]:
+        """The dtypes in which the checkpoint stores a block's tensors, by their names inside the block."""
+        prefix = self.block_name(i) + "."
+        return {n: FLOATS[self.stored[prefix + n].kind] for n, _ in self._blocks[i].named_parameters()}
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the blocks as an artifact stores them: by name, in the checkpoint's dtypes."""
-        tensors = self.checkpoint.read(self.outer_names())
-        trunk, head = self.wiring.trunk, self._head_name()
+        names = self.outer.names
+        read = self.checkpoint.read(names.values())
+        tensors = {name: read[source] for name, source in names.items()}
+        trunk, head = self.wiring.trunk, self.outer.head
         norm = f"{trunk}.{self.wiring.final[0]}" if self.wiring.final else None
         embeddings = tuple(f"{trunk}.{n}.weight" for n in self.wiring.embeddings)
         if self._order is not None:
             return order_outer(tensors, embeddings, norm, head, self._order)
         if self._basis is None:
             return tensors
-        tensors.setdefault(head, tensors[self._embed_name()])
+        tensors.setdefault(head, tensors[self.outer.embedding])
         return rotate_outer(tensors, embeddings, norm, head, self.wiring.norm_offset, self._basis)
+
+    def copied_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the checkpoint that the model's class does not know, bit for bit as they are stored."""
+        return self.checkpoint.read(self.copied(), finite=False)
+
+    def copied(self) -> dict[str, str]:
+        """Names of these tensors -> why they are not quantized."""
+        used = {*self.outer.names.values(), *self.outer.left_out}
+        used |= {f"{self.block_name(i)}.{n}" for i, b in enumerate(self._blocks) for n, _ in b.named_parameters()}
+        return {n: "not a parameter of the model's class in transformers, copied bit for bit" for n in sorted(set(self.stored) - used)}
 
     def skipped_linears(self) -> dict[str, str]:
         """Linears outside the blocks, with the reason why they are not quantized."""
-        tied = getattr(self.config, "tie_word_embeddings", False) and self._basis is None
-        reason = "output head, kept in the model's dtype" + (" (tied to the embedding)" if tied else "")
+        reason = "output head, kept in the model's dtype" + (" (tied to the embedding)" if self.tied else "")
         head = self.skeleton.get_output_embeddings()
         return {
             name: reason if module is head else "outside the decoder blocks, kept in the model's dtype"
@@ -240,9 +264,7 @@ class ModelStream:
         """Everything outside the blocks, ready to compute, tied names included."""
         if self._fixed is None:
             held = {k: self._ready(v) for k, v in self.outer_tensors().items()}
-            head_name, embed_name = self._head_name(), self._embed_name()
-            if head_name not in held:
-                held[head_name] = held[embed_name]
+            held.setdefault(self.outer.head, held[self.outer.embedding])
             for name, buffer in self.skeleton.named_buffers():
                 held[name] = buffer.to(self.device)
             self._fixed = held
@@ -251,16 +273,6 @@ class ModelStream:
     def release(self) -> None:
         """Forget the tensors outside the blocks; they are read again when next needed."""
         self._fixed = None
-
-    def _name_of(self, module: nn.Module | None) -> str:
-        name: str = next(n for n, m in self.skeleton.named_modules() if m is module)
-        return name
-
-    def _head_name(self) -> str:
-        return self._name_of(self.skeleton.get_output_embeddings()) + ".weight"
-
-    def _embed_name(self) -> str:
-        return self._name_of(self.skeleton.get_input_embeddings()) + ".weight"
 
     def _under(self, prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) + 1 :]: v for k, v in self._outer().items() if k.startswith(prefix + ".")}
@@ -306,7 +318,7 @@ class ModelStream:
 
     def readout(self) -> Callable[[Tensor], Tensor]:
         """The last block's output (n, length, hidden) -> logits (n, length, vocab) float32; differentiable by its input."""
-        head = self._name_of(self.skeleton.get_output_embeddings())
+        head = self.outer.head.removesuffix(".weight")
         steps = [(_submodule(self._trunk, n), self._under(f"{self.wiring.trunk}.{n}")) for n in self.wiring.final]
         steps.append((self.skeleton.get_submodule(head), self._under(head)))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import LowbitError, unknown
+from ..errors import LowbitError
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,9 @@ def wiring_of(config: Any) -> Wiring:
             f"'{family}' is a mixture of experts: transformers keeps its experts as fused 3-D parameters, which are not "
             "supported yet. Nothing was written."
         )
-    if family not in FAMILIES:
-        raise unknown("model family", family, FAMILIES)
-    return FAMILIES[family](config)
+    if family not in FAMILIES:  # no guess at what was meant: the name is read from config.json
+        raise LowbitError(f"model family '{family}' is not supported; these are: {', '.join(sorted(FAMILIES))}.")
+    try:
+        return FAMILIES[family](config)
+    except (AttributeError, TypeError, ZeroDivisionError) as e:
+        raise LowbitError(f"config.json does not describe a '{family}' model: {type(e).__name__} {e}.") from e

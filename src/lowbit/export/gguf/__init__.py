@@ -15,7 +15,7 @@ from ...errors import LowbitError
 from ...formats import gguf
 from ...formats.ggml import BLOCKS, BlockType
 from ...grid import Affine, AffineParams, KQuant, KQuantParams, QTensor
-from ...model.checkpoint import config_at
+from ...model.checkpoint import Stored, config_at
 from ...proof import Verification, compare_logits
 from ..place import Place, place
 from ..source import Source
@@ -66,8 +66,7 @@ class _Export:
         self.config = config_at(source.folder / "config.json")
         self.architecture = Architecture.of(self.config)
         self.kinds = {n: chosen(source.grids[n], columns, asked, n) for n, (_, columns) in source.shapes.items()}
-        self.stored = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[source.dtype]
-        self.rest = (embeddings or self.stored).lower()
+        self.asked = None if embeddings is None else embeddings.lower()
         self.words = tokens.read(source.folder, self.config.vocab_size)
         self.remarks = [*self.architecture.remarks, *self.words.remarks]
         sizes: Counter[str] = Counter()
@@ -76,22 +75,25 @@ class _Export:
         self.most = BLOCKS[sizes.most_common(1)[0][0]]
         self.name = Path(source.report["model"]).resolve().name or "model"
         self.file = f"{self.name}-{self.most.name}.gguf"
+        self.others = {n: t for n, t in source.others().items() if n not in source.copied}
+        if source.copied:
+            self.remarks.append(f"{len(source.copied)} tensors that the model's class does not know are left out, for GGUF has no names for them")
         self.known: dict[str, dict[str, Any]] = {}
         self.outer: dict[str, dict[str, Any]] = {}
 
-    def _rest_of(self, shape: tuple[int, ...]) -> BlockType:
-        return BLOCKS["F32" if len(shape) == 1 else self.rest.upper()]
+    def _rest_of(self, kept: Stored) -> BlockType:
+        """The type of a tensor that is not quantized: vectors as llama.cpp wants them, matrices as they are stored or as asked for."""
+        return BLOCKS["F32" if len(kept.shape) == 1 else (self.asked or kept.kind).upper()]
 
     def _entries(self) -> list[gguf.Entry]:
-        others = self.source.others()
         found = [gguf.Entry(self.architecture.tensor(f"{n}.weight"), shape, self.kinds[n]) for n, shape in self.source.shapes.items()]
-        for full, shape in others.items():
-            kind = self._rest_of(shape)
-            if shape[-1] % kind.size:
+        for full, kept in self.others.items():
+            kind = self._rest_of(kept)
+            if kept.shape[-1] % kind.size:
                 raise LowbitError(
-                    f"'{full}' has rows of {shape[-1]} numbers, which blocks of {kind.name} do not divide: choose another type for --embeddings."
+                    f"'{full}' has rows of {kept.shape[-1]} numbers, which blocks of {kind.name} do not divide: choose another type for --embeddings."
                 )
-            found.append(gguf.Entry(self.architecture.tensor(full), shape, kind))
+            found.append(gguf.Entry(self.architecture.tensor(full), kept.shape, kind))
         if self.architecture.factors is not None:
             found.append(gguf.Entry("rope_freqs.weight", (len(self.architecture.factors),), BLOCKS["F32"]))
         return sorted(found, key=_place_in_file)
@@ -106,7 +108,8 @@ class _Export:
 
     def write(self, out: Path, python: str) -> Verification:
         entries = self._entries()
-        inexact = self.rest != self.stored or any("_K" in k.name and isinstance(self.source.grids[n], Affine) for n, k in self.kinds.items())
+        refitted = any("_K" in k.name and isinstance(self.source.grids[n], Affine) for n, k in self.kinds.items())
+        inexact = refitted or any(t.kind.lower() != (self.asked or t.kind.lower()) for t in self.others.values() if len(t.shape) > 1)
         ids = read_shard(self.source.folder / PROOF)["ids"]
         model = RoundedModel(self.config) if inexact or ids.shape[1] > self.architecture.context else None
         with place(self.source, out, carry=False) as made:
@@ -118,6 +121,7 @@ class _Export:
                 if self.architecture.factors is not None:
                     file.add("rope_freqs.weight", self.architecture.factors.view(torch.uint8))
             made.add_gguf(self.file)
+            made.leave_out(self.source.copied, "GGUF has no name for it")
             made.report["gguf"] = {
                 "file": self.file, "types": dict(Counter(k.name for k in self.kinds.values())), "outer": self.outer, "remarks": self.remarks,
                 "moved": None if model is None else self._prove(made, model),
@@ -141,12 +145,14 @@ class _Export:
                 }  # fmt: skip
                 yield full, kept
             for full, value in others.items():
+                if full not in self.others:
+                    continue
                 if value.dim() == 1:
                     order = self.architecture.rows(full, len(value))
                     vector = (value if order is None else value[order]).float().contiguous()
                     yield full, Held(vector.view(torch.uint8), vector.double, 0.0)
                     continue
-                kind, kept = rounded(value, self.rest, full)
+                kind, kept = rounded(value, self._rest_of(self.others[full]).name.lower(), full)
                 self.outer[full] = {"type": kind.name, "bytes": kept.rows.numel(), "relative_error": kept.extra}
                 yield full, kept
 

@@ -86,11 +86,20 @@ def read(folder: Path, vocab_size: int) -> Tokens:
     ids = own("a").input_ids
     metadata["tokenizer.ggml.add_bos_token"] = bool(ids) and own.bos_token_id is not None and ids[0] == own.bos_token_id
     metadata["tokenizer.ggml.add_eos_token"] = bool(ids) and own.eos_token_id is not None and ids[-1] == own.eos_token_id
-    template = own.chat_template
-    if isinstance(template, str):
-        metadata["tokenizer.chat_template"] = template
+    metadata |= _templates(own.chat_template)
     texts = _PLAIN_SAMPLES if remarks else SAMPLES
     return Tokens(metadata, {t: own(t).input_ids for t in texts}, tuple(remarks))
+
+
+def _templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:
+    """Chat templates under the keys that llama.cpp reads: the default one, and each that has a name under its own."""
+    if template is None or isinstance(template, str):
+        return {} if template is None else {"tokenizer.chat_template": template}
+    named = {"".join(c if c.isascii() and c.isalnum() else "_" for c in name): text for name, text in template.items() if name != "default"}
+    found: dict[str, Any] = {"tokenizer.chat_template": template["default"]} if "default" in template else {}
+    if named:
+        found["tokenizer.chat_templates"] = sorted(named)
+    return found | {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
 
 
 def _vocabulary(said: Mapping[str, Any], vocab_size: int, path: Path, sentence: bool) -> tuple[list[str], list[int]]:
