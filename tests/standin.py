@@ -54,7 +54,9 @@ class Hub:
             data = self.files.get(("/".join(parts[:2]), branch), {}).get("/".join(parts[4:]))
             return (404, {}) if data is None else (200, data)
         if method == "GET":
-            return (200, {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": []}) if self.known("/".join(parts[2:4])) else (404, {})
+            repo = "/".join(parts[2:4])
+            listed = [{"rfilename": path} for path in self.files.get((repo, "main"), ())]
+            return (200, {"id": repo, "sha": COMMIT, "siblings": listed}) if self.known(repo) else (404, {})
         if self.token is not None and bearer != f"Bearer {self.token}":
             return 401, {"error": "Invalid username or password."}
         if parts == ["api", "validate-yaml"]:

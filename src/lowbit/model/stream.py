@@ -100,7 +100,7 @@ class ModelStream:
         self._build_skeleton()
         leftover = self._check_blocks()
         self.outer: Outer = outer_of(self.checkpoint, self.skeleton, self.stored, bool(getattr(self.config, "tie_word_embeddings", False)))
-        self.remarks: tuple[str, ...] = (*leftover, *self.outer.remarks, *_code_remarks(self.checkpoint))
+        self._remarks: tuple[str, ...] = (*leftover, *self.outer.remarks, *_code_remarks(self.checkpoint))
         self.dtype = dtype_of_most(self.stored, (f"{n}.weight" for n in self.linear_shapes()))
         self.compute = compute or (torch.float32 if self.device.type == "cpu" else self.dtype)
         self._fixed: dict[str, Tensor] | None = None
@@ -150,6 +150,18 @@ class ModelStream:
         named = str(self.dtype).removeprefix("torch.")
         keys = [k for k in ("dtype", "torch_dtype") if k in said] or ["dtype"]
         return {**said, **dict.fromkeys(keys, named)}
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of the model as it is seen here."""
+        copied = self.copied()
+        if not copied or (self._basis is None and self._order is None):
+            return self._remarks
+        return (
+            *self._remarks,
+            f"the channels of the residual stream are no longer the original's, and tensors that are copied as they are ('{next(iter(copied))}') "
+            "may read it: leave the rotation or the order out if they are to be used",
+        )
 
     @property
     def tied(self) -> bool:
