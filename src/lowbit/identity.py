@@ -16,7 +16,7 @@ from .errors import LowbitError, VerificationError
 from .methods import OmniQuant, TesseraQ
 from .model.calibration import Rows
 from .model.checkpoint import Checkpoint
-from .model.files import source_files
+from .model.carried import source_files
 from .model.ranks import ALONE, Ranks
 from .model.stream import ModelStream
 from .proof import read_report

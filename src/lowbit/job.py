@@ -28,7 +28,7 @@ from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
 from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
-from .model.files import SourceFiles, source_files
+from .model.carried import SourceFiles, source_files
 from .model.parts import ran_out
 from .model.ranks import ALONE, Ranks
 from .model.storage import Storage
