@@ -361,7 +361,7 @@ class _Run:
             "lowbit": own_version, "run": self.place.run, "versions": versions(), "model": self.stream.checkpoint.name,
             **self.origin, "recipe": self.recipe.as_dict(), "format": self._format(), "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
-                            "sha256": self.rows.sha256},
+                            "sha256": self.rows.sha256, **({"conversations": self.rows.conversations} if self.rows.conversations else {})},
             "seed": self.seed, "ranks": self.ranks.size, "device": str(self.stream.device), "compute": str(self.stream.compute),
             "offload": asdict(self.offload), "hash": digest,
             "size": sizes(self.stream.checkpoint.shapes(), self.records), "quality": quality, "blocks": blocks,
