@@ -29,8 +29,8 @@ _MARKS = (  # the four bytes first: UTF-32's mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
 _KINDS = (  # what a file that is no text begins with, and what to do about it
-    (b"\x1f\x8b", "gzip data: name it .gz"), (b"BZh", "bzip2 data: name it .bz2"), (b"\xfd7zXZ", "xz data: name it .xz"),
-    (b"\x28\xb5\x2f\xfd", "zstd data: name it .zst"), (b"PAR1", "a Parquet table: name it .parquet"),
+    (b"\x1f\x8b", "gzip data: add .gz to its name"), (b"BZh", "bzip2 data: add .bz2 to its name"), (b"\xfd7zXZ", "xz data: add .xz to its name"),
+    (b"\x28\xb5\x2f\xfd", "zstd data: add .zst to its name"), (b"PAR1", "a Parquet table: add .parquet to its name"),
     (b"PK\x03\x04", "a zip archive: unpack it"), (b"%PDF", "a PDF: extract its text"),
 )  # fmt: skip
 _POINTER = b"version https://git-lfs"
@@ -119,17 +119,17 @@ def _decoded(path: Path, raw: bytes) -> str:
     """UTF-8 with or without its mark, UTF-16 and UTF-32 with theirs."""
     encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8-sig")
     known = next((kind for start, kind in _KINDS if raw.startswith(start)), None)
+    unmarked = encoding == "utf-8-sig"
     try:
-        text = raw.decode(encoding)
+        text = "\0" if unmarked and b"\0" in raw else raw.decode(encoding)
     except UnicodeDecodeError as e:
         if known:
             raise LowbitError(f"'{path}' is {known}.") from e
-        named = "UTF-8" if encoding == "utf-8-sig" else f"the {encoding.upper()}"
-        rest = "" if encoding == "utf-8-sig" else " that its mark announces"
-        raise LowbitError(f"'{path}' is not {named} text{rest} (byte {e.start}). Convert it first.") from e
+        meant = "UTF-8 text" if unmarked else f"the {encoding.upper()} text that its mark announces"
+        raise LowbitError(f"'{path}' is not {meant} (byte {e.start}). Convert it first.") from e
     if "\0" in text:
-        more = known or "binary data, or UTF-16 or UTF-32 without its mark: convert it to UTF-8 text first (iconv -t UTF-8)"
-        raise LowbitError(f"'{path}' holds NUL characters, so it is {more}.")
+        unclear = "binary data, or UTF-16 or UTF-32 without its mark: convert it to UTF-8 text first (iconv -t UTF-8)"
+        raise LowbitError(f"'{path}' is {known}." if known else f"'{path}' holds NUL bytes: it is {unclear}.")
     return text
 
 

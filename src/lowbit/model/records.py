@@ -106,7 +106,8 @@ def columns_of(there: Iterable[str], what: str) -> list[str]:
 
 def names(record: Mapping[str, Any]) -> str:
     """The fields of a record, for a sentence."""
-    return f"the fields {', '.join(_shown(record))}" if record else "no fields"
+    held = _shown(f"{name} (null)" if value is None else name for name, value in record.items())
+    return f"the fields {', '.join(held)}" if held else "no fields"
 
 
 def _shown(fields: Iterable[Any]) -> list[str]:
@@ -158,7 +159,7 @@ def _objects(value: Any, where: str, name: str) -> list[dict[str, Any]]:
         raise LowbitError(f"{where}: field '{name}' is {_kind(value)}, not a list of objects.")
     for n, item in enumerate(value, 1):
         if not isinstance(item, dict):
-            raise LowbitError(f"{where}, {name} {n} is {_kind(item)}, not an object.")
+            raise LowbitError(f"{where}, '{name}' item {n} is {_kind(item)}, not an object.")
     return value
 
 
@@ -175,7 +176,7 @@ def _turns(record: Mapping[str, Any], name: str, role: str, where: str) -> list[
 
 
 def _messages(value: Any, where: str, name: str) -> list[Message]:
-    return [_message(item, f"{where}, {name} {n}") for n, item in enumerate(_objects(value, where, name), 1)]
+    return [_message(item, f"{where}, '{name}' item {n}") for n, item in enumerate(_objects(value, where, name), 1)]
 
 
 def _message(item: dict[str, Any], where: str) -> Message:
@@ -197,7 +198,7 @@ def _message(item: dict[str, Any], where: str) -> Message:
     content = item.get(key)
     if content is None:
         if not calls:
-            raise LowbitError(f"{where} has neither a '{key}' nor tool calls; it has {names(item)}.")
+            raise LowbitError(f"{where} has no text in '{key}' and no tool calls; it has {names(item)}.")
         content = ""
     return {"role": role, "content": _content(content, where), **rest}
 
