@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,28 @@ def test_tables_hold_conversations_as_well(tmp_path: Path) -> None:
     assert all(isinstance(d, Conversation) for d in (first, second, row))
     assert first.messages == row.messages == (USER, ANSWER) and second.messages[1]["name"] == "x"
     assert second.where == f"{tmp_path / 'a.parquet'}, row 2"
+
+
+def test_hub_data_sets_hold_conversations_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table:
+        column_names = ("id", "messages")
+
+        def select_columns(self, names: list[str]) -> Table:
+            assert names == ["messages"]
+            return self
+
+        def __getitem__(self, at: slice) -> dict[str, list[Any]]:
+            return {"messages": [[USER, {**ANSWER, "tool_calls": None}], [{"role": "user", "content": None}]][at]}
+
+    fake = types.ModuleType("datasets")
+    monkeypatch.setattr(fake, "load_dataset", lambda *a, **k: Table(), raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(LowbitError) as e:
+        documents("owner/name", "train")
+    assert str(e.value).startswith("dataset 'owner/name' (split train), row 2, 'messages' item 1 has no text")
+    monkeypatch.setattr(Table, "__getitem__", lambda self, at: {"messages": [[USER, {**ANSWER, "tool_calls": None}]]})
+    (found,) = documents("owner/name", "train")
+    assert isinstance(found, Conversation) and found.messages == (USER, ANSWER)
 
 
 # --- the template ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from typing import Any
 from ..errors import LowbitError
 from .records import Conversation, Document
 
-_AT_ONCE = 64  # documents a tokenizer call: enough to keep its threads busy, few enough to stop early
+_AT_ONCE = (
+    64  # documents a tokenizer call: enough to keep its threads busy, few enough to stop early
+)
 
 
 def token_ids(tokenizer: Any, documents: Sequence[Document]) -> Iterator[list[int]]:
@@ -41,10 +43,14 @@ def written(conversation: Conversation, tokenizer: Any) -> str:
         )
     tools = list(conversation.tools) or None
     try:
-        text = tokenizer.apply_chat_template(list(conversation.messages), tools=tools, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            list(conversation.messages), tools=tools, tokenize=False
+        )
     except Exception as e:  # templates are programs: they refuse, and fail, in ways of their own
         reason = next(iter(str(e).splitlines()), "").rstrip(".") or type(e).__name__
-        raise LowbitError(f"{where}: the model's chat template does not take it ({reason}). Repair or drop it.") from e
+        raise LowbitError(
+            f"{where}: the model's chat template does not take it ({reason}). Repair or drop it."
+        ) from e
     lost = next((n for n in _functions(conversation) if n not in text), None)
     if lost is not None:
         raise LowbitError(

@@ -73,7 +73,9 @@ def read_records(path: Path) -> Records:
         raise LowbitError(f"'{path}' is an archive: unpack it and give the folder.")
     if kind == ".parquet":
         if packed:
-            raise LowbitError(f"'{path}' is a compressed Parquet file: unpack it first (Parquet compresses its columns itself).")
+            raise LowbitError(
+                f"'{path}' is a compressed Parquet file: unpack it first (Parquet compresses its columns itself)."
+            )
         return _parquet(path)
     text = _decoded(path, _bytes(path, packed))
     if kind in _TABLES:
@@ -91,15 +93,17 @@ def _kind(path: Path) -> tuple[str, str]:
 
 
 def _needs_arrow(path: Path) -> LowbitError:
-    return LowbitError(f"'{path}' is read through pyarrow: pip install 'lowbit[eval]', or give a .txt or .jsonl file.")
+    return LowbitError(
+        f"'{path}' is read through pyarrow: pip install 'lowbit[eval]', or give a .txt or .jsonl file."
+    )
 
 
 def _bytes(path: Path, packed: str) -> bytes:
     try:
+        check_fetched(path)
         raw = path.read_bytes()
     except OSError as e:
         raise LowbitError(f"'{path}' cannot be read: {e.strerror}.") from e
-    _check_fetched(raw, path)
     if not packed:
         return raw
     try:
@@ -107,12 +111,24 @@ def _bytes(path: Path, packed: str) -> bytes:
     except ImportError as e:
         raise _needs_arrow(path) from e
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
-        raise LowbitError(f"'{path}' cannot be unpacked ({e}). Is it a whole {packed} file? Make or download it again.") from e
+        raise LowbitError(
+            f"'{path}' cannot be unpacked ({e}). Is it a whole {packed} file? Make or download it again."
+        ) from e
 
 
-def _check_fetched(raw: bytes, path: Path) -> None:
-    if raw.startswith(_POINTER):
-        raise LowbitError(f"'{path}' is a git-lfs pointer, not the file itself: run 'git lfs pull' in its folder.")
+def check_fetched(path: Path) -> None:
+    """Refuse what git-lfs leaves in place of a file that was not fetched: it reads like a text.
+
+    Raises:
+        LowbitError: the file is such a pointer.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as f:
+        if f.read(len(_POINTER)) == _POINTER:
+            raise LowbitError(
+                f"'{path}' is a git-lfs pointer, not the file itself: run 'git lfs pull' in its folder, "
+                "or download it again."
+            )
 
 
 def _decoded(path: Path, raw: bytes) -> str:
@@ -129,7 +145,9 @@ def _decoded(path: Path, raw: bytes) -> str:
         raise LowbitError(f"'{path}' is not {meant} (byte {e.start}). Convert it first.") from e
     if "\0" in text:
         unclear = "binary data, or UTF-16 or UTF-32 without its mark: convert it to UTF-8 text first (iconv -t UTF-8)"
-        raise LowbitError(f"'{path}' is {known}." if known else f"'{path}' holds NUL bytes: it is {unclear}.")
+        raise LowbitError(
+            f"'{path}' is {known}." if known else f"'{path}' holds NUL bytes: it is {unclear}."
+        )
     return text
 
 
@@ -154,7 +172,9 @@ def _json(text: str, path: Path) -> Records:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as e:
-        if e.msg == "Extra data" and e.lineno > 1:  # one value has ended and another begins: an object a line
+        if (
+            e.msg == "Extra data" and e.lineno > 1
+        ):  # one value has ended and another begins: an object a line
             return _lines(text, path)
         raise LowbitError(f"{path} is not valid JSON: {e}.") from e
     except (ValueError, RecursionError) as e:
@@ -185,7 +205,9 @@ def _table(text: str, separator: str, path: Path) -> list[tuple[Any, str]]:
             for n, row in enumerate(reader, 1):
                 where = f"{path}, row {n}"
                 if None in row:
-                    raise LowbitError(f"{where} (line {reader.line_num}) has more fields than the first line names. Quote its texts.")
+                    raise LowbitError(
+                        f"{where} (line {reader.line_num}) has more fields than the first line names. Quote its texts."
+                    )
                 out.append(({k: row[k] for k in columns}, where))
         except csv.Error as e:
             raise LowbitError(f"{path}, line {reader.line_num} is not a table's row: {e}.") from e
@@ -199,8 +221,7 @@ def _parquet(path: Path) -> Records:
         raise _needs_arrow(path) from e
     n = 0
     try:
-        with path.open("rb") as f:
-            _check_fetched(f.read(len(_POINTER)), path)
+        check_fetched(path)
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = columns_of(file.schema_arrow.names, f"'{path}'")
             for batch in file.iter_batches(columns=columns):

@@ -9,7 +9,10 @@ from pathlib import Path
 from .files import is_data
 from .stdlib import Split
 
-SIDES: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("test", "validation", "train")}  # the first that there is
+SIDES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "eval": ("test", "validation", "train"),
+}  # the first that there is
 
 _WORDS = {
     "train": ("train", "training"),
@@ -19,7 +22,13 @@ _WORDS = {
 _APART = r"[-._ 0-9]"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _ABOUT = ("readme", "license", "licence", "notice", "requirements")  # by their names without suffix
-_DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_DESCRIPTIONS = (
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)
 
 
 def folder_files(folder: Path, split: Split) -> list[Path]:
@@ -32,9 +41,17 @@ def folder_files(folder: Path, split: Split) -> list[Path]:
     """
     if _describes_itself(folder):
         return []
-    found = [p for p in sorted(folder.rglob("*"), key=str) if p.is_file() and _is_meant(p.relative_to(folder))]
+    found = [
+        p
+        for p in sorted(folder.rglob("*"), key=str)
+        if p.is_file() and _is_meant(p.relative_to(folder))
+    ]
     shards = [p for p in found if p.parent == folder / "data" and _SHARD.search(p.name)]
-    named = [(shards, _in_name), (found, _in_folders), (found, _in_name)] if shards else [(found, _in_folders), (found, _in_name)]
+    named = (
+        [(shards, _in_name), (found, _in_folders), (found, _in_name)]
+        if shards
+        else [(found, _in_folders), (found, _in_name)]
+    )
     for files, rule in named:
         sides = {side: _ordered(files, folder, words, rule) for side, words in _WORDS.items()}
         if any(sides.values()):
@@ -56,11 +73,17 @@ def _is_meant(path: Path) -> bool:
     return is_data(path) and path.name.split(".")[0].lower() not in _ABOUT
 
 
-def _ordered(files: list[Path], folder: Path, words: tuple[str, ...], rule: Callable[[Path, str], int | None]) -> list[Path]:
+def _ordered(
+    files: list[Path], folder: Path, words: tuple[str, ...], rule: Callable[[Path, str], int | None]
+) -> list[Path]:
     """The files that a rule finds one of the words in: by the word and where it stands, then by name."""
     ranked: list[tuple[int, int, str]] = []
     for path in files:
-        hits = [(n, at) for n, word in enumerate(words) if (at := rule(path.relative_to(folder), word)) is not None]
+        hits = [
+            (n, at)
+            for n, word in enumerate(words)
+            if (at := rule(path.relative_to(folder), word)) is not None
+        ]
         if hits:
             ranked.append((*min(hits), str(path)))
     return [Path(name) for _, _, name in sorted(ranked)]
@@ -74,4 +97,11 @@ def _in_name(path: Path, word: str) -> int | None:
 
 def _in_folders(path: Path, word: str) -> int | None:
     forms = (rf"{word}", rf"{word}{_APART}.*", rf".*{_APART}{word}", rf".*{_APART}{word}{_APART}.*")
-    return next((n for n, form in enumerate(forms) if any(re.fullmatch(form, part) for part in path.parts[:-1])), None)
+    return next(
+        (
+            n
+            for n, form in enumerate(forms)
+            if any(re.fullmatch(form, part) for part in path.parts[:-1])
+        ),
+        None,
+    )

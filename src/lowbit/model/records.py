@@ -33,9 +33,7 @@ Document = str | Conversation
 _CHATS = ("messages", "conversations", "conversation")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
 _BESIDE = ("input", "system", "tools")  # read where they are, besides the fields of a form
-_CONVERSATION = (
-    "'messages', 'conversations', 'prompt' with 'completion' or 'response', or 'instruction' with 'output'"
-)
+_CONVERSATION = "'messages', 'conversations', 'prompt' with 'completion' or 'response', or 'instruction' with 'output'"
 # ShareGPT's names, and those of its relatives.
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
@@ -70,7 +68,9 @@ def document(record: Any, where: str) -> Document:
             return _conversation(record, _messages(record[name], where, name), where)
     for asked, answered in _PAIRS:
         if record.get(asked) is not None and record.get(answered) is not None:
-            turns = _turns(record, asked, "user", where) + _turns(record, answered, "assistant", where)
+            turns = _turns(record, asked, "user", where) + _turns(
+                record, answered, "assistant", where
+            )
             return _conversation(record, turns, where)
     if "text" in record:  # an empty cell of a table
         return ""
@@ -154,7 +154,9 @@ def _objects(value: Any, where: str, name: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
-            raise LowbitError(f"{where}: field '{name}' is a text that is not a list in JSON: {e}.") from e
+            raise LowbitError(
+                f"{where}: field '{name}' is a text that is not a list in JSON: {e}."
+            ) from e
     if not isinstance(value, list):
         raise LowbitError(f"{where}: field '{name}' is {_kind(value)}, not a list of objects.")
     for n, item in enumerate(value, 1):
@@ -168,7 +170,9 @@ def _turns(record: Mapping[str, Any], name: str, role: str, where: str) -> list[
     if isinstance(value, list):
         return _messages(value, where, name)
     if not isinstance(value, str):
-        raise LowbitError(f"{where}: field '{name}' is {_kind(value)}, not a text or a list of messages.")
+        raise LowbitError(
+            f"{where}: field '{name}' is {_kind(value)}, not a text or a list of messages."
+        )
     more = record.get("input") if name == "instruction" else None
     if isinstance(more, str) and more.strip():
         value = f"{value}\n\n{more}"
@@ -176,29 +180,42 @@ def _turns(record: Mapping[str, Any], name: str, role: str, where: str) -> list[
 
 
 def _messages(value: Any, where: str, name: str) -> list[Message]:
-    return [_message(item, f"{where}, '{name}' item {n}") for n, item in enumerate(_objects(value, where, name), 1)]
+    return [
+        _message(item, f"{where}, '{name}' item {n}")
+        for n, item in enumerate(_objects(value, where, name), 1)
+    ]
 
 
 def _message(item: dict[str, Any], where: str) -> Message:
     if item.get("role") is not None:
         role, key = item["role"], "content"
         if not isinstance(role, str) or not role:
-            raise LowbitError(f"{where}: its 'role' is {_kind(role)}, not a name such as user or assistant.")
+            raise LowbitError(
+                f"{where}: its 'role' is {_kind(role)}, not a name such as user or assistant."
+            )
     elif item.get("from") is not None:
         role, key = _ROLES.get(str(item["from"]), ""), "value"
         if not role:
             raise LowbitError(f"{where} is from '{item['from']}': known are {', '.join(_ROLES)}.")
     else:
-        raise LowbitError(f"{where}: expected 'role' and 'content' or 'from' and 'value'; it has {names(item)}.")
+        raise LowbitError(
+            f"{where}: expected 'role' and 'content' or 'from' and 'value'; it has {names(item)}."
+        )
     # Tables fill in null for what a message of other messages' shape lacks; templates would print it.
-    rest = {k: v for k, v in item.items() if v is not None and k not in ("role", "content", "from", "value")}
+    rest = {
+        k: v
+        for k, v in item.items()
+        if v is not None and k not in ("role", "content", "from", "value")
+    }
     calls = rest.get("tool_calls")
     if calls:
         rest["tool_calls"] = [_call(c, where) for c in _objects(calls, where, "tool_calls")]
     content = item.get(key)
     if content is None:
         if not calls:
-            raise LowbitError(f"{where} has no text in '{key}' and no tool calls; it has {names(item)}.")
+            raise LowbitError(
+                f"{where} has no text in '{key}' and no tool calls; it has {names(item)}."
+            )
         content = ""
     return {"role": role, "content": _content(content, where), **rest}
 
@@ -207,7 +224,9 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, str):
         return _text(value, where)
     if not isinstance(value, list):
-        raise LowbitError(f"{where}: its content is {_kind(value)}, not a text or a list of parts with texts.")
+        raise LowbitError(
+            f"{where}: its content is {_kind(value)}, not a text or a list of parts with texts."
+        )
     return "".join(_part(part, where) for part in value)
 
 
@@ -232,5 +251,7 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         parsed = {**function, "arguments": json.loads(given) if given.strip() else {}}
     except (ValueError, RecursionError) as e:
-        raise LowbitError(f"{where}: the arguments of '{function['name']}' are not valid JSON: {e}.") from e
+        raise LowbitError(
+            f"{where}: the arguments of '{function['name']}' are not valid JSON: {e}."
+        ) from e
     return {**call, "function": parsed} if "function" in call else parsed

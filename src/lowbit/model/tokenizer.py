@@ -9,10 +9,15 @@ from typing import Any
 
 from ..errors import LowbitError
 from .checkpoint import Checkpoint
+from .files import check_fetched
 
-_CHOSEN = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")  # one of them must be there
+_CHOSEN = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+)  # one of them must be there
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
-_POINTER = b"version https://git-lfs"
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -38,36 +43,38 @@ def tokenizer_at(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    for name in (*_CHOSEN, *_BESIDE):
-        _check_fetched(folder / name)
     try:
+        for path in _files(folder):
+            check_fetched(path)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("a")  # some are found to be broken only when they are used
+    except LowbitError:
+        raise
     except BaseException as e:
-        # Each tokenizer class fails in ways of its own, and a panic of the Rust library is no Exception.
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+        if not _failed(e):
             raise
         raise _refusal(folder, e) from e
     return tokenizer
 
 
-def _check_fetched(path: Path) -> None:
-    """Refuse what git-lfs leaves in place of a file; transformers takes it for the file's content."""
-    if path.is_file():
-        with path.open("rb") as f:
-            if f.read(len(_POINTER)) == _POINTER:
-                raise LowbitError(
-                    f"'{path}' is a git-lfs pointer, not the file itself: run 'git lfs pull' in its folder, or download it again."
-                )
+def _files(folder: Path) -> list[Path]:
+    return [folder / n for n in (*_CHOSEN, *_BESIDE) if (folder / n).is_file()]
+
+
+def _failed(e: BaseException) -> bool:
+    """Whether the tokenizer is at fault: a panic of the Rust library is no Exception, nor is Ctrl-C."""
+    return isinstance(e, Exception) or type(e).__name__ == "PanicException"
 
 
 def _refusal(folder: Path, failure: BaseException) -> LowbitError:
     """Why a folder gave no tokenizer: a file that cannot be read, else what transformers says of the likeliest one."""
-    there = [folder / n for n in (*_CHOSEN, *_BESIDE) if (folder / n).is_file()]
+    there = _files(folder)
     for path in there:
         wrong = _unreadable(path)
         if wrong:
-            return LowbitError(f"'{path}' {wrong}. It may be cut short or overwritten: copy or download it again.")
+            return LowbitError(
+                f"'{path}' {wrong}. It may be cut short or overwritten: copy or download it again."
+            )
     reason = (next(iter(str(failure).splitlines()), "") or type(failure).__name__).rstrip(". :")
     whole = folder / "tokenizer.json"
     if whole not in there:
@@ -84,7 +91,9 @@ def _refusal(folder: Path, failure: BaseException) -> LowbitError:
             "newer kind: pip install -U tokenizers transformers."
         )
     blamed = there[0]  # tokenizer_config.json where there is one
-    return LowbitError(f"transformers cannot load the tokenizer that '{blamed}' describes: {reason}. Compare it with the original's.")
+    return LowbitError(
+        f"transformers cannot load the tokenizer that '{blamed}' describes: {reason}. Compare it with the original's."
+    )
 
 
 def _unreadable(path: Path) -> str | None:
@@ -111,7 +120,7 @@ def _broken(path: Path) -> str | None:
     try:
         Tokenizer.from_file(str(path)).encode("a")
     except BaseException as e:
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+        if not _failed(e):
             raise
         return next(iter(str(e).splitlines()), "") or type(e).__name__
     return None
