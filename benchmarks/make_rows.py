@@ -2,7 +2,7 @@
 
     python benchmarks/make_rows.py MODEL TEXT CALIBRATION EVALUATION LENGTH OUT.json [SKIP]
 
-TEXT is a file (.txt, or .json/.jsonl with one document per entry: each gets its BOS) or "stdlib". Documents follow one another
+TEXT is a file (.txt, or .json/.jsonl with one document per entry: each gets what the tokenizer begins it with) or "stdlib". Documents follow one another
 in one stream of tokens; the first CALIBRATION rows of LENGTH tokens are for tuning, the last EVALUATION rows for judging.
 With SKIP, the last SKIP rows are left out first: choose between settings on one set, report on another. OUT.calib.txt gets the text of the first rows.
 """

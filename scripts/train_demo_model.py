@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowbit.model.stdlib import stdlib_files
@@ -34,6 +34,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
         vocab_size=vocab, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tok.train_from_iterator(texts, trainer)
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -56,10 +57,8 @@ def main() -> None:
     own = [text for _, text in stdlib_files("train")]
     extra = [text for name, text in stdlib_files("train", with_tests=True) if "test" in name]
     tokenizer = train_tokenizer(own, args.vocab)
-    bos = tokenizer.bos_token_id
-    encode = lambda t: [bos, *tokenizer(t, add_special_tokens=False)["input_ids"]]  # noqa: E731
     # Tests are half of the library's text but a tenth of its style: once per epoch, the rest twice.
-    ids = torch.tensor([i for t in (*own, *own, *extra) for i in encode(t)], dtype=torch.int64)
+    ids = torch.tensor([i for t in (*own, *own, *extra) for i in tokenizer(t)["input_ids"]], dtype=torch.int64)
     print(f"{len(own)}+{len(extra)} files, {len(ids) / 1e6:.2f}M tokens in the mixed stream", flush=True)
 
     config = LlamaConfig(
@@ -109,7 +108,7 @@ def main() -> None:
         return
 
     model.eval()
-    held = torch.tensor([i for _, t in stdlib_files("eval") for i in encode(t)])
+    held = torch.tensor([i for _, t in stdlib_files("eval") for i in tokenizer(t)["input_ids"]])
     rows = held[: len(held) // LENGTH * LENGTH].view(-1, LENGTH)[:200]
     with torch.no_grad():
         nll = sum(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_tokenizer
+from tokenizers import processors
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -78,14 +79,43 @@ def test_rows_are_distinct_cuts_of_the_joined_documents(tmp_path: Path, tokenize
     assert drawn | held <= pool
 
 
-def test_every_document_brings_its_bos_if_there_is_one(tmp_path: Path, tokenizer: Any) -> None:
+def test_every_document_brings_its_bos(tmp_path: Path, tokenizer: Any) -> None:
     texts = [prose("a", 30), prose("b", 30), prose("c", 30)]
     source = jsonl(tmp_path / "a.jsonl", texts)
     count = len(stream(tokenizer, texts)) // 8
     assert int((draw_rows(Calibration(source, count, 8), tokenizer, 0).calibration == BOS).sum()) == 3
+
+
+def knows_bos_and_adds_none() -> Any:
     bare = tiny_tokenizer(bos=False)
-    count = sum(len(bare.encode(t)) for t in texts) // 8
-    assert not (draw_rows(Calibration(source, count, 8), bare, 0).calibration <= 2).any()
+    bare.bos_token, bare.eos_token = "<s>", "</s>"
+    return bare
+
+
+def adds_eos_too() -> Any:
+    own = tiny_tokenizer()
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return own
+
+
+@pytest.mark.parametrize(
+    ("make", "first", "last"),
+    [(tiny_tokenizer, [BOS], []), (lambda: tiny_tokenizer(bos=False), [], []), (knows_bos_and_adds_none, [], []), (adds_eos_too, [BOS], [2])],
+)
+def test_documents_have_the_special_tokens_that_the_tokenizer_gives_them(
+    tmp_path: Path, make: Callable[[], Any], first: list[int], last: list[int]
+) -> None:
+    own = make()
+    for texts in ([prose("a", 30)], [prose("a", 30), prose("b", 30), prose("c", 30)]):
+        source = jsonl(tmp_path / "a.jsonl", texts)
+        tokens = [i for t in texts for i in (*first, *own.encode(t, add_special_tokens=False), *last)]
+        expected = windows_of(tokens, 8)
+        assert evaluation_windows(source, own, 8).tolist() == expected
+        drawn = draw_rows(Calibration(source, len(expected), 8), own, 0)
+        assert as_set(drawn.calibration) == {tuple(w) for w in expected}
+        assert drawn.tokens_available == len(tokens)
 
 
 @pytest.mark.parametrize("held_out", [0, 1, 16])

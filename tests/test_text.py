@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import csv
 import gzip
 import json
+import lzma
 import sys
 import types
 from collections.abc import Callable
@@ -13,6 +17,7 @@ from typing import Any
 import pytest
 
 from lowbit.errors import LowbitError
+from lowbit.model.folders import SIDES, folder_files
 from lowbit.model.text import CORPORA, documents, named_documents
 
 
@@ -43,6 +48,24 @@ def write(path: Path, content: str | bytes) -> Path:
         ("A.JSONL", '{"text": "upper"}', ["upper"]),
         ("unicode.jsonl", '{"text": "ein\u2028Satz \x85 \u00fc"}\n', ["ein\u2028Satz \x85 \u00fc"]),
         ("pair.jsonl", '"\\ud83d\\ude00"', ["\U0001f600"]),
+        ("a.ndjson", '{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ("lines.json", '{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ("one.json", '{"text": "a"}', ["a"]),
+        ("null.jsonl", '{"text": null}\n{"text": "b"}', ["b"]),
+        ("a.csv", 'id,text\n1,"one, ""two""\nthree"\n2,\n3,NA\n', ['one, "two"\nthree', "NA"]),
+        ("crlf.csv", b'text\r\n"one\r\ntwo"\r\n', ["one\r\ntwo"]),
+        ("long.csv", f"text\n{'x' * 200_000}\n", ["x" * 200_000]),
+        ("a.tsv", "id\ttext\n1\tone, two\n", ["one, two"]),
+        ("u16.txt", "größer".encode("utf-16"), ["größer"]),
+        ("u16be.jsonl", codecs.BOM_UTF16_BE + '{"text": "größer"}'.encode("utf-16-be"), ["größer"]),
+        ("u32.csv", "text\ngrößer\n".encode("utf-32"), ["größer"]),
+        ("u32be.json", codecs.BOM_UTF32_BE + '["größer"]'.encode("utf-32-be"), ["größer"]),
+        ("a.txt.gz", gzip.compress(b"whole\n"), ["whole\n"]),
+        ("a.gz", gzip.compress(b"whole"), ["whole"]),
+        ("a.jsonl.gz", gzip.compress(b'"one"\n') + gzip.compress(b'"two"\n'), ["one", "two"]),
+        ("a.json.bz2", bz2.compress(b'["one", "two"]'), ["one", "two"]),
+        ("a.csv.xz", lzma.compress(b"text\none\n"), ["one"]),
+        ("A.NDJSON.XZ", lzma.compress(b'"one"\n'), ["one"]),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -66,13 +89,68 @@ def test_a_file_gives_its_documents_on_both_sides(tmp_path: Path, name: str, con
         ("null.jsonl", "null\n", "null.jsonl, line 1: expected a text"),
         ("broken.json", '["a", ', "broken.json is not valid JSON"),
         ("deep.json", "[" * 200_000, "deep.json is not valid JSON"),
-        ("object.json", '{"text": "a"}', "must hold a list"),
+        ("object.json", '{"version": 1, "data": [{"text": "a"}]}', "it has the fields version, data."),
+        ("value.json", "3", "must hold a list"),
         ("nofield.json", '["a", {"content": "b"}]', "nofield.json, item 2: expected a text"),
+        ("found.jsonl", '{"question": "a", "answer": null}', "it has the fields question, answer (null)."),
+        ("number2.jsonl", '{"text": 3}\n', "its 'text' is a number."),
+        ("nofield.csv", "question,answer\na,b\n", "nofield.csv' has no field 'text' (it has question, answer), nor those of a conversation"),
+        ("headless.csv", f"{'x' * 100},b\n", f"(it has {'x' * 37}..., b)"),
+        ("ragged.csv", "id,text\n1,one, two\n", "ragged.csv, row 1 (line 2) has more fields than the first line names"),
+        ("empty.csv", "", "holds no text"),
+        ("rowless.tsv", "id\ttext\n", "holds no text"),
+        ("broken.json.gz", gzip.compress(b'["a", '), "broken.json.gz is not valid JSON"),
+        ("lines.json", '{"text": "a"}\n{"text": \n', "lines.json, line 2 is not valid JSON"),
+        ("u16le.txt", "plain text".encode("utf-16-le"), "holds NUL bytes: it is binary data, or UTF-16 or UTF-32 without its mark"),
+        ("u16be.jsonl", '{"text": "größer"}'.encode("utf-16-be"), "holds NUL bytes"),
+        ("odd.txt", "plain".encode("utf-16") + b"x", "is not the UTF-16 text that its mark announces"),
+        ("binary.txt", b"\x7fELF\x02\x01\x01\0\0\xff", "holds NUL bytes: it is binary data"),
+        ("zipped.jsonl", gzip.compress(b'"a"'), "zipped.jsonl' is gzip data: add .gz to its name"),
+        ("table.jsonl", b"PAR1\x15\0\xff", "table.jsonl' is a Parquet table: add .parquet to its name"),
+        ("cut.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "cut.jsonl.gz' cannot be unpacked"),
+        ("cut.txt.bz2", bz2.compress(b"x" * 99)[:-9], "cut.txt.bz2' cannot be unpacked"),
+        ("cut.txt.xz", lzma.compress(b"x" * 99)[:-9], "cut.txt.xz' cannot be unpacked"),
+        ("plain.txt.gz", b"plain", "plain.txt.gz' cannot be unpacked"),
+        ("plain.txt.xz", b"plain", "plain.txt.xz' cannot be unpacked"),
+        ("a.tar.gz", gzip.compress(b"x"), "is an archive: unpack it and give the folder"),
+        ("a.zip", b"PK\x03\x04", "is an archive"),
+        ("a.parquet.gz", gzip.compress(b"x"), "is a compressed Parquet file"),
+        ("pointer.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
         ("half.jsonl", '"ok"\n"\\ud83d"\n', "half.jsonl, line 2: the text holds half of a surrogate pair"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
     assert says in refused(write(tmp_path / name, content))
+
+
+def test_the_limit_on_a_table_s_fields_is_put_back(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    documents(str(write(tmp_path / "a.csv", f"text\n{'x' * 200_000}\n")), "train")
+    refused(write(tmp_path / "b.csv", "text\na,b\n"))
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.parquet", b"PAR1"), ("a.jsonl.zst", b"\x28\xb5\x2f\xfd"), ("a.txt.zst", b"\x28\xb5\x2f\xfd")]
+)
+def test_what_only_pyarrow_reads_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    said = refused(write(tmp_path / name, content))
+    assert name in said and "pip install 'lowbit[eval]'" in said
+
+
+def test_parquet_and_zstd(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = ["one", None, "  ", "two"]
+    parquet.write_table(pyarrow.table({"id": range(4), "text": texts}), tmp_path / "a.parquet")
+    assert documents(str(tmp_path / "a.parquet"), "train") == ["one", "two"]
+    packed = b"".join(pyarrow.compress(part, codec="zstd", asbytes=True) for part in (b'"one"\n', b'"two"\n'))
+    assert documents(str(write(tmp_path / "a.jsonl.zst", packed)), "train") == ["one", "two"]
+    assert "cut.txt.zst' cannot be unpacked" in refused(write(tmp_path / "cut.txt.zst", packed[:-9]))
+    assert "bad.parquet' cannot be read as a Parquet file" in refused(write(tmp_path / "bad.parquet", b"PAR1, or not"))
+    parquet.write_table(pyarrow.table({"question": ["q"]}), tmp_path / "q.parquet")
+    assert "q.parquet' has no field 'text' (it has question)" in refused(tmp_path / "q.parquet")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +291,7 @@ def test_evaluation_takes_test_else_validation_else_train(library: Any, held: tu
 
 def test_a_dataset_without_text_is_refused(library: Any) -> None:
     library(lambda repo, split: Table(content=["a"], url=["u"]))
-    assert "no field 'text' (it has content, url)" in refused("owner/name")
+    assert refused("owner/name").startswith("dataset 'owner/name' (split train) has no field 'text' (it has content, url), nor")
     library(lambda repo, split: Table(text=["", "  "]))
     assert "dataset 'owner/name' (split train) holds no text" in refused("owner/name")
     library(lambda repo, split: (_ for _ in ()).throw(ValueError('Unknown split "train".')))
@@ -284,6 +362,71 @@ def test_a_folder_of_text_files_gives_whole_files(real: Path) -> None:
     write(real / "a.txt", "one\ntwo\n\nthree")
     write(real / "b.txt", "four")
     assert sorted(documents(str(real), "train")) == ["four", "one\ntwo\n\nthree"]
+
+
+LAYOUTS = [
+    ["a.jsonl", "b.jsonl"],
+    ["train.jsonl", "test.jsonl"],
+    ["train.jsonl", "valid.jsonl", "extra.jsonl"],
+    ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl", "other.jsonl"],
+    ["train/a.jsonl", "train/b.jsonl", "test/c.jsonl"],
+    ["x/my-train/1.jsonl", "x/dev set/2.jsonl"],
+    ["my_train.jsonl", "eval_1.jsonl"],
+    ["constraint.jsonl", "latest.jsonl"],
+    ["a/b.jsonl", "a-b.jsonl", "A.jsonl"],
+    [".hidden.jsonl", "__x/a.jsonl", "b.jsonl", "config.json"],
+    ["training 1.jsonl", "train1.jsonl", "a-train.jsonl", "train.2.jsonl"],
+    ["train_test.jsonl", "b.jsonl"],
+    ["a.jsonl.gz", "sub/b.jsonl.gz"],
+    ["a.txt", "sub/b.txt"],
+]
+
+
+@pytest.mark.parametrize("names", LAYOUTS, ids=" ".join)
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_folder_s_files_are_those_of_the_datasets_library(real: Path, names: list[str], split: Any) -> None:
+    import datasets
+
+    for name in names:
+        (real / name).parent.mkdir(parents=True, exist_ok=True)
+        write(real / name, '{"text": "x"}')
+    theirs = datasets.load_dataset_builder(str(real)).config.data_files
+    expected = next(theirs[side] for side in SIDES[split] if side in theirs)
+    assert [str(p) for p in folder_files(real, split)] == [str(p) for p in expected]
+
+
+def test_a_folder_of_files_is_read_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    write(tmp_path / "a.jsonl", '{"text": "one"}')
+    write(tmp_path / "b.txt", "two\nlines")
+    write(tmp_path / "c.csv.gz", gzip.compress(b"text\nthree\n"))
+    for about in ("README.md", "LICENSE.txt", "notes.md", "picture.png", "dataset_info.json"):
+        write(tmp_path / about, "about")
+    assert documents(str(tmp_path), "train") == ["one", "two\nlines", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("bad.txt", "caf\u00e9".encode("latin-1"), "bad.txt' is not UTF-8 text"),
+        ("bad.txt", "plain".encode("utf-16-le"), "bad.txt' holds NUL bytes"),
+        ("bad.jsonl", '{"content": "x"}', "bad.jsonl, line 1: expected a text"),
+        ("bad.csv", "a,b\n1,2\n", "bad.csv' has no field 'text' (it has a, b)"),
+        ("sub/bad.jsonl.gz", b"plain", "bad.jsonl.gz' cannot be unpacked"),
+    ],
+)
+def test_the_bad_file_of_a_folder_is_named(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
+    write(tmp_path / "good.jsonl", '{"text": "one"}')
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write(tmp_path / name, content)
+    assert says in refused(tmp_path)
+
+
+def test_a_folder_whose_card_lists_its_files_is_the_library_s(real: Path) -> None:
+    write(real / "used.jsonl", '{"text": "a"}')
+    write(real / "unused.jsonl", '{"text": "b"}')
+    readme(real, "default", {"train": "used.jsonl"})
+    assert documents(str(real), "train") == ["a"]
 
 
 def test_an_empty_folder_is_refused(real: Path) -> None:

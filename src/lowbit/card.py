@@ -117,11 +117,12 @@ def _making(report: Mapping[str, Any]) -> str:
     outliers = sum(e.get("outliers", 0) for e in report["linears"])
     if outliers:
         linears += f", {outliers} weights kept in 16 bits"
+    chats = f", {c['conversations']} conversations written by the model's chat template" if c.get("conversations") else ""
     rows = [
         ("recipe", f"`{recipe['name']}` (methods: {', '.join(recipe['methods']) or 'none'}); all settings in `recipe.toml`"),
         ("scheme", f"`{recipe['scheme']}`"),
         ("linears", linears + kept),
-        ("calibration", f"{_shown(c['source'])}, {c['samples']} rows of {c['length']} tokens, sha256 `{c['sha256'][:16]}`"),
+        ("calibration", f"{_shown(c['source'])}, {c['samples']} rows of {c['length']} tokens, sha256 `{c['sha256'][:16]}`{chats}"),
         ("seed", str(report["seed"])),
         ("computed", f"on {report['device']}, in {report['compute'].removeprefix('torch.')}"),
         ("versions", ", ".join((f"lowbit {report['lowbit']}", *(f"{k} {v}" for k, v in report["versions"].items())))),

@@ -366,7 +366,7 @@ class _Run:
             **self.origin, "original": self.original.as_dict(), "recipe": self.recipe.as_dict(), "format": self._format(),
             "beyond_compressed_tensors": self._beyond(),
             "calibration": {"source": self.rows.source, "samples": len(self.rows.calibration), "length": self.rows.calibration.shape[1],
-                            "sha256": self.rows.sha256},
+                            "sha256": self.rows.sha256, **({"conversations": self.rows.conversations} if self.rows.conversations else {})},
             "seed": self.seed, "ranks": self.ranks.size, "device": str(self.stream.device), "compute": str(self.stream.compute),
             "offload": asdict(self.offload), "hash": digest,
             "size": sizes(self.stream.stored, self.stream.outer.left_out, self.records), "quality": quality, "blocks": blocks,

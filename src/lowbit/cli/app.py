@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a .txt/.json/.jsonl file, a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the -paper ones.")]  # fmt: skip
+Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a file (.txt, .json, .jsonl, .csv, .parquet, also compressed; conversations go through the model's chat template), a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the -paper ones.")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
 Offload = Annotated[str, typer.Option(help="Where the activations between blocks live: on the device, on the host, on disk, or auto: the first of these that has the room. Changes no byte of the result.")]
 Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX, llama-cpp-python for GGUF.", show_default=False)]

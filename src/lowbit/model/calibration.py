@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
+from .chat import token_ids
+from .records import Conversation
 from .text import documents
 
 _PILE_DOCUMENT = 512  # longest document, in tokens, that the AWQ authors keep
 _C4_WINDOWS = 256
-_AT_ONCE = 64  # documents a tokenizer call: enough to keep its threads busy, few enough to stop early
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Rows:
         source: where they come from.
         tokens_available: tokens found on the calibration side: all of them, except for c4 and pile-val, whose documents are
             read until there are rows enough (of pile-val only those that are short enough to be used).
+        conversations: documents among them that the model's chat template wrote out.
     """
 
     calibration: Tensor
     held_out: Tensor
     source: str
     tokens_available: int
+    conversations: int = 0
 
     @property
     def sha256(self) -> str:
@@ -73,13 +76,15 @@ def draw_rows(calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16)
 
     wikitext2: random windows of the joined train split (as GPTQ). c4: a random window of random documents that are longer than a
     row (as GPTQ, but no document twice). pile-val: documents of at most 512 tokens, shuffled and joined, cut into rows (as AWQ).
-    Everything else: documents joined, each with its BOS, cut into rows, of which some are drawn.
+    Everything else: documents joined, each with the special tokens that the tokenizer gives it (a conversation: those of the chat
+    template), cut into rows, of which some are drawn.
 
     Held-out rows are the first windows of the evaluation side; where there is only one side (files, folders, pile-val), rows or
     documents that were not drawn.
 
     Raises:
-        LowbitError: the source is missing, unreadable or too short; says how much there was.
+        LowbitError: the source is missing, unreadable or too short; says how much there was. Conversations that the model has no
+            chat template for.
     """
     if held_out < 0:
         raise LowbitError(f"held-out rows cannot be negative, got {held_out}.")
@@ -89,8 +94,8 @@ def draw_rows(calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16)
 def evaluation_windows(source: str, tokenizer: Any, length: int, limit: int | None = None) -> Tensor:
     """Non-overlapping windows (n, length) int64, the tail dropped; at most ``limit``, and at most 256 of c4.
 
-    A single document (wikitext2, c4, a .txt file) is tokenised once, so BOS stands only at its start; several documents are
-    joined, each with its BOS.
+    A single document (wikitext2, c4, a .txt file) is tokenised once; several documents are joined. Each has the special tokens
+    that the tokenizer gives it: with most, BOS at its start, with some none.
 
     Raises:
         LowbitError: the text is missing or shorter than one window; a length or limit that leaves nothing to predict.
@@ -108,32 +113,18 @@ def _first_windows(source: str, tokenizer: Any, length: int, limit: int | None) 
     texts = documents(source, "eval")
     if source == "c4":
         limit = _C4_WINDOWS if limit is None else min(limit, _C4_WINDOWS)
-    if len(texts) == 1:
-        tokens = _ids(tokenizer, texts, special=True)[0]
-    else:
-        tokens = _joined(tokenizer, texts, None if limit is None else limit * length)
+    tokens = _joined(token_ids(tokenizer, texts), None if limit is None else limit * length)
     return _cut(tokens, length)[:limit], len(tokens)
 
 
-def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    return found
-
-
-def _each(tokenizer: Any, texts: list[str], *, special: bool) -> Iterator[list[int]]:
-    """The documents' tokens, tokenized as they are asked for."""
-    for at in range(0, len(texts), _AT_ONCE):
-        yield from _ids(tokenizer, texts[at : at + _AT_ONCE], special=special)
-
-
-def _joined(tokenizer: Any, texts: list[str], enough: int | None = None) -> list[int]:
-    """Documents as one run of tokens, each with its BOS if the tokenizer has one; stops when there are ``enough``."""
-    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+def _joined(documents: Iterator[list[int]], enough: int | None = None) -> list[int]:
+    """Whole documents as one run of tokens, until there are ``enough`` or no more documents."""
     out: list[int] = []
-    for ids in _each(tokenizer, texts, special=False):
-        out += bos + ids
-        if enough is not None and len(out) >= enough:
+    while enough is None or len(out) < enough:
+        ids = next(documents, None)
+        if ids is None:
             break
+        out += ids
     return out
 
 
@@ -157,18 +148,20 @@ def _too_short(c: Calibration, rows: int, tokens: int) -> LowbitError:
 
 
 def _from_all(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
-    tokens = _joined(tokenizer, documents(c.source, "train"))
+    texts = documents(c.source, "train")
+    tokens = _joined(token_ids(tokenizer, texts))
     pool = _cut(tokens, c.length)
     order = rng.sample(range(len(pool)), len(pool))
     if len(pool) < c.samples:
         raise _too_short(c, len(pool), len(tokens))
     rest = order[c.samples : c.samples + held_out]
     spare = _spare(c, tokenizer, held_out) if c.source == "stdlib" else pool[sorted(rest)]
-    return Rows(pool[order[: c.samples]], spare, c.source, len(tokens))
+    chats = sum(isinstance(t, Conversation) for t in texts)
+    return Rows(pool[order[: c.samples]], spare, c.source, len(tokens), chats)
 
 
 def _from_one_document(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
-    ids = _ids(tokenizer, documents(c.source, "train"), special=True)[0]
+    ids = next(token_ids(tokenizer, documents(c.source, "train")))
     last = len(ids) - c.length - 1
     if last < 0:
         raise _too_short(c, 0, len(ids))
@@ -182,7 +175,7 @@ def _from_long_documents(c: Calibration, tokenizer: Any, rng: random.Random, hel
     rng.shuffle(texts)
     rows: list[list[int]] = []
     tokens = 0
-    for ids in _each(tokenizer, texts, special=True):
+    for ids in token_ids(tokenizer, texts):
         tokens += len(ids)
         if len(ids) > c.length:
             start = rng.randint(0, len(ids) - c.length - 1)
@@ -193,27 +186,16 @@ def _from_long_documents(c: Calibration, tokenizer: Any, rng: random.Random, hel
 
 
 def _from_short_documents(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
-    texts = [t.strip() for t in documents(c.source, "train")]
+    texts = [t.strip() for t in documents(c.source, "train") if isinstance(t, str)]  # all of them are
     rng.shuffle(texts)
-    short = (ids for ids in _each(tokenizer, texts, special=True) if len(ids) <= _PILE_DOCUMENT)
-    tokens = _take(short, c.samples * c.length)
+    short = (ids for ids in token_ids(tokenizer, texts) if len(ids) <= _PILE_DOCUMENT)
+    tokens = _joined(short, c.samples * c.length)
     rows = _cut(tokens, c.length)[: c.samples]
     if len(rows) < c.samples:
         raise _too_short(c, len(rows), len(tokens))
     # The corpus has one split only, so what is held out are the documents that come next.
-    spare = _cut(_take(short, held_out * c.length), c.length)[:held_out]
+    spare = _cut(_joined(short, held_out * c.length), c.length)[:held_out]
     return Rows(rows, spare, c.source, len(tokens))
-
-
-def _take(some: Iterator[list[int]], enough: int) -> list[int]:
-    """Whole documents, joined, until there are ``enough`` tokens or no more documents."""
-    out: list[int] = []
-    while len(out) < enough:
-        ids = next(some, None)
-        if ids is None:
-            break
-        out += ids
-    return out
 
 
 _DRAWS: dict[str, Callable[[Calibration, Any, random.Random, int], Rows]] = {

@@ -19,6 +19,7 @@ from .outer import Outer, check_stored, outer_of
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .skeleton import build_skeleton
 from .storage import Storage
+from .tokenizer import load_tokenizer as load_tokenizer
 from .wiring import Wiring, wiring_of
 
 Kwargs = Mapping[str, Any]
@@ -29,24 +30,6 @@ def load_config(checkpoint: Checkpoint) -> Any:
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
     return config_at(path)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer that lies beside the weights.
-
-    Raises:
-        LowbitError: there is none, or it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    found = [checkpoint.file(n) for n in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")]
-    folder = next((p.parent for p in found if p), None)
-    if folder is None:
-        raise LowbitError(f"'{checkpoint.name}' has no tokenizer files. Copy tokenizer.json and tokenizer_config.json into it.")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, ImportError) as e:
-        raise LowbitError(f"the tokenizer of '{checkpoint.name}' cannot be loaded: {str(e).splitlines()[0]}") from e
 
 
 class _Recorder(nn.Module):

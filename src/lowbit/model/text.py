@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import LowbitError, unknown
+from .files import SUFFIXES, read_records
+from .folders import SIDES, folder_files
+from .records import Document, columns_of, document, filled
 from .stdlib import Split, stdlib_files
-
-# What ends like this and looks like owner/name is meant as a file, not as a repository (whose name may hold a dot: x/pile-v1.5).
-_FILE_SUFFIXES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".py", ".gz", ".xz", ".zst", ".zip")
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,16 @@ CORPORA = {
 }  # fmt: skip
 
 
-def documents(source: str, split: Split) -> list[str]:
-    """The documents of a source.
+def documents(source: str, split: Split) -> list[Document]:
+    """The documents of a source: texts, and conversations where records hold those (`lowbit.model.records.document`).
 
     Args:
-        source: "stdlib", a name in `CORPORA`, a local .txt, .json or .jsonl file, a local folder or a hub id that
-            `datasets.load_dataset` reads (field "text").
+        source: "stdlib", a name in `CORPORA`, a local file (`lowbit.model.files.read_records`), a local folder of
+            such files, or a folder or hub id that `datasets.load_dataset` reads.
         split: "train" to calibrate, "eval" to evaluate; files have only one side.
 
     Raises:
-        LowbitError: nothing there, nothing in it, or not readable; names the file and line.
+        LowbitError: nothing there, nothing in it, or not readable; names the file and its line, item or row.
     """
     if source == "stdlib":
         try:
@@ -61,11 +60,14 @@ def documents(source: str, split: Split) -> list[str]:
         except FileNotFoundError as e:
             raise LowbitError(str(e)) from e
     if source in CORPORA:
-        return named_documents(CORPORA[source], split)
+        return [*named_documents(CORPORA[source], split)]
     path = Path(source).expanduser()
     if path.is_file():
-        return _file_documents(path)
+        return _file_documents([path], f"'{path}'")
     if path.is_dir():
+        files = folder_files(path, split)
+        if files:
+            return _file_documents(files, f"folder '{path}'")
         return _dataset_documents(str(path), split, _folder_options(path))
     if _is_hub_id(source):
         return _dataset_documents(source, split, {})
@@ -76,7 +78,7 @@ def documents(source: str, split: Split) -> list[str]:
 
 def _is_hub_id(source: str) -> bool:
     parts = source.split("/")
-    return len(parts) == 2 and all(parts) and source[0] not in ".~" and Path(source).suffix.lower() not in _FILE_SUFFIXES
+    return len(parts) == 2 and all(parts) and source[0] not in ".~" and Path(source).suffix.lower() not in SUFFIXES
 
 
 def _folder_options(folder: Path) -> dict[str, Any]:
@@ -123,61 +125,33 @@ def _texts(name: str, data: Any) -> list[str]:
     return [t or "" for t in data.select_columns(["text"])[:]["text"]]
 
 
-def _dataset_documents(source: str, split: Split, options: dict[str, Any]) -> list[str]:
+def _rows(name: str, data: Any) -> list[Document]:
+    columns = columns_of(data.column_names, name)
+    held = data.select_columns(columns)[:]
+    found = (dict(zip(columns, row, strict=True)) for row in zip(*(held[c] for c in columns), strict=True))
+    return [document(row, f"{name}, row {n}") for n, row in enumerate(found, 1)]
+
+
+def _dataset_documents(source: str, split: Split, options: dict[str, Any]) -> list[Document]:
     tried: list[LowbitError] = []
-    for name in ("train",) if split == "train" else ("test", "validation", "train"):
+    for side in SIDES[split]:
         try:
-            data = _load(source, None, name, options)
+            data = _load(source, None, side, options)
         except LowbitError as e:
             if not isinstance(e.__cause__, ValueError):  # not a split that is missing: the next one fails the same way, slowly
                 raise
             tried.append(e)
             continue
-        found = [t for t in _texts(source, data) if t.strip()]
+        name = f"dataset '{source}' (split {side})"
+        found = [d for d in _rows(name, data) if filled(d)]
         if not found:
-            raise LowbitError(f"dataset '{source}' (split {name}) holds no text.")
+            raise LowbitError(f"{name} holds no text.")
         return found
     raise tried[-1]
 
 
-def _file_documents(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as e:
-        raise LowbitError(f"'{path}' is not UTF-8 text (byte {e.start}). Convert it first.") from e
-    except OSError as e:
-        raise LowbitError(f"'{path}' cannot be read: {e.strerror}.") from e
-    kind = path.suffix.lower()
-    if kind == ".jsonl":
-        # Not splitlines(): it also cuts at U+2028 and others that JSON strings may hold as they are.
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        found = [_field(_json(line, where), where) for where, line in lines]
-    elif kind == ".json":
-        items = _json(text, str(path)) if text.strip() else []
-        if not isinstance(items, list):
-            raise LowbitError(f"'{path}' must hold a list of texts or of objects with a field 'text'.")
-        found = [_field(item, f"{path}, item {n}") for n, item in enumerate(items, 1)]
-    else:
-        found = [text]
-    found = [t for t in found if t.strip()]
+def _file_documents(files: list[Path], name: str) -> list[Document]:
+    found = [d for path in files for record, where in read_records(path) if filled(d := document(record, where))]
     if not found:
-        raise LowbitError(f"'{path}' holds no text.")
+        raise LowbitError(f"{name} holds no text.")
     return found
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise LowbitError(f"{where} is not valid JSON: {e}.") from e
-
-
-def _field(item: Any, where: str) -> str:
-    value = item.get("text") if isinstance(item, dict) else item
-    if not isinstance(value, str):
-        raise LowbitError(f"{where}: expected a text or an object with a field 'text'.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise LowbitError(f"{where}: the text holds half of a surrogate pair, which no tokenizer takes. Repair or drop it.") from e
-    return value

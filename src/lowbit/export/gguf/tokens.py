@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LowbitError
+from ...model.tokenizer import tokenizer_at
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
@@ -56,15 +57,13 @@ def read(folder: Path, vocab_size: int) -> Tokens:
     Raises:
         LowbitError: there is none, or GGUF cannot say what it does.
     """
-    from transformers import AutoTokenizer
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise LowbitError(f"'{folder}' has no tokenizer.json, and a GGUF file carries its tokenizer.")
+    own: Any = tokenizer_at(folder)
     try:
-        own: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         said = json.loads(own.backend_tokenizer.to_str())  # some families replace what tokenizer.json says by rules of their own
-    except Exception as e:  # each tokenizer class fails in ways of its own
+    except Exception as e:  # a tokenizer that is none of the tokenizers library, for instance
         raise LowbitError(f"'{path}' cannot be read as a tokenizer: {(str(e) or type(e).__name__).splitlines()[0]}") from e
     model = said["model"]
     if model.get("type") != "BPE" or "merges" not in model:
