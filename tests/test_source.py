@@ -15,8 +15,8 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.evaluate import evaluate, load_causal_lm
 from lowbit.identity import Original
-from lowbit.model.checkpoint import Checkpoint, Stored
 from lowbit.model.carried import source_files
+from lowbit.model.checkpoint import Checkpoint, Stored
 from lowbit.model.stream import ModelStream
 from lowbit.proof import verify
 

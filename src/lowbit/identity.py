@@ -15,8 +15,8 @@ from .artifact import file_hash
 from .errors import LowbitError, VerificationError
 from .methods import OmniQuant, TesseraQ
 from .model.calibration import Rows
-from .model.checkpoint import Checkpoint
 from .model.carried import source_files
+from .model.checkpoint import Checkpoint
 from .model.ranks import ALONE, Ranks
 from .model.stream import ModelStream
 from .proof import read_report
