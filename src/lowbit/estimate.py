@@ -72,8 +72,8 @@ class Shapes:
 
     Attributes:
         layer: sizes. sites: linears that read the same input, in order. held_out: rows that pass and teach nothing.
-        rows: calibration rows of the run, those held out not included; ``compute`` is 2 where forward passes are in 16 bits.
-        device: which computes.
+        rows: calibration rows of the run, those held out not included.
+        device: which computes. compute: dtype of forward passes there.
     """
 
     layer: Layer
@@ -81,6 +81,7 @@ class Shapes:
     rows: Rows
     held_out: int
     device: torch.device
+    compute: torch.dtype
 
     @property
     def widths(self) -> list[int]:
@@ -89,7 +90,7 @@ class Shapes:
 
     def products(self, flops: float, half: bool | None = None) -> Work:
         """Products of a forward pass, or, with ``half``, in the precision it says."""
-        half = self.rows.compute == 2 if half is None else half
+        half = self.compute.itemsize == 2 if half is None else half
         return Work(half=flops) if half else Work(single=flops)
 
     def forward(self, rows: float, half: bool | None = None) -> Work:
@@ -160,7 +161,7 @@ def _columns(method: GPTQ | CLAQ, shapes: Shapes) -> Work:
 
 def _tesseraq(method: TesseraQ, shapes: Shapes) -> Work:
     layer, phases = shapes.layer, len(soft_shares(method.schedule)) * method.rounds
-    half = shapes.rows.compute == 2 or method.in_bfloat16(shapes.device)
+    half = shapes.compute == torch.bfloat16 or method.in_bfloat16(shapes.device)  # none are made in float16
     steps = shapes.forward(shapes.rows.mine(method.batch), half) * (3 * method.steps)  # forward, and twice that back
     judged = shapes.forward(2 * min(_JUDGED, shapes.rows.mine(shapes.rows.count)))
     return steps + judged + Work(moved=(_STEP * method.steps + _HARDEN * phases) * layer.weights)
@@ -173,8 +174,8 @@ def _last_block(recipe: Recipe, shapes: Shapes) -> Work:
         if isinstance(method, TesseraQ) and method.objective == "logits":
             tokens = shapes.rows.mine(method.batch) * shapes.rows.length * method.steps
             logits = float(tokens) * shapes.layer.vocab
-            half = shapes.rows.compute == 2  # the readout has the precision of forward passes, whatever the steps have
-            total += shapes.products(6.0 * logits * shapes.layer.hidden, half) + Work(moved=_LOGITS * logits)
+            # The readout has the precision of forward passes, whatever that of the steps.
+            total += shapes.products(6.0 * logits * shapes.layer.hidden) + Work(moved=_LOGITS * logits)
     return total
 
 

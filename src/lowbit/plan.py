@@ -209,8 +209,8 @@ def make_plan(
     context = getattr(config, "max_position_embeddings", None) or length
     place, dtype = device or torch.device("cpu"), _dtype(config)
     layer = Layer(linears, rest, outside, config.hidden_size, config.vocab_size)
-    shared = Rows(samples, min(length, context), dtype.itemsize, _compute(place, dtype), ranks)
-    shapes = Shapes(layer, [s.reads for s in wiring.sites], shared, HELD_OUT, place)
+    shared = Rows(samples, min(length, context), dtype.itemsize, _compute(place, dtype).itemsize, ranks)
+    shapes = Shapes(layer, [s.reads for s in wiring.sites], shared, HELD_OUT, place, _compute(place, dtype))
     return Plan(
         model_type=config.model_type, blocks=blocks, parameters=parameters, quantized=quantized, original=2 * parameters,
         artifact=packed + 2 * stored, bits_per_weight=8 * packed / quantized,
@@ -237,13 +237,13 @@ def needs_of(
     linears, rest, outside, tied_head, _ = _skeleton(config)
     head = tied_head if any(isinstance(m, QuaRot) and m.residual for m in recipe.methods) else 0
     layer = Layer(linears, rest, outside + head, config.hidden_size, config.vocab_size)
-    shared = Rows(rows, length, dtype.itemsize, _compute(device, dtype), ranks)
+    shared = Rows(rows, length, dtype.itemsize, _compute(device, dtype).itemsize, ranks)
     return needs(layer, shared, recipe, PROCESS if device.type == "cpu" else 0, here)
 
 
-def _compute(device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of a number in forward passes: a CPU makes them in float32, another device in the checkpoint's dtype."""
-    return 4 if device.type == "cpu" else dtype.itemsize
+def _compute(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of forward passes: float32 on a CPU, the checkpoint's elsewhere."""
+    return torch.float32 if device.type == "cpu" else dtype
 
 
 def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:
