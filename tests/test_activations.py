@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError
-from lowbit.grid import Affine, KVGrid, PerToken, QuantizedStates, Reading, Rotation
+from lowbit.grid import Affine, KVGrid, LLMInt8, PerToken, QuantizedStates, Reading, Rotation
 from lowbit.grid.rotation import dense
 from lowbit.loop import Streams, apply_methods, begin, prepared
 from lowbit.methods import AWQ, RTN, QuaRot, SmoothQuant, TesseraQ
@@ -77,6 +77,68 @@ def test_a_rotation_is_its_dense_matrix_and_orthogonal(size):
     torch.testing.assert_close(matrix.abs(), torch.full((size, size), size**-0.5, dtype=torch.float64))
     torch.testing.assert_close(rotation(x), x @ matrix)
     torch.testing.assert_close(rotation.inverse(rotation(x)), x)
+
+
+ODD = [12, 20, 28, 36, 40, 44, 52, 60, 172, 11008, 14336, 28672]  # widths with a tabulated factor: its root is no power of two
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", ODD)
+@pytest.mark.parametrize("which", ["forth", "back"])
+def test_a_rotation_has_no_gain_in_any_dtype(size, dtype, which):
+    rotation = Rotation.hadamard(size)
+    apply = rotation if which == "forth" else rotation.inverse
+    x = torch.randn(1 + 60000 // size, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    exact, got = apply(x.double()), apply(x)
+    assert got.dtype == dtype
+    # A relative error of at most half a unit in the last place, uniform, is less than 0.6 of that half in root mean square.
+    half, error, narrow = torch.finfo(dtype).eps / 2, got.double() - exact, dtype.itemsize == 2
+    assert abs(float((error * exact).sum() / exact.pow(2).sum())) < (0.1 if narrow else 1) * half  # float32 rounds the scale itself
+    assert float(error.norm() / exact.norm()) < (0.6 if narrow else 16) * half  # and the sums
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_linear_reads_a_rotated_input_that_is_rounded_once(dtype):
+    x, rotation = torch.randn(4, 14336, generator=torch.Generator().manual_seed(0)).to(dtype), Rotation.hadamard(14336)
+    assert torch.equal(Reading(rotation)(x), rotation(x.float()).to(dtype))
+
+
+def test_factors_are_placed_once_for_a_device_and_dtype(monkeypatch):
+    rotation, placed, to = Rotation.across_heads(12, 4), [], torch.Tensor.to
+
+    def counted(t, *args, **kwargs):
+        placed.append(args) if t.dtype == torch.int8 else None
+        return to(t, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    with torch.inference_mode():  # what is kept from here on must still do for gradients
+        rotation(torch.randn(2, 48))
+    x = torch.randn(2, 48, requires_grad=True)
+    rotation.inverse(rotation(x)).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(2, 48))
+    rotation(x.bfloat16())
+    rotation(torch.randn(2, 48, device="meta"))
+    assert placed == [(torch.device("cpu"), torch.float32), (torch.device("meta"), torch.float32)]
+    monkeypatch.undo()
+    torch.export.export(_Rotating(again := Rotation.hadamard(12)), (torch.randn(2, 12),), strict=False)
+    assert type(again(torch.randn(2, 12))) is torch.Tensor  # nothing of the tracer's was kept
+
+
+class _Rotating(torch.nn.Module):
+    def __init__(self, rotation):
+        super().__init__()
+        self.rotation = rotation
+
+    def forward(self, x):
+        return self.rotation(x)
+
+
+@pytest.mark.parametrize("threshold", [6.0, 6.1, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outliers_are_compared_with_the_threshold_as_it_is(dtype, threshold):
+    near = torch.tensor(threshold, dtype=torch.float64).to(dtype)
+    x = torch.stack([torch.nextafter(near, torch.tensor(-torch.inf, dtype=dtype)), near, torch.nextafter(near, torch.tensor(torch.inf, dtype=dtype))])
+    assert LLMInt8(8, threshold).outliers(x[None]).tolist() == [float(v) >= threshold for v in x.float()]
 
 
 def test_sizes_without_a_hadamard_matrix_are_named():

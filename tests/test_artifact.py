@@ -148,8 +148,8 @@ def test_generate_inspect_eval_and_plan(artifact, model, tmp_path):
     result = run("eval", artifact, "--text", model / "text.txt", "--length", "32", "--windows", "8", "--reference", model, "--json", tmp_path / "e.json")
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "e.json").read_text())
-    assert list(data) == ["perplexity", "nll", "tokens", "windows", "length", "kl", "top1"]
-    assert data["tokens"] == 8 * 31 and data["kl"] > 0
+    assert list(data) == ["perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1"]
+    assert data["tokens"] == 8 * 31 and data["kl"] > 0 and data["batch"] == 8 and "8 windows a pass" in said(result)
     assert run("plan", model, "--scheme", "W2A16g16").exit_code == 0
 
 

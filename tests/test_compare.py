@@ -46,6 +46,7 @@ def test_reports_agree_with_the_cells(done):
     rows = json.loads((done / "comparison.json").read_text())["rows"]
     table = list(csv.DictReader((done / "comparison.csv").read_text().splitlines()))
     assert [float(t["perplexity"]) for t in table] == pytest.approx([r["perplexity"] for r in rows], abs=1e-4)
+    assert {r["batch"] for r in rows} == {min(8, rows[0]["windows"])} and f"{rows[0]['batch']} windows a pass" in (done / "comparison.md").read_text()
     page = (done / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 4
     assert "http" not in page.replace("http://www.w3.org", "")

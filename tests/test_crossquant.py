@@ -8,11 +8,14 @@ from helpers import TEXT, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit import job
 from lowbit.errors import LowbitError
+from lowbit.evaluate import evaluate, load_causal_lm
 from lowbit.grid import Affine, CrossQuant, PerToken, Reading
 from lowbit.job import quantize
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, RTN
+from lowbit.model import block as block_module
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.recipe import Recipe
@@ -154,6 +157,32 @@ def test_artifact_reads_as_tuned(folder, tmp_path, columns):
         settings=[f"activations.columns={columns}"],
     )  # fmt: skip
     assert result.report["format"] == "lowbit" and result.verification.logits_rms < 1e-3
+
+
+@pytest.mark.parametrize("per_pass", [8192, 5 * 32, 1])
+def test_the_result_tells_how_many_rows_column_maxima_were_taken_over(folder, tmp_path, monkeypatch, per_pass):
+    """Of the run's own figures in report.json, and of an evaluation: the most rows that a call of the grid saw."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    sizes, whole, codes, run = [], [], CrossQuant.codes, block_module.Block.run
+    monkeypatch.setattr(CrossQuant, "codes", lambda self, x: sizes.append(len(x)) or codes(self, x))
+
+    def running(*args, **kwargs):  # whole streams, as figures are computed on; methods and losses look at fewer rows
+        sizes.clear()
+        out = run(*args, **kwargs)
+        whole.extend(sizes)
+        return out
+
+    monkeypatch.setattr(block_module.Block, "run", running)
+    monkeypatch.setattr(block_module, "TOKENS_PER_PASS", per_pass)
+    monkeypatch.setattr(job, "TOKENS_PER_PASS", per_pass)
+    out = tmp_path / "out"
+    made = quantize(str(folder), "W8A8sym", "crossquant", out=out, calib=str(tmp_path / "text.txt"), samples=8, length=32)
+    quality = made.report["quality"]
+    assert quality["float"]["batch"] == quality["quantized"]["batch"] == max(whole)
+    model = load_causal_lm(str(out), "cpu")
+    sizes.clear()
+    found = [evaluate(model, IDS, batch=n) for n in (1, 4)]
+    assert [e.batch for e in found] == [1, 4] == sorted(set(sizes)) and found[0].nll != found[1].nll
 
 
 def test_it_helps_where_channels_stand_out(folder):

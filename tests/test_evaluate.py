@@ -145,8 +145,8 @@ def test_the_batch_shrinks_to_what_fits_and_progress_is_told(monkeypatch: pytest
     for limit, expected in ((2 * 12 * VOCAB, [(2, 5), (4, 5), (5, 5)]), (1, [(i, 5) for i in range(1, 6)])):
         seen.clear()
         monkeypatch.setattr(subject, "_LOGITS_AT_ONCE", limit)
-        evaluate(model, windows, progress=lambda done, of: seen.append((done, of)))
-        assert seen == expected
+        found = evaluate(model, windows, progress=lambda done, of: seen.append((done, of)))
+        assert seen == expected and found.batch == expected[0][0]
 
 
 def test_the_same_evaluation_twice_is_the_same(model: Any, other: Any, windows: Tensor) -> None:
@@ -155,7 +155,7 @@ def test_the_same_evaluation_twice_is_the_same(model: Any, other: Any, windows: 
 
 def test_as_dict_has_these_keys_and_goes_through_json(model: Any, windows: Tensor) -> None:
     found = evaluate(model, windows).as_dict()
-    assert list(found) == ["perplexity", "nll", "tokens", "windows", "length", "kl", "top1"]
+    assert list(found) == ["perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1"]
     assert json.loads(json.dumps(found)) == found
 
 

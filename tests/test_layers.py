@@ -37,7 +37,8 @@ ALLOWED = {
     "export": {"grid", "model", "formats", "artifact", "proof", "card", "errors"},
     "targets": {"grid", "model", "methods", "formats", "scheme", "recipe", "export", "errors"},
     "memory": {"grid", "model", "methods", "machine", "recipe", "errors"},
-    "plan": {"grid", "model", "methods", "formats", "recipe", "targets", "memory", "errors"},
+    "estimate": {"grid", "methods", "machine", "memory", "recipe"},
+    "plan": {"grid", "model", "methods", "formats", "recipe", "targets", "memory", "estimate", "errors"},
 }
 
 

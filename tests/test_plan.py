@@ -8,9 +8,10 @@ import transformers as T
 from helpers import FAMILIES
 from typer.testing import CliRunner
 
-from lowbit import display, machine, memory
+from lowbit import display, estimate, machine, memory
 from lowbit.cli import app
 from lowbit.errors import LowbitError
+from lowbit.estimate import Speed, measure_speed
 from lowbit.plan import make_plan, needs_of, read_config
 from lowbit.presets import load_recipe
 from lowbit.scheme import parse_scheme
@@ -184,3 +185,102 @@ def test_plan_counts_the_processes_of_a_run(tmp_path):
         found.append(json.loads(out.read_text()))
     assert found[1]["activations"] == found[0]["activations"] // 4
     assert found[1]["block_memory"] < found[0]["block_memory"]
+
+
+# --- time ------------------------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """A device whose rates are known: every wait for it costs ``latency``, and small products do not fill it."""
+
+    def __init__(self, half, single, copies, latency, full=1, free=None):
+        self.rates, self.copies, self.latency, self.full, self.room = {torch.bfloat16: half, torch.float32: single}, copies, latency, full, free
+        self.now, self.largest, self.made = 0.0, 0, []
+
+    def clock(self):
+        return self.now
+
+    def free(self):
+        return self.room
+
+    def _taking(self, seconds):
+        def run(times):
+            self.now += self.latency + times * seconds
+
+        return run
+
+    def product(self, size, dtype):
+        self.made.append((size, dtype))
+        self.largest = max(self.largest, 3 * size**2 * dtype.itemsize)
+        return self._taking(2 * max(size, self.full) ** 3 / self.rates[dtype])  # as long as the smallest that fills it
+
+    def copy(self, numbers):
+        self.largest = max(self.largest, 8 * numbers)
+        return self._taking(12 * numbers / self.copies)
+
+
+@pytest.mark.parametrize(("device", "stand_in"), [
+    ("cuda", StandIn(650e12, 50e12, 2.6e12, 60e-6, full=4096)), ("cuda", StandIn(120e12, 30e12, 0.9e12, 100e-6, full=2048)),
+    ("cuda", StandIn(4e12, 4e12, 0.2e12, 1e-3)), ("cpu", StandIn(90e9, 60e9, 12e9, 1e-5, full=512)), ("cpu", StandIn(2e9, 1e9, 3e9, 1e-5)),
+    ("cpu", StandIn(3e12, 1.5e12, 200e9, 2e-5, full=1024)),
+])  # fmt: skip
+def test_the_speed_of_a_device_is_not_its_latency(monkeypatch, device, stand_in):
+    monkeypatch.setattr(estimate, "multiplies_bfloat16", lambda device: True)
+    found = measure_speed(torch.device(device), stand_in)
+    assert found.half == pytest.approx(stand_in.rates[torch.bfloat16], rel=0.05)
+    assert found.single == pytest.approx(stand_in.rates[torch.float32], rel=0.05)
+    assert found.copies == pytest.approx(stand_in.copies, rel=0.05)
+    assert stand_in.now < 7
+
+
+def test_measuring_stays_within_a_few_seconds_and_a_share_of_what_is_free(monkeypatch):
+    for slow in (1e8, 1e10, 1e12, 1e14):
+        bench = StandIn(slow, slow, slow, 1e-5)
+        measure_speed(torch.device("cuda"), bench)
+        assert bench.now < 8 + 8 * 2 * 1024**3 / slow + 48 * 2**27 / slow  # of the smallest product and the sums even a slow device makes some
+    tight = StandIn(650e12, 50e12, 2.6e12, 60e-6, free=200 << 20)
+    measure_speed(torch.device("cuda"), tight)
+    assert tight.largest <= tight.room / 4 + 1 and max(size for size, _ in tight.made) < 8192
+
+
+def test_a_cpu_is_measured_as_it_is():
+    found = measure_speed(torch.device("cpu"))
+    assert 1e8 < found.single < 1e14 and 1e8 < found.half < 1e14 and 1e7 < found.copies < 1e13
+
+
+H100 = Speed(650e12, 50e12, 2.6e12)
+
+
+def seconds(name, scheme="W2A16g128", speed=H100, shape=L8B, device=GPU, settings=(), **given):
+    chosen = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
+    return make_plan(llama(*shape), chosen, chosen.calibration.samples, 2048, speed, device=device, **given).seconds
+
+
+def test_every_kind_of_work_counts_at_its_own_rate():
+    """What each rate bounds takes longer by so much where that rate is a tenth."""
+    slow = {k: Speed(**{**vars(H100), k: getattr(H100, k) / 10}) for k in ("half", "single", "copies")}
+    parts = {n: {k: (seconds(n, speed=s) - seconds(n)) / 9 for k, s in slow.items()} for n in ("default", "awq", "gptq", "rtn")}
+    for name, of in parts.items():
+        assert sum(of.values()) == pytest.approx(seconds(name))
+    assert parts["rtn"]["single"] == 0
+    square = 14336**2 * 32 / 50e12
+    assert parts["awq"]["single"] > 2 * 128 * 2048 * square  # the Gram matrix of down_proj's inputs, in float32
+    assert parts["gptq"]["single"] > 2 * 128 * 2048 * square  # its Hessian
+    hardened = seconds("default", settings=["tesseraq.schedule=exponential-5-100", "tesseraq.iters=6"]) - seconds("default")  # as many steps
+    assert hardened == pytest.approx(50 * 80 * linears_of(4096, 14336, 32) * 32 / 2.6e12)
+    logits = seconds("default") - seconds("default", settings=["tesseraq.objective=block"])
+    assert logits > 600 * 6 * 4 * 2048 * 4096 * 128256 / 650e12
+
+
+def test_time_follows_the_steps_and_the_ranks():
+    assert 2.5 < seconds("default") / seconds("fast") < 5 < seconds("tesseraq-paper") / seconds("default")
+    assert seconds("default", ranks=4) < 0.4 * seconds("default")
+
+
+@pytest.mark.parametrize(("dtype", "slower"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_steps_in_float32_on_a_checkpoint_in_float16_are_seen(dtype, slower):
+    config, found = llama(*L8B), []
+    config.dtype = dtype
+    for settings in ([], ["tesseraq.precision=float32"]):
+        found.append(make_plan(config, load_recipe("tesseraq-paper", settings=settings), 512, 2048, H100, device=GPU).seconds)
+    assert (found[1] > 5 * found[0]) == slower

@@ -1,14 +1,24 @@
 """Recipes by name and joined by "+", and TesseraQ on top of every base."""
 
+import itertools
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
+import transformers as T
 from helpers import save_tiny
 
 from lowbit.errors import LowbitError
+from lowbit.grid import PerToken
 from lowbit.loop import Streams, apply_methods, begin, prepared
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._soft import SoftBlock
+from lowbit.methods.tesseraq import soft_shares
+from lowbit.model.calibration import Calibration
 from lowbit.model.stream import ModelStream
+from lowbit.plan import make_plan
 from lowbit.presets import load_recipe, recipe_names
 from lowbit.recipe import Recipe
 from lowbit.scheme import parse_scheme
@@ -25,11 +35,109 @@ def test_every_recipe_loads_and_is_written_back(name):
 
 def test_published_settings():
     paper = load_recipe("tesseraq-paper")
-    assert paper.methods[1] == TesseraQ("handcrafted-20", 250, 1e-3, 4, True, 1, "block")
+    assert paper.methods[1] == TesseraQ("handcrafted-20", 250, 1e-3, 4, True, 1, "block", precision="auto")
     assert (paper.calibration.source, paper.calibration.samples, paper.calibration.length) == ("wikitext2", 512, 2048)
     assert load_recipe("gptq-paper").methods == (GPTQ(true_sequential=False),)
     assert load_recipe("omniquant").methods == (OmniQuant(),)
     assert load_recipe("smoothquant").methods == (SmoothQuant(0.85),)
+
+
+# --- published rows ------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[1] / "docs"
+SHAPES = {  # hidden, inner, blocks, heads, heads of keys and values, vocabulary
+    "Llama-7B": (4096, 11008, 32, 32, 32, 32000), "Llama-13B": (5120, 13824, 40, 40, 40, 32000), "Llama-30B": (6656, 17920, 60, 52, 52, 32000),
+    "Llama-65B": (8192, 22016, 80, 64, 64, 32000), "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000), "Llama-2-13B": (5120, 13824, 40, 40, 40, 32000),
+    "Llama-2-70B": (8192, 28672, 80, 64, 8, 32000), "Llama-3-8B": (4096, 14336, 32, 32, 8, 128256), "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
+    "Llama-3.1-70B": (8192, 28672, 80, 64, 8, 128256), "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256), "Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128256),
+}  # fmt: skip
+
+
+def published():
+    """(paper, setting, model) -> options, of the tables in docs/published.md."""
+    found = {}
+    for section in (DOCS / "published.md").read_text().split("\n## ")[1:]:
+        for setting, models, options in re.findall(r"^\| (.+?) \| (.+?) \| `(.+?)` \|$", section, re.M):
+            found.update({(section.split()[0], setting, model): options for model in models.split(", ")})
+    return found
+
+
+def parsed(options):
+    """(recipe, calibration) as `lowbit quantize` takes these options."""
+    words = shlex.split(options)
+    given = list(zip(words[::2], words[1::2], strict=True))
+    one = dict(given)
+    assert set(one) <= {"--scheme", "--recipe", "--calib", "--samples", "--set"}
+    recipe = load_recipe(one["--recipe"], scheme=parse_scheme(one["--scheme"]), settings=[v for k, v in given if k == "--set"])
+    own = recipe.calibration
+    return recipe, (one.get("--calib", own.source), int(one.get("--samples", own.samples)), own.length)
+
+
+@pytest.mark.parametrize(("paper", "setting", "model"), published())
+def test_every_published_row_loads_and_plans(paper, setting, model):
+    hidden, inner, blocks, heads, shared, vocab = SHAPES[model]
+    recipe, (_, samples, length) = parsed(published()[paper, setting, model])
+    config = T.LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=shared,
+        vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=2048,
+    )  # fmt: skip
+    plan = make_plan(config, recipe, samples, length)
+    assert abs(plan.bits_per_weight - float(re.search(r"[\d.]+", setting).group())) < 0.5  # what the setting calls itself, scales besides
+
+
+SMALL, LARGE = ("Llama-2-7B", "Llama-2-13B"), ("Llama-2-70B",)
+TESSERAQ = [  # settings, models, scheme's weights, text, rows, batch, step size, phases, methods: the authors' configurations
+    *itertools.product(("W2",), SMALL, [("wikitext2", 512, 4, 1e-3, 20, (OmniQuant, TesseraQ))]),
+    *itertools.product(("W2",), LARGE, [("wikitext2", 256, 2, 5e-4, 20, (OmniQuant, TesseraQ))]),
+    *itertools.product(("W2g128", "W2g64", "W3", "W3g128", "W4"), SMALL, [("wikitext2", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]),
+    *itertools.product(("W2g128", "W2g64", "W3", "W3g128", "W4"), LARGE, [("wikitext2", 256, 2, 5e-4, 20, (AWQ, TesseraQ))]),
+    *itertools.product(("W2g128", "W3g128"), ("Llama-3.1-8B",), [("c4", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]),
+    *itertools.product(("W2g128", "W3g128"), ("Llama-3.1-70B",), [("c4", 256, 2, 5e-4, 20, (AWQ, TesseraQ))]),
+    *itertools.product(("W2g128", "W3g128"), ("Llama-3.2-1B", "Llama-3.2-3B"), [("wikitext2", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]),
+    *itertools.product(("W4g128",), ("Llama-3.2-1B", "Llama-3.2-3B"), [("wikitext2", 512, 4, 1e-3, 10, (AWQ, TesseraQ))]),
+    *itertools.product(("W4A4",), ("Llama-2-7B", "Llama-3.1-8B"), [("c4", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]),
+    *itertools.product(("W6A6", "W8A8"), ("Llama-2-7B",), [("c4", 512, 4, 1e-3, 10, (AWQ, TesseraQ))]),
+    *itertools.product(("W4A4, rotated", "W3A3, rotated"), ("Llama-3.1-8B",), [("c4", 512, 4, 1e-3, 20, (QuaRot, AWQ, TesseraQ))]),
+]
+
+
+@pytest.mark.parametrize(("setting", "model", "expected"), TESSERAQ)
+def test_every_row_of_tesseraq_has_the_authors_settings(setting, model, expected):
+    recipe, (source, samples, length) = parsed(published()["TesseraQ", setting, model])
+    tuning = recipe.methods[-1]
+    kinds = tuple(type(m) for m in recipe.methods)
+    assert (source, samples, tuning.batch, tuning.lr, len(soft_shares(tuning.schedule)), kinds) == expected
+    assert (length, tuning.iters, tuning.objective, tuning.precision) == (2048, 250, "block", "auto")
+    weights, bits, activations = re.fullmatch(r"(W(\d)(?:g\d+)?)(A\d)?", setting.split(",")[0]).groups()
+    grid = recipe.grid
+    assert f"W{grid.bits}" + (f"g{grid.group_size}" if grid.group_size else "") == weights and not grid.symmetric
+    assert recipe.activations == (PerToken(int(bits)) if activations else None) and recipe.kv is None
+
+
+def test_composed_recipes_are_what_their_names_say():
+    for file, parts in (
+        ("tesseraq-paper-w2", "omniquant+tesseraq-paper"), ("crossquant-w4a8", "rtn+crossquant"), ("claq-official", "claq-fused"),
+    ):  # fmt: skip
+        whole = load_recipe(file)
+        joined = load_recipe(parts, scheme=whole.scheme, settings=["claq.reserve=official"] if "claq" in file else [])
+        assert (whole.methods, whole.grid, whole.activations, whole.calibration) == (joined.methods, joined.grid, joined.activations, joined.calibration)
+    assert [type(m) for m in load_recipe("awq+crossquant-w4a8").methods] == [AWQ]
+    assert str(load_recipe("awq+crossquant-w4a8").scheme) == "W4A8g128sym"
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.startswith("claq")])
+def test_claq_calibrates_as_published(name):
+    assert load_recipe(name).calibration == Calibration("c4", 128, 2048)
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if "paper" in n and "tesseraq" in n])
+def test_paper_presets_step_in_16_bits_where_they_are_multiplied(name):
+    assert load_recipe(name).methods[-1].precision == "auto"
+
+
+def test_readme_names_every_recipe():
+    text = (DOCS.parent / "README.md").read_text()
+    assert [n for n in recipe_names() if f"`{n}`" not in text] == []
 
 
 @pytest.mark.parametrize(

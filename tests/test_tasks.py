@@ -200,7 +200,7 @@ def test_text_and_tasks_go_together_or_alone(model: Path, folder: Path, tmp_path
     both = scored(model, folder, tmp_path, "piqa", "--limit", 3, "--text", model / "text.txt", "--length", 32, "--windows", 4)
     assert both == alone
     data = json.loads((tmp_path / "e.json").read_text())
-    assert list(data) == ["perplexity", "nll", "tokens", "windows", "length", "kl", "top1", "tasks"] and data["windows"] == 4
+    assert list(data) == ["perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1", "tasks"] and data["windows"] == 4
 
 
 def test_the_table_says_what_was_measured(model: Path, folder: Path) -> None:

@@ -239,7 +239,8 @@ def test_without_a_network_it_says_what_was_tried_once(library: Any) -> None:
 
     calls = library(unreachable)
     assert refused("wikitext2", "eval") == (
-        "dataset 'Salesforce/wikitext' (split test) cannot be loaded: Couldn't reach 'Salesforce/wikitext' on the Hub. A local text file works too."
+        "dataset 'Salesforce/wikitext' (split test) cannot be loaded: Couldn't reach 'Salesforce/wikitext' on the Hub. A local text file works too. "
+        "So does stdlib, offline."
     )
     assert "'owner/name' (split test)" in refused("owner/name", "eval")
     assert len(calls) == 2  # the other splits of an unreachable repository are not tried: each costs many seconds

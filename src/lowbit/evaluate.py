@@ -29,6 +29,7 @@ class Evaluation:
     Attributes:
         perplexity: exp(nll). nll: mean negative log-likelihood in nats per predicted token.
         tokens: predicted tokens, windows * (length - 1). windows, length: what was fed.
+        batch: windows that passed together, at most. Scales that a grid takes from all of a call depend on it (`CrossQuant`, `LLMInt8`).
         kl: mean KL(reference || model) per predicted token in nats. top1: share of equal most likely tokens.
     """
 
@@ -37,6 +38,7 @@ class Evaluation:
     tokens: int
     windows: int
     length: int
+    batch: int
     kl: float | None = None
     top1: float | None = None
 
@@ -50,7 +52,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._nll = self._kl = 0.0
-        self._same = self._tokens = self._windows = self._length = 0
+        self._same = self._tokens = self._windows = self._length = self._batch = 0
         self._referenced: bool | None = None
 
     @torch.no_grad()
@@ -69,6 +71,7 @@ class Tally:
             expected = None if reference is None else reference[row, :-1].to(logits.device)
             self._add_row(logits[row, :-1], ids[row, 1:].to(logits.device), expected)
         self._windows += len(ids)
+        self._batch = max(self._batch, len(ids))
 
     def _check(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
         if logits.shape[:2] != ids.shape:
@@ -99,8 +102,11 @@ class Tally:
         self._nll, self._kl, *counts = ranks.total(self._nll, self._kl, self._same, self._tokens, self._windows)
         self._same, self._tokens, self._windows = (int(n) for n in counts)
 
-    def result(self) -> Evaluation:
+    def result(self, batch: int | None = None) -> Evaluation:
         """The means over everything added.
+
+        Args:
+            batch: windows that passed the model together, at most; None where logits were added as they passed.
 
         Raises:
             LowbitError: nothing was.
@@ -110,7 +116,7 @@ class Tally:
         nll = self._nll / self._tokens
         perplexity = math.inf if nll >= 700 else math.exp(nll)  # not finite stays not finite
         kl, top1 = (self._kl / self._tokens, self._same / self._tokens) if self._referenced else (None, None)
-        return Evaluation(perplexity, nll, self._tokens, self._windows, self._length, kl, top1)
+        return Evaluation(perplexity, nll, self._tokens, self._windows, self._length, batch or self._batch, kl, top1)
 
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -127,6 +133,11 @@ def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 def _sum(per_token: Tensor) -> float:
     # Off the device first: not every accelerator has float64.
     return float(per_token.cpu().sum(dtype=torch.float64))
+
+
+def together(batch: int) -> str:
+    """In words, how many windows passed together."""
+    return f"{batch} {'window' if batch == 1 else 'windows'} a pass"
 
 
 def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:

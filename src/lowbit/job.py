@@ -26,7 +26,7 @@ from .identity import Original, fingerprint, own_version, sources, versions
 from .loop import Streams, advance, as_read, begin, check_shared, idle_ranks, ordered, prepared, readings_of, run, surveyed
 from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
-from .model.block import Block
+from .model.block import TOKENS_PER_PASS, Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.carried import SourceFiles, source_files
 from .model.parts import ran_out
@@ -345,7 +345,9 @@ class _Run:
         tuned.merge(self.ranks)
         if not self.ranks.first:
             return None
-        return {"text": f"{self.rows.source} (held out)", "float": floating.result().as_dict(), "quantized": tuned.result().as_dict()}
+        together = min(len(streams.xq), max(1, TOKENS_PER_PASS // ids.shape[1]))  # as `Block.run` passes them, held-out rows last
+        found = {"float": floating.result(together), "quantized": tuned.result(together)}
+        return {"text": f"{self.rows.source} (held out)", **{k: v.as_dict() for k, v in found.items()}}
 
     @torch.no_grad()
     def _write_proof(self, streams: Streams) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 
 from .errors import LowbitError
+from .estimate import Shapes, Speed, run_work
 from .formats.compressed_tensors import carries
 from .formats.packing import tensor_bytes
 from .grid import Affine, KQuant
 from .grid.kquant import SUPER
 from .memory import PROCESS, Layer, Needs, Rows, needs
-from .methods import AWQ, CLAQ, GPTQ, OmniQuant, QuaRot, TesseraQ
-from .methods.omniquant import steps as omniquant_steps
+from .methods import CLAQ, QuaRot
 from .model.checkpoint import config_at, hub_file
 from .model.skeleton import build_skeleton
 from .model.wiring import Wiring, wiring_of
@@ -39,7 +38,7 @@ class Plan:
         bits_per_weight: of the quantized linears, scales and zero points included; model_bits_per_weight: of everything.
         memory: what is held while it runs, see `lowbit.memory.Needs`.
         check_memory: the closing check, in a process of its own: the whole model decoded, in float32.
-        seconds: arithmetic at the measured rate of this device; an estimate, None if the rate was not measured.
+        seconds: counted work at the measured speed of this device, see `lowbit.estimate`; None if no speed was given.
         runtimes: what each says to the result, in the order of `lowbit.targets.TARGETS`.
     """
 
@@ -174,13 +173,13 @@ def _skeleton(config: Any) -> tuple[dict[str, tuple[int, int]], int, int, int, f
 
 
 def make_plan(
-    config: Any, recipe: Recipe, samples: int = 128, length: int = 2048, rate: float | None = None, tensor_parallel: int = 1,
+    config: Any, recipe: Recipe, samples: int = 128, length: int = 2048, speed: Speed | None = None, tensor_parallel: int = 1,
     device: torch.device | None = None, ranks: int = 1,
 ) -> Plan:  # fmt: skip
     """Count what a run needs, and ask the runtimes.
 
     Args:
-        config: a transformers config. rate: sustained FLOP/s of the device, see `measure_rate`.
+        config: a transformers config. speed: of the device, from `lowbit.estimate.measure_speed`; None leaves the time out.
         tensor_parallel: devices among which a server will divide every linear. device: which computes, by default a CPU.
         ranks: processes that share the run on one machine; memory is of each.
 
@@ -206,14 +205,17 @@ def make_plan(
     untouched, stored = rest * blocks + outside, rest * blocks + outside_stored
     parameters = quantized + untouched
     context = getattr(config, "max_position_embeddings", None) or length
-    tokens = samples * min(length, context)
+    place, dtype = device or torch.device("cpu"), _dtype(config)
+    layer = Layer(linears, rest, outside, config.hidden_size, config.vocab_size)
+    shared = Rows(samples, min(length, context), dtype.itemsize, _compute(place, dtype).itemsize, ranks)
+    shapes = Shapes(layer, [s.reads for s in wiring.sites], shared, HELD_OUT, place, _compute(place, dtype))
     return Plan(
         model_type=config.model_type, blocks=blocks, parameters=parameters, quantized=quantized, original=2 * parameters,
         artifact=packed + 2 * stored, bits_per_weight=8 * packed / quantized,
         model_bits_per_weight=8 * (packed + 2 * stored) / parameters,
-        memory=needs_of(config, recipe, samples + HELD_OUT, min(length, context), device or torch.device("cpu"), _dtype(config), ranks, ranks),
+        memory=needs_of(config, recipe, samples + HELD_OUT, min(length, context), place, dtype, ranks, ranks),
         check_memory=4 * parameters,
-        seconds=None if rate is None else _flops(recipe, linears, tokens, samples, min(length, context)) * blocks / rate,
+        seconds=None if speed is None else run_work(recipe, shapes, blocks).seconds(speed),
         runtimes=verdicts(
             Planned(recipe, names, wiring, config, beyond_compressed_tensors(names, recipe, wiring), biased, tensor_parallel)
         ),
@@ -233,8 +235,13 @@ def needs_of(
     linears, rest, outside, tied_head, _ = _skeleton(config)
     head = tied_head if any(isinstance(m, QuaRot) and m.residual for m in recipe.methods) else 0
     layer = Layer(linears, rest, outside + head, config.hidden_size, config.vocab_size)
-    cpu = device.type == "cpu"
-    return needs(layer, Rows(rows, length, dtype.itemsize, 4 if cpu else dtype.itemsize, ranks), recipe, PROCESS if cpu else 0, here)
+    shared = Rows(rows, length, dtype.itemsize, _compute(device, dtype).itemsize, ranks)
+    return needs(layer, shared, recipe, PROCESS if device.type == "cpu" else 0, here)
+
+
+def _compute(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of forward passes: float32 on a CPU, the checkpoint's elsewhere."""
+    return torch.float32 if device.type == "cpu" else dtype
 
 
 def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:
@@ -254,34 +261,3 @@ def _extras(recipe: Recipe, names: Mapping[str, tuple[int, int]]) -> int:
 def _dtype(config: Any) -> torch.dtype:
     said = getattr(config, "dtype", None)
     return said if isinstance(said, torch.dtype) else torch.bfloat16
-
-
-def _flops(recipe: Recipe, linears: Mapping[str, tuple[int, int]], tokens: int, samples: int, length: int) -> float:
-    """Multiply-adds times two, per block: stream passes, searches, Hessians, a learner's steps (forward and two backward products)."""
-    weights = sum(a * b for a, b in linears.values())
-    total = 2.0 * weights * tokens * 3
-    for method in recipe.methods:
-        if isinstance(method, AWQ):
-            searched = min(1.0, method.rows / samples) if method.rows else 1.0
-            total += 2.0 * weights * tokens * searched * (2 + (method.exponents if method.scales else 0))
-        elif isinstance(method, (GPTQ, CLAQ)):
-            passes = 4 if method.true_sequential else 1
-            total += 2.0 * weights * tokens * passes + sum(2.0 * tokens * b * b + 2.0 * a * b * b + b**3 for a, b in linears.values())
-        elif isinstance(method, OmniQuant):
-            epochs = method.epochs or (40 if recipe.grid.bits <= 2 else 20)
-            total += 6.0 * weights * length * method.batch * omniquant_steps(epochs, samples, method.batch) * 1.5
-        elif isinstance(method, TesseraQ):
-            total += 6.0 * weights * length * method.batch * method.steps * 1.2
-    return total
-
-
-def measure_rate(device: str = "cpu") -> float:
-    """FLOP/s that a float32 (CPU) or bfloat16 (accelerator) matrix product sustains here, in about a third of a second."""
-    kind = torch.float32 if device == "cpu" else torch.bfloat16
-    a = torch.randn(1024, 1024, device=device).to(kind)
-    (a @ a).sum().item()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.3:
-        (a @ a).sum().item()
-        count += 1
-    return 2 * 1024**3 * count / (time.perf_counter() - start)

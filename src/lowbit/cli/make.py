@@ -70,9 +70,10 @@ def plan(
     import torch
 
     from ..display import duration, memory_rows, runtime_table, runtimes_table
+    from ..estimate import measure_speed
     from ..machine import free_memory, pick_device
     from ..model.calibration import Calibration
-    from ..plan import make_plan, measure_rate, read_config
+    from ..plan import make_plan, read_config
     from ..presets import load_recipe
     from ..scheme import parse_scheme
     from ..targets import check_target, demand
@@ -91,12 +92,12 @@ def plan(
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
     where = pick_device(device) if gpu_memory is None else torch.device("cuda")
     room = None if gpu_memory is None else lambda d: free_memory(d) if d.type == "cpu" else int(gpu_memory * gib)
-    rate = measure_rate(str(where)) if gpu_memory is None else None
-    p = make_plan(config, chosen, c.samples, c.length, rate, tensor_parallel, where, ranks)
+    speed = measure_speed(where) if gpu_memory is None else None
+    p = make_plan(config, chosen, c.samples, c.length, speed, tensor_parallel, where, ranks)
     if wanted is not None:
         demand(p.verdict(wanted))
     folder = offload_dir or Path.cwd()
-    took = f"about {duration(p.seconds)} with recipe '{chosen.name}' at this machine's measured matrix product rate (an estimate)" if p.seconds else "not said of a GPU that is not here"
+    took = f"about {duration(p.seconds)} with recipe '{chosen.name}' at this machine's measured speed (an estimate; packing and the closing check come on top)" if p.seconds else "not said of a GPU that is not here"
     rows = (
         ("model", f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, {p.quantized / p.parameters:.1%} of them quantized"),
         ("size", f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> {p.artifact / 1e9:.3g} GB)"),

@@ -27,11 +27,11 @@ def eval_(
     integers: Annotated[bool, typer.Option("--integers", help="Compute an artifact's linears in integers, where its activations are quantized.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16.")] = "auto",
     device: Device = "auto",
-    json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, kl, top1 here, and tasks.")] = None,
+    json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, batch (windows in one pass), kl, top1 here, and tasks.")] = None,
 ) -> None:
     """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and top-1 agreement; with --tasks accuracy."""
     from ..display import windows_bar
-    from ..evaluate import evaluate, load_causal_lm
+    from ..evaluate import evaluate, load_causal_lm, together
     from ..integers import in_integers
     from ..machine import pick_device
     from ..model.calibration import evaluation_windows
@@ -67,7 +67,7 @@ def eval_(
         with windows_bar(out) as tell:
             result = evaluate(loaded, ids, other, progress=tell)
         del other
-        line = f"{model} on {text}: perplexity {result.perplexity:.4f} (nll {result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens)"
+        line = f"{model} on {text}: perplexity {result.perplexity:.4f} (nll {result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens, {together(result.batch)})"
         if result.kl is not None and result.top1 is not None:
             line += f"; to {reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
         out.print(line, highlight=False, soft_wrap=True)
@@ -132,6 +132,7 @@ def compare(
     """Every recipe with every scheme on the same calibration tokens, seed and evaluation: table, Markdown, CSV, JSON, HTML with plots."""
     from ..compare import Cell, Comparison, Terms, cells, fitting_length
     from ..display import Progress, comparison_table
+    from ..evaluate import together
     from ..model.calibration import Calibration
     from ..report import write_comparison
 
@@ -156,7 +157,7 @@ def compare(
             out.print(f"failed: {row['recipe']}, {row['scheme']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
         title = (
             f"{model}; calibration {calib}, {samples} x {terms.calibration.length} tokens, seed {seed}; "
-            f"evaluation {text}, windows of {terms.length} tokens"
+            f"evaluation {text}, windows of {terms.length} tokens" + "".join(f", {together(n)}" for n in sorted({r["batch"] for r in rows if "batch" in r}))
         )
         write_comparison(output, rows, title)
     out.print(comparison_table(rows, title))

@@ -137,7 +137,8 @@ class LLMInt8:
 
     def outliers(self, x: Tensor) -> Tensor:
         """(..., channels) -> (channels,) bool, the channels kept in floating point."""
-        return (x.detach().abs() >= self.threshold).flatten(0, -2).any(0)
+        # In float32: a 16-bit tensor is compared with the threshold rounded to 16 bits.
+        return (x.detach().float().abs() >= self.threshold).flatten(0, -2).any(0)
 
     @property
     def rest(self) -> PerToken:

@@ -27,9 +27,9 @@ class Reading:
     factor: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., channels) -> what the weight sees, in x's dtype; rotated in float32 at least."""
+        """(..., channels) -> what the weight sees, in x's dtype."""
         if self.rotation is not None:
-            x = self.rotation(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+            x = self.rotation(x)
         if self.grid is None:
             return x
         if self.factor is None:

@@ -6,8 +6,9 @@ tables are those that come with compressed-tensors. An artifact stores the K x K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ class Rotation:
     """
 
     factors: tuple[Tensor | int, ...]
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def hadamard(cls, size: int, what: str = "the dimension") -> Rotation:
@@ -98,27 +100,39 @@ class Rotation:
     @property
     def size(self) -> int:
         """The size of the rotated dimension."""
-        out = 1
-        for n in self.shape:
-            out *= n
-        return out
+        return math.prod(self.shape)
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(size of the factors that are matrices), what their product of +-1 is multiplied by."""
+        return 1 / math.sqrt(math.prod([len(f) for f in self.factors if not isinstance(f, int)]))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size), in x's dtype; differentiable."""
-        y = x.reshape(*x.shape[:-1], *self.shape)
-        for at, factor in enumerate(self.factors, x.dim() - 1):
-            if not isinstance(factor, int):
-                matrix = factor.to(x.device, x.dtype) * len(factor) ** -0.5
-                y = (y.movedim(at, -1) @ matrix).movedim(-1, at)
-        return y.reshape(x.shape)
+        """(..., size) -> (..., size), in x's dtype, computed in float32 at least; differentiable."""
+        return self._applied(x, inverse=False)
 
     def inverse(self, x: Tensor) -> Tensor:
         """x -> x R^T, the inverse."""
-        return self.transposed()(x)
+        return self._applied(x, inverse=True)
 
-    def transposed(self) -> Rotation:
-        """The inverse rotation as a rotation."""
-        return Rotation(tuple(f if isinstance(f, int) else f.T.contiguous() for f in self.factors))
+    def _applied(self, x: Tensor, inverse: bool) -> Tensor:
+        # 16 bits would round the scale (1/sqrt(28) by 0.24 % in bfloat16) and every sum between two factors; signs are exact in any.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(wide).reshape(*x.shape[:-1], *self.shape)
+        for at, matrix in enumerate(self._placed(x.device, wide), x.dim() - 1):
+            if matrix is not None:
+                y = (y.movedim(at, -1) @ (matrix.T if inverse else matrix)).movedim(-1, at)
+        return (y.reshape(x.shape) * self.scale).to(x.dtype)
+
+    def _placed(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """The factors on a device in a floating-point dtype, None for an identity. Kept: a copy would make every pass wait for it."""
+        kept = self._copies.get((device, dtype))
+        if kept is None:
+            with torch.inference_mode(False):  # else a later pass with gradients could not use them
+                kept = tuple(None if isinstance(f, int) else f.to(device, dtype) for f in self.factors)
+            if not torch.compiler.is_compiling():  # a tracer's tensors mean nothing outside of its graph
+                self._copies[device, dtype] = kept
+        return kept
 
 
 def dense(factors: Sequence[Tensor]) -> Tensor:

@@ -110,13 +110,14 @@ def _load(repo: str, config: str | None, split: str, options: dict[str, Any]) ->
         import datasets
     except ImportError as e:
         raise LowbitError(
-            f"'{repo}' is read through the datasets library: pip install 'lowbit[eval]', or give a local text file."
+            f"'{repo}' is read through the datasets library: pip install 'lowbit[eval]', or give a local text file, or stdlib."
         ) from e
     try:
         return datasets.load_dataset(repo, config, split=split, **options)
     except Exception as e:  # the library lets errors of a dozen kinds through, network ones among them
         reason = (next(iter(str(e).splitlines()), "") or type(e).__name__).rstrip(".")
-        raise LowbitError(f"dataset '{repo}' (split {split}) cannot be loaded: {reason}. A local text file works too.") from e
+        said = f"dataset '{repo}' (split {split}) cannot be loaded: {reason}. A local text file works too. So does stdlib, offline."
+        raise LowbitError(said) from e
 
 
 def _texts(name: str, data: Any) -> list[str]:
