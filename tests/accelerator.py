@@ -160,8 +160,8 @@ class Accelerator(TorchDispatchMode):
             shapes = [tuple(t.shape) for t in outside]
             raise RuntimeError(f"{name} mixes devices: tensors of shapes {shapes} are on the CPU, at {_place()}")
 
-    def _check_generator(self, name: str, generator: torch.Generator | None, there: bool) -> None:
-        if generator is not None and there != any(generator is g for g in self._generators):
+    def _check_generator(self, name: str, generator: Any, there: bool) -> None:
+        if generator is not None and there != any(generator._cdata == g._cdata for g in self._generators):
             raise RuntimeError(f"{name} was given a generator of the other device, at {_place()}")
 
     def _count_copy(self, source: torch.Tensor, non_blocking: Iterable[Any], there: bool) -> None:

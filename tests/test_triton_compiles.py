@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for a GPU that is not here, as its launcher calls it: it compiles, keeps to its registers, spills none."""
+"""Every Triton kernel compiled for a GPU that need not be here, as its launcher calls it: none spills registers or takes too many."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import torch
 from test_kernels import made
 
 import lowbit
+from lowbit import kernels
+from lowbit.methods import _rounding
 from lowbit.methods._rounding._adam import Adam
 
 triton = pytest.importorskip("triton")
 ROOT = Path(lowbit.__file__).parent
 SM90 = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+REGISTERS = 65536  # of a multiprocessor, shared by the programs that it runs at once
 
 
 class Driver:
@@ -34,23 +37,27 @@ class Driver:
 
 
 class OnCuda(torch.Tensor):
-    """A tensor that says where it would lie; Triton reads its type and address alone."""
+    """A tensor that says where it would lie; of the others Triton reads type and address alone."""
 
     is_cuda = True
 
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """(kernel, what came of it) of every launch, none of which takes place."""
-    launches, run = [], triton.JITFunction.run
+    """What comes of every launch, by the kernel's name; none takes place."""
+    kernels, run = {}, triton.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        launches.append((self, run(self, *args, grid=grid, warmup=True, **options)))
+        kernels[full_name(self)] = run(self, *args, grid=grid, warmup=True, **options)
 
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     monkeypatch.setattr(triton.JITFunction, "run", compile_only)
-    return launches
+    return kernels
+
+
+def full_name(function):
+    return f"{function.fn.__module__.removeprefix('lowbit.')}.{function.fn.__name__}"
 
 
 def soft_rounding(length, dtype, shifted):
@@ -70,20 +77,73 @@ def codebook_product(bits, tokens, dtype):
 
 
 def resources(kernel, folder):
-    """Registers of a thread, and bytes of a thread's stack and local memory, which is where registers are spilled to."""
+    """Registers of a thread (REG), bytes of its stack (STACK) and of its local memory, which is where registers are spilled to (LOCAL)."""
     (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    said = subprocess.run([tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", folder / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
 
 
-@pytest.mark.parametrize("launch, args", [
-    *((soft_rounding, (length, dtype, length == 128)) for length in (16, 100, 128, 14336) for dtype in (torch.float32, torch.bfloat16)),
-    *((codebook_product, (bits, tokens, dtype)) for bits in range(1, 9) for tokens in (1,16,64) for dtype in (torch.float16, torch.bfloat16)),
-])
-def test_x(compiled, tmp_path, launch, args):
-    import time
-    t=time.time()
+# A launch, and of each of its kernels how many programs a multiprocessor holds at once, at least.
+ROUNDING = {"methods._rounding.gpu._weights": 8, "methods._rounding.gpu._descend": 4}
+PRODUCT = {"kernels.gpu._multiply": 2, "kernels.gpu._correct": 3}
+CASES = [
+    (soft_rounding, (16, torch.bfloat16, False), ROUNDING),
+    (soft_rounding, (128, torch.float32, True), ROUNDING),
+    (soft_rounding, (14336, torch.bfloat16, False), ROUNDING),  # rows longer than a tile
+    (codebook_product, (2, 1, torch.float16), PRODUCT),
+    (codebook_product, (6, 64, torch.float16), PRODUCT),  # codes across words, the most tokens
+    (codebook_product, (4, 64, torch.bfloat16), PRODUCT),
+]
+
+
+@pytest.mark.parametrize("launch, args, programs", CASES, ids=lambda v: getattr(v, "__name__", None))
+def test_a_kernel_compiles_for_sm_90(compiled, tmp_path, launch, args, programs):
     launch(*args)
-    for f, k in compiled:
-        print(launch.__name__, args, f.__name__, resources(k, tmp_path), k.metadata.num_warps, k.metadata.shared, round(time.time()-t, 2))
+    assert compiled.keys() == programs.keys()
+    for name, kernel in compiled.items():
+        used = resources(kernel, tmp_path)
+        assert used["STACK"] == used["LOCAL"] == 0, f"{name} spills registers: {used}"
+        held = REGISTERS // (32 * kernel.metadata.num_warps * -(-used["REG"] // 8) * 8)
+        assert held >= programs[name], f"{name} takes {used['REG']} registers a thread: a multiprocessor holds {held} programs"
+
+
+@pytest.mark.parametrize("dtype, held", [(torch.float16, "f16"), (torch.bfloat16, "bf16")])
+def test_products_go_to_the_tensor_cores_in_their_own_type(compiled, dtype, held):
+    codebook_product(8, 1, dtype)
+    products = set(re.findall(r"\bw?g?mma\S*?\.(?=f32)(\S+)", compiled["kernels.gpu._multiply"].asm["ptx"]))
+    assert products == {f"f32.{held}.{held}.f32"}
+
+
+def test_no_kernel_is_left_out():
+    found = {full_name(f): f for path in files_with_kernels() for f in jitted(path)}
+    called = {name for name, f in found.items() if any(re.search(rf"\b{f.fn.__name__}\(", g.src) for g in found.values() if g is not f)}
+    assert found and found.keys() - called == {name for _, _, programs in CASES for name in programs}
+
+
+def test_the_cpu_does_not_take_triton_because_it_is_installed(monkeypatch):
+    monkeypatch.delenv("LOWBIT_ROUNDING", raising=False)
+    x = torch.zeros(2, 4)
+    assert kernels._has_triton()
+    assert kernels._fastest(x) in ("cpu", "reference")
+    assert _rounding._fastest(x, x) in ("c", "reference")
+
+
+def files_with_kernels():
+    """The library's files that import triton, at whatever depth."""
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(n.split(".")[0] == "triton" for n in names):
+                yield path
+                break
+
+
+def jitted(path):
+    """The functions of a file that Triton compiles, also below autotuners and heuristics."""
+    module = importlib.import_module(".".join(("lowbit", *path.relative_to(ROOT).with_suffix("").parts)))
+    for value in vars(module).values():
+        while isinstance(value, triton.KernelInterface) and not isinstance(value, triton.JITFunction):
+            value = value.fn
+        if isinstance(value, triton.JITFunction) and value.fn.__module__ == module.__name__:
+            yield value
