@@ -132,7 +132,7 @@ class Accelerator(TorchDispatchMode):
             self._count_copy(args[0 if name == "_to_copy" else 1], [*args[2:], kwargs.get("non_blocking")], there)
         elif inside:
             if len(inside) < len(tensors):
-                self._refuse(func, name, args, tensors)
+                self._refuse(func, name, args, kwargs, tensors)
             self._count(func, name, args, kwargs)
         self.operations += not func.is_view
         given = {k: _held(v) for k, v in kwargs.items()}
@@ -149,13 +149,13 @@ class Accelerator(TorchDispatchMode):
         self._locked.append(out)
         return out
 
-    def _refuse(self, func: _Operator, name: str, args: Sequence[Any], tensors: list[torch.Tensor]) -> None:
+    def _refuse(self, func: _Operator, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> None:
         """Raise where operands lie on two devices and a GPU would not take them."""
         outside = [t for t in tensors if not isinstance(t, OnDevice)]
         if name in _INDEXED and isinstance(args[0], OnDevice):  # the index may lie on the CPU
             outside = [t for t in args[2:3] if isinstance(t, torch.Tensor) and not isinstance(t, OnDevice) and t.dim()]
         elif torch.Tag.pointwise in func.tags or name in _TAKES_SCALARS:
-            outside = [t for t in outside if t.dim()]
+            outside = [t for t in outside if t.dim()] + [t for t in _written(func, args, kwargs) if not isinstance(t, OnDevice)]
         if outside:
             shapes = [tuple(t.shape) for t in outside]
             raise RuntimeError(f"{name} mixes devices: tensors of shapes {shapes} are on the CPU, at {_place()}")
@@ -262,9 +262,8 @@ def _held(value: Any) -> Any:
     return [_held(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _written(func: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[OnDevice]:
-    given = [args[i] if i < len(args) else kwargs.get(name) for i, name in _outputs(func)]
-    return [t for t in _tensors(given) if isinstance(t, OnDevice)]
+def _written(func: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    return list(_tensors(args[i] if i < len(args) else kwargs.get(name) for i, name in _outputs(func)))
 
 
 @functools.cache
@@ -273,11 +272,11 @@ def _outputs(func: _Operator) -> list[tuple[int, str]]:
     return [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
-def _wrapped(out: Any, written: Sequence[OnDevice], owner: Accelerator | None) -> Any:
+def _wrapped(out: Any, written: Sequence[torch.Tensor], owner: Accelerator | None) -> Any:
     """Results on the device; one that was written in place is the tensor that was given."""
     if isinstance(out, torch.Tensor):
         for t in written:
-            if t.held is out:
+            if isinstance(t, OnDevice) and t.held is out:
                 return t
         return out if owner is None else OnDevice(out, owner)
     if isinstance(out, (list, tuple)):

@@ -77,7 +77,7 @@ def codebook_product(bits, tokens, dtype):
 
 
 def resources(kernel, folder):
-    """Registers of a thread (REG), bytes of its stack (STACK) and of its local memory, which is where registers are spilled to (LOCAL)."""
+    """Registers of a thread (REG), and the memory that it spills them to: bytes of its stack (STACK) and beside it (LOCAL)."""
     (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", folder / "kernel.cubin"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -118,7 +118,7 @@ def test_products_go_to_the_tensor_cores_in_their_own_type(compiled, dtype, held
 def test_no_kernel_is_left_out():
     found = {full_name(f): f for path in files_with_kernels() for f in jitted(path)}
     called = {name for name, f in found.items() if any(re.search(rf"\b{f.fn.__name__}\(", g.src) for g in found.values() if g is not f)}
-    assert found and found.keys() - called == {name for _, _, programs in CASES for name in programs}
+    assert set(found) - called == {name for _, _, programs in CASES for name in programs}
 
 
 def test_the_cpu_does_not_take_triton_because_it_is_installed(monkeypatch):
