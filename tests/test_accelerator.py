@@ -49,15 +49,15 @@ def waits_of_phases(monkeypatch, device):
 
 CASES = [
     ("rtn", "W4A16g16", (), "device"),
-    ("awq+gptq", "W3A16g16", FEW_SEARCHED, "device"),
+    ("awq+gptq", "W3A16g16", (*FEW_SEARCHED, "gptq.act_order=true", "gptq.static_groups=true"), "device"),
     ("tesseraq-fast", "W2A16g16", (*FEW_STEPS, *FEW_SEARCHED), "device"),
     ("tesseraq-fast", "W2A8KV8g16", (*FEW_STEPS, *FEW_SEARCHED), "host"),
     ("tesseraq-codebook", "W2A16", FEW_STEPS, "device"),
     ("omniquant", "W4A4", ("omniquant.epochs=1",), "device"),
     ("smoothquant+llm-int8", "W8A8sym", (), "device"),
     ("quarot", "W4A4KV4", (), "device"),
-    ("claq", "W2A16", (), "device"),
-    ("crossquant-deploy", "W4A8g16sym", (), "device"),
+    ("claq-fused", "W2A16", (), "device"),
+    ("crossquant-deploy", "W4A8g16sym", ("crossquant.fold=group",), "device"),
 ]
 
 
