@@ -74,10 +74,12 @@ def tiny_tokenizer(bos: bool = True) -> T.PreTrainedTokenizerFast:
     return T.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def save_tiny(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: object) -> Path:
-    """A random model of a family with norms and biases away from their defaults, so that a wrong fold shows."""
+def save_tiny(
+    folder: Path, family: str | T.PretrainedConfig = "llama", dtype: torch.dtype = torch.bfloat16, **options: object
+) -> Path:
+    """A random model of a family, or of a configuration, with norms and biases away from their defaults, so that a wrong fold shows."""
     torch.manual_seed(0)
-    model = T.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    model = T.AutoModelForCausalLM.from_config(FAMILIES[family]() if isinstance(family, str) else family)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1:
