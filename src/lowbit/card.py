@@ -13,7 +13,7 @@ from typing import Any
 from .formats import awq, gptq, mlx, native
 from .formats import compressed_tensors as ct
 from .grid import Affine, KQuant
-from .names import hub_id, model_name
+from .names import hub_id, hub_of, model_name
 from .proof import EXACT, Verification
 from .scheme import parse_scheme
 from .verbatim import code, code_block, encodable, markdown
@@ -51,13 +51,13 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 
 def _front_matter(report: Mapping[str, Any]) -> str:
-    source = report.get("source", {})
+    hub = hub_of(report)
     bits = [f"{b}-bit" for b in sorted({g.bits for g in _grids(report)})]
     served = "vllm" if _for_vllm(report) else _LIBRARY.get(report["format"], "transformers")
     data: dict[str, Any] = {"library_name": served, "pipeline_tag": "text-generation"}
-    if source.get("hub"):
-        data |= {"base_model": source["hub"], "base_model_relation": "quantized"}
-    data |= _license(source)
+    if hub:
+        data |= {"base_model": hub, "base_model_relation": "quantized"}
+    data |= _license(report.get("source", {}).get("license", {}), hub)
     methods = report["recipe"]["methods"] or ["rtn"]
     data["tags"] = list(dict.fromkeys(["quantized", "lowbit", *bits, report["format"], *methods]))
     lines = []
@@ -66,14 +66,14 @@ def _front_matter(report: Mapping[str, Any]) -> str:
     return "\n".join(("---", *lines, "---", ""))
 
 
-def _license(source: Mapping[str, Any]) -> dict[str, Any]:
+def _license(license_: Mapping[str, Any], hub: str | None) -> dict[str, Any]:
     """The source's own terms; a link into its repository becomes one from anywhere."""
-    terms = dict(source.get("license", {}))
+    terms = dict(license_)
     link = terms.get("license_link")
     if isinstance(link, str) and "://" not in link:
         del terms["license_link"]
-        if source.get("hub"):
-            terms["license_link"] = f"{_HUB}/{source['hub']}/blob/main/{link.removeprefix('./').removeprefix('/')}"
+        if hub:
+            terms["license_link"] = f"{_HUB}/{hub}/blob/main/{link.removeprefix('./').removeprefix('/')}"
     return terms
 
 
@@ -95,7 +95,7 @@ def _name(report: Mapping[str, Any]) -> str:
 
 
 def _opening(report: Mapping[str, Any]) -> str:
-    hub = report.get("source", {}).get("hub")
+    hub = hub_of(report)
     model = f"[{hub}]({_HUB}/{hub})" if hub else code(_name(report))
     scheme, activations = parse_scheme(report["recipe"]["scheme"]), ""
     for bits, what in ((scheme.activation_bits, "activations"), (scheme.kv_bits, "keys and values")):
@@ -131,7 +131,7 @@ def _making(report: Mapping[str, Any]) -> str:
     ]
     lines = ["## How it was made", "", *_table(("", ""), rows)]
     if "command" in report:
-        model, hub = report["model"], report.get("source", {}).get("hub")
+        model, hub = report["model"], hub_of(report)
         words = [hub if hub and word == model else word for word in report["command"]]
         lines += ["", code_block("sh", shlex.join(map(_shown, words)), *_exported(report))]
         cut = [_shown(a) for a in words if Path(a).name == _shown(a) != a]

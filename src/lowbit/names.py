@@ -18,11 +18,16 @@ def hub_id(path: str | Path) -> str | None:
     return found[2].replace("--", "/", 1) if found and snapshots == "snapshots" else None
 
 
+def hub_of(report: Mapping[str, Any]) -> str | None:
+    """The repository that the model of a report.json came from; None if it came from none."""
+    return report.get("source", {}).get("hub") or hub_id(report["model"])
+
+
 def model_name(report: Mapping[str, Any]) -> str:
     """The last part of the model's hub id, or of its path; empty where the path has none, as "." has.
 
     Args:
         report: report.json of an artifact or an export.
     """
-    name = Path(report.get("source", {}).get("hub") or report["model"]).name
+    name = Path(hub_of(report) or report["model"]).name
     return "" if name == ".." else name
