@@ -65,7 +65,7 @@ def plan(
     gpu_memory: Annotated[Optional[float], typer.Option("--gpu-memory", help="Plan for a GPU with so many GiB free, which need not be here, instead of --device.", callback=real(0.001, 1e6, "of GiB"))] = None,
     ranks: Annotated[int, typer.Option(help="Processes that will share the run on this machine, as torchrun --nproc-per-node starts them.", callback=whole())] = 1,
     offload: Offload = "auto",
-    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: this one.", show_default=False)] = None,
+    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: this one.", show_default=False, callback=out_folder)] = None,
     json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.", callback=json_file)] = None,
 ) -> None:
     """Say before any work what a run will need, which runtimes will load its result, and how to export it for them."""
@@ -85,7 +85,9 @@ def plan(
     wanted = None if target is None else check_target(target, tensor_parallel)
     chosen = load_recipe(recipe, scheme=None if scheme is None else parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
-    own = chosen.calibration
+    own, context = chosen.calibration, getattr(config, "max_position_embeddings", None)
+    if context is not None and length is not None and length > context:
+        raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
     where = pick_device(device) if gpu_memory is None else torch.device("cuda")
     room = None if gpu_memory is None else lambda d: free_memory(d) if d.type == "cpu" else int(gpu_memory * gib)

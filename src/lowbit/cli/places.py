@@ -35,12 +35,14 @@ def json_file(param: typer.CallbackParam, value: Optional[Path]) -> Optional[Pat
     return value
 
 
-def out_folder(param: typer.CallbackParam, value: Path) -> Path:
+def out_folder(param: typer.CallbackParam, value: Optional[Path]) -> Optional[Path]:
     """Check that files can be written into a folder, which will be made. Leaves nothing behind.
 
     Raises:
         LowbitError: they cannot, with the reason.
     """
+    if value is None:
+        return None
     with _refused(value, param):
         if value.exists() and not value.is_dir():
             raise LowbitError(f"{option_of(param)} '{value}' is not a folder: give the name of one, or a new one.")
