@@ -44,7 +44,7 @@ def lose_nothing() -> None:
     """Let the standard streams write what their encoding has no character for as an escape, where Python would raise."""
     codecs.register_error("lowbit", _escaped)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
             stream.reconfigure(errors="lowbit")
 
 

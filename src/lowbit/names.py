@@ -13,7 +13,7 @@ def hub_id(path: str | Path) -> str | None:
 
     None for any other path.
     """
-    *_, repository, snapshots, _ = ("", "", *Path(path).parts)
+    *_, repository, snapshots, _ = ("", "", "", *Path(path).parts)
     found = re.fullmatch(r"(models|datasets)--(.+)", repository)
     return found[2].replace("--", "/", 1) if found and snapshots == "snapshots" else None
 

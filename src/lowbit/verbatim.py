@@ -42,7 +42,7 @@ def code_block(language: str, *lines: str) -> str:
 
 def plotted(text: str) -> str:
     """A label for matplotlib: no formula between dollar signs, no leading underscore, which would hide it from the legend."""
-    return re.sub(r"^_", " _", text.replace("$", r"\$"))
+    return re.sub(r"^_", " _", encodable(text).replace("$", r"\$"))
 
 
 def encodable(text: str) -> str:

@@ -64,7 +64,7 @@ def _told() -> Iterator[None]:
     except OSError as e:
         if e.filename is None or e.errno == errno.EPIPE:
             raise
-        complain(f"'{e.filename}' cannot be read or written: {e.strerror}.")
+        complain(f"'{e.filename2 or e.filename}' cannot be read or written: {e.strerror}.")
         raise typer.Exit(2) from e
 
 
