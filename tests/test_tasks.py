@@ -451,7 +451,7 @@ def test_the_command_line_does_not_import_lm_eval() -> None:
     [
         (("--tasks", "piqa", "--limit", "0"), "--limit 0: give a whole number from 1"),
         (("--tasks", "piqa", "--limit", "-3"), "--limit -3: give a whole number from 1"),
-        (("--tasks", "piqa", "--shots", "-1"), "--shots -1: give 0 or more"),
+        (("--tasks", "piqa", "--shots", "-1"), "--shots -1: give a whole number from 0"),
         (("--tasks", " , "), "--tasks names no task"),
         (("--shots", "1"), "--shots has no effect without --tasks"),
         (("--text", "stdlib", "--task-data", "x"), "--task-data has no effect without --tasks"),
