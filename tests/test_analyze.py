@@ -128,7 +128,7 @@ def test_bad_input(tmp_path):
     for more, words in (
         (["--bits", "9"], "activation bits must be 2 to 8"), (["--bits", "x"], "--bits takes numbers with commas"), (["--bits", ","], "--bits is empty"),
         (["--exponents", "1.5"], "row_exponent must be in [0, 1]"), (["--columns", "row"], "columns must be one of call, sequence"),
-        (["--shares", "1.5"], "must be in (0, 1)"), (["--batch", "0"], "--batch must be at least 1"), (["--length", "999"], "beyond the model's context"),
+        (["--shares", "1.5"], "must be in (0, 1)"), (["--batch", "0"], "--batch 0: give a whole number from 1"), (["--length", "999"], "beyond the model's context"),
     ):  # fmt: skip
         code, text = analyze(*args, *more)
         assert code == 2 and words in text, text

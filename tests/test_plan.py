@@ -163,10 +163,10 @@ def test_a_plan_for_a_gpu_that_is_not_here(tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--gpu-memory", "nan"], "--gpu-memory is a number of GiB, above 0; got nan"),
-    (["--gpu-memory", "-3"], "--gpu-memory is a number of GiB, above 0; got -3"),
+    (["--gpu-memory", "nan"], "--gpu-memory nan: give a number of GiB"),
+    (["--gpu-memory", "-3"], "--gpu-memory -3: give a number of GiB"),
     (["--gpu-memory", "80", "--device", "cpu"], "give one of them"),
-    (["--ranks", "0"], "--ranks is a number of processes, at least 1; got 0"),
+    (["--ranks", "0"], "--ranks 0: give a whole number from 1"),
     (["--offload", "dsk"], "unknown place for --offload 'dsk'"),
 ])  # fmt: skip
 def test_plan_refuses_options_that_say_nothing(tmp_path, options, said):

@@ -342,7 +342,7 @@ def test_a_target_is_told_at_length(tmp_path):
     [(("--scheme", "W3A16g64", "--target", "llama.cpp"), "--to gguf:q4_k"), (("--scheme", "W4A16g16", "--target", "mlx"), "32, 64 and 128"),
      (("--scheme", "W4A16g128", "--target", "vllm", "--tensor-parallel", "8"), "may be 1, 2, 4."), (("--scheme", "W5A16g64sym", "--target", "sglang"), "GPTQ with 2, 3, 4 and 8"),
      (("--scheme", "W4A16g64", "--target", "vlm"), "did you mean 'vllm'?"), (("--scheme", "W4A16g64", "--target", "mlx", "--tensor-parallel", "2"), "leave it out for 'mlx'"),
-     (("--scheme", "W4A16g64", "--tensor-parallel", "0"), "at least 1; got 0"), (("--scheme", "W4A16g7", "--target", "vllm"), "does not divide")],
+     (("--scheme", "W4A16g64", "--tensor-parallel", "0"), "--tensor-parallel 0: give a whole number from 1"), (("--scheme", "W4A16g7", "--target", "vllm"), "does not divide")],
 )  # fmt: skip
 def test_what_will_not_load_is_refused_with_exit_2(tmp_path, options, words):
     code, text = plan(tmp_path, *options, "--json", str(tmp_path / "plan.json"))

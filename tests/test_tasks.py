@@ -449,9 +449,9 @@ def test_the_command_line_does_not_import_lm_eval() -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--tasks", "piqa", "--limit", "0"), "--limit 0: give at least 1"),
-        (("--tasks", "piqa", "--limit", "-3"), "--limit -3: give at least 1"),
-        (("--tasks", "piqa", "--shots", "-1"), "--shots -1: give 0 or more"),
+        (("--tasks", "piqa", "--limit", "0"), "--limit 0: give a whole number from 1"),
+        (("--tasks", "piqa", "--limit", "-3"), "--limit -3: give a whole number from 1"),
+        (("--tasks", "piqa", "--shots", "-1"), "--shots -1: give a whole number from 0"),
         (("--tasks", " , "), "--tasks names no task"),
         (("--shots", "1"), "--shots has no effect without --tasks"),
         (("--text", "stdlib", "--task-data", "x"), "--task-data has no effect without --tasks"),
@@ -464,7 +464,7 @@ def test_numbers_out_of_range_and_options_without_effect_are_refused(model: Path
 
 def test_a_batch_below_one_is_refused(model: Path, folder: Path) -> None:
     need_lm_eval()
-    assert "--batch 0: give at least 1" in refused(model, "--tasks", "piqa", "--task-data", folder, "--batch", 0)
+    assert "--batch 0: give a whole number from 1" in refused(model, "--tasks", "piqa", "--task-data", folder, "--batch", 0)
 
 
 def test_more_shots_than_examples_are_refused(model: Path, folder: Path) -> None:

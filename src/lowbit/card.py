@@ -13,13 +13,16 @@ from typing import Any
 from .formats import awq, gptq, mlx, native
 from .formats import compressed_tensors as ct
 from .grid import Affine, KQuant
+from .names import hub_id, hub_of, model_name
 from .proof import EXACT, Verification
 from .scheme import parse_scheme
+from .verbatim import code, code_block, encodable, markdown
 
 GGUF = "gguf"
 _HUB = "https://huggingface.co"
 _LIBRARY = {native.NAME: "lowbit", mlx.NAME: "mlx", GGUF: "gguf"}  # in whose name the Hub offers the files; else transformers
 _YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+_HELD_OUT = " (held out)"
 _TERMS = ("license", "license_name", "license_link")
 
 
@@ -41,20 +44,20 @@ def model_card(report: Mapping[str, Any]) -> str:
         report: of an artifact or an export, its verification included.
     """
     parts = (f"# {_title(report)}", _opening(report), _making(report), _numbers(report), _loading(report))
-    return _front_matter(report) + "\n" + "\n\n".join(parts) + "\n"
+    return encodable(_front_matter(report) + "\n" + "\n\n".join(parts) + "\n")
 
 
 # --- what the Hub reads ---------------------------------------------------------------------------------------------------------
 
 
 def _front_matter(report: Mapping[str, Any]) -> str:
-    source = report.get("source", {})
+    hub = hub_of(report)
     bits = [f"{b}-bit" for b in sorted({g.bits for g in _grids(report)})]
     served = "vllm" if _for_vllm(report) else _LIBRARY.get(report["format"], "transformers")
     data: dict[str, Any] = {"library_name": served, "pipeline_tag": "text-generation"}
-    if source.get("hub"):
-        data |= {"base_model": source["hub"], "base_model_relation": "quantized"}
-    data |= _license(source)
+    if hub:
+        data |= {"base_model": hub, "base_model_relation": "quantized"}
+    data |= _license(report.get("source", {}).get("license", {}), hub)
     methods = report["recipe"]["methods"] or ["rtn"]
     data["tags"] = list(dict.fromkeys(["quantized", "lowbit", *bits, report["format"], *methods]))
     lines = []
@@ -63,14 +66,14 @@ def _front_matter(report: Mapping[str, Any]) -> str:
     return "\n".join(("---", *lines, "---", ""))
 
 
-def _license(source: Mapping[str, Any]) -> dict[str, Any]:
+def _license(license_: Mapping[str, Any], hub: str | None) -> dict[str, Any]:
     """The source's own terms; a link into its repository becomes one from anywhere."""
-    terms = dict(source.get("license", {}))
+    terms = dict(license_)
     link = terms.get("license_link")
     if isinstance(link, str) and "://" not in link:
         del terms["license_link"]
-        if source.get("hub"):
-            terms["license_link"] = f"{_HUB}/{source['hub']}/blob/main/{link.removeprefix('./').removeprefix('/')}"
+        if hub:
+            terms["license_link"] = f"{_HUB}/{hub}/blob/main/{link.removeprefix('./').removeprefix('/')}"
     return terms
 
 
@@ -84,16 +87,16 @@ def _yaml(value: str) -> str:
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    return f"{_name(report)} {report['recipe']['scheme']}" + ("" if report["format"] in (ct.NAME, native.NAME) else f", {report['format']}")
+    return f"{markdown(_name(report))} {report['recipe']['scheme']}" + ("" if report["format"] in (ct.NAME, native.NAME) else f", {report['format']}")
 
 
 def _name(report: Mapping[str, Any]) -> str:
-    return " ".join(Path(report["model"]).name.split()) or "model"
+    return " ".join(model_name(report).split()) or "model"
 
 
 def _opening(report: Mapping[str, Any]) -> str:
-    hub = report.get("source", {}).get("hub")
-    model = f"[{hub}]({_HUB}/{hub})" if hub else f"`{_name(report)}`"
+    hub = hub_of(report)
+    model = f"[{hub}]({_HUB}/{hub})" if hub else code(_name(report))
     scheme, activations = parse_scheme(report["recipe"]["scheme"]), ""
     for bits, what in ((scheme.activation_bits, "activations"), (scheme.kv_bits, "keys and values")):
         activations += f", {what} in {bits} bits" if bits else ""
@@ -119,20 +122,22 @@ def _making(report: Mapping[str, Any]) -> str:
         linears += f", {outliers} weights kept in 16 bits"
     chats = f", {c['conversations']} conversations written by the model's chat template" if c.get("conversations") else ""
     rows = [
-        ("recipe", f"`{recipe['name']}` (methods: {', '.join(recipe['methods']) or 'none'}); all settings in `recipe.toml`"),
+        ("recipe", f"{code(recipe['name'])} (methods: {', '.join(recipe['methods']) or 'none'}); all settings in `recipe.toml`"),
         ("scheme", f"`{recipe['scheme']}`"),
         ("linears", linears + kept),
-        ("calibration", f"{_shown(c['source'])}, {c['samples']} rows of {c['length']} tokens, sha256 `{c['sha256'][:16]}`{chats}"),
+        ("calibration", f"{markdown(_shown(c['source']))}, {c['samples']} rows of {c['length']} tokens, sha256 `{c['sha256'][:16]}`{chats}"),
         ("seed", str(report["seed"])),
         ("computed", f"on {report['device']}, in {report['compute'].removeprefix('torch.')}"),
         ("versions", ", ".join((f"lowbit {report['lowbit']}", *(f"{k} {v}" for k, v in report["versions"].items())))),
     ]
     lines = ["## How it was made", "", *_table(("", ""), rows)]
     if "command" in report:
-        lines += ["", "```sh", shlex.join([_shown(a) for a in report["command"]]), *_exported(report), "```"]
-        cut = [_shown(a) for a in report["command"] if _shown(a) != a]
+        model, hub = report["model"], hub_of(report)
+        words = [hub if hub and word == model else word for word in report["command"]]
+        lines += ["", code_block("sh", shlex.join(map(_shown, words)), *_exported(report))]
+        cut = [_shown(a) for a in words if Path(a).name == _shown(a) != a]
         if cut:
-            lines += ["", f"Of paths only the last part is shown: {', '.join(f'`{a}`' for a in cut)}."]
+            lines += ["", f"Of paths only the last part is shown: {', '.join(map(code, cut))}."]
     return "\n".join(lines)
 
 
@@ -150,7 +155,8 @@ def _numbers(report: Mapping[str, Any]) -> str:
     lines = ["## Numbers", "", *_table(("", ""), rows)]
     if q:
         f, t = q["float"], q["quantized"]
-        on = f"{_shown(q['text'])}, {t['windows']} windows of {t['length']} tokens"
+        text = q["text"].removesuffix(_HELD_OUT)
+        on = f"{markdown(_shown(text))}{q['text'][len(text) :]}, {t['windows']} windows of {t['length']} tokens"
         measured = [
             ("perplexity", f"{f['perplexity']:.4g}", f"{t['perplexity']:.4g}"),
             ("mean KL to the float model, nats a token", "", f"{t['kl']:.4g}"),
@@ -189,21 +195,21 @@ def _loading(report: Mapping[str, Any]) -> str:
     if format_ == GGUF:
         ways = _llama_cpp(report["gguf"]["file"])
     elif format_ == mlx.NAME:
-        ways = [_way("mlx-lm", _code("sh", "pip install mlx-lm", 'mlx_lm.generate --model MODEL --prompt "Once"'))]
+        ways = [_way("mlx-lm", code_block("sh", "pip install mlx-lm", 'mlx_lm.generate --model MODEL --prompt "Once"'))]
     elif format_ in (gptq.V1, gptq.V2, awq.NAME):
         ways = _gptqmodel(report)
     elif format_ == native.NAME:
         why = report.get("beyond_compressed_tensors")
         text = f"Needs lowbit, for {why}. " if why else "Needs lowbit. "
         text += f"Tried with transformers {report['versions']['transformers']}; without the import it warns of missing weights and makes them up."
-        ways = [_way("transformers", text, _code("python", "import lowbit  # before the model is loaded", *_transformers()))]
+        ways = [_way("transformers", text, code_block("python", "import lowbit  # before the model is loaded", *_transformers()))]
         if any(isinstance(g, KQuant) for g in _grids(report)):
-            ways.append(_way("llama.cpp", "The blocks are those of GGUF; a file for it:", _code("sh", "lowbit export MODEL --to gguf -o DIR")))
+            ways.append(_way("llama.cpp", "The blocks are those of GGUF; a file for it:", code_block("sh", "lowbit export MODEL --to gguf -o DIR")))
     elif _for_vllm(report):
         ways = [*_vllm(report), "transformers alone ignores what this export is for, and computes something else."]
     else:
-        install = _code("sh", "pip install transformers compressed-tensors")
-        ways = [_way("transformers", _tried(report), install, _code("python", *_transformers())), *_vllm(report)]
+        install = code_block("sh", "pip install transformers compressed-tensors")
+        ways = [_way("transformers", _tried(report), install, code_block("python", *_transformers())), *_vllm(report)]
     where = "" if format_ == GGUF else "\n\n`MODEL` stands for this directory, or for its name on the Hub."
     return "\n\n".join((f"## Loading{where}", *ways))
 
@@ -230,15 +236,15 @@ def _transformers(options: str = "") -> tuple[str, ...]:
 
 def _llama_cpp(file: str) -> list[str]:
     call = ("from llama_cpp import Llama", "", f"model = Llama({json.dumps(file)})", 'print(model("Once", max_tokens=32)["choices"][0]["text"])')
-    shell = _code("sh", shlex.join(["llama-cli", "-m", file, "-p", "Once"]))
-    return [_way("llama.cpp", shell), _way("llama-cpp-python", _code("python", *call))]
+    shell = code_block("sh", shlex.join(["llama-cli", "-m", file, "-p", "Once"]))
+    return [_way("llama.cpp", shell), _way("llama-cpp-python", code_block("python", *call))]
 
 
 def _gptqmodel(report: Mapping[str, Any]) -> list[str]:
     load = ("import torch", *_transformers(", dtype=torch.bfloat16"))
-    ways = [_way("transformers", _code("sh", "pip install transformers optimum gptqmodel"), _code("python", *load))]
+    ways = [_way("transformers", code_block("sh", "pip install transformers optimum gptqmodel"), code_block("python", *load))]
     if report["format"] != awq.NAME:
-        ways.append(_way("GPTQModel", _code("python", "from gptqmodel import GPTQModel", "", 'model = GPTQModel.load("MODEL")')))
+        ways.append(_way("GPTQModel", code_block("python", "from gptqmodel import GPTQModel", "", 'model = GPTQModel.load("MODEL")')))
     grids = _grids(report)
     if report["format"] == gptq.V1 and all(g.bits in (4, 8) for g in grids):
         ways += _served("any recent version takes 4 and 8 bits in this format")
@@ -266,7 +272,7 @@ def _vllm(report: Mapping[str, Any]) -> list[str]:
 
 
 def _served(versions: str) -> list[str]:
-    return [_way("vLLM", f"By its sources, {versions}; not run.", _code("sh", "vllm serve MODEL"))]
+    return [_way("vLLM", f"By its sources, {versions}; not run.", code_block("sh", "vllm serve MODEL"))]
 
 
 def _for_vllm(report: Mapping[str, Any]) -> bool:
@@ -283,8 +289,8 @@ def _grids(report: Mapping[str, Any]) -> list[Affine | KQuant]:
 
 
 def _shown(text: str) -> str:
-    """A path as others may see it: of an absolute one, the last part."""
-    return Path(text).name if Path(text).is_absolute() or text.startswith("~") else text
+    """A path as others may see it: of a snapshot in the hub's cache, its repository; of another absolute one, the last part."""
+    return (hub_id(text) or Path(text).name) if Path(text).is_absolute() or text.startswith("~") else text
 
 
 def _bytes(count: float) -> str:
@@ -294,10 +300,6 @@ def _bytes(count: float) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
-
-
-def _code(language: str, *lines: str) -> str:
-    return "\n".join((f"```{language}", *lines, "```"))
 
 
 def _way(name: str, *parts: str) -> str:

@@ -7,9 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from .console import Console, Table
 from .display import Progress, duration, size
 from .errors import LowbitError
 from .evaluate import continue_text, evaluate, load_causal_lm
@@ -19,6 +17,7 @@ from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_tokenizer
 from .report import write_page
+from .verbatim import shell
 
 RECIPES = ("rtn", "awq", "tesseraq")
 _PROMPT = "def read_file(path"
@@ -56,7 +55,7 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
          "seconds": 0.0, **plain.as_dict(), "sample": continue_text(original, tokenizer, _PROMPT, 48), "losses": []}
     ]  # fmt: skip
     for recipe in RECIPES:
-        console.print(f"\n{recipe}, {scheme}, {_SAMPLES} x {_LENGTH} tokens of this Python's standard library", highlight=False)
+        console.print(f"\n{recipe}, {scheme}, {_SAMPLES} x {_LENGTH} tokens of this Python's standard library")
         with Progress(console) as progress:
             done = quantize(
                 source, scheme, recipe, out=folder / recipe, samples=_SAMPLES, length=_LENGTH, device=device,
@@ -74,12 +73,12 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
     title = f"{windows.shape[0]} x {windows.shape[1]} tokens of held-out standard library sources, demo model"
     _show(rows, title, console)
     page = write_page(folder, rows, title)
-    console.print(f"\nreport: {page}\ncheck an artifact again: lowbit verify {folder / 'tesseraq'}", highlight=False, soft_wrap=True)
+    console.print(f"\nreport: {page}\ncheck an artifact again: lowbit verify {shell(folder / 'tesseraq')}")
 
 
 def _show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
     for row in rows:
-        console.print(f"\n[{row['recipe']}]\n{row['sample']}", markup=False, highlight=False)
+        console.print(f"\n[{row['recipe']}]\n{row['sample']}")
     table = Table("recipe", "scheme", "bits", "size", "perplexity", "KL", "top-1", "time", title=title)
     for r in rows:
         kl, top = ("-", "-") if r["kl"] is None else (f"{r['kl']:.4f}", f"{r['top1']:.1%}")

@@ -9,12 +9,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
+from .console import Console, Table
 from .errors import LowbitError
 from .events import BlockDone, Working
 from .job import Result
@@ -22,6 +21,7 @@ from .machine import free_memory
 from .memory import Room
 from .plan import Plan
 from .targets import Verdict
+from .verbatim import literal, shell
 
 _SHOWN = 12  # rows of the live table
 _USUALLY_LEFT = ("README.md", "model.safetensors.index.json")
@@ -117,8 +117,8 @@ class Progress:
             self._live.update(self._table(), refresh=True)
         else:
             if len(self._rows) == 1:
-                self.console.print("  ".join(_COLUMNS[:-1]), highlight=False)
-            self.console.print("  ".join(c for c in row if c), highlight=False, soft_wrap=True)
+                self.console.print("  ".join(_COLUMNS[:-1]))
+            self.console.print("  ".join(c for c in row if c))
 
     def _table(self) -> Table:
         columns = _COLUMNS if any(row[-1] for row in self._rows) else _COLUMNS[:-1]
@@ -133,7 +133,7 @@ class Progress:
 @contextmanager
 def windows_bar(console: Console, what: str = "windows") -> Iterator[Callable[[int, int], None]]:
     """A progress bar over evaluation windows on a terminal, nothing elsewhere; yields what to tell (done, in all)."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
@@ -269,9 +269,9 @@ def summary(result: Result) -> str:
         f"hash {report['hash'][:16]}, {duration(report['seconds'])}, report in {folder / 'report.json'}",
         "",
         *_use(folder, report),
-        f"evaluate  lowbit eval {folder} --text stdlib --reference {report['model']}",
-        f"check     lowbit verify {folder}",
-        f"share     lowbit push {folder} OWNER/NAME    (with its model card, README.md)",
+        f"evaluate  lowbit eval {shell(folder)} --text stdlib --reference {shell(report['model'])}",
+        f"check     lowbit verify {shell(folder)}",
+        f"share     lowbit push {shell(folder)} OWNER/NAME    (with its model card, README.md)",
     ]
     return "\n".join(lines)
 
@@ -279,11 +279,11 @@ def summary(result: Result) -> str:
 def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
     if report["format"] == "lowbit":
         return [
-            f'load      import lowbit; AutoModelForCausalLM.from_pretrained("{folder}")    (runs in transformers, after import lowbit)',
+            f"load      import lowbit; AutoModelForCausalLM.from_pretrained({literal(folder)})    (runs in transformers, after import lowbit)",
             f"serve     no server reads this format, chosen for {report.get('beyond_compressed_tensors', 'what compressed-tensors cannot carry')}",
-            f"          if vLLM can run it all the same, this makes a copy for it, or says why not: lowbit export {folder} -o DIR",
+            f"          if vLLM can run it all the same, this makes a copy for it, or says why not: lowbit export {shell(folder)} -o DIR",
         ]
     return [
-        f'load      AutoModelForCausalLM.from_pretrained("{folder}")    (plain transformers with compressed-tensors)',
-        f"serve     vllm serve {folder}    (which versions: lowbit plan {report['model']} --scheme {report['recipe']['scheme']})",
+        f"load      AutoModelForCausalLM.from_pretrained({literal(folder)})    (plain transformers with compressed-tensors)",
+        f"serve     vllm serve {shell(folder)}    (which versions: lowbit plan {shell(report['model'])} --scheme {report['recipe']['scheme']})",
     ]

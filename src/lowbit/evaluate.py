@@ -241,8 +241,11 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int, temperat
     """The prompt with up to ``tokens`` new tokens; greedy at temperature 0.
 
     Raises:
-        LowbitError: an empty prompt, one that leaves no room in the model's context, or logits that are not numbers.
+        LowbitError: no tokens asked for, a temperature below 0, an empty prompt, one that leaves no room in the model's context, or
+            logits that are not numbers.
     """
+    if tokens < 1 or not 0 <= temperature < math.inf:
+        raise LowbitError(f"generation needs at least 1 token and a temperature from 0 up, got {tokens} and {temperature:g}.")
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if not ids.shape[1]:

@@ -114,7 +114,7 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("mps"):
         raise LowbitError("device 'mps' has no float64, which folding factors into 16-bit norms needs. Use --device cpu.")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # "meta" makes tensors too, but without numbers
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:
         raise LowbitError(f"device '{name}' is not available here ({str(e).splitlines()[0]}). Use --device cpu or auto.") from e

@@ -65,14 +65,17 @@ def _read(name: str, origin: str) -> dict[str, Any]:
         path = Path(name)
         if not path.is_file():
             raise LowbitError(f"no such recipe file: '{name}'.")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise LowbitError(f"recipe file '{name}' is not UTF-8 text (byte {e.start}). Convert it first.") from e
     elif name in recipe_names():
         text = (resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     else:
         raise unknown("recipe", name, (*recipe_names(), *SHORT))
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also of numbers and nesting that Python gives up on
         raise LowbitError(f"{origin} is not valid TOML: {e}") from e
 
 
@@ -102,6 +105,6 @@ def _apply(data: dict[str, Any], setting: str) -> None:
         raise unknown("section in --set", section, sections)
     try:
         value = tomllib.loads(f"v = {text.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     data.setdefault(section, {})[key] = value

@@ -23,6 +23,9 @@ else:
     import tomli as tomllib
 
 
+_MOST = 2**31 - 1  # of an option's number: no sensible one is near it, and what tensors count and multiply holds it
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A grid, exceptions by name, and methods in order. Runs nothing by itself.
@@ -151,7 +154,7 @@ class Recipe:
         """A recipe from a TOML document; see `from_dict`."""
         try:
             return cls.from_dict(tomllib.loads(text), origin)
-        except tomllib.TOMLDecodeError as e:
+        except (ValueError, RecursionError) as e:  # also of numbers and nesting that Python gives up on
             raise LowbitError(f"{origin} is not valid TOML: {e}") from e
 
 
@@ -213,6 +216,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if value not in choices:
             raise LowbitError(f"{where} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         return value
+    if hint in (int, float) and isinstance(value, (int, float)) and not -_MOST <= value <= _MOST:  # so for nan
+        raise LowbitError(f"{where} must be a number from {-_MOST} to {_MOST}, got {value!r:.30}.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

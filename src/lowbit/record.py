@@ -19,6 +19,7 @@ from .machine import peak_memory
 from .model.block import Block
 from .model.checkpoint import Checkpoint, Stored
 from .model.judge import linear_errors
+from .names import hub_id
 from .recipe import Recipe
 from .scheme import scheme_name
 
@@ -41,12 +42,15 @@ def command_of(
 
 
 def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where the model comes from, as far as a model card tells: its hub id, and its license if its own card names one."""
+    """Where the model comes from, as far as a model card tells: its hub id, also of a snapshot in the hub's cache, and its license if its
+    own card names one."""
     try:
         readme = checkpoint.file(CARD)
     except LowbitError:  # the model itself was reached: not worth stopping for
         readme = None
-    return {"hub": None if checkpoint.folder is not None else checkpoint.name, "license": terms_of(readme)}
+    folder = checkpoint.folder
+    hub = checkpoint.name if folder is None else hub_id(folder.absolute()) or hub_id(folder.resolve())
+    return {"hub": hub, "license": terms_of(readme)}
 
 
 def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:

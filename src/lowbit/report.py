@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .verbatim import encodable, markdown, plotted
+
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #d8dee6;text-align:right}
@@ -28,7 +30,7 @@ def write_page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str) -> P
     Returns:
         path of the page.
     """
-    (folder / "demo.json").write_text(json.dumps({"title": title, "rows": list(rows)}, indent=1) + "\n")
+    _write(folder / "demo.json", json.dumps({"title": title, "rows": list(rows)}, indent=1) + "\n")
     plots = _plots(rows)
     body = [f"<h1>lowbit</h1><p>{html.escape(title)}</p>", _table(rows)]
     body += [f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/svg+xml;base64,{data}">' for name, data in plots]
@@ -45,7 +47,17 @@ def write_page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str) -> P
 def write_html(path: Path, title: str, body: Sequence[str]) -> None:
     """A self-contained page from pieces of its body, which are HTML already."""
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    path.write_text(head + "\n".join(body) + "</html>\n", encoding="utf-8")
+    _write(path, head + "\n".join(body) + "</html>\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """A file that has its name when it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(encodable(text).encode())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_comparison(folder: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -54,15 +66,16 @@ def write_comparison(folder: Path, rows: Sequence[Mapping[str, Any]], title: str
     Args:
         rows: one per cell, with scheme, recipe and either error or bits, bytes, perplexity, kl, top1, seconds, blocks, tasks.
     """
-    (folder / "comparison.json").write_text(json.dumps({"title": title, "rows": list(rows)}, indent=1) + "\n")
+    _write(folder / "comparison.json", json.dumps({"title": title, "rows": list(rows)}, indent=1) + "\n")
     names = sorted({t for r in rows for t in (r.get("tasks") or {}).get("each", {})})
     head = ["scheme", "recipe", "bits/weight", "bytes", "perplexity", "KL", "top-1", *names, *(["mean acc"] if names else []), "seconds"]
     cells = [_cells(r, names) for r in rows]
-    with open(folder / "comparison.csv", "w", newline="") as f:
-        csv.writer(f).writerows([head, *cells])
-    lines = [title, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(c) + " |" for c in cells]
-    (folder / "comparison.md").write_text("\n".join(lines) + "\n")
+    table_ = io.StringIO(newline="")
+    csv.writer(table_).writerows([head, *cells])
+    _write(folder / "comparison.csv", table_.getvalue())
+    lines = [markdown(title), "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(markdown(c).replace("|", "\\|") for c in row) + " |" for row in cells]
+    _write(folder / "comparison.md", "\n".join(lines) + "\n")
     table = "<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"
     table += "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells)
     body = [f"<h1>Comparison</h1><p>{html.escape(title)}</p><table>{table}</table>"]
@@ -77,7 +90,7 @@ def write_comparison(folder: Path, rows: Sequence[Mapping[str, Any]], title: str
 
 def _cells(r: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
     if "error" in r:
-        return [r["scheme"], r["recipe"], "", "", "failed: " + r["error"].replace("|", "/"), "", "", *[""] * (len(tasks) + bool(tasks)), ""]
+        return [r["scheme"], r["recipe"], "", "", "failed: " + r["error"], "", "", *[""] * (len(tasks) + bool(tasks)), ""]
     found = (r.get("tasks") or {}).get("each", {})
     accuracies = [f"{found[t]['acc']:.4f}" if "acc" in found.get(t, {}) else "" for t in tasks]
     mean = (r.get("tasks") or {}).get("mean_acc")
@@ -102,7 +115,7 @@ def _comparison_plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
         axes = figure.subplots()
         for recipe in dict.fromkeys(r["recipe"] for r in quantized):
             points = [(r[key], r["kl"]) for r in quantized if r["recipe"] == recipe]
-            axes.plot(*zip(*sorted(points), strict=True), "o-" if key == "bits" else "o", label=recipe)
+            axes.plot(*zip(*sorted(points), strict=True), "o-" if key == "bits" else "o", label=plotted(recipe))
         if key == "seconds":
             axes.set_xscale("log")
         axes.set_yscale("log")
@@ -115,7 +128,7 @@ def _comparison_plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
         axes = figure.subplots()
         for r in quantized:
             if r["scheme"] == scheme:
-                axes.plot(range(1, len(r["blocks"]) + 1), [b["after"] for b in r["blocks"]], "o-", label=r["recipe"])
+                axes.plot(range(1, len(r["blocks"]) + 1), [b["after"] for b in r["blocks"]], "o-", label=plotted(r["recipe"]))
         axes.set_yscale("log")
         axes.set_xlabel("block")
         axes.set_ylabel("squared error per token")
@@ -156,7 +169,7 @@ def _plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         axes = figure.subplots()
         for r in tuned:
             numbers = range(1, len(r["losses"]) + 1)
-            axes.plot(numbers, [after for _, after in r["losses"]], "o-", label=str(r["recipe"]))
+            axes.plot(numbers, [after for _, after in r["losses"]], "o-", label=plotted(r["recipe"]))
         axes.set_yscale("log")
         axes.set_xlabel("block")
         axes.set_ylabel("squared error per token, log scale")

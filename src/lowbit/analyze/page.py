@@ -30,8 +30,7 @@ def write_analysis(folder: Path, data: Mapping[str, Any]) -> Path:
     rows = "".join(_row(s, grids) for s in data["sites"])
     body.append(f"<h2>Every linear</h2><table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr>{rows}</table>")
     page = folder / "analysis.html"
-    write_html(page.with_suffix(".tmp"), "activations", body)
-    page.with_suffix(".tmp").replace(page)
+    write_html(page, "activations", body)
     return page
 
 

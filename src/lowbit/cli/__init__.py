@@ -6,11 +6,14 @@ import os
 import sys
 
 from . import make, measure, look, share  # isort: skip  # noqa: F401 - the order of --help
-from .app import app, err
+from ..console import lose_nothing
+from .app import app
+from .sentences import err
 
 
 def main() -> None:
     """Entry point of the `lowbit` command and of `python -m lowbit`."""
+    lose_nothing()
     try:
         app()
     except KeyboardInterrupt:

@@ -1,28 +1,29 @@
-"""What the commands share: the app, the consoles, options that several have, and errors as sentences."""
+"""What the commands share: the app, the consoles, options that several have, and the files they write."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
-from ..errors import LowbitError, ToldElsewhere, VerificationError
+from ..console import Console
+from . import numbers
+from .sentences import Commands
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Make large language models small: 2 to 4 bit weights, accuracy kept, artifacts that carry their proof.",
 )
-out, err = Console(), Console(stderr=True)
+out = Console()
 
-Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a file (.txt, .json, .jsonl, .csv, .parquet, also compressed; conversations go through the model's chat template), a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the -paper ones.")]  # fmt: skip
+Seed = Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.", callback=numbers.seed)]
+Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a file (.txt, .json, .jsonl, .csv, .parquet, also compressed; conversations go through the model's chat template), a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the claq and -paper ones.")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
 Offload = Annotated[str, typer.Option(help="Where the activations between blocks live: on the device, on the host, on disk, or auto: the first of these that has the room. Changes no byte of the result.")]
 Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX, llama-cpp-python for GGUF.", show_default=False)]
@@ -32,29 +33,14 @@ OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the 
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Print our errors as the one or two sentences they are; 2 for bad input, 1 for a failed verification."""
+    """Run a command with the libraries it calls kept quiet."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         _quiet()
-        try:
-            command(*args, **kwargs)
-        except ToldElsewhere as e:
-            raise typer.Exit(2) from e
-        except VerificationError as e:
-            err.print(f"verification failed: {e}", style="red", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from e
-        except LowbitError as e:
-            complain(str(e))
-            raise typer.Exit(2) from e
+        command(*args, **kwargs)
 
     return run
-
-
-def complain(what: str) -> None:
-    """Print what went wrong, also while a table is shown."""
-    err.show_cursor()
-    err.print(f"error: {what}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def _quiet() -> None:
@@ -68,10 +54,3 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a JSON file that a command was asked for."""
-    from ..artifact import write_atomic
-
-    write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.table import Table
 
+from ..console import Table
 from ..errors import LowbitError
 from .app import Device, Python, app, out, reported
+from .numbers import whole
+from .places import out_folder
 
 
 @app.command()
@@ -30,17 +32,17 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
                           f"{e['error_nearest']:.3g} -> {e['error']:.3g}")
     out.print(table)
     for b in report["blocks"]:
-        out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}", highlight=False)
+        out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}")
     for name, why in report.get("copied", {}).items():
-        out.print(f"{name}: {why}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"{name}: {why}")
     for name, why in report.get("left_out", {}).items():
-        out.print(f"{name}: left out, {why}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"{name}: left out, {why}")
     for remark in report.get("remarks", ()):
-        out.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
-    out.print((folder / "recipe.toml").read_text().strip(), highlight=False, markup=False)
+        out.print(f"note: {remark}")
+    out.print((folder / "recipe.toml").read_text(encoding="utf-8").strip())
     for name, shard in report["shards"].items():
-        out.print(f"{name}  {size(shard['bytes'])}  sha256 {shard['sha256']}", highlight=False, soft_wrap=True)
-    out.print(f"hash {report['hash']}, made by lowbit {report['lowbit']} from {report['model']}, seed {report['seed']}", highlight=False, soft_wrap=True)
+        out.print(f"{name}  {size(shard['bytes'])}  sha256 {shard['sha256']}")
+    out.print(f"hash {report['hash']}, made by lowbit {report['lowbit']} from {report['model']}, seed {report['seed']}")
 
 
 @app.command()
@@ -56,19 +58,19 @@ def verify(
     from ..proof import verify as check
 
     if source is not None:
-        out.print(check_source(folder, source), highlight=False, soft_wrap=True)
-    out.print(f"verified: {check(folder, loader=loader, python=python).summary}", highlight=False, soft_wrap=True)
+        out.print(check_source(folder, source))
+    out.print(f"verified: {check(folder, loader=loader, python=python).summary}")
 
 
 @app.command()
 @reported
 def analyze(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for analysis.json and analysis.html.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for analysis.json and analysis.html.", callback=out_folder)],
     text: Annotated[str, typer.Option(help="Text that passes: stdlib (its held-out side), a file, a folder or hub dataset, wikitext2, c4.")] = "stdlib",
-    length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.")] = None,
-    windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.")] = None,
-    batch: Annotated[int, typer.Option(help="Windows that pass together: over them a channel's maximum is taken with --columns call.")] = 8,
+    length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.", callback=whole(2))] = None,
+    windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.", callback=whole())] = None,
+    batch: Annotated[int, typer.Option(help="Windows that pass together: over them a channel's maximum is taken with --columns call.", callback=whole())] = 8,
     bits: Annotated[str, typer.Option(help="Widths of the activation grids, with commas.")] = "8,4",
     exponents: Annotated[str, typer.Option(help="CrossQuant's row exponents, with commas.")] = "0.15,0.55",
     columns: Annotated[str, typer.Option(help="Channel maxima over a call or a sequence.")] = "call",
@@ -89,7 +91,7 @@ def analyze(
         )  # fmt: skip
     for table in analysis_tables(data):
         out.print(table)
-    out.print(f"{write_analysis(output, data)}, analysis.json", highlight=False, soft_wrap=True)
+    out.print(f"{write_analysis(output, data)}, analysis.json")
 
 
 def _numbers(text: str, kind: type[Any], option: str) -> list[Any]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from ..console import Console, Table
 from ..errors import LowbitError
-from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, app, complain, out, reported, write_json
+from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, Seed, app, out, reported
+from .numbers import real, whole
+from .places import json_file, out_folder, write_json
+from .sentences import complain
 
 
 @app.command()
@@ -23,9 +25,9 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="A named recipe (README lists them), names joined by + (smoothquant+gptq), or a .toml file.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable.")] = None,
     calib: Calib = None,
-    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-best and tesseraq-paper (512).")] = None,
-    length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.")] = None,
-    seed: Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.")] = 0,
+    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-best and tesseraq-paper (512).", callback=whole())] = None,
+    length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.", callback=whole(2))] = None,
+    seed: Seed = 0,
     offload: Offload = "auto",
     offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: OUT.partial.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Refuse what only this library could load: online rotations, quantized keys and values, most quantized activations.")] = False,
@@ -45,7 +47,7 @@ def quantize(
             settings=set_ or [], plain=plain, offload=offload, offload_dir=offload_dir, progress=progress, watch=progress.working, ranks=ranks,
         )  # fmt: skip
     if ranks.first:
-        out.print(summary(result), highlight=False, soft_wrap=True)
+        out.print(summary(result))
 
 
 @app.command()
@@ -55,16 +57,16 @@ def plan(
     scheme: OwnScheme = None,
     recipe: Annotated[str, typer.Option(help="Recipe whose cost to estimate.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe.")] = None,
-    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; default: the recipe's.")] = None,
-    length: Annotated[Optional[int], typer.Option(help="Tokens per row; default: the recipe's, or the model's context if that is shorter.")] = None,
+    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; default: the recipe's.", callback=whole())] = None,
+    length: Annotated[Optional[int], typer.Option(help="Tokens per row; default: the recipe's, or the model's context if that is shorter.", callback=whole(2))] = None,
     target: Annotated[Optional[str], typer.Option(help="Runtime that is to load the result: vllm, sglang, llama.cpp, mlx or transformers. What it will not load is refused.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="Devices among which vLLM or SGLang will divide every linear.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="Devices among which vLLM or SGLang will divide every linear.", callback=whole())] = 1,
     device: Device = "auto",
-    gpu_memory: Annotated[Optional[float], typer.Option("--gpu-memory", help="Plan for a GPU with so many GiB free, which need not be here, instead of --device.")] = None,
-    ranks: Annotated[int, typer.Option(help="Processes that will share the run on this machine, as torchrun --nproc-per-node starts them.")] = 1,
+    gpu_memory: Annotated[Optional[float], typer.Option("--gpu-memory", help="Plan for a GPU with so many GiB free, which need not be here, instead of --device.", callback=real(0.001, 1e6, "of GiB"))] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that will share the run on this machine, as torchrun --nproc-per-node starts them.", callback=whole())] = 1,
     offload: Offload = "auto",
-    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: this one.", show_default=False)] = None,
-    json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.")] = None,
+    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: this one.", show_default=False, callback=out_folder)] = None,
+    json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan as JSON.", callback=json_file)] = None,
 ) -> None:
     """Say before any work what a run will need, which runtimes will load its result, and how to export it for them."""
     import torch
@@ -79,16 +81,14 @@ def plan(
     from ..targets import check_target, demand
 
     gib = 2**30
-    if gpu_memory is not None and not 0 < gpu_memory < 1e6:
-        raise LowbitError(f"--gpu-memory is a number of GiB, above 0; got {gpu_memory:g}.")
     if gpu_memory is not None and device != "auto":
         raise LowbitError("--gpu-memory plans for a GPU that is not here, --device for one that is: give one of them.")
-    if ranks < 1:
-        raise LowbitError(f"--ranks is a number of processes, at least 1; got {ranks}.")
     wanted = None if target is None else check_target(target, tensor_parallel)
     chosen = load_recipe(recipe, scheme=None if scheme is None else parse_scheme(scheme), settings=set_ or [])
     config = read_config(model)
-    own = chosen.calibration
+    own, context = chosen.calibration, getattr(config, "max_position_embeddings", None)
+    if context is not None and length is not None and length > context:
+        raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
     c = Calibration(own.source, own.samples if samples is None else samples, own.length if length is None else length)
     where = pick_device(device) if gpu_memory is None else torch.device("cuda")
     room = None if gpu_memory is None else lambda d: free_memory(d) if d.type == "cpu" else int(gpu_memory * gib)
@@ -135,13 +135,13 @@ def export(
     done = write(folder, output, to, embeddings=embeddings, python=python)
     report = read_report(output)
     lines = [str(output), *(remarks(report) if "gguf" in report else ()), f"verified: {done.summary}"]
-    out.print("\n".join(lines), highlight=False, soft_wrap=True)
+    out.print("\n".join(lines))
 
 
 @app.command()
 @reported
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts and the report.")] = Path("demo-out"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts and the report.", callback=out_folder)] = Path("demo-out"),
     scheme: Scheme = "W2A16g64",
     device: Device = "auto",
 ) -> None:

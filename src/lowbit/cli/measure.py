@@ -8,7 +8,10 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import LowbitError
-from .app import Device, app, out, reported, write_json
+from . import numbers
+from .app import Device, Seed, app, out, reported
+from .numbers import real, whole
+from .places import json_file, out_folder, write_json
 
 
 @app.command(name="eval")
@@ -16,18 +19,18 @@ from .app import Device, app, out, reported, write_json
 def eval_(
     model: Annotated[str, typer.Argument(help="Model or artifact: folder or hub id.")],
     text: Annotated[Optional[str], typer.Option(help="Text for perplexity: stdlib (its held-out side), a file, a folder or hub dataset, or wikitext2, c4. Default: stdlib, or no text if there are --tasks.")] = None,
-    length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.")] = None,
-    windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.")] = None,
+    length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.", callback=whole(2))] = None,
+    windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.", callback=whole())] = None,
     reference: Annotated[Optional[str], typer.Option(help="Also measure mean KL and top-1 agreement to this model, on the text.")] = None,
     tasks: Annotated[Optional[str], typer.Option(help="Accuracy on lm-eval's tasks, with commas: piqa,arc_easy,arc_challenge,hellaswag,winogrande,mmlu. Needs pip install 'lowbit[eval]'.")] = None,
-    shots: Annotated[Optional[int], typer.Option(help="Worked examples in each prompt of --tasks; default: none, unless the task says so.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples of each task.")] = None,
+    shots: Annotated[Optional[int], typer.Option(help="Worked examples in each prompt of --tasks; default: none, unless the task says so.", callback=whole(0))] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples of each task.", callback=whole())] = None,
     task_data: Annotated[Optional[Path], typer.Option(help="Folder of JSONL files for --tasks, in place of the Hugging Face hub; docs/evaluation.md has the form.")] = None,
-    batch: Annotated[Optional[int], typer.Option(help="Prompts of --tasks a forward pass; default 8.")] = None,
+    batch: Annotated[Optional[int], typer.Option(help="Prompts of --tasks a forward pass; default 8.", callback=whole())] = None,
     integers: Annotated[bool, typer.Option("--integers", help="Compute an artifact's linears in integers, where its activations are quantized.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16.")] = "auto",
     device: Device = "auto",
-    json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, batch (windows in one pass), kl, top1 here, and tasks.")] = None,
+    json_: Annotated[Optional[Path], typer.Option("--json", help="Write perplexity, nll, tokens, windows, length, batch (windows in one pass), kl, top1 here, and tasks.", callback=json_file)] = None,
 ) -> None:
     """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and top-1 agreement; with --tasks accuracy."""
     from ..display import windows_bar
@@ -70,14 +73,14 @@ def eval_(
         line = f"{model} on {text}: perplexity {result.perplexity:.4f} (nll {result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens, {together(result.batch)})"
         if result.kl is not None and result.top1 is not None:
             line += f"; to {reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
-        out.print(line, highlight=False, soft_wrap=True)
+        out.print(line)
         data = result.as_dict()
     if tasks is not None:
         with rows_bar(out) as tell:
             found = evaluate_tasks(prepared, loaded, tokenizer, limit=limit, batch=8 if batch is None else batch, progress=tell)
         out.print(table(found))
         for note in notes(found):
-            out.print(note, highlight=False, soft_wrap=True)
+            out.print(note)
         data["tasks"] = found.as_dict()
     if json_:
         write_json(json_, data)
@@ -88,9 +91,9 @@ def eval_(
 def generate(
     model: Annotated[str, typer.Argument(help="Model or artifact: folder or hub id.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    tokens: Annotated[int, typer.Option(help="At most so many new tokens.", callback=whole())] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", callback=real(1e-4, 1e4, zero=True))] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling.", callback=numbers.seed)] = 0,
     integers: Annotated[bool, typer.Option("--integers", help="Compute an artifact's linears in integers, where its activations are quantized.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -105,7 +108,7 @@ def generate(
     loaded = load_causal_lm(model, str(pick_device(device)))
     if integers:
         loaded = in_integers(loaded, Path(model))
-    out.print(continue_text(loaded, tokenizer, prompt, tokens, temperature, seed), highlight=False, markup=False, soft_wrap=True)
+    out.print(continue_text(loaded, tokenizer, prompt, tokens, temperature, seed))
 
 
 @app.command()
@@ -114,18 +117,18 @@ def compare(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     schemes: Annotated[str, typer.Option(help="With commas: W2A16g64,W3A16g64,W4A4,W4A8KV4.")],
     recipes: Annotated[str, typer.Option(help="With commas: rtn,awq,gptq,omniquant,tesseraq; parts are joined by +, as in smoothquant+gptq.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for cells and reports; a repeated command goes on from it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for cells and reports; a repeated command goes on from it.", callback=out_folder)],
     calib: Annotated[str, typer.Option(help="Calibration text of every recipe: stdlib, a file, a folder or hub dataset, wikitext2, c4, pile-val.")] = "stdlib",
-    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
-    length: Annotated[Optional[int], typer.Option(help="Tokens a calibration row; default 2048 or the model's context.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration rows.", callback=whole())] = 128,
+    length: Annotated[Optional[int], typer.Option(help="Tokens a calibration row; default 2048 or the model's context.", callback=whole(2))] = None,
     text: Annotated[str, typer.Option(help="Evaluation text: stdlib (its held-out side), a file, a folder or hub dataset, wikitext2, c4.")] = "stdlib",
-    eval_length: Annotated[Optional[int], typer.Option(help="Tokens an evaluation window; default 2048 or the model's context.")] = None,
-    windows: Annotated[Optional[int], typer.Option(help="Only the first so many evaluation windows.")] = None,
+    eval_length: Annotated[Optional[int], typer.Option(help="Tokens an evaluation window; default 2048 or the model's context.", callback=whole(2))] = None,
+    windows: Annotated[Optional[int], typer.Option(help="Only the first so many evaluation windows.", callback=whole())] = None,
     tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, with commas.")] = None,
     task_data: Annotated[Optional[Path], typer.Option(help="Folder of JSONL files for --tasks.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples of each task.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples of each task.", callback=whole())] = None,
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="METHOD.OPTION=VALUE for every recipe that has the method; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Seed = 0,
     keep: Annotated[bool, typer.Option(help="Keep the artifacts, in OUTPUT/artifacts.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -146,7 +149,7 @@ def compare(
     )  # fmt: skip
 
     def show(cell: Cell) -> Progress:
-        out.print(f"\n{cell.recipe}, {cell.scheme}", highlight=False)
+        out.print(f"\n{cell.recipe}, {cell.scheme}")
         return Progress(out)
 
     comparison = Comparison(terms, output, keep)
@@ -154,14 +157,14 @@ def compare(
     for row in comparison.run(wanted, show):
         rows.append(row)
         if "error" in row:
-            out.print(f"failed: {row['recipe']}, {row['scheme']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
+            out.print(f"failed: {row['recipe']}, {row['scheme']}: {row['error']}")
         title = (
             f"{model}; calibration {calib}, {samples} x {terms.calibration.length} tokens, seed {seed}; "
             f"evaluation {text}, windows of {terms.length} tokens" + "".join(f", {together(n)}" for n in sorted({r["batch"] for r in rows if "batch" in r}))
         )
         write_comparison(output, rows, title)
     out.print(comparison_table(rows, title))
-    out.print(f"{output / 'report.html'}, comparison.md, comparison.csv, comparison.json", highlight=False, soft_wrap=True)
+    out.print(f"{output / 'report.html'}, comparison.md, comparison.csv, comparison.json")
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 

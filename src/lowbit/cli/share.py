@@ -24,4 +24,4 @@ def push(
 
     with out.status("verifying and uploading"):
         done = send(folder, repo, private=private, revision=revision, token=token)
-    out.print(f"{done.url}\nhash {done.hash}, {done.tensors} tensors verified before the upload", highlight=False, soft_wrap=True)
+    out.print(f"{done.url}\nhash {done.hash}, {done.tensors} tensors verified before the upload")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import LowbitError
 from ..grid import Affine, Codebook, Grid, KQuant
 from ..model.block import Block, Call
 from ..model.rewrite import fold
@@ -39,6 +40,9 @@ class AWQ:
 
     Codebooks have no range to clip; where each column has its own, scales change no code either and are left out, unless the
     site's input is quantized. Both are remarked.
+
+    Raises:
+        LowbitError: an option is out of range.
     """
 
     scales: bool = True
@@ -48,6 +52,10 @@ class AWQ:
     rows: int = 32
     clip_tokens: int = 512
     clip_sampling: Literal["random", "strided"] = "random"
+
+    def __post_init__(self) -> None:
+        if self.exponents < 1 or not 1 <= self.shrinks <= 20 or self.rows < 1 or self.clip_tokens < 0:
+            raise LowbitError("awq needs exponents >= 1, shrinks from 1 to 20, rows >= 1 and clip_tokens >= 0.")
 
     def __call__(self, block: Block) -> Block:
         rows = min(self.rows, block.tuned_rows)

@@ -26,6 +26,7 @@ _PAPER_20 = (0.80, 0.65, 0.50, 0.43, 0.38, 0.34, 0.30, 0.27, 0.24, 0.21, 0.18, 0
 _PAPER_10 = (0.75, 0.50, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
 _SCALE_DECAY = 1e-4  # L2 inside Adam on the scale variables, fixed in the published code
 _RETRIES = 3
+_PHASES = 10_000  # at most: each hardens some weights of a block for good
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -39,7 +40,7 @@ def soft_shares(schedule: str) -> tuple[float, ...]:
     """The share of weights still soft after each phase's hardening.
 
     Args:
-        schedule: "handcrafted-20" or "handcrafted-10" as published, or "exponential-T-K" for exp(-T k / K), k = 1 ... K.
+        schedule: "handcrafted-20" or "handcrafted-10" as published, or "exponential-T-K" for exp(-T k / K), k = 1 ... K, K at most 10000.
 
     Raises:
         LowbitError: no such schedule.
@@ -50,11 +51,14 @@ def soft_shares(schedule: str) -> tuple[float, ...]:
         return _PAPER_10
     parts = schedule.split("-")
     try:
-        if parts[0] == "exponential" and len(parts) == 3 and float(parts[1]) > 0 and int(parts[2]) > 0:
+        if parts[0] == "exponential" and len(parts) == 3 and 0 < float(parts[1]) < math.inf and 0 < int(parts[2]) <= _PHASES:
             return tuple(math.exp(-float(parts[1]) * k / int(parts[2])) for k in range(1, int(parts[2]) + 1))
     except ValueError:
         pass
-    raise LowbitError(f"unknown schedule '{schedule}': use handcrafted-20, handcrafted-10 or exponential-T-K (for example exponential-4-20).")
+    raise LowbitError(
+        f"unknown schedule '{schedule}': use handcrafted-20, handcrafted-10 or exponential-T-K (for example exponential-4-20; "
+        f"K at most {_PHASES})."
+    )
 
 
 @dataclass(frozen=True)

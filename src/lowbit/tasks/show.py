@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
+from ..console import Console, Table
 from .score import TaskResult, TaskResults
 
 
 @contextmanager
 def rows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over the rows that a model is asked on a terminal, nothing elsewhere; yields what to tell (done, in all)."""
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("prompts", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("prompts", total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
@@ -24,9 +23,9 @@ def rows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
 def table(results: TaskResults) -> Table:
     """One line a task, the mean last; accuracies in percent, each metric with its standard error where there is one."""
     metrics = sorted({m for r in results.each for m in r.metrics})  # acc and acc_norm come first
-    shown = Table(
-        Column("task", no_wrap=True), *(Column(name, justify="right", no_wrap=name.startswith("acc")) for name in (*metrics, "examples", "shots"))
-    )
+    shown = Table("task")
+    for name in (*metrics, "examples", "shots"):
+        shown.add_column(name, justify="right", no_wrap=name.startswith("acc"))
     for r in results.each:
         shown.add_row(r.name, *(_value(r, m) for m in metrics), str(r.examples), str(r.shots))
     if results.mean_acc is not None and len(results.averaged) > 1:
@@ -51,8 +50,8 @@ def _value(r: TaskResult, metric: str) -> str:
         return ""
     value, error = r.metrics[metric], r.stderr.get(metric)
     if metric.startswith("acc"):
-        return f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
-    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+        return f"{100 * value:.2f}" + (f" +- {100 * error:.2f}" if error is not None else "")
+    return f"{value:.4g}" + (f" +- {error:.2g}" if error is not None else "")
 
 
 def _data(r: TaskResult) -> str:

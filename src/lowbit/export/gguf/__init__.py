@@ -16,7 +16,9 @@ from ...formats import gguf
 from ...formats.ggml import BLOCKS, BlockType
 from ...grid import Affine, AffineParams, KQuant, KQuantParams, QTensor
 from ...model.checkpoint import Stored, config_at
+from ...names import model_name
 from ...proof import Verification, compare_logits
+from ...verbatim import encodable
 from ..place import Place, place
 from ..source import Source
 from . import tokens
@@ -73,7 +75,7 @@ class _Export:
         for name, (rows, columns) in source.shapes.items():
             sizes[self.kinds[name].name] += rows * columns
         self.most = BLOCKS[sizes.most_common(1)[0][0]]
-        self.name = Path(source.report["model"]).resolve().name or "model"
+        self.name = encodable(model_name(source.report) or Path(source.report["model"]).resolve().name) or "model"
         self.file = f"{self.name}-{self.most.name}.gguf"
         self.others = {n: t for n, t in source.others().items() if n not in source.copied}
         if source.copied:

@@ -1,0 +1,72 @@
+"""What goes wrong, as the one sentence it is: 2 for bad input, 1 for a failed verification."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..console import Console
+from ..errors import LowbitError, ToldElsewhere, VerificationError
+
+err = Console(stderr=True)
+_USAGE: Any = typer.BadParameter.__base__  # UsageError, which typer does not export
+
+
+def complain(what: str) -> None:
+    """Print what went wrong, also while a table is shown."""
+    err.show_cursor()
+    err.print(f"error: {what}", style="red")
+
+
+def option_of(param: typer.CallbackParam) -> str:
+    """An option as the user writes it, the long form if there are two."""
+    return max(param.opts, key=len)
+
+
+class Commands(TyperGroup):
+    """All commands, which say in a sentence what they refuse: their arguments, their input, and what the file system refuses them."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """As typer has it."""
+        with _told():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As typer has it."""
+        with _told():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except ToldElsewhere as e:
+        raise typer.Exit(2) from e
+    except VerificationError as e:
+        err.print(f"verification failed: {e}", style="red")
+        raise typer.Exit(1) from e
+    except LowbitError as e:
+        complain(str(e))
+        raise typer.Exit(2) from e
+    except _USAGE as e:
+        what = e.format_message()
+        if "\n" in what:  # the help, where no command is given
+            err.print(what)
+        else:
+            complain(f"{what[:1].lower()}{what[1:].rstrip('.')}; '{_helped(e)} --help' lists what can be given.")
+        raise typer.Exit(2) from e
+    except OSError as e:
+        if e.filename is None or e.errno == errno.EPIPE:
+            raise
+        complain(f"'{e.filename2 or e.filename}' cannot be read or written: {e.strerror}.")
+        raise typer.Exit(2) from e
+
+
+def _helped(error: Any) -> str:
+    return error.ctx.command_path if error.ctx is not None else "lowbit"
