@@ -109,10 +109,11 @@ def _replace_linears(model: Any, config: Mapping[str, Any], stored: set[str] | N
         stored: names of the tensors in the files, by which a head that was never quantized is told apart; None if there are no files.
 
     Raises:
-        LowbitError: the files lack a tensor of a linear that they hold otherwise.
+        LowbitError: the files lack a tensor of a linear that they hold otherwise, or the class names its blocks as no file does.
     """
     # The config names linears as the model with its head does; AutoModel loads the same files without head and prefix.
     prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
+    replaced = 0
     for name, module in list(model.named_modules()):
         full = prefix + name
         if isinstance(module, nn.Linear) and (stored is None or f"{full}.weight_shape" in stored):
@@ -123,6 +124,12 @@ def _replace_linears(model: Any, config: Mapping[str, Any], stored: set[str] | N
                 if stored is not None and f"{full}.{tensor}" not in stored:
                     raise LowbitError(f"the artifact has no tensor '{full}.{tensor}': make it again, or download it again.")
             _replace(model, name, quantized)
+            replaced += 1
+    if not replaced:
+        raise LowbitError(
+            f"no linear of the artifact has a place in {type(model).__name__}, which names its blocks otherwise, so that all weights would be "
+            "made up: load it with AutoModel and put a head on that."
+        )
 
 
 def _quantized(name: str, linear: nn.Linear, config: Mapping[str, Any]) -> PackedLinear | None:
