@@ -182,9 +182,13 @@ class DecodedLinear(PackedLinear):
     def kept(self) -> Tensor:
         """The decoded weight, made at the first use."""
         if self._made is None or self._made.device != self.weight_shape.device:
-            self._made = self.decoded()
+            self._keep()
         made: Tensor = self._made
         return made
+
+    @torch.compiler.disable(reason="packed weights are decoded at the first forward pass: let one pass before a full graph is compiled")
+    def _keep(self) -> None:
+        self._made = self.decoded()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -226,6 +230,10 @@ class CodebookLinear(PackedLinear):
         """(..., in) -> (..., out)."""
         x = self.reading(x)
         if self.grid.scales_with_inputs:
-            y = kernels.linear(x, self.packed)
+            y = self._product(x)
             return y if self.bias is None else y + self.bias
         return nn.functional.linear(x, self.decoded().to(x.dtype), self.bias)
+
+    @torch.compiler.disable(reason="weights on codebooks are multiplied by kernels that no graph can hold: compile without fullgraph=True")
+    def _product(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.packed)
