@@ -19,6 +19,7 @@ import lowbit
 from lowbit.artifact import tensor_hash
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
+from lowbit.proof import runtime_logits
 
 ARGS = dict(samples=8, length=32)
 FAST = ["tesseraq.schedule=exponential-4-4", "tesseraq.iters=4"]

@@ -270,6 +270,23 @@ def test_a_write_to_a_packed_weight_is_refused_not_lost(artifacts, write):
     assert type(product) is torch.Tensor and type(product.mul_(2)) is torch.Tensor
 
 
+def compiled(model, **options):
+    torch._dynamo.reset()
+    return logits(torch.compile(model, backend="eager", **options))
+
+
+def test_compiled_whole_after_a_pass_or_in_parts(artifacts):
+    for kind in ("quantized activations", "codebooks"):
+        assert torch.equal(compiled(load(artifacts(kind))), logits(load(artifacts(kind))))
+    model = load(artifacts("quantized activations"))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="let one pass before a full graph is compiled"):
+        compiled(model, fullgraph=True)
+    expected = logits(model)
+    assert torch.equal(compiled(model, fullgraph=True), expected)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
+        compiled(load(artifacts("codebooks")), fullgraph=True)
+
+
 def test_generation(artifact, tmp_path):
     model = load(artifact)
     model.save_pretrained(tmp_path / "copy")
