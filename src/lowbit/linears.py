@@ -186,7 +186,9 @@ class DecodedLinear(PackedLinear):
         made: Tensor = self._made
         return made
 
-    @torch.compiler.disable(reason="packed weights are decoded at the first forward pass: let one pass before a full graph is compiled")
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="packed weights are decoded at the first forward pass: let one pass before a full graph is compiled"
+    )
     def _keep(self) -> None:
         self._made = self.decoded()
 
@@ -230,10 +232,12 @@ class CodebookLinear(PackedLinear):
         """(..., in) -> (..., out)."""
         x = self.reading(x)
         if self.grid.scales_with_inputs:
-            y = self._product(x)
+            y: Tensor = self._product(x)
             return y if self.bias is None else y + self.bias
         return nn.functional.linear(x, self.decoded().to(x.dtype), self.bias)
 
-    @torch.compiler.disable(reason="weights on codebooks are multiplied by kernels that no graph can hold: compile without fullgraph=True")
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="weights on codebooks are multiplied by kernels that no graph can hold: compile without fullgraph=True"
+    )
     def _product(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.packed)

@@ -85,7 +85,9 @@ def runtime_logits(
         return said
     if done.returncode == _REFUSED:
         raise VerificationError(f"{reader.name} cannot load '{folder}': {said}")
-    raise LowbitError(f"{reader.name} could not be run on '{folder}': {_reason(done)}. Nothing was found out about the model: mend that and repeat the command.")
+    raise LowbitError(
+        f"{reader.name} could not be run on '{folder}': {_reason(done)}. Nothing was found out about the model: mend that and repeat the command."
+    )
 
 
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
