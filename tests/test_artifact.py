@@ -19,6 +19,7 @@ import lowbit
 from lowbit.artifact import tensor_hash
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
+from lowbit.proof import runtime_logits
 
 ARGS = dict(samples=8, length=32)
 FAST = ["tesseraq.schedule=exponential-4-4", "tesseraq.iters=4"]
@@ -344,3 +345,55 @@ def test_a_hash_is_of_the_numbers_and_not_of_how_they_lie_in_memory():
     for t in (wide[:, :1], wide[:1, :1], wide.T, wide[::2], torch.tensor(3.0), torch.empty(0, 3), wide[:, 1].bfloat16()):
         assert tensor_hash(t) == tensor_hash(torch.empty(t.shape, dtype=t.dtype).copy_(t))
     assert tensor_hash(wide[:, :1]) != tensor_hash(wide[:, 1:2])
+
+
+INTERPRETERS = {  # what stands for the interpreter, what is said of it
+    "no memory": ("ulimit -v 300000; exec {python} \"$@\"", "could not be run on"),
+    "killed": ("kill -9 $$", "ended by SIGKILL"),
+    "a module that cannot be imported": ("PYTHONPATH={broken} exec {python} \"$@\"", "no compressed-tensors here"),
+    "another failure before the model": ("echo 'cannot start' >&2; exit 1", "cannot start"),
+    "silence": ("exit 0", "sent no logits"),
+}
+
+
+@pytest.mark.parametrize("case", INTERPRETERS)
+def test_what_the_machine_lacks_is_no_fault_of_the_artifact(artifact, tmp_path, case):
+    line, words = INTERPRETERS[case]
+    (tmp_path / "broken" / "compressed_tensors").mkdir(parents=True)
+    (tmp_path / "broken" / "compressed_tensors" / "__init__.py").write_text("raise ImportError('no compressed-tensors here')")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n" + line.format(python=sys.executable, broken=tmp_path / "broken") + "\n")
+    python.chmod(0o755)
+    result = run("verify", artifact, "--python", python)
+    assert result.exit_code == 2 and words in said(result), said(result)
+
+
+def test_verification_needs_no_room_for_temporary_files(artifact, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    for made in ("mkstemp", "mkdtemp", "TemporaryDirectory", "TemporaryFile", "NamedTemporaryFile"):
+        monkeypatch.setattr(f"tempfile.{made}", refuse)
+    monkeypatch.setenv("TMPDIR", "/proc")
+    assert lowbit.verify(artifact).loader == "passed"
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "config"])
+def test_a_model_that_its_runtime_cannot_read_is_broken(artifact, tmp_path, damage):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", artifact, copy], check=True)
+    path = sorted(copy.glob("*.safetensors"))[0]
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        (copy / "config.json").write_text("{")
+    with pytest.raises(VerificationError, match="transformers cannot load"):
+        runtime_logits(copy, torch.zeros(1, 4, dtype=torch.int64), "compressed-tensors", 2)
+
+
+def test_a_reader_sends_the_positions_that_are_compared(artifact):
+    ids = torch.randint(3, 280, (2, 16), generator=torch.Generator().manual_seed(1))
+    few, all_ = (runtime_logits(artifact, ids, "compressed-tensors", last)["logits"] for last in (3, 16))
+    assert few.shape == (2, 3, all_.shape[2]) and torch.allclose(few, all_[:, -3:], atol=1e-5)

@@ -1,24 +1,41 @@
 """Artifacts in the library's own format through what transformers does with a model: dtypes, devices, saving, pushing, generating."""
 
+import copy
+import io
+import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from helpers import save_tiny
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 import lowbit
 import lowbit.job
-from lowbit.linears import CodebookLinear, DecodedLinear
+from lowbit.errors import LowbitError
+from lowbit.linears import CodebookLinear, DecodedLinear, PackedLinear
 from lowbit.proof import verify
 
 IDS = torch.randint(3, 280, (2, 16), generator=torch.Generator().manual_seed(1))
+TWO_GRIDS = 'scheme = "W4A16g32sym"\nmethods = ["rtn"]\n[overrides]\n"*.down_proj" = "W8A16g32sym"\n'
+PLAIN = {"symmetric, plain": ("llama", torch.bfloat16, "W4A16g32sym", "rtn"), "two grids, plain": ("llama", torch.bfloat16, None, TWO_GRIDS)}
 UNIFORM_WITH_OUTLIERS = 'scheme = "W3A16g32"\nmethods = ["claq"]\n[claq]\noutlier_bits = 0.3\n'
 KINDS = {  # family, dtype of the source, scheme, recipe
     "rotated": ("llama", torch.bfloat16, "W4A4KV4", "quarot"),
     "rotated, float32": ("llama-mha", torch.float32, "W4A4KV4", "quarot"),
     "codebooks": ("llama", torch.bfloat16, "W2A16", "claq-fused"),
+    "quantized activations": ("llama", torch.bfloat16, "W4A8g32", "rtn"),
     "outliers": ("qwen2", torch.float16, None, UNIFORM_WITH_OUTLIERS),
 }
 
@@ -30,7 +47,7 @@ def artifacts(tmp_path_factory):
 
     def get(kind):
         if kind not in made:
-            family, dtype, scheme, recipe = KINDS[kind]
+            family, dtype, scheme, recipe = (KINDS | PLAIN)[kind]
             model = save_tiny(folder / f"{kind}-model", family, dtype)
             if "=" in recipe:
                 (folder / "mine.toml").write_text(recipe)
@@ -128,6 +145,146 @@ def test_a_model_without_head(artifact):
     assert len(linears) == 14
     with torch.no_grad():
         assert torch.equal(headless(IDS, use_cache=False).last_hidden_state, load(artifact).model(IDS, use_cache=False).last_hidden_state)
+
+
+@pytest.mark.parametrize("head", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+@pytest.mark.parametrize("kind", [*KINDS, *PLAIN])
+def test_what_was_never_packed_is_not_treated_as_packed(artifacts, kind, head):
+    model = load(artifacts(kind))
+    logits(model)
+    other = head.from_pretrained(artifacts(kind), dtype=torch.float32, pad_token_id=0)
+    with torch.no_grad():
+        small = other(IDS).logits
+        assert type(other.score) is torch.nn.Linear and bool(small.isfinite().all()) and float(small.abs().max()) < 100
+        found, expected = (m(IDS, use_cache=False).last_hidden_state for m in (other.model, model.model))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_compressed_tensors_without_a_head(artifacts, kind):
+    model, headless = load(artifacts(kind)), AutoModel.from_pretrained(artifacts(kind), dtype=torch.float32)
+    logits(model)
+    with torch.no_grad():
+        assert torch.equal(headless(IDS, use_cache=False).last_hidden_state, model.model(IDS, use_cache=False).last_hidden_state)
+
+
+def test_a_class_with_other_names_for_its_blocks_is_refused(artifacts):
+    with pytest.raises(LowbitError, match="no linear of the artifact has a place in LlamaForQuestionAnswering"):
+        AutoModelForQuestionAnswering.from_pretrained(artifacts("codebooks"))
+
+
+def test_a_missing_tensor_is_named(artifacts, tmp_path):
+    shutil.copytree(artifacts("quantized activations"), tmp_path / "copy")
+    (path,) = [p for p in (tmp_path / "copy").glob("*.safetensors") if any(k.endswith("1.mlp.up_proj.weight_scale") for k in load_file(p))]
+    save_file({k: t for k, t in load_file(path).items() if not k.endswith("up_proj.weight_scale")}, path, metadata={"format": "pt"})
+    with pytest.raises(LowbitError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight_scale'"):
+        load(tmp_path / "copy")
+
+
+def test_copies_and_pickles_compute_the_same(artifact, tmp_path):
+    model, raw = load(artifact), io.BytesIO()
+    expected = logits(model)  # decoded by now, which is not pickled
+    torch.save(model, raw)
+    assert len(raw.getvalue()) < 2.5 * sum(t.nbytes for t in model.state_dict().values()) + 200_000
+    raw.seek(0)
+    assert torch.equal(logits(torch.load(raw, weights_only=False)), expected)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+
+
+def test_a_pickle_is_read_by_a_process_that_did_not_import_the_library(artifacts, tmp_path):
+    torch.save(load(artifacts("rotated")), tmp_path / "m.pt")
+    code = f"import torch; m = torch.load({str(tmp_path / 'm.pt')!r}, weights_only=False); print(type(m.model.layers[0].mlp.up_proj).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "DecodedLinear", done.stderr
+
+
+def test_a_state_that_is_loaded_counts_also_after_a_forward_pass(artifact):
+    one, other = load(artifact), load(artifact)
+    changed = one.state_dict()
+    for name, t in changed.items():
+        if name.endswith(("weight_packed", "weight_codes_2", "weight_outlier_values")):
+            changed[name] = t.flip(0)
+    before = logits(other)
+    other.load_state_dict(changed)
+    one.load_state_dict(changed)
+    assert torch.equal(logits(other), logits(one)) and not torch.equal(logits(other), before)
+
+
+def test_dequantized_it_is_a_plain_model_with_the_same_weights(artifact, tmp_path):
+    model = load(artifact)
+    for module in model.modules():  # what is left when nothing but weights is quantized
+        if isinstance(module, PackedLinear):
+            module.reading = module.reading.exact()
+    for block in model.model.layers:
+        block.self_attn._forward_pre_hooks.clear()
+    expected = logits(model)
+    plain = load(artifact)
+    plain.dequantize()
+    assert not any(isinstance(m, PackedLinear) for m in plain.modules())
+    assert torch.allclose(logits(plain), expected, atol=1e-4)
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(load(tmp_path / "plain")), logits(plain))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_adapters_train_and_merge_only_into_a_dequantized_model(artifact, safe):
+    peft = pytest.importorskip("peft")
+    model = load(artifact)
+    before = logits(model)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert torch.equal(logits(tuned), before)
+    tuned(IDS, labels=IDS).loss.backward()
+    grads = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
+    assert len(grads) == 28 and all(float(g.abs().sum()) > 0 for n, g in grads.items() if "lora_B" in n)
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if "lora_B" in name:
+                p -= 0.5 * grads[name]
+    adapted = logits(tuned)
+    assert not torch.equal(adapted, before)
+    with pytest.raises(LowbitError, match=r"nothing can be written to it or merged into it.*dequantize"):
+        tuned.merge_adapter(safe_merge=safe)
+    assert torch.equal(logits(tuned), adapted)
+    tuned.dequantize()
+    plain = logits(tuned)
+    assert torch.allclose(logits(tuned.merge_and_unload(safe_merge=safe)), plain, atol=1e-4)
+
+
+WRITES = {
+    "in place": lambda linear: linear.weight.mul_(2),
+    "augmented": lambda linear: linear.weight.data.__iadd__(1),
+    "an item": lambda linear: linear.weight.__setitem__(0, 0.0),
+    "a view": lambda linear: linear.weight.T[1:].zero_(),
+    "out": lambda linear: torch.add(torch.zeros(linear.weight.shape), 1, out=linear.weight),
+    "data": lambda linear: setattr(linear.weight, "data", torch.zeros(1)),
+    "a parameter": lambda linear: setattr(linear, "weight", torch.nn.Parameter(torch.zeros(1))),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_to_a_packed_weight_is_refused_not_lost(artifacts, write):
+    linear = load(artifacts("rotated")).model.layers[0].mlp.up_proj
+    with pytest.raises(LowbitError, match=r"'model\.layers\.0\.mlp\.up_proj' is packed"):
+        WRITES[write](linear)
+    product = linear.weight @ linear.weight.T  # reading is free, and what is computed is one's own
+    assert type(product) is torch.Tensor and type(product.mul_(2)) is torch.Tensor
+
+
+def compiled(model, **options):
+    torch._dynamo.reset()
+    return logits(torch.compile(model, backend="eager", **options))
+
+
+def test_compiled_whole_after_a_pass_or_in_parts(artifacts):
+    for kind in ("quantized activations", "codebooks"):
+        assert torch.equal(compiled(load(artifacts(kind))), logits(load(artifacts(kind))))
+    model = load(artifacts("quantized activations"))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="let one pass before a full graph is compiled"):
+        compiled(model, fullgraph=True)
+    expected = logits(model)
+    assert torch.equal(compiled(model, fullgraph=True), expected)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
+        compiled(load(artifacts("codebooks")), fullgraph=True)
 
 
 def test_generation(artifact, tmp_path):

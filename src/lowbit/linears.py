@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import kernels
+from .errors import LowbitError
 from .formats import blocks
 from .formats import columns as layout
 from .formats.packing import unpack
@@ -16,10 +19,69 @@ from .grid.bits import packed_words
 from .grid.packed import PackedColumns
 
 
-class _PackedLinear(nn.Module):
+class ReadOnly(Tensor):
+    """A decoded weight to look at. Writing to it would be lost, or kept in memory and lost in the next file, so that is refused."""
+
+    owner: str
+
+    @classmethod
+    def of(cls, t: Tensor, owner: str) -> ReadOnly:
+        """The tensor, read-only. ``owner``: the linear's full name, for the error."""
+        out = t.detach().as_subclass(cls)
+        out.owner = owner
+        return out
+
+    @staticmethod
+    def refusal(owner: str) -> LowbitError:
+        """The error for whoever writes."""
+        return LowbitError(
+            f"the weight of '{owner}' is packed: nothing can be written to it or merged into it. Keep adapters beside it, or call "
+            "model.dequantize() first, which makes a plain floating-point model."
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Every operation on the plain tensor; what shares its memory is read-only too."""
+        kwargs = dict(kwargs or {})
+        mine: list[ReadOnly] = []
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, cls):
+                mine.append(value)
+            return value.as_subclass(Tensor) if isinstance(value, cls) else value
+
+        written = args[:1] if _writes(func.__name__) else ()
+        for value in (*written, kwargs.get("out")):
+            if isinstance(value, cls):
+                raise cls.refusal(value.owner)
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*tree_map(plain, tuple(args)), **tree_map(plain, kwargs))
+
+        def guarded(value: Any) -> Any:
+            for source in mine if isinstance(value, Tensor) else ():
+                if value.untyped_storage()._cdata == source.untyped_storage()._cdata:
+                    return cls.of(value, source.owner)
+            return value
+
+        with torch._C.DisableTorchFunctionSubclass():
+            return tree_map(guarded, out)
+
+
+def _writes(name: str) -> bool:
+    """Whether the function of this name changes its first argument: ``add_``, ``__iadd__``, ``__setitem__``, an attribute's ``__set__``."""
+    if name.startswith("__"):
+        return name in ("__set__", "__setitem__") or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__"))
+    return name.endswith("_")
+
+
+class PackedLinear(nn.Linear):
     """What both kinds share: the place in the model, the reading of the input, the bias, the packed tensors as buffers.
 
-    The packed tensors move with the model and are never cast with it: what is saved again is what was loaded.
+    The packed tensors move with the model and are never cast with it: what is saved again is what was loaded. A gradient flows to
+    the input; the weight has none and cannot be written to. What is made of the tensors for computing is made again where they
+    change, and is not pickled.
 
     Args:
         name: full name, for errors. linear: what it replaces; may be on the meta device.
@@ -27,13 +89,15 @@ class _PackedLinear(nn.Module):
         reading: what happens to the input. stored: dtype to which decoded weights are rounded.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear's type leaves out that it may have none
+    weight_shape: Tensor
 
     def __init__(self, name: str, linear: nn.Linear, grid: Grid, outliers: int | None, reading: Reading, stored: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.name, self.grid, self.reading, self.stored = name, grid, reading, stored
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._device = linear.weight.device
+        self._made: Any = None
         self._hold("weight_shape", (2,), torch.int64)
         if outliers is not None:
             self._hold("weight_outlier_starts", (self.out_features + 1,), torch.int32)
@@ -44,11 +108,54 @@ class _PackedLinear(nn.Module):
     def _hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_buffer(name, torch.empty(shape, dtype=dtype, device=self._device))
 
-    def _held(self) -> dict[str, Tensor]:
+    def held(self) -> dict[str, Tensor]:
+        """The packed tensors by their local names."""
         return {k: t for k, t in self.named_buffers() if k.startswith("weight_")}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedLinear:
-        before = self._held()
+    def decoded(self) -> Tensor:
+        """The (out, in) weight in the dtype of the model that was quantized, decoded anew, on the device of the packed tensors.
+
+        Raises:
+            LowbitError: a tensor is damaged.
+        """
+        where = self.weight_shape.device
+        if where.type == "meta":
+            return torch.empty(self.out_features, self.in_features, dtype=self.stored, device=where)
+        held = {k: t.cpu() for k, t in self.held().items()}
+        return unpack(held, self.grid, self.name).decode(self.stored).to(where)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # read-only on purpose
+        """As `decoded`; whoever writes to it gets a LowbitError."""
+        return ReadOnly.of(self.decoded(), self.name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ReadOnly.refusal(self.name)
+        super().__setattr__(name, value)
+
+    def plain(self, dtype: torch.dtype) -> nn.Linear:
+        """A linear without packed tensors that does the same to an input that is not quantized; an online rotation goes into its weight."""
+        weight = self.decoded()
+        if self.reading.rotation is not None:
+            weight = self.reading.rotation.inverse(weight.float())
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight.to(dtype))
+        plain.register_parameter("bias", self.bias)
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, grid={self.grid}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._made = None
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        before = self.held()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, t in before.items():
             after = self._buffers[name]
@@ -57,10 +164,8 @@ class _PackedLinear(nn.Module):
         return self
 
 
-class DecodedLinear(_PackedLinear):
-    """A linear on a uniform grid or a K-quant; its weight is decoded at the first use and kept. Arguments as `_PackedLinear`."""
-
-    weight_shape: Tensor
+class DecodedLinear(PackedLinear):
+    """A linear on a uniform grid or a K-quant; its weight is decoded at the first use and kept. Arguments as `PackedLinear`."""
 
     def __init__(self, name: str, linear: nn.Linear, grid: Affine | KQuant, outliers: int | None, reading: Reading, stored: torch.dtype) -> None:
         super().__init__(name, linear, grid, outliers, reading, stored)
@@ -73,29 +178,31 @@ class DecodedLinear(_PackedLinear):
             self._hold("weight_scale", (rows, groups), stored)
             if not grid.symmetric:
                 self._hold("weight_zero_point", (packed_words(rows, grid.bits), groups), torch.int32)
-        self._dense: Tensor | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        """The (out, in) weight in the dtype of the artifact's scales, decoded at first use."""
-        if self._dense is None or self._dense.device != self.weight_shape.device:
-            held = {k: t.cpu() for k, t in self._held().items()}
-            self._dense = unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_shape.device)
-        return self._dense
+    def kept(self) -> Tensor:
+        """The decoded weight, made at the first use."""
+        if self._made is None or self._made.device != self.weight_shape.device:
+            self._keep()
+        made: Tensor = self._made
+        return made
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="packed weights are decoded at the first forward pass: let one pass before a full graph is compiled"
+    )
+    def _keep(self) -> None:
+        self._made = self.decoded()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return nn.functional.linear(self.reading(x), self.weight.to(x.dtype), self.bias)
+        return nn.functional.linear(self.reading(x), self.kept().to(x.dtype), self.bias)
 
 
-class CodebookLinear(_PackedLinear):
+class CodebookLinear(PackedLinear):
     """A linear on codebooks. Those of single columns stay packed in memory; shared ones are decoded for every product.
 
     Args:
-        columns: bits -> number of columns, by rising bits. Others as `_PackedLinear`.
+        columns: bits -> number of columns, by rising bits. Others as `PackedLinear`.
     """
-
-    weight_shape: Tensor
 
     def __init__(
         self, name: str, linear: nn.Linear, grid: Codebook, columns: Mapping[int, int], outliers: int | None, reading: Reading, stored: torch.dtype
@@ -108,7 +215,6 @@ class CodebookLinear(_PackedLinear):
             self._hold(f"weight_codes_{bits}", (packed_words(count, bits), self.out_features), torch.int32)
             self._hold(f"weight_levels_{bits}", (count if len(columns) > 1 else books, 1 << bits), torch.float16)
         self.grid: Codebook = grid
-        self._packed: PackedColumns | None = None
 
     @property
     def packed(self) -> PackedColumns:
@@ -117,20 +223,21 @@ class CodebookLinear(_PackedLinear):
         Raises:
             LowbitError: a tensor is damaged.
         """
-        if self._packed is None or self._packed.segments[0].codes.device != self.weight_shape.device:
-            self._packed = layout.read(self._held(), self.grid, self.stored, self.name)
-        return self._packed
-
-    @property
-    def weight(self) -> Tensor:
-        """The (out, in) weight in the dtype of the model that was quantized, decoded anew."""
-        held = {k: t.cpu() for k, t in self._held().items()}
-        return unpack(held, self.grid, self.name).decode(self.stored).to(self.weight_shape.device)
+        if self._made is None or self._made.segments[0].codes.device != self.weight_shape.device:
+            self._made = layout.read(self.held(), self.grid, self.stored, self.name)
+        made: PackedColumns = self._made
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         x = self.reading(x)
         if self.grid.scales_with_inputs:
-            y = kernels.linear(x, self.packed)
+            y: Tensor = self._product(x)
             return y if self.bias is None else y + self.bias
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.decoded().to(x.dtype), self.bias)
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="weights on codebooks are multiplied by kernels that no graph can hold: compile without fullgraph=True"
+    )
+    def _product(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.packed)

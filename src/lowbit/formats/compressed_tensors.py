@@ -115,6 +115,7 @@ def describe(grids: Mapping[str, Affine], skipped: list[str], activations: Activ
     groups: dict[str, Any] = {}
     for i, grid in enumerate(kinds):
         names = sorted(n for n, g in grids.items() if g == grid)
+        names += [headless for n in names if (headless := n.partition(".")[2]) not in grids]  # as AutoModel calls them
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(kinds) == 1 else names,
             "input_activations": dynamic,
@@ -131,9 +132,20 @@ def describe(grids: Mapping[str, Affine], skipped: list[str], activations: Activ
     asymmetric = any(not grid.symmetric for grid in kinds)
     return {
         "quant_method": NAME, "format": "pack-quantized", "quantization_status": "compressed", "global_compression_ratio": None,
-        "kv_cache_scheme": None, "ignore": sorted(skipped), "config_groups": groups, "version": "0.17.1",
+        "kv_cache_scheme": None, "ignore": sorted({*skipped, *_outside(grids)}), "config_groups": groups, "version": "0.17.1",
         **({"dequantize": True} if asymmetric else {}),
     }  # fmt: skip
+
+
+def _outside(names: Iterable[str]) -> set[str]:
+    """A pattern of all linears that lie outside of the blocks, whatever a model's class calls its head.
+
+    A runtime that puts the model into a larger one adds to the front of the names, AutoModel takes the first part away.
+    """
+    trunks = {found[1] for n in names if (found := re.match(r"(.+?\.)\d+\.", n))}
+    headless = {t.partition(".")[2] for t in trunks} - {""}
+    inside = sorted([rf"(.*\.)?{re.escape(t)}" for t in trunks] + [re.escape(t) for t in headless])
+    return {f"re:(?!{'|'.join(inside)})"} if inside else set()
 
 
 def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
@@ -146,14 +158,17 @@ def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
 
 
 def _group_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    if name in config["ignore"]:
+    if any(_matches(entry, name) for entry in config["ignore"]):
         return None
     for group in config["config_groups"].values():
-        for target in group["targets"]:
-            if target in ("Linear", name) or (target.startswith("re:") and re.match(target[3:], name)):
-                found: Mapping[str, Any] = group
-                return found
+        if any(target == "Linear" or _matches(target, name) for target in group["targets"]):
+            found: Mapping[str, Any] = group
+            return found
     return None
+
+
+def _matches(entry: str, name: str) -> bool:
+    return bool(re.match(entry[3:], name)) if entry.startswith("re:") else entry == name
 
 
 def activations_of(config: Mapping[str, Any], name: str) -> PerToken | None:

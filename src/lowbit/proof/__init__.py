@@ -74,16 +74,18 @@ def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -
         loader: run the runtime. python: interpreter that has it; where it has not, that is said and is no failure.
 
     Raises:
-        LowbitError: not an artifact. VerificationError: something differs; it names the tensor.
+        LowbitError: not an artifact, or the runtime could not work here, for want of memory or the like. VerificationError: something
+            differs; it names the tensor.
     """
     report = read_report(folder)
     tensors, linears = check_tensors(folder, report)
     if not loader:
         return Verification(tensors, linears, "not asked for")
     reader, proof = READERS[report["format"]], read_shard(folder / PROOF)
+    last = proof["logits"].shape[1]
     if report["format"] == gguf.NAME:
         return _verify_gguf(folder, report, Verification(tensors, linears, "passed"), proof, python)
-    found = runtime_logits(folder, proof["ids"], report["format"], exact=report.get("proof") == EXACT, python=python)
+    found = runtime_logits(folder, proof["ids"], report["format"], last, exact=report.get("proof") == EXACT, python=python)
     if isinstance(found, str):
         missing = f"not run: no {found} here (lowbit verify --python names an interpreter that has it)"
         return Verification(tensors, linears, missing, reader=reader.name)
@@ -94,14 +96,14 @@ def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -
 
 def _verify_gguf(folder: Path, report: dict[str, Any], done: Verification, proof: dict[str, Tensor], python: str) -> Verification:
     """The file as the gguf package decodes it, computed by transformers in float32, and as llama.cpp runs it."""
-    decoded = top1 = None
+    decoded, top1, last = None, None, proof["logits"].shape[1]
     if report["gguf"]["moved"] is not None:
         done = replace(done, reference="those of the numbers in the file")
     newer = "Q2_0" in report["gguf"]["types"]  # not known to releases of the package up to 0.19
-    exact = "no gguf package that knows Q2_0" if newer else runtime_logits(folder, proof["ids"], gguf.NAME, reader=GGUF_DECODER)
+    exact = "no gguf package that knows Q2_0" if newer else runtime_logits(folder, proof["ids"], gguf.NAME, last, reader=GGUF_DECODER)
     if not isinstance(exact, str):
         decoded, top1 = _compared(folder, GGUF_DECODER, proof["logits"], exact["logits"], GGUF_DECODER.within)
-    found = runtime_logits(folder, proof["ids"], gguf.NAME, python=python)
+    found = runtime_logits(folder, proof["ids"], gguf.NAME, last, python=python)
     if isinstance(found, str):
         missing = f"llama.cpp not run: no {found} here (lowbit verify --python names an interpreter that has it)"
         if decoded is None:
@@ -116,7 +118,7 @@ def _verify_gguf(folder: Path, report: dict[str, Any], done: Verification, proof
 
 
 def _compared(folder: Path, reader: Reader, tuned: Tensor, found: Tensor, within: float) -> tuple[float, float]:
-    rms, top1 = compare_logits(tuned, found[:, -tuned.shape[1] :])
+    rms, top1 = compare_logits(tuned, found)
     if not rms <= within:
         raise VerificationError(
             f"'{folder}' loads with {reader.name}, but its logits differ from the tuned model's by {rms:.2g} of their spread (at most "

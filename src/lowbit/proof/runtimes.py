@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import LowbitError, VerificationError
@@ -19,7 +20,7 @@ from ..formats import compressed_tensors as ct
 
 _SCRIPTS = Path(__file__).parent.parent / "readers"
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # torchrun's: a reader is no rank of it
-_MISSING = 3  # exit status of a script whose runtime is not installed
+_MISSING, _REFUSED, _UNABLE = 3, 4, 5  # exit statuses of a script, see `lowbit.readers`
 
 
 @dataclass(frozen=True)
@@ -49,48 +50,62 @@ READERS = {
 
 
 def runtime_logits(
-    folder: Path, ids: Tensor, format_: str, *, exact: bool = False, python: str = sys.executable, reader: Reader | None = None
+    folder: Path, ids: Tensor, format_: str, last: int, *, exact: bool = False, python: str = sys.executable, reader: Reader | None = None
 ) -> dict[str, Tensor] | str:
     """What the runtime of a format computes from a model, in a process of its own.
 
     Args:
-        ids: (n, length) int64. exact: do not quantize activations. python: interpreter that has the runtime.
-        reader: None for the format's own.
+        ids: (n, length) int64. last: how many positions of each row are wanted, from its end. exact: do not quantize activations.
+        python: interpreter that has the runtime. reader: None for the format's own.
 
     Returns:
-        "logits", and from some also "decoded", see `lowbit.readers`, each (n, length, vocab) float32; or the packages that are missing.
+        "logits", and from some also "decoded", see `lowbit.readers`, each (n, last, vocab) float32; or the packages that are missing.
 
     Raises:
-        VerificationError: the runtime fails.
+        VerificationError: the runtime cannot read the model. LowbitError: it could not do its work here, whatever the model is.
     """
-    from safetensors.torch import save_file
-
     reader = reader or READERS[format_]
-    with tempfile.TemporaryDirectory() as scratch:
-        given, out = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"ids": ids.contiguous()}, given)
-        own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
-        environment = {**own, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                       "GPTQMODEL_CPU_WORKERS": "2"}  # fmt: skip
-        method = "gptq" if format_ in (gptq.V1, gptq.V2) else format_
-        command = [python, str(_SCRIPTS / reader.script), str(folder), str(given), str(out), method, "exact" if exact else "as stored"]
+    own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
+    environment = {**own, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                   "GPTQMODEL_CPU_WORKERS": "2"}  # fmt: skip
+    method = "gptq" if format_ in (gptq.V1, gptq.V2) else format_
+    command = [python, str(_SCRIPTS / reader.script), str(folder), method, "exact" if exact else "as stored", str(last)]
+    try:
+        done = subprocess.run(command, input=bytes(save({"ids": ids.contiguous()})), capture_output=True, env=environment, check=False)
+    except OSError as e:
+        raise LowbitError(f"cannot run '{python}': {e.strerror}.") from e
+    if done.returncode == 0:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        except OSError as e:
-            raise LowbitError(f"cannot run '{python}': {e.strerror}.") from e
-        if done.returncode == _MISSING:
-            return done.stdout.strip().splitlines()[-1]
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise VerificationError(f"{reader.name} cannot load '{folder}': {last}")
-        logits: dict[str, Tensor] = load_file(out)
-        return logits
+            logits: dict[str, Tensor] = load(done.stdout)
+            return logits
+        except SafetensorError as e:
+            raise LowbitError(f"{reader.name} under '{python}' sent no logits: {e}.") from e
+    said: str = done.stdout.decode(errors="replace").strip()
+    if done.returncode == _MISSING:
+        return said
+    if done.returncode == _REFUSED:
+        raise VerificationError(f"{reader.name} cannot load '{folder}': {said}")
+    raise LowbitError(
+        f"{reader.name} could not be run on '{folder}': {_reason(done)}. Nothing was found out about the model: mend that and repeat the command."
+    )
 
 
-def loader_logits(folder: Path, ids: Tensor, *, exact: bool = False) -> Tensor:
-    """Logits (n, length, vocab) float32 that transformers computes from an artifact. Raises VerificationError if it fails."""
+def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
+    """Why a reader ended without an answer, in words."""
+    if done.returncode == _UNABLE:
+        return done.stdout.decode(errors="replace").strip().rstrip(".")
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        memory = ", as the system does where memory runs out" if -done.returncode == signal.SIGKILL else ""
+        return f"its process was ended by {name}{memory}"
+    lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+    return f"its process ended with status {done.returncode} ({lines[-1].rstrip('.')})"
+
+
+def loader_logits(folder: Path, ids: Tensor, last: int, *, exact: bool = False) -> Tensor:
+    """Logits (n, last, vocab) float32 that transformers computes from an artifact for the last positions. Raises as `runtime_logits`."""
     method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
-    found = runtime_logits(folder, ids, method, exact=exact)
+    found = runtime_logits(folder, ids, method, last, exact=exact)
     assert not isinstance(found, str)
     return found["logits"]
 

@@ -1,35 +1,25 @@
 """Logits by transformers: compressed-tensors, the format of lowbit, and GPTQ or AWQ through GPTQModel, GGUF through the gguf package."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
-folder, ids, out, method, proof = sys.argv[1:]
-exact = proof == "exact"
-needed = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum"), "gguf": ("gguf",)}.get(method, ())
-missing = [p for p in (*needed, "transformers") if importlib.util.find_spec(p) is None]
-if missing:
-    print(", ".join(missing))
-    sys.exit(3)
+from exchange import run
 
-import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-if method == "lowbit":
-    import lowbit  # noqa: F401
-rows = load_file(ids)["ids"]
+_NEEDED = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum"), "gguf": ("gguf",)}
 
 
-def passed(model):
-    return torch.cat([model(row[None], use_cache=False).logits.float() for row in rows]).contiguous()
+def passed(model, rows, last):
+    import torch
+
+    return torch.cat([model(row[None], use_cache=False, logits_to_keep=last).logits[:, -last:].float() for row in rows]).numpy()
 
 
-def with_transforms(model, transforms):
+def with_transforms(model, transforms, folder):
     """transformers ignores them; vLLM applies the online ones, with matrices from the files."""
+    import torch
     from compressed_tensors.transform import TransformConfig, apply_transform_config
+    from safetensors import safe_open
 
     online = TransformConfig.model_validate(transforms)
     for scheme in online.config_groups.values():
@@ -44,7 +34,9 @@ def with_transforms(model, transforms):
             parameters[key].copy_(f.get_tensor(key))
 
 
-def in_float32(model):
+def in_float32(model, folder, exact):
+    import torch
+
     model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)  # some loaders decode their weights at the first pass
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
@@ -56,12 +48,14 @@ def in_float32(model):
     torch.nn.Module.float(model)  # weights as users get them, arithmetic as in tuning
     transforms = json.loads(Path(folder, "config.json").read_text())["quantization_config"].get("transform_config")
     if transforms is not None:
-        with_transforms(model, transforms)
+        with_transforms(model, transforms, folder)
     return model
 
 
 def decoded(model):
     """The model with the weights that GPTQModel itself decodes, as plain linears in float32; None if a kernel has laid them out anew."""
+    import torch
+
     for name, module in list(model.named_modules()):
         if hasattr(module, "dequantize_weight"):
             if getattr(module, "qweight", None) is None or module.qweight.dtype != torch.int32:
@@ -76,9 +70,10 @@ def decoded(model):
     return torch.nn.Module.float(model)
 
 
-def of_gguf():
+def of_gguf(folder):
     """The model as transformers makes it of the file alone, every weight decoded by the gguf package, in float32."""
-    from transformers import AutoConfig
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     (file,) = sorted(Path(folder).glob("*.gguf"))
     config, own = AutoConfig.from_pretrained(folder, gguf_file=file.name), AutoConfig.from_pretrained(Path(folder, "proof"))
@@ -88,16 +83,27 @@ def of_gguf():
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, config=config, dtype=torch.float32).eval()
 
 
-with torch.no_grad():
-    if method == "gguf":
-        save_file({"logits": passed(of_gguf())}, out)
-        sys.exit(0)
-    # GPTQModel's CPU kernels take bfloat16, and not all of them float32.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if needed else "auto", trust_remote_code=False).eval()
-    assert ("lowbit" in sys.modules) == (method == "lowbit")
-    found = {"logits": passed(model if needed else in_float32(model))}
-    if needed:
+def read(folder, given, arguments):
+    import torch
+
+    (method, proof), last = arguments[:2], int(arguments[2])
+    rows = torch.tensor(given["ids"])
+    with torch.no_grad():
+        if method == "gguf":
+            return {"logits": passed(of_gguf(folder), rows, last)}
+        from transformers import AutoModelForCausalLM
+
+        if method == "lowbit":
+            import lowbit  # noqa: F401
+        narrow = method in _NEEDED
+        # GPTQModel's CPU kernels take bfloat16, and not all of them float32.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if narrow else "auto", trust_remote_code=False).eval()
+        assert ("lowbit" in sys.modules) == (method == "lowbit")
+        if not narrow:
+            return {"logits": passed(in_float32(model, folder, proof == "exact"), rows, last)}
+        found = {"logits": passed(model, rows, last)}
         plain = decoded(model)
-        if plain is not None:
-            found["decoded"] = passed(plain)
-save_file(found, out)
+        return found if plain is None else {**found, "decoded": passed(plain, rows, last)}
+
+
+run((*_NEEDED.get(sys.argv[2], ()), "transformers"), read)
