@@ -478,6 +478,18 @@ def test_a_model_that_changes_under_a_run_is_noticed(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**20])
+def test_a_seed_that_torch_does_not_take_is_refused(plain, tmp_path, seed):
+    with pytest.raises(LowbitError, match=f"seed {seed}: give a whole number from 0 to"):
+        rtn(plain, tmp_path / "out", seed=seed)
+
+
+def test_the_largest_seed_runs(plain, tmp_path):
+    text = str(plain / "text.txt")
+    done = lowbit.quantize(str(plain), "W4A16g16", "awq", out=tmp_path / "out", calib=text, samples=4, length=32, seed=2**63 - 1)
+    assert done.report["seed"] == 2**63 - 1
+
+
 def test_files_of_a_hub_repository_are_those_that_it_lists(server, plain):
     server.files["some/tiny", "main"] = {p.name: p.read_bytes() for p in plain.iterdir() if p.name != "text.txt"} | {"original/a.pth": b"x", "LICENSE": b"words"}
     found = source_files(Checkpoint("some/tiny"))

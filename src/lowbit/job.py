@@ -23,7 +23,7 @@ from .formats import compressed_tensors as ct
 from .formats import native
 from .grid import Affine, Grid, QTensor
 from .identity import Original, fingerprint, own_version, sources, versions
-from .loop import Streams, advance, as_read, begin, check_shared, idle_ranks, ordered, prepared, readings_of, run, surveyed
+from .loop import SEEDS, Streams, advance, as_read, begin, check_shared, idle_ranks, ordered, prepared, readings_of, run, surveyed
 from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
 from .model.block import TOKENS_PER_PASS, Block
@@ -100,6 +100,8 @@ def quantize(
         LowbitError: bad input, named; or a block or the activations do not fit this machine.
         VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
     """
+    if not 0 <= seed < SEEDS:
+        raise LowbitError(f"seed {seed}: give a whole number from 0 to {SEEDS - 1}.")
     options = {"--scheme": scheme, "--calib": calib, "--samples": samples, "--length": length}
     command = command_of(model, recipe, options, settings, seed, "" if device == "auto" else device, plain)
     if isinstance(scheme, str):

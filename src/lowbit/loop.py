@@ -23,6 +23,8 @@ from .model.stream import ModelStream
 from .model.wiring import Wiring
 from .recipe import Recipe
 
+SEEDS = 2**63  # torch takes one bit more, so that a method can count on from a block's seed
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -146,7 +148,7 @@ def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs:
         name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
         compute=stream.compute, stored=stream.dtype, dtypes=stream.block_dtypes(i),
         grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
-        x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=seed * 1_000_003 + i,
+        x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=(seed * 1_000_003 + i) % SEEDS,
         readout=stream.readout() if i == len(stream) - 1 else None, announce=announce, storage=streams.storage, ranks=streams.ranks,
     )  # fmt: skip
     target = block.run(streams.x, out=streams.room)
