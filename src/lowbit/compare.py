@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artifact import write_atomic
-from .errors import LowbitError
+from .disk import disk, write_atomic
+from .errors import DiskFull, Interrupted, LowbitError
 from .evaluate import evaluate, load_causal_lm
 from .job import quantize
 from .machine import pick_device
 from .model.calibration import Calibration, evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_config, load_tokenizer
+from .output import entries, working
 from .presets import load_recipe
 from .recipe import Recipe
 from .scheme import parse_scheme
@@ -111,7 +112,7 @@ class Comparison:
     """A directory of finished cells.
 
     Args:
-        folder: one JSON file per finished cell lies in it; a repeated call goes on from them.
+        folder: one JSON file per finished cell lies in it; a repeated call goes on from them. No other process works in it, see `opened`.
         keep: keep the artifacts too.
 
     Raises:
@@ -124,18 +125,29 @@ class Comparison:
         state = json.loads(json.dumps(asdict(terms) | {"device": None}))
         found = folder / _STATE
         if found.is_file():
-            old = json.loads(found.read_text())
-            changed = [k for k in state if old.get(k) != state[k]]
-            if changed:
-                raise LowbitError(f"'{folder}' holds a comparison with another {', '.join(changed)}. Choose another -o, or remove it.")
-        elif folder.exists() and any(folder.iterdir()):
+            self._must_match(_read(found), state)
+        elif folder.exists() and any(not n.endswith(".tmp") for n in entries(folder)):
             raise LowbitError(f"'{folder}' exists and holds no comparison. Choose another -o.")
         self.device = str(pick_device(terms.device))
         self._tokenizer = load_tokenizer(Checkpoint(terms.model))
         self._windows: Tensor = evaluation_windows(terms.text, self._tokenizer, terms.length, terms.windows)
         self._tasks()
-        (folder / _CELLS).mkdir(parents=True, exist_ok=True)
+        with disk(folder):
+            (folder / _CELLS).mkdir(parents=True, exist_ok=True)
         write_atomic(found, (json.dumps(state, indent=1) + "\n").encode())
+
+    def _must_match(self, old: dict[str, Any] | None, terms: dict[str, Any]) -> None:
+        """Refuse cells that were measured on other terms, or nobody knows on which."""
+        if old is None or not set(terms) <= set(old):
+            if any((self.folder / _CELLS).glob("*.json")):
+                raise LowbitError(
+                    f"'{self.folder / _STATE}' is damaged: it no longer says on which terms the cells there were measured. Remove "
+                    f"'{self.folder}', or choose another -o."
+                )
+            return
+        changed = [k for k in terms if old[k] != terms[k]]
+        if changed:
+            raise LowbitError(f"'{self.folder}' holds a comparison with another {', '.join(changed)}. Choose another -o, or remove it.")
 
     def _tasks(self) -> Any:
         """The tasks, ready for one evaluation; None without any."""
@@ -153,12 +165,9 @@ class Comparison:
         return json.loads(json.dumps({"recipe": resolved, "device": self.device.split(":")[0], "versions": versions}))  # type: ignore[no-any-return]
 
     def finished(self, cell: Cell) -> Row | None:
-        """What an earlier call measured, None if it failed, never ran, or ran with another recipe, version or kind of device."""
-        path = self.folder / _CELLS / f"{cell.name}.json"
-        if not path.is_file():
-            return None
-        row: Row = json.loads(path.read_text())
-        return None if "error" in row or row.get("made_with") != self._made_with(cell) else row
+        """What an earlier call measured, None if it failed, never ran, is damaged, or ran with another recipe, version or kind of device."""
+        row: Row | None = _read(self.folder / _CELLS / f"{cell.name}.json")
+        return None if row is None or "error" in row or row.get("made_with") != self._made_with(cell) else row
 
     def run(self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]]) -> Iterator[Row]:
         """Measure every cell that is not finished yet.
@@ -168,7 +177,22 @@ class Comparison:
 
         Yields:
             a row for each cell, failures included.
+
+        Raises:
+            Interrupted, DiskFull: with a sentence on the cells that are kept.
         """
+        try:
+            yield from self._rows(wanted, show)
+        except KeyboardInterrupt as e:
+            raise Interrupted(self._kept(wanted)) from e
+        except DiskFull as e:
+            raise DiskFull(f"{e} {self._kept(wanted)}") from e
+
+    def _kept(self, wanted: Sequence[Cell]) -> str:
+        done = sum(self.finished(cell) is not None for cell in wanted)
+        return f"{done} of {len(wanted)} cells are measured and kept in '{self.folder}': the same command continues."
+
+    def _rows(self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]]) -> Iterator[Row]:
         for cell in wanted:
             row = self.finished(cell)
             if row is None:
@@ -225,6 +249,26 @@ class Comparison:
 
             found["tasks"] = evaluate_tasks(prepared, model, self._tokenizer, limit=self.terms.limit, batch=8).as_dict()
         return {**found, "windows_sha256": hashlib.sha256(self._windows.to(torch.int64).numpy().tobytes()).hexdigest()}
+
+
+@contextmanager
+def opened(terms: Terms, folder: Path, keep: bool = False) -> Iterator[Comparison]:
+    """A `Comparison` in a folder where no other process works meanwhile; found possible before any work.
+
+    Raises:
+        LowbitError: as `Comparison`; the folder is in use, or cannot be written.
+    """
+    with working(folder, "compare") as place:
+        yield Comparison(terms, place, keep)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None if there is none, or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _bytes(shape: Sequence[int], kind: str) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -11,7 +14,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from ..errors import LowbitError, ToldElsewhere, VerificationError
+from ..errors import Interrupted, LowbitError, ToldElsewhere, VerificationError
 
 app = typer.Typer(
     add_completion=False,
@@ -32,13 +35,21 @@ OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the 
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Print our errors as the one or two sentences they are; 2 for bad input, 1 for a failed verification."""
+    """Print our errors as the one or two sentences they are; 2 for bad input, 1 for a failed verification, 130 and 143 when told to end."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        _quiet()
+        told = [signal.SIGINT]
         try:
-            command(*args, **kwargs)
+            with _terminable(told):
+                _quiet()
+                command(*args, **kwargs)
+        except KeyboardInterrupt as e:
+            if not isinstance(e, Interrupted):
+                complain("interrupted.", "")
+            elif str(e):
+                complain(f"interrupted. {e}", "")
+            raise typer.Exit(128 + told[-1]) from e
         except ToldElsewhere as e:
             raise typer.Exit(2) from e
         except VerificationError as e:
@@ -51,10 +62,28 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def complain(what: str) -> None:
+@contextmanager
+def _terminable(told: list[signal.Signals]) -> Iterator[None]:
+    """Within, SIGTERM (of `docker stop`, of a batch system) ends a command like Ctrl-C, and is added to ``told``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        told.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def complain(what: str, kind: str = "error: ") -> None:
     """Print what went wrong, also while a table is shown."""
     err.show_cursor()
-    err.print(f"error: {what}", style="red", highlight=False, soft_wrap=True, markup=False)
+    err.print(f"{kind}{what}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def _quiet() -> None:
@@ -72,6 +101,6 @@ def _quiet() -> None:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a JSON file that a command was asked for."""
-    from ..artifact import write_atomic
+    from ..disk import write_atomic
 
     write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())

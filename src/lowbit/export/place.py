@@ -1,4 +1,4 @@
-"""The directory of an export: OUT.partial until everything is in it and verified, then OUT."""
+"""The directory of an export: made beside or inside its final place, published when everything is in it and verified."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..artifact import CARD, INDEX, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash, write_atomic
+from ..artifact import CARD, INDEX, NOTES, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash
 from ..card import model_card
-from ..errors import LowbitError
+from ..disk import disk, write_atomic
 from ..formats.gguf import Reader
+from ..output import Output
 from ..proof import Verification, verify
 from .source import Source
 
@@ -38,7 +39,8 @@ class Place:
 
     def take(self, source: Source, name: str) -> None:
         """Take a file of weights over as it is."""
-        shutil.copyfile(source.folder / name, self.partial / name)
+        with disk(self.partial / name):
+            shutil.copyfile(source.folder / name, self.partial / name)
         self._list(name, source.report["shards"][name]["tensors"])
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,7 +64,8 @@ class Place:
 
     def copy(self, source: Path, name: str) -> None:
         """Take a file over."""
-        (self.partial / name).parent.mkdir(exist_ok=True)
+        with disk(self.partial / name):
+            (self.partial / name).parent.mkdir(exist_ok=True)
         write_atomic(self.partial / name, (source / name).read_bytes())
 
     def write(self, name: str, data: Any) -> None:
@@ -104,35 +107,20 @@ class Place:
 
 
 @contextmanager
-def place(source: Source, out: Path, *, carry: bool = True) -> Iterator[Place]:
-    """A directory to fill, which gets its name when the block ends and vanishes if it does not.
+def place(source: Source, output: Output, *, carry: bool = True) -> Iterator[Place]:
+    """A directory to fill, which gets its name when the block ends.
 
     Args:
-        carry: take over what else lies beside the weights, tokenizer and the like.
+        output: claimed. carry: take over what else lies beside the weights, tokenizer and the like.
 
     Raises:
-        LowbitError: OUT exists and is not empty, OUT.partial is there, or the file system refuses.
+        LowbitError: the file system refuses.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LowbitError(f"'{out}' exists and is not empty. Choose another -o, or remove it first.")
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        raise LowbitError(f"'{partial}' exists, left by an export that was interrupted, or not ours. Remove it first.")
-    try:
-        partial.mkdir(parents=True)
-        made = Place(partial, source)
-        made.copy(source.folder, RECIPE)
-        made.copy(source.folder, PROOF.as_posix())
-        taken = {*_RUN, RECIPE, *source.report["shards"]}
-        for path in sorted(p for p in source.folder.iterdir() if carry and p.is_file() and p.name not in taken):
-            made.copy(source.folder, path.name)
-        yield made
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise LowbitError(f"cannot write '{partial}': {e.strerror or e}.") from e
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    made = Place(output.partial, source)
+    made.copy(source.folder, RECIPE)
+    made.copy(source.folder, PROOF.as_posix())
+    taken = {*_RUN, RECIPE, *source.report["shards"]}
+    for path in sorted(p for p in source.folder.iterdir() if carry and p.is_file() and p.name not in taken and not any(p.match(n) for n in NOTES)):
+        made.copy(source.folder, path.name)
+    yield made
+    output.publish()
