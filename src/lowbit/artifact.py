@@ -18,8 +18,9 @@ from .formats.packing import local_tensors, pack, unpack
 from .grid import Grid, QTensor
 from .lock import LOCK
 from .model.block import Block
-from .output import INSIDE, MOVING
-from .output import REPORT as REPORT
+from .output import INSIDE
+from .tree import MOVING
+from .tree import REPORT as REPORT
 
 CARD = "README.md"
 RECIPE = "recipe.toml"

@@ -23,10 +23,11 @@ from .machine import pick_device
 from .model.calibration import Calibration, evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_config, load_tokenizer
-from .output import entries, working
+from .output import working
 from .presets import load_recipe
 from .recipe import Recipe
 from .scheme import parse_scheme
+from .tree import entries
 
 _STATE = "compare.json"
 _CELLS = "cells"

@@ -18,8 +18,9 @@ from .machine import pick_device
 from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_tokenizer
-from .output import emptied, entries, working
+from .output import working
 from .report import write_page
+from .tree import emptied, entries
 
 RECIPES = ("rtn", "awq", "tesseraq")
 _WRITTEN = {*RECIPES, *(f"{r}.partial" for r in RECIPES), "report.html", "demo.json"}

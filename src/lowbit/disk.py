@@ -30,8 +30,9 @@ def disk(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as e:
         number, said = getattr(e, "errno", None), str(e)
         if number in _FULL or "No space left" in said or "os error 28" in said:
-            full = f"no space left on disk while writing '{path}': free some and run the same command."
-            raise DiskFull(full) from e
+            raise DiskFull(
+                f"no space left on disk while writing '{path}': free some and run the same command."
+            ) from e
         raise LowbitError(f"cannot write '{path}': {getattr(e, 'strerror', None) or e}.") from e
 
 

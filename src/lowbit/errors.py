@@ -19,7 +19,7 @@ class DiskFull(LowbitError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a request to end, with a sentence on what is kept. Empty where another rank of the run tells the user."""
+    """Ctrl-C, or a request to end, with a sentence on what is kept."""
 
 
 class ToldElsewhere(LowbitError):

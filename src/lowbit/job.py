@@ -40,7 +40,7 @@ from .proof import Verification, read_report, verify
 from .recipe import Recipe
 from .record import block_record, command_of, sizes, source_of
 from .scheme import Scheme, parse_scheme
-from .workplace import Workplace
+from .workplace import RESUMES, Workplace
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
 
@@ -103,7 +103,7 @@ def quantize(
         VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
         Interrupted: a KeyboardInterrupt that says what is kept.
     """
-    with claimed(Path(out), "quantize", finished=True, writes=ranks.first) as output:
+    with claimed(Path(out), "quantize", finished=True, resumes=RESUMES, writes=ranks.first) as output:
         return _quantize(
             model, scheme, recipe, output, calib, samples, length, seed, device, settings, plain, offload, offload_dir, progress, watch, ranks
         )
@@ -147,7 +147,7 @@ def _quantize(
     try:
         return run.finish()
     except KeyboardInterrupt as e:
-        raise Interrupted(run.place.kept() if ranks.first else "") from e
+        raise Interrupted(run.place.kept()) from e
     except DiskFull as e:
         raise DiskFull(f"{e} {run.place.kept()}") from e
     except (RuntimeError, MemoryError) as e:

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that the system releases when its holder dies, however it dies."""
+"""One process at a time in a folder: a lock that goes with its holder, however that one dies."""
 
 from __future__ import annotations
 
@@ -116,14 +116,12 @@ def _busy(folder: Path) -> str:
     who = f"lowbit {said['command']}" if "command" in said else "another command of lowbit"
     where = "" if said.get("host") in (None, socket.gethostname()) else f" on {said['host']}"
     process = f" (process {said['pid']}{where})" if "pid" in said else ""
-    return (
-        f"'{folder}' is in use: {who}{process} works in it. Wait until it has ended, or choose another -o."
-    )
+    return f"'{folder}' is in use: {who}{process} works in it. Wait until it ends, or choose another -o."
 
 
 def _warn(folder: Path, why: str) -> None:
     warnings.warn(
-        f"'{folder}' cannot be locked ({why}): see to it that no other command works in it meanwhile.",
+        f"'{folder}' cannot be locked ({why}): let no other command work in it meanwhile.",
         RuntimeWarning,
         stacklevel=4,
     )

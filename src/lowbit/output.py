@@ -8,24 +8,21 @@ Until then no loader finds a model in OUT.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
-from .disk import disk, write_atomic
+from .disk import disk
 from .errors import LowbitError
-from .lock import LOCK, Lock
+from .lock import Lock
+from .tree import MOVING, REPORT, emptied, entries, move_up, take_back
 
-REPORT = "report.json"
-MOVING = "moving.json"  # names of the files that are being moved out of the partial folder
 INSIDE = ".partial"
-_LAST = ("config.json", REPORT)  # a folder without them is no model and no artifact
 _TRIES = 100
-_NOT_OURS = ("lost+found",)  # in a mounted file system that is empty otherwise
 
 
 @dataclass
@@ -61,7 +58,7 @@ class Output:
                         self.lock.folder = self.folder
                     return
                 self.folder.mkdir(parents=True)
-            self._move_up(notes)
+            move_up(self.partial, self.folder, notes)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     @property
@@ -69,35 +66,15 @@ class Output:
         """Whether a process died while it moved the finished files to their final place."""
         return (self.partial / MOVING).is_file()
 
-    def _move_up(self, notes: tuple[str, ...]) -> None:
-        names = sorted(_files(self.partial, (LOCK, MOVING, *notes)), key=_order)
-        if not self.is_moving:
-            for name in names:
-                if (self.folder / name).exists():
-                    raise LowbitError(
-                        f"'{self.folder}' was empty when the work began, now '{name}' is in it. Move it "
-                        "away and run the same command."
-                    )
-            write_atomic(self.partial / MOVING, json.dumps(names).encode())
-        for name in names:
-            target = self.folder / name
-            target.parent.mkdir(exist_ok=True)
-            _move(self.partial / name, target)
-
     def clear(self) -> None:
-        """Remove ``partial`` with what is in it, and what was moved out of it already."""
-        with suppress(OSError, ValueError):
-            for name in json.loads((self.partial / MOVING).read_text()):
-                (self.folder / name).unlink(missing_ok=True)
-                with suppress(OSError):
-                    if (self.folder / name).parent != self.folder:
-                        (self.folder / name).parent.rmdir()
+        """Remove what is in ``partial``, and what was moved out of it already."""
+        take_back(self.partial, self.folder)
         emptied(self.partial)
 
 
 @contextmanager
 def claimed(
-    given: Path, command: str, *, finished: bool = False, writes: bool = True
+    given: Path, command: str, *, finished: bool = False, resumes: tuple[str, ...] = (), writes: bool = True
 ) -> Iterator[Output]:
     """A folder to be made, found possible and locked before any work.
 
@@ -106,6 +83,7 @@ def claimed(
     Args:
         command: whose folder it will be, for others that find it in use.
         finished: let a folder with a report in it pass, unlocked: it may be what is asked for.
+        resumes: patterns of files that an unfinished run, which goes on, leaves in ``partial``.
         writes: False for a process that is told by the one that writes where it does.
 
     Raises:
@@ -125,6 +103,7 @@ def claimed(
     try:
         if lock is not None and lock.before == "export":  # which never goes on
             output.clear()
+        _must_go_on(partial, resumes)
         yield output
     finally:
         _released(lock, [partial, *made])
@@ -148,22 +127,6 @@ def working(given: Path, command: str) -> Iterator[Path]:
         yield folder
     finally:
         _released(lock, made)
-
-
-def entries(folder: Path) -> list[str]:
-    """Names of what lies in a folder, sorted, besides the lock and what a file system puts there itself."""
-    with disk(folder):
-        return sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, *_NOT_OURS))
-
-
-def emptied(folder: Path) -> None:
-    """Remove everything from a folder but the lock and what a file system puts there itself."""
-    with disk(folder):
-        for path in (folder / name for name in entries(folder)):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 # --- where ---------------------------------------------------------------------------------------
@@ -210,6 +173,16 @@ def _meanwhile(folder: Path) -> Path | None:
     if found:
         return None
     return beside if beside.is_dir() and any(beside.iterdir()) else inside
+
+
+def _must_go_on(partial: Path, resumes: tuple[str, ...]) -> None:
+    """Refuse what lies where the work is to be done, unless it is an unfinished run of this command."""
+    found = [n for n in entries(partial) if not n.endswith(".tmp")]
+    if found and not any(fnmatch(n, pattern) for n in found for pattern in resumes):
+        raise LowbitError(
+            f"'{partial}' holds files that no unfinished run of this command left there ('{found[0]}'). "
+            "Remove it first, or choose another -o."
+        )
 
 
 def _taken(folder: Path, command: str) -> tuple[Path | None, Lock | None, list[Path]]:
@@ -270,33 +243,3 @@ def _removed(made: list[Path]) -> None:
     for path in made:
         with suppress(OSError):  # not empty
             path.rmdir()
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def _files(folder: Path, notes: tuple[str, ...]) -> Iterator[str]:
-    """Paths of all files in a folder, relative to it, but for those at its top that match a pattern."""
-    for path in folder.rglob("*"):
-        if path.is_file() and not (path.parent == folder and any(path.match(n) for n in notes)):
-            yield path.relative_to(folder).as_posix()
-
-
-def _order(name: str) -> tuple[int, str]:
-    return (_LAST.index(name) if name in _LAST else -1), name
-
-
-def _move(source: Path, target: Path) -> None:
-    try:
-        os.replace(source, target)
-    except OSError:  # on another file system
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            shutil.copy(source, temporary)
-            with open(temporary, "rb+") as f:
-                os.fsync(f.fileno())
-            os.replace(temporary, target)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        source.unlink()

@@ -16,8 +16,10 @@ from .disk import disk, write_atomic
 from .errors import LowbitError
 from .lock import LOCK
 from .model.ranks import ALONE, Ranks
-from .output import INSIDE, MOVING, Output, entries
+from .output import INSIDE, Output
+from .tree import MOVING, entries
 
+RESUMES = (STATE, "shard-*.json")  # what tells that a directory is an unfinished run
 _DIFFERENCES = {  # of a run's fingerprint, in words
     "bfloat16_steps": "tuning steps in bfloat16: {} there, {} here (by the processor, where tesseraq.precision is auto)",
     "versions": "other versions of its libraries ({} there, {} here)",
@@ -89,20 +91,15 @@ class Workplace:
             )
 
     def _must_be_own(self, state: Path) -> None:
-        """Refuse what was left without a readable fingerprint, unless each finished shard says that it is of this run."""
-        notes = {p.name: _read(p) for p in sorted(self.partial.glob("shard-*.json"))}
-        runs = {name: note.get("run") for name, note in notes.items() if note is not None}
+        """Refuse what was left without a readable fingerprint, unless its records say that this run left it."""
+        notes = [_read(p) for p in sorted(self.partial.glob("shard-*.json"))]
+        runs = {note.get("run") for note in notes if note is not None}
         others = [n for n in entries(self.partial) if n not in (STATE, MOVING) and not n.endswith(".tmp")]
-        if self.run in runs.values() and len({*runs.values()}) == 1:
-            return
-        if not others:
-            return
-        if not state.is_file():
-            raise LowbitError(f"'{self.partial}' holds files that no unfinished run of lowbit left there. Remove it, or choose another -o.")
-        raise LowbitError(
-            f"'{state}' is damaged, and what else is there does not say that this run left it. Remove '{self.partial}' to start "
-            "anew, or choose another -o."
-        )
+        if others and runs != {self.run}:
+            raise LowbitError(
+                f"'{state}' is missing or damaged, and what else is there does not say that this run left it. Remove '{self.partial}' to "
+                "start anew, or choose another -o."
+            )
 
     # --- shards ----------------------------------------------------------------------------------------------------------
 

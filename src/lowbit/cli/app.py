@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -45,10 +46,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 _quiet()
                 command(*args, **kwargs)
         except KeyboardInterrupt as e:
-            if not isinstance(e, Interrupted):
-                complain("interrupted.", "")
-            elif str(e):
-                complain(f"interrupted. {e}", "")
+            if os.environ.get("RANK", "0") == "0":  # torchrun's other processes are told to end too
+                complain(f"interrupted. {e}" if isinstance(e, Interrupted) else "interrupted.", "")
             raise typer.Exit(128 + told[-1]) from e
         except ToldElsewhere as e:
             raise typer.Exit(2) from e
@@ -88,8 +87,6 @@ def complain(what: str, kind: str = "error: ") -> None:
 
 def _quiet() -> None:
     """Keep the libraries' own progress bars and advice out of our output."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

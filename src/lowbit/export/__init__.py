@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..disk import disk
 from ..errors import DiskFull, Interrupted, LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import gguf as container
-from ..output import Output, claimed, entries
+from ..output import Output, claimed
 from ..proof import Verification, verify
 from . import folders, for_vllm, gguf
 from .source import Source
@@ -52,20 +51,10 @@ def export(folder: Path, out: Path, to: str = ct.NAME, *, embeddings: str | None
 
 @contextmanager
 def _nothing_kept(output: Output) -> Iterator[None]:
-    """Leave nothing of an export that fails, and say so where a user might expect otherwise.
-
-    Raises:
-        LowbitError: there is something in the directory already.
-    """
-    if entries(output.partial):
-        raise LowbitError(
-            f"'{output.partial}' exists and is not empty: left by an unfinished run, by an export that was interrupted, or not ours. "
-            "Remove it first, or choose another -o."
-        )
+    """Leave nothing of an export that fails, and say so where a user might expect otherwise."""
     start_anew = "Nothing of the export is kept: the same command starts anew."
     try:
-        with disk(output.partial):
-            yield
+        yield
     except BaseException as e:
         with suppress(LowbitError):
             output.clear()

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,9 @@ def place(source: Source, output: Output, *, carry: bool = True) -> Iterator[Pla
     made = Place(output.partial, source)
     made.copy(source.folder, RECIPE)
     made.copy(source.folder, PROOF.as_posix())
-    taken = {*_RUN, RECIPE, *source.report["shards"]}
-    for path in sorted(p for p in source.folder.iterdir() if carry and p.is_file() and p.name not in taken and not any(p.match(n) for n in NOTES)):
+    taken = (*_RUN, RECIPE, *source.report["shards"], *NOTES)
+    for path in sorted(p for p in source.folder.iterdir() if carry and p.is_file() and not any(fnmatch(p.name, n) for n in taken)):
         made.copy(source.folder, path.name)
-    yield made
+    with disk(output.partial):
+        yield made
     output.publish()
