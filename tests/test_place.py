@@ -507,6 +507,20 @@ def test_damaged_comparisons(model, tmp_path, name, damage):
         assert comparison.finished(cell) is None
 
 
+@pytest.mark.parametrize("error, kind", [(KeyboardInterrupt(), Interrupted), (DiskFull("no space."), DiskFull)])
+def test_an_interrupted_comparison_says_what_is_kept(model, tmp_path, error, kind):
+    from lowbit.compare import Terms, opened
+    from lowbit.model.calibration import Calibration
+
+    text = str(model / "text.txt")
+    with pytest.raises(kind, match="Cells measured and kept in '.*c': 1. The same command continues"), opened(
+        Terms(str(model), Calibration(text, 4, 32), text, 32, 2), tmp_path / "c"
+    ):
+        (tmp_path / "c" / "cells" / "W4A16-rtn.json").write_text("{}")
+        (tmp_path / "c" / "cells" / "W4A16-awq.json").write_text('{"error": "no"}')
+        raise error
+
+
 # --- interruptions and full disks ----------------------------------------------------------------------------------------------
 
 

@@ -178,22 +178,7 @@ class Comparison:
 
         Yields:
             a row for each cell, failures included.
-
-        Raises:
-            Interrupted, DiskFull: with a sentence on the cells that are kept.
         """
-        try:
-            yield from self._rows(wanted, show)
-        except KeyboardInterrupt as e:
-            raise Interrupted(self._kept(wanted)) from e
-        except DiskFull as e:
-            raise DiskFull(f"{e} {self._kept(wanted)}") from e
-
-    def _kept(self, wanted: Sequence[Cell]) -> str:
-        done = sum(self.finished(cell) is not None for cell in wanted)
-        return f"{done} of {len(wanted)} cells are measured and kept in '{self.folder}': the same command continues."
-
-    def _rows(self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]]) -> Iterator[Row]:
         for cell in wanted:
             row = self.finished(cell)
             if row is None:
@@ -205,6 +190,12 @@ class Comparison:
                     row = {"scheme": cell.scheme, "recipe": cell.recipe, "error": " ".join(said.split())}
                 write_atomic(self.folder / _CELLS / f"{cell.name}.json", (json.dumps(row, indent=1) + "\n").encode())
             yield row
+
+    def kept(self) -> str:
+        """A sentence on what an interruption leaves, for the user."""
+        rows = [_read(path) for path in (self.folder / _CELLS).glob("*.json")]
+        done = sum(row is not None and "error" not in row for row in rows)
+        return f"Cells measured and kept in '{self.folder}': {done}. The same command continues."
 
     def _original(self, cell: Cell) -> Row:
         size = sum(_bytes(shape, kind) for shape, kind in Checkpoint(self.terms.model).shapes().values())
@@ -258,9 +249,16 @@ def opened(terms: Terms, folder: Path, keep: bool = False) -> Iterator[Compariso
 
     Raises:
         LowbitError: as `Comparison`; the folder is in use, or cannot be written.
+        Interrupted, DiskFull: raised within, with a sentence on the cells that are kept.
     """
     with working(folder, "compare") as place:
-        yield Comparison(terms, place, keep)
+        comparison = Comparison(terms, place, keep)
+        try:
+            yield comparison
+        except KeyboardInterrupt as e:
+            raise Interrupted(comparison.kept()) from e
+        except DiskFull as e:
+            raise DiskFull(f"{e} {comparison.kept()}") from e
 
 
 def _read(path: Path) -> dict[str, Any] | None:
