@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artifact import write_atomic
-from .errors import LowbitError
+from .disk import disk, write_atomic
+from .errors import DiskFull, Interrupted, LowbitError
 from .evaluate import evaluate, load_causal_lm
 from .identity import Original, state_of
 from .job import quantize
@@ -24,9 +24,11 @@ from .machine import pick_device
 from .model.calibration import Calibration, evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_config, load_tokenizer
+from .output import working
 from .presets import load_recipe
 from .recipe import Recipe
 from .scheme import parse_scheme
+from .tree import entries
 
 _STATE = "compare.json"
 _CELLS = "cells"
@@ -112,7 +114,7 @@ class Comparison:
     """A directory of finished cells.
 
     Args:
-        folder: one JSON file per finished cell lies in it; a repeated call goes on from them.
+        folder: one JSON file per finished cell lies in it; a repeated call goes on from them. No other process works in it, see `opened`.
         keep: keep the artifacts too.
 
     Raises:
@@ -125,11 +127,8 @@ class Comparison:
         state = json.loads(json.dumps(asdict(terms) | {"device": None}))
         found = folder / _STATE
         if found.is_file():
-            old = json.loads(found.read_text())
-            changed = [k for k in state if old.get(k) != state[k]]
-            if changed:
-                raise LowbitError(f"'{folder}' holds a comparison with another {', '.join(changed)}. Choose another -o, or remove it.")
-        elif folder.exists() and any(folder.iterdir()):
+            self._must_match(_read(found), state)
+        elif folder.exists() and any(not n.endswith(".tmp") for n in entries(folder)):
             raise LowbitError(f"'{folder}' exists and holds no comparison. Choose another -o.")
         self.device = str(pick_device(terms.device))
         checkpoint = Checkpoint(terms.model)
@@ -137,8 +136,22 @@ class Comparison:
         self._model = Original.of(checkpoint).hashed().sha256
         self._windows: Tensor = evaluation_windows(terms.text, self._tokenizer, terms.length, terms.windows)
         self._tasks()
-        (folder / _CELLS).mkdir(parents=True, exist_ok=True)
+        with disk(folder):
+            (folder / _CELLS).mkdir(parents=True, exist_ok=True)
         write_atomic(found, (json.dumps(state, indent=1) + "\n").encode())
+
+    def _must_match(self, old: dict[str, Any] | None, terms: dict[str, Any]) -> None:
+        """Refuse cells that were measured on other terms, or nobody knows on which."""
+        if old is None or not set(terms) <= set(old):
+            if any((self.folder / _CELLS).glob("*.json")):
+                raise LowbitError(
+                    f"'{self.folder / _STATE}' is damaged: it no longer says on which terms the cells there were measured. Remove "
+                    f"'{self.folder}', or choose another -o."
+                )
+            return
+        changed = [k for k in terms if old[k] != terms[k]]
+        if changed:
+            raise LowbitError(f"'{self.folder}' holds a comparison with another {', '.join(changed)}. Choose another -o, or remove it.")
 
     def _tasks(self) -> Any:
         """The tasks, ready for one evaluation; None without any."""
@@ -160,13 +173,10 @@ class Comparison:
         return hashlib.sha256(self._windows.to(torch.int64).numpy().tobytes()).hexdigest()
 
     def finished(self, cell: Cell) -> Row | None:
-        """What an earlier call measured, None if it failed, never ran, or ran with another model, text, recipe, version or
+        """What an earlier call measured, None if it failed, never ran, is damaged, or ran with another model, text, recipe, version or
         kind of device."""
-        path = self.folder / _CELLS / f"{cell.name}.json"
-        if not path.is_file():
-            return None
-        row: Row = json.loads(path.read_text())
-        return None if "error" in row or row.get("made_with") != self._made_with(cell) else row
+        row: Row | None = _read(self.folder / _CELLS / f"{cell.name}.json")
+        return None if row is None or "error" in row or row.get("made_with") != self._made_with(cell) else row
 
     def run(self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]]) -> Iterator[Row]:
         """Measure every cell that is not finished yet.
@@ -188,6 +198,12 @@ class Comparison:
                     row = {"scheme": cell.scheme, "recipe": cell.recipe, "error": " ".join(said.split())}
                 write_atomic(self.folder / _CELLS / f"{cell.name}.json", (json.dumps(row, indent=1) + "\n").encode())
             yield row
+
+    def kept(self) -> str:
+        """A sentence on what an interruption leaves, for the user."""
+        rows = [_read(path) for path in (self.folder / _CELLS).glob("*.json")]
+        done = sum(row is not None and "error" not in row for row in rows)
+        return f"Cells measured and kept in '{self.folder}': {done}. The same command continues."
 
     def _original(self, cell: Cell) -> Row:
         size = sum(t.nbytes for t in Checkpoint(self.terms.model).stored().values())
@@ -233,6 +249,33 @@ class Comparison:
 
             found["tasks"] = evaluate_tasks(prepared, model, self._tokenizer, limit=self.terms.limit, batch=8).as_dict()
         return {**found, "windows_sha256": self._windows_hash()}
+
+
+@contextmanager
+def opened(terms: Terms, folder: Path, keep: bool = False) -> Iterator[Comparison]:
+    """A `Comparison` in a folder where no other process works meanwhile; found possible before any work.
+
+    Raises:
+        LowbitError: as `Comparison`; the folder is in use, or cannot be written.
+        Interrupted, DiskFull: raised within, with a sentence on the cells that are kept.
+    """
+    with working(folder, "compare") as place:
+        comparison = Comparison(terms, place, keep)
+        try:
+            yield comparison
+        except KeyboardInterrupt as e:
+            raise Interrupted(comparison.kept()) from e
+        except DiskFull as e:
+            raise DiskFull(f"{e} {comparison.kept()}") from e
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None if there is none, or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def fitting_length(model: str, asked: int | None, option: str) -> int:

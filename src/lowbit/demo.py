@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .console import Console, Table
+from .disk import disk
 from .display import Progress, duration, size
-from .errors import LowbitError
+from .errors import Interrupted, LowbitError
 from .evaluate import continue_text, evaluate, load_causal_lm
 from .job import quantize
 from .machine import pick_device
 from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_tokenizer
+from .output import working
 from .report import write_page
+from .tree import emptied, entries
 from .verbatim import shell
 
 RECIPES = ("rtn", "awq", "tesseraq")
+_WRITTEN = {*RECIPES, *(f"{r}.partial" for r in RECIPES), "report.html", "demo.json"}
 _PROMPT = "def read_file(path"
 _WINDOWS, _LENGTH, _SAMPLES = 64, 256, 64
 # Enough to see the order of the methods in a few minutes; the presets do more.
@@ -38,12 +41,20 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
         folder: an earlier demo in it is replaced.
 
     Raises:
-        LowbitError: the folder holds something else.
+        LowbitError: the folder holds something else, is in use, or cannot be written. Interrupted: a KeyboardInterrupt.
     """
-    if folder.exists() and any(p.name not in (*RECIPES, *(f"{r}.partial" for r in RECIPES), "report.html", "demo.json") for p in folder.iterdir()):
-        raise LowbitError(f"'{folder}' holds files that no demo wrote. Choose another -o.")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with working(folder, "demo") as place:
+        others = [n for n in entries(place) if n not in _WRITTEN]
+        if others:
+            raise LowbitError(f"'{folder}' holds '{others[0]}', which no demo wrote. Choose another -o.")
+        emptied(place)
+        try:
+            _run(folder, scheme, device, console)
+        except KeyboardInterrupt as e:
+            raise Interrupted("The same command starts the demo anew.") from e
+
+
+def _run(folder: Path, scheme: str, device: str, console: Console) -> None:
     source = str(demo_model())
     where = str(pick_device(device))
     tokenizer = load_tokenizer(Checkpoint(source))
@@ -72,7 +83,8 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
         )  # fmt: skip
     title = f"{windows.shape[0]} x {windows.shape[1]} tokens of held-out standard library sources, demo model"
     _show(rows, title, console)
-    page = write_page(folder, rows, title)
+    with disk(folder):
+        page = write_page(folder, rows, title)
     console.print(f"\nreport: {page}\ncheck an artifact again: lowbit verify {shell(folder / 'tesseraq')}")
 
 

@@ -1,4 +1,4 @@
-"""The two errors a user can meet. Both carry one or two sentences: what is wrong, where, and what to do next."""
+"""The errors a user can meet. They carry one or two sentences: what is wrong, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ class LowbitError(Exception):
 
 class VerificationError(LowbitError):
     """An artifact that is not what its report says it is. The command line prints it and exits with code 1."""
+
+
+class DiskFull(LowbitError):
+    """No space is left where something was to be written. Who knows what is kept adds a sentence."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a request to end, with a sentence on what is kept."""
 
 
 class ToldElsewhere(LowbitError):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import artifact
-from .artifact import Workplace
 from .card import model_card
-from .errors import LowbitError
+from .disk import write_atomic
+from .errors import DiskFull, Interrupted, LowbitError
 from .evaluate import Tally
 from .events import BlockDone, Progress, Watch, Working
 from .formats import compressed_tensors as ct
@@ -33,12 +33,14 @@ from .model.parts import ran_out
 from .model.ranks import ALONE, Ranks
 from .model.storage import Storage
 from .model.stream import ModelStream, load_tokenizer
+from .output import Output, claimed
 from .plan import HELD_OUT, beyond_compressed_tensors, check_divides, check_loadable, needs_of
 from .presets import load_recipe
 from .proof import Verification, read_report, verify
 from .recipe import Recipe
 from .record import block_record, command_of, sizes, source_of
 from .scheme import Scheme, parse_scheme
+from .workplace import RESUMES, Workplace
 
 _PROOF_ROWS, _PROOF_POSITIONS = 2, 8
 
@@ -85,21 +87,34 @@ def quantize(
         model: local folder or hub id.
         scheme: such as "W2A16g64" or "W4A8KV4"; None takes the recipe's own.
         recipe: a name, a .toml file or a Recipe.
-        out: the artifact's directory; OUT.partial while it is being made.
+        out: the artifact's directory, one that does not exist or is empty. OUT.partial while it is being made, OUT/.partial if OUT exists.
         calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens a row. None takes the
             recipe's, which is stdlib, 128 and 2048 (or the model's context if that is shorter) if it does not say.
         settings: "method.option=value" changes to the recipe.
         plain: refuse what plain loaders could not run instead of writing it in the library's own format.
         offload: where the activation streams live, see `lowbit.memory.Offload`; changes no byte of the artifact.
-        offload_dir: folder for them on disk, by default OUT.partial.
+        offload_dir: folder for them on disk, by default that of the unfinished artifact.
         progress: told after each block. watch: told of each step within a block.
         ranks: the processes that share the run, from `lowbit.launch.joined`; all call this alike, the first one writes, and all get
             its result. The folder of ``out`` must be one that all of them see.
 
     Raises:
-        LowbitError: bad input, named; or a block or the activations do not fit this machine.
+        LowbitError: bad input, named; or a block or the activations do not fit this machine; or another process works in ``out``.
         VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
+        Interrupted: a KeyboardInterrupt that says what is kept.
     """
+    with claimed(Path(out), "quantize", finished=True, resumes=RESUMES, writes=ranks.first) as output:
+        return _quantize(
+            model, scheme, recipe, output, calib, samples, length, seed, device, settings, plain, offload, offload_dir, progress, watch, ranks
+        )
+
+
+def _quantize(
+    model: str, scheme: str | Scheme | Affine | None, recipe: str | Recipe, output: Output, calib: str | None, samples: int | None,
+    length: int | None, seed: int, device: str, settings: Sequence[str], plain: bool, offload: str, offload_dir: str | Path | None,
+    progress: Progress | None, watch: Watch | None, ranks: Ranks,
+) -> Result:  # fmt: skip
+    """See `quantize`; ``output`` is claimed."""
     if not 0 <= seed < SEEDS:
         raise LowbitError(f"seed {seed}: give a whole number from 0 to {SEEDS - 1}.")
     options = {"--scheme": scheme, "--calib": calib, "--samples": samples, "--length": length}
@@ -123,16 +138,20 @@ def quantize(
         raise LowbitError(f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or leave --plain out.")
     stream = prepared(stream, recipe, seed)
     recipe = replace(recipe, calibration=_calibration(recipe.calibration, stream, calib, samples, length))
-    placed = _placed(stream, recipe, where, ranks, Path(out), offload, offload_dir)
+    placed = _placed(stream, recipe, where, ranks, output, offload, offload_dir)
     rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, HELD_OUT)
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
     if top >= stream.config.vocab_size:
         raise LowbitError(f"the tokenizer gave id {top}, the model's vocabulary ends at {stream.config.vocab_size - 1}: they do not belong together.")
     origin = {"source": source_of(stream.checkpoint), "command": command}
     check_shared(ranks, recipe, stream.wiring, len(rows.calibration))
-    run = _Run(stream, recipe, rows, Path(out), seed, origin, placed, offload_dir, progress, watch, ranks)
+    run = _Run(stream, recipe, rows, output, seed, origin, placed, offload_dir, progress, watch, ranks)
     try:
         return run.finish()
+    except KeyboardInterrupt as e:
+        raise Interrupted(run.place.kept()) from e
+    except DiskFull as e:
+        raise DiskFull(f"{e} {run.place.kept()}") from e
     except (RuntimeError, MemoryError) as e:
         if not ran_out(e) or ranks.size > 1:  # of several, `lowbit.launch` says which
             raise
@@ -145,17 +164,20 @@ def quantize(
 
 
 def _placed(
-    stream: ModelStream, recipe: Recipe, where: torch.device, ranks: Ranks, out: Path, offload: str, offload_dir: str | Path | None
-) -> Offload:
+    stream: ModelStream, recipe: Recipe, where: torch.device, ranks: Ranks, output: Output, offload: str,
+    offload_dir: str | Path | None,
+) -> Offload:  # fmt: skip
     """Where the activations go; nowhere if there is nothing left to do but to verify.
 
     Raises:
         LowbitError: a block or the activations do not fit, or the folder for them will be the artifact's.
     """
-    folder = out.parent if offload_dir is None else Path(offload_dir)
-    if offload_dir is not None and folder.resolve().is_relative_to(out.resolve()):
-        raise LowbitError(f"--offload-dir '{offload_dir}' lies in the artifact's own folder '{out}', which is made last. Name one outside of it.")
-    if (out / artifact.REPORT).is_file():
+    folder = output.partial if offload_dir is None else Path(offload_dir)
+    if offload_dir is not None and folder.resolve().is_relative_to(output.folder.resolve()):
+        raise LowbitError(
+            f"--offload-dir '{offload_dir}' lies in the artifact's own folder '{output.given}', which is made last. Name one outside of it."
+        )
+    if (output.folder / artifact.REPORT).is_file():
         return Offload(offload, "host", 0)
     rows, length = recipe.calibration.samples + HELD_OUT, recipe.calibration.length
     needs = needs_of(stream.config, recipe, rows, length, where, stream.dtype, ranks.size, ranks.here)
@@ -179,7 +201,7 @@ class _Run:
     """One run: the state that outlives a block."""
 
     def __init__(
-        self, stream: ModelStream, recipe: Recipe, rows: Rows, out: Path, seed: int, origin: Mapping[str, Any], offload: Offload,
+        self, stream: ModelStream, recipe: Recipe, rows: Rows, output: Output, seed: int, origin: Mapping[str, Any], offload: Offload,
         offload_dir: str | Path | None, progress: Progress | None, watch: Watch | None, ranks: Ranks,
     ) -> None:
         self.stream, self.recipe, self.rows, self.seed, self.progress, self.watch = stream, recipe, rows, seed, progress, watch
@@ -190,9 +212,9 @@ class _Run:
         self.original = here.hashed(ranks)
         identity = fingerprint(stream, self.original, recipe, rows, seed)
         if ranks.size > 1:
-            told = {**identity, "files of the model": here.sizes, "sources": sources(), "output": str(out.absolute())}
+            told = {**identity, "files of the model": here.sizes, "sources": sources(), "output": str(output.given.absolute())}
             ranks.agree("the run", told, "Start all of them with the same command, files and versions.")
-        self.place = Workplace(out, identity, len(stream) + 1, ranks)
+        self.place = Workplace(output, identity, len(stream) + 1, ranks)
         self.offload = offload
         self.storage = Storage(offload.used, stream.device, Path(offload_dir or self.place.partial))
         self.records: list[dict[str, Any]] = []
@@ -214,7 +236,7 @@ class _Run:
 
     def _result(self, verification: Verification | None = None, *, repeated: bool = False) -> Result:
         """What rank 0 has found of the finished directory, told to all."""
-        out = self.place.out
+        out = self.place.output.given
         found = (read_report(out), verification or verify(out)) if self.ranks.first else None
         report, verification = self.ranks.told(found)
         return Result(out, report, verification, repeated)
@@ -304,7 +326,7 @@ class _Run:
         weight_map = {t: r["shard"] for r in self.records for t in r["tensors"]}
         total = sum(r["bytes"] for r in self.records)
         place.write_json(artifact.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        artifact.write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
+        write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
         self._write_proof(streams)
         self.original.check_unchanged()
         report = self._report(own_version(), skipped, quality, files)

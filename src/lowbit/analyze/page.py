@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..artifact import write_atomic
+from ..disk import disk, write_atomic
 from ..report import svg, write_html
 
 
@@ -21,7 +21,8 @@ def write_analysis(folder: Path, data: Mapping[str, Any]) -> Path:
     Raises:
         LowbitError: the file system refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "analysis.json", (json.dumps(data, indent=1) + "\n").encode())
     grids: Sequence[str] = data["grids"]
     body = [f"<h1>Activations</h1><p>{html.escape(data['title'])}</p>", _means(data)]
@@ -30,7 +31,8 @@ def write_analysis(folder: Path, data: Mapping[str, Any]) -> Path:
     rows = "".join(_row(s, grids) for s in data["sites"])
     body.append(f"<h2>Every linear</h2><table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr>{rows}</table>")
     page = folder / "analysis.html"
-    write_html(page, "activations", body)
+    with disk(page):
+        write_html(page, "activations", body)
     return page
 
 

@@ -18,5 +18,5 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # torchrun's other processes are interrupted too
-            err.print("interrupted; the same command continues from the last finished block.")
+            err.print("interrupted.")
         sys.exit(130)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any, Optional
 
 import typer
 
 from ..console import Console
+from ..errors import Interrupted
 from . import numbers
-from .sentences import Commands
+from .sentences import Commands, complain
 
 app = typer.Typer(
     cls=Commands,
@@ -33,20 +38,43 @@ OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the 
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command with the libraries it calls kept quiet."""
+    """Run a command with the libraries it calls kept quiet; told to end, say what is kept and exit with 130, or 143 of SIGTERM."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        _quiet()
-        command(*args, **kwargs)
+        told = [signal.SIGINT]
+        try:
+            with _terminable(told):
+                _quiet()
+                command(*args, **kwargs)
+        except KeyboardInterrupt as e:
+            if os.environ.get("RANK", "0") == "0":  # torchrun's other processes are told to end too
+                complain(f"interrupted. {e}" if isinstance(e, Interrupted) else "interrupted.", "")
+            raise typer.Exit(128 + told[-1]) from e
 
     return run
 
 
+@contextmanager
+def _terminable(told: list[signal.Signals]) -> Iterator[None]:
+    """Within, SIGTERM (of `docker stop`, of a batch system) ends a command like Ctrl-C, and is added to ``told``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        told.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _quiet() -> None:
     """Keep the libraries' own progress bars and advice out of our output."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -82,16 +82,18 @@ def analyze(
     from ..analyze import study, write_analysis
     from ..display import analysis_tables, windows_bar
     from ..machine import pick_device
+    from ..output import working
 
-    with windows_bar(out) as tell, windows_bar(out, "runs") as removing:
+    with working(output, "analyze"), windows_bar(out) as tell, windows_bar(out, "runs") as removing:
         data = study(
             model, text, length=length, windows=windows, batch=batch, bits=_numbers(bits, int, "--bits"), columns=columns,
             exponents=_numbers(exponents, float, "--exponents"), shares=_numbers(shares, float, "--shares") if remove else None,
             device=str(pick_device(device)), progress=tell, removing=removing,
         )  # fmt: skip
+        page = write_analysis(output, data)
     for table in analysis_tables(data):
         out.print(table)
-    out.print(f"{write_analysis(output, data)}, analysis.json")
+    out.print(f"{page}, analysis.json")
 
 
 def _numbers(text: str, kind: type[Any], option: str) -> list[Any]:

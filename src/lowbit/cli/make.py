@@ -20,7 +20,7 @@ from .sentences import complain
 @reported
 def quantize(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Artifact folder; OUT.partial while it is being made.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Artifact folder, new or empty; it is made in OUT.partial, or in OUT/.partial if OUT exists (a mount point, the current directory).")],
     scheme: OwnScheme = None,
     recipe: Annotated[str, typer.Option(help="A named recipe (README lists them), names joined by + (smoothquant+gptq), or a .toml file.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable.")] = None,
@@ -29,7 +29,7 @@ def quantize(
     length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.", callback=whole(2))] = None,
     seed: Seed = 0,
     offload: Offload = "auto",
-    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: OUT.partial.", show_default=False)] = None,
+    offload_dir: Annotated[Optional[Path], typer.Option("--offload-dir", help="Folder for activations on disk. Default: that of the unfinished artifact.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Refuse what only this library could load: online rotations, quantized keys and values, most quantized activations.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -122,7 +122,7 @@ def plan(
 @reported
 def export(
     folder: Annotated[Path, typer.Argument(help="Artifact folder, as quantize wrote it.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the exported model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the exported model, new or empty.")],
     to: Annotated[str, typer.Option(help="compressed-tensors (from the format of lowbit, rotations for vLLM included), gptq (symmetric), gptq_v2, awq, mlx, gguf (or gguf:TYPE, one of q2_0, q2_k, q3_k, q4_0, q4_1, q4_k, q6_k, q8_0).")] = "compressed-tensors",
     embeddings: Annotated[Optional[str], typer.Option(help="GGUF: type of embeddings and head: f32, f16, bf16, q8_0, q6_k. Default: their numbers as they are.")] = None,
     python: Python = sys.executable,

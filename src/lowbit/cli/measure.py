@@ -133,7 +133,8 @@ def compare(
     device: Device = "auto",
 ) -> None:
     """Every recipe with every scheme on the same calibration tokens, seed and evaluation: table, Markdown, CSV, JSON, HTML with plots."""
-    from ..compare import Cell, Comparison, Terms, cells, fitting_length
+    from ..compare import Cell, Terms, cells, fitting_length, opened
+    from ..disk import disk
     from ..display import Progress, comparison_table
     from ..evaluate import together
     from ..model.calibration import Calibration
@@ -152,17 +153,20 @@ def compare(
         out.print(f"\n{cell.recipe}, {cell.scheme}")
         return Progress(out)
 
-    comparison = Comparison(terms, output, keep)
-    rows = []
-    for row in comparison.run(wanted, show):
-        rows.append(row)
-        if "error" in row:
-            out.print(f"failed: {row['recipe']}, {row['scheme']}: {row['error']}")
-        title = (
-            f"{model}; calibration {calib}, {samples} x {terms.calibration.length} tokens, seed {seed}; "
-            f"evaluation {text}, windows of {terms.length} tokens" + "".join(f", {together(n)}" for n in sorted({r["batch"] for r in rows if "batch" in r}))
-        )
-        write_comparison(output, rows, title)
+    rows: list[dict[str, Any]] = []
+    title = ""
+    with opened(terms, output, keep) as comparison:
+        for row in comparison.run(wanted, show):
+            rows.append(row)
+            if "error" in row:
+                out.print(f"failed: {row['recipe']}, {row['scheme']}: {row['error']}")
+            passes = "".join(f", {together(n)}" for n in sorted({r["batch"] for r in rows if "batch" in r}))
+            title = (
+                f"{model}; calibration {calib}, {samples} x {terms.calibration.length} tokens, seed {seed}; "
+                f"evaluation {text}, windows of {terms.length} tokens{passes}"
+            )
+            with disk(output):
+                write_comparison(output, rows, title)
     out.print(comparison_table(rows, title))
     out.print(f"{output / 'report.html'}, comparison.md, comparison.csv, comparison.json")
     if any("error" in row for row in rows):

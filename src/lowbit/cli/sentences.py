@@ -17,10 +17,10 @@ err = Console(stderr=True)
 _USAGE: Any = typer.BadParameter.__base__  # UsageError, which typer does not export
 
 
-def complain(what: str) -> None:
+def complain(what: str, kind: str = "error: ") -> None:
     """Print what went wrong, also while a table is shown."""
     err.show_cursor()
-    err.print(f"error: {what}", style="red")
+    err.print(f"{kind}{what}", style="red")
 
 
 def option_of(param: typer.CallbackParam) -> str:

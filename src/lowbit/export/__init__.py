@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import LowbitError
+from ..errors import DiskFull, Interrupted, LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import gguf as container
+from ..output import Output, claimed
 from ..proof import Verification, verify
 from . import folders, for_vllm, gguf
 from .source import Source
@@ -28,17 +31,35 @@ def export(folder: Path, out: Path, to: str = ct.NAME, *, embeddings: str | None
         what was checked; its ``loader`` says so where the runtime is not there.
 
     Raises:
-        LowbitError: not an artifact, or it holds something that the format cannot say. VerificationError: a check failed.
+        LowbitError: not an artifact, or it holds something that the format cannot say; ``out`` holds something, or another process
+            works in it. VerificationError: a check failed. Interrupted: a KeyboardInterrupt. Nothing is left in either case.
     """
     target, colon, kind = to.partition(":")
     if target not in TARGETS or (colon and target != container.NAME):
         raise LowbitError(f"cannot export to '{to}': choose one of {', '.join(TARGETS)}, or gguf:TYPE.")
     if embeddings is not None and target != container.NAME:
         raise LowbitError("--embeddings is for --to gguf: other formats keep embeddings and head as they are.")
-    source = Source.open(folder)
-    verify(folder, loader=False)
-    if to == ct.NAME:
-        return for_vllm.export(source, out)
-    if target == container.NAME:
-        return gguf.export(source, out, python, kind if colon else None, embeddings)
-    return folders.export(source, to, out, python)
+    with claimed(out, "export") as output, _nothing_kept(output):
+        source = Source.open(folder)
+        verify(folder, loader=False)
+        if to == ct.NAME:
+            return for_vllm.export(source, output)
+        if target == container.NAME:
+            return gguf.export(source, output, python, kind if colon else None, embeddings)
+        return folders.export(source, to, output, python)
+
+
+@contextmanager
+def _nothing_kept(output: Output) -> Iterator[None]:
+    """Leave nothing of an export that fails, and say so where a user might expect otherwise."""
+    start_anew = "Nothing of the export is kept: the same command starts anew."
+    try:
+        yield
+    except BaseException as e:
+        with suppress(LowbitError):
+            output.clear()
+        if isinstance(e, KeyboardInterrupt):
+            raise Interrupted(start_anew) from e
+        if isinstance(e, DiskFull):
+            raise DiskFull(f"{e} {start_anew}") from e
+        raise

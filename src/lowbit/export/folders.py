@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from ..errors import LowbitError
 from ..formats import awq, gptq, mlx
 from ..formats.layouts import LAYOUTS
 from ..grid import Affine
+from ..output import Output
 from ..proof import Verification
 from .extra import extra_error, steps_of
 from .place import place
@@ -19,7 +19,7 @@ from .source import Source
 TARGETS = (gptq.V1, gptq.V2, awq.NAME, mlx.NAME)
 
 
-def export(source: Source, target: str, out: Path, python: str) -> Verification:
+def export(source: Source, target: str, output: Output, python: str) -> Verification:
     """Write the folder.
 
     Raises:
@@ -32,8 +32,8 @@ def export(source: Source, target: str, out: Path, python: str) -> Verification:
         raise LowbitError(f"'{source.folder}' has weights on codebooks, which {target} cannot say: only the format of lowbit carries them.")
     described = _described(source, target, grids)
     known: dict[str, dict[str, Any]] = {}
-    left = source.copied if target == mlx.NAME else ()  # mlx-lm refuses names that its class does not know
-    with place(source, out) as made:
+    left = source.copied if target == mlx.NAME else {}  # mlx-lm refuses names that its class does not know
+    with place(source, output) as made:
         made.leave_out(left, "mlx-lm loads no tensor that its class does not know")
         for name, coded, others in source.shards():
             tensors: dict[str, Tensor] = {n: t for n, t in others.items() if n not in left}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import native, transforms
 from ..grid import Affine
+from ..output import Output
 from ..proof import EXACT, Verification, loader_logits
 from .place import place
 from .source import Source
@@ -20,7 +20,7 @@ from .source import Source
 _SHARD = "model-transforms.safetensors"
 
 
-def export(source: Source, out: Path) -> Verification:
+def export(source: Source, output: Output) -> Verification:
     """Write an artifact in the format of lowbit as compressed-tensors.
 
     The packed weights are copied. Before the directory gets its name, its logits are compared with the tuned model's, by transformers
@@ -28,7 +28,7 @@ def export(source: Source, out: Path) -> Verification:
     are left out of that comparison.
 
     Args:
-        source: the artifact. out: a directory that does not exist, or is empty.
+        source: the artifact. output: the directory to be made, claimed.
 
     Raises:
         LowbitError: it holds something that the format or vLLM cannot say. VerificationError: a check failed.
@@ -36,7 +36,7 @@ def export(source: Source, out: Path) -> Verification:
     if not source.is_native:
         raise LowbitError(f"'{source.folder}' is in the format {ct.NAME} already: vLLM loads it as it is.")
     described, matrices = _described(source)
-    with place(source, out) as made:
+    with place(source, output) as made:
         made.report["online_rotations"] = bool(matrices)
         if described["config_groups"]["group_0"]["input_activations"] is not None:
             # The largest value of a token lies between two codes of the full-range grid, so that summing a rotation in another order

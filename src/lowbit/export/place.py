@@ -1,21 +1,24 @@
-"""The directory of an export: OUT.partial until everything is in it and verified, then OUT."""
+"""The directory of an export: made beside or inside its final place, published when everything is in it and verified."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..artifact import CARD, INDEX, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash, write_atomic
+from ..artifact import CARD, INDEX, NOTES, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash
 from ..card import model_card
-from ..errors import LowbitError
+from ..disk import disk, write_atomic
 from ..formats.gguf import Reader
+from ..model.checkpoint import Stored
+from ..output import Output
 from ..proof import Verification, verify
 from .source import Source
 
@@ -34,11 +37,13 @@ class Place:
         kept = {k: v for k, v in source.report.items() if k not in ("run", "verification")}  # a run is what `quantize` would go on with
         self.report = {**kept, "shards": {}, "exported_from": source.report["hash"]}
         self._files: list[str] = []
+        self._missing = 0  # parameters that are left out
         self._weight_map: dict[str, str] = {}
 
     def take(self, source: Source, name: str) -> None:
         """Take a file of weights over as it is."""
-        shutil.copyfile(source.folder / name, self.partial / name)
+        with disk(self.partial / name):
+            shutil.copyfile(source.folder / name, self.partial / name)
         self._list(name, source.report["shards"][name]["tensors"])
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,15 +65,17 @@ class Place:
         self.report["shards"][name] = {"sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": dict(hashes)}
         self._weight_map.update(dict.fromkeys(hashes, name))
 
-    def leave_out(self, names: Iterable[str], why: str) -> None:
-        """Say of tensors that the source has a copy of that this export has none."""
-        gone = dict.fromkeys(names, why)
+    def leave_out(self, tensors: Mapping[str, Stored], why: str) -> None:
+        """Say of tensors that the source has a copy of that this export has none; its bits are counted without them."""
+        gone = dict.fromkeys(tensors, why)
+        self._missing += sum(t.numel for t in tensors.values())
         self.report["copied"] = {n: r for n, r in self.report.get("copied", {}).items() if n not in gone}
         self.report["left_out"] = {**self.report.get("left_out", {}), **gone}
 
     def copy(self, source: Path, name: str) -> None:
         """Take a file over."""
-        (self.partial / name).parent.mkdir(exist_ok=True)
+        with disk(self.partial / name):
+            (self.partial / name).parent.mkdir(exist_ok=True)
         write_atomic(self.partial / name, (source / name).read_bytes())
 
     def write(self, name: str, data: Any) -> None:
@@ -90,10 +97,11 @@ class Place:
         size, before = sum(s["bytes"] for s in self.report["shards"].values()), self.report["size"]
         entries = [{**e, **linears.get(e["name"], {})} for e in self.report["linears"]]
         packed = [e for e in entries if "skipped" not in e]
+        parameters = round(8 * before["after"] / before["model_bits_per_weight"]) - self._missing
         digest = hashlib.sha256("".join(s["sha256"] for s in self.report["shards"].values()).encode()).hexdigest()
         self.report |= {
             "format": format_, "hash": digest,
-            "size": {**before, "after": size, "model_bits_per_weight": before["model_bits_per_weight"] * size / before["after"],
+            "size": {**before, "after": size, "model_bits_per_weight": 8 * size / parameters,
                      "bits_per_weight": 8 * sum(e["bytes"] for e in packed) / sum(e["shape"][0] * e["shape"][1] for e in packed)},
             "files": {n: file_hash(self.partial / n) for n in sorted({*self._files, RECIPE, PROOF.as_posix()})},
             "linears": entries,
@@ -110,35 +118,27 @@ class Place:
 
 
 @contextmanager
-def place(source: Source, out: Path, *, carry: bool = True) -> Iterator[Place]:
-    """A directory to fill, which gets its name when the block ends and vanishes if it does not.
+def place(source: Source, output: Output, *, carry: bool = True) -> Iterator[Place]:
+    """A directory to fill, which gets its name when the block ends.
 
     Args:
-        carry: take over what else lies beside the weights, tokenizer and the like.
+        output: claimed. carry: take over what else lies beside the weights, tokenizer and the like.
 
     Raises:
-        LowbitError: OUT exists and is not empty, OUT.partial is there, or the file system refuses.
+        LowbitError: the file system refuses.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LowbitError(f"'{out}' exists and is not empty. Choose another -o, or remove it first.")
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        raise LowbitError(f"'{partial}' exists, left by an export that was interrupted, or not ours. Remove it first.")
-    try:
-        partial.mkdir(parents=True)
-        made = Place(partial, source)
-        made.copy(source.folder, RECIPE)
-        made.copy(source.folder, PROOF.as_posix())
-        taken = {*_RUN, RECIPE, *source.report["shards"]}
-        for path in sorted(p for p in source.folder.iterdir() if carry and p.is_file() and p.name not in taken):
-            made.copy(source.folder, path.name)
+    made = Place(output.partial, source)
+    made.copy(source.folder, RECIPE)
+    made.copy(source.folder, PROOF.as_posix())
+    taken = (*_RUN, RECIPE, *source.report["shards"], *NOTES)
+    carried = source.report.get("carried", [])
+    inside = [n for n in carried if "/" in n and (source.folder / n).is_file()]
+    beside = [p.name for p in source.folder.iterdir() if p.is_file() and not any(fnmatch(p.name, n) for n in taken)]
+    for name in sorted([*beside, *inside]) if carry else ():
+        made.copy(source.folder, name)
+    if not carry:
+        made.report["carried"] = []
+        made.report["left_out"] = {**source.report.get("left_out", {}), **dict.fromkeys(carried, "no part of this format")}
+    with disk(output.partial):
         yield made
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise LowbitError(f"cannot write '{partial}': {e.strerror or e}.") from e
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    output.publish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,11 +91,11 @@ class Source:
         found: torch.dtype = getattr(torch, named)
         return found
 
-    @property
-    def copied(self) -> Collection[str]:
-        """Full names of the tensors that the model's class does not know."""
-        found: Mapping[str, str] = self.report.get("copied", {})
-        return found.keys()
+    @cached_property
+    def copied(self) -> dict[str, Stored]:
+        """The tensors that the model's class does not know."""
+        names = self.report.get("copied", {})
+        return {n: t for n, t in self.others().items() if n in names} if names else {}
 
     def only_weights(self, target: str) -> None:
         """Raise LowbitError if anything but weights on grids would be lost in a format that says no more than that."""

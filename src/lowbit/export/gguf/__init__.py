@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ...artifact import PROOF, read_shard, save_shard
+from ...disk import disk
 from ...errors import LowbitError
 from ...formats import gguf
 from ...formats.ggml import BLOCKS, BlockType
 from ...grid import Affine, AffineParams, KQuant, KQuantParams, QTensor
 from ...model.checkpoint import Stored, config_at
 from ...names import model_name
+from ...output import Output
 from ...proof import Verification, compare_logits
 from ...verbatim import encodable
 from ..place import Place, place
@@ -29,7 +31,7 @@ from .types import FLOATS, REST, Held, chosen, held, rounded
 TYPES = tuple(b.name.lower() for b in BLOCKS.values() if b.name.lower() not in FLOATS)
 
 
-def export(source: Source, out: Path, python: str, asked: str | None = None, embeddings: str | None = None) -> Verification:
+def export(source: Source, output: Output, python: str, asked: str | None = None, embeddings: str | None = None) -> Verification:
     """Write the file, with its report and proof, into a folder.
 
     Args:
@@ -44,7 +46,7 @@ def export(source: Source, out: Path, python: str, asked: str | None = None, emb
     if embeddings is not None and embeddings.lower() not in REST:
         raise LowbitError(f"--embeddings takes {', '.join(REST)}; got '{embeddings}'.")
     source.only_weights(gguf.NAME)
-    return _Export(source, asked, embeddings).write(out, python)
+    return _Export(source, asked, embeddings).write(output, python)
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
@@ -108,14 +110,14 @@ class _Export:
             **self.architecture.metadata, **self.words.metadata,
         }  # fmt: skip
 
-    def write(self, out: Path, python: str) -> Verification:
+    def write(self, output: Output, python: str) -> Verification:
         entries = self._entries()
         refitted = any("_K" in k.name and isinstance(self.source.grids[n], Affine) for n, k in self.kinds.items())
         inexact = refitted or any(t.kind.lower() != (self.asked or t.kind.lower()) for t in self.others.values() if len(t.shape) > 1)
         ids = read_shard(self.source.folder / PROOF)["ids"]
         model = RoundedModel(self.config) if inexact or ids.shape[1] > self.architecture.context else None
-        with place(self.source, out, carry=False) as made:
-            with gguf.Writer(made.partial / self.file, self._metadata(), entries) as file:
+        with place(self.source, output, carry=False) as made:
+            with disk(path := made.partial / self.file), gguf.Writer(path, self._metadata(), entries) as file:
                 for full, kept in self._tensors():
                     file.add(self.architecture.tensor(full), kept.rows)
                     if model is not None:
