@@ -32,7 +32,7 @@ ALLOWED = {
     "tree": {"disk", "lock", "errors"},
     "output": {"disk", "lock", "tree", "errors"},
     "workplace": {"artifact", "disk", "lock", "output", "tree", "model", "errors"},
-    "identity": {"model", "methods", "recipe", "artifact", "__version__"},
+    "identity": {"model", "methods", "recipe", "artifact", "proof", "errors", "__version__"},
     "launch": {"machine", "model", "errors"},
     "loop": {"grid", "model", "methods", "recipe", "errors"},
     "presets": {"grid", "methods", "recipe", "scheme", "errors"},
