@@ -1,7 +1,18 @@
 """What several files of tests need set up and taken down."""
 
+import types
+
+import forked
 import pytest
 from standin import Hub
+
+
+@pytest.fixture(autouse=True)
+def forked_readers(monkeypatch):
+    """Readers that this process starts do not import torch and transformers each time."""
+    from lowbit.proof import runtimes
+
+    monkeypatch.setattr(runtimes, "subprocess", types.SimpleNamespace(**{**vars(runtimes.subprocess), "run": forked.run}))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import accelerator
 import pytest
 import torch
 from helpers import LLAMA, save_tiny
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowbit
 import lowbit.job
@@ -23,7 +23,10 @@ FEW_SEARCHED = ("awq.exponents=3", "awq.shrinks=2")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     small = dict(LLAMA, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=BLOCKS)
-    return save_tiny(tmp_path_factory.mktemp("model"), LlamaConfig(**small))
+    folder = save_tiny(tmp_path_factory.mktemp("model"), LlamaConfig(**small))
+    # What transformers keeps of its first load in a process must not be of this device: later tests would compute with it.
+    AutoModelForCausalLM.from_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

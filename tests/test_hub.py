@@ -1,6 +1,7 @@
 """Models by hub id: through huggingface_hub against a small server that answers as the hub does, then from the cache alone."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,9 @@ def hub(tmp_path_factory):
             path = folder / self.path.split("?")[0].rsplit("/", 1)[1]
             known = self.path.startswith(("/some/tiny/resolve/main/", f"/some/tiny/resolve/{COMMIT}/"))
             data = path.read_bytes() if known and path.is_file() else b""
+            if self.path.startswith("/api/models/some/tiny"):
+                listed = [{"rfilename": p.name} for p in folder.iterdir() if p.name != "text.txt"]
+                data = json.dumps({"id": "some/tiny", "sha": COMMIT, "siblings": listed}).encode()
             self.send_response(200 if data else 404)
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')

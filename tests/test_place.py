@@ -565,7 +565,7 @@ def test_a_full_disk_says_what_is_kept_of_a_run(model, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_promises_nothing_of_a_file_that_was_asked_for(tmp_path, monkeypatch):
-    from lowbit.cli.app import write_json
+    from lowbit.cli.places import write_json
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")

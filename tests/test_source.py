@@ -445,7 +445,7 @@ def test_any_changed_byte_is_another_model(source, change):
     assert Original.of(Checkpoint(folder)).hashed().sha256 != before
 
 
-def test_a_finished_artifact_and_an_unfinished_run_know_their_model(source, tmp_path, monkeypatch):
+def test_a_finished_artifact_knows_its_model(source, tmp_path):
     folder = source()
     text = tmp_path / "text.txt"
     (folder / "text.txt").rename(text)
@@ -460,10 +460,19 @@ def test_a_finished_artifact_and_an_unfinished_run_know_their_model(source, tmp_
     assert differs.exit_code == 1 and "'model.safetensors' has other bytes" in said(differs)
     (folder / "tokenizer_config.json").unlink()
     assert "was not made of" in said(run("verify", out, "--source", folder))
-    out.rename(tmp_path / "out.partial")  # as if it had been stopped
-    (tmp_path / "out.partial" / "run.json").write_text(json.dumps({"model": "another"}))
-    resumed = run(*command)
-    assert resumed.exit_code == 2 and "another model than this one" in said(resumed)
+
+
+def test_an_unfinished_run_is_not_continued_with_other_weights(source, tmp_path):
+    folder = source()
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rtn(folder, tmp_path / "out", progress=stop)
+    another_row(folder)
+    with pytest.raises(LowbitError, match=r"holds an unfinished run with another model than this one"):
+        rtn(folder, tmp_path / "out")
 
 
 def test_a_model_that_changes_under_a_run_is_noticed(source, tmp_path):

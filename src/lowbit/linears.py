@@ -96,6 +96,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.name, self.grid, self.reading, self.stored = name, grid, reading, stored
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._is_hf_initialized = True  # else transformers decodes the weight while it loads, to see whether it wants initializing
         self._device = linear.weight.device
         self._made: Any = None
         self._hold("weight_shape", (2,), torch.int64)

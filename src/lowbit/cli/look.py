@@ -12,7 +12,6 @@ from ..console import Table
 from ..errors import LowbitError
 from .app import Device, Python, app, out, reported
 from .numbers import whole
-from .places import out_folder
 
 
 @app.command()
@@ -66,7 +65,7 @@ def verify(
 @reported
 def analyze(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for analysis.json and analysis.html.", callback=out_folder)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for analysis.json and analysis.html.")],
     text: Annotated[str, typer.Option(help="Text that passes: stdlib (its held-out side), a file, a folder or hub dataset, wikitext2, c4.")] = "stdlib",
     length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.", callback=whole(2))] = None,
     windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.", callback=whole())] = None,

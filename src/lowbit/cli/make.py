@@ -141,7 +141,7 @@ def export(
 @app.command()
 @reported
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts and the report.", callback=out_folder)] = Path("demo-out"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts and the report.")] = Path("demo-out"),
     scheme: Scheme = "W2A16g64",
     device: Device = "auto",
 ) -> None:

@@ -11,7 +11,7 @@ from ..errors import LowbitError
 from . import numbers
 from .app import Device, Seed, app, out, reported
 from .numbers import real, whole
-from .places import json_file, out_folder, write_json
+from .places import json_file, write_json
 
 
 @app.command(name="eval")
@@ -117,7 +117,7 @@ def compare(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     schemes: Annotated[str, typer.Option(help="With commas: W2A16g64,W3A16g64,W4A4,W4A8KV4.")],
     recipes: Annotated[str, typer.Option(help="With commas: rtn,awq,gptq,omniquant,tesseraq; parts are joined by +, as in smoothquant+gptq.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for cells and reports; a repeated command goes on from it.", callback=out_folder)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for cells and reports; a repeated command goes on from it.")],
     calib: Annotated[str, typer.Option(help="Calibration text of every recipe: stdlib, a file, a folder or hub dataset, wikitext2, c4, pile-val.")] = "stdlib",
     samples: Annotated[int, typer.Option(help="Calibration rows.", callback=whole())] = 128,
     length: Annotated[Optional[int], typer.Option(help="Tokens a calibration row; default 2048 or the model's context.", callback=whole(2))] = None,
