@@ -8,8 +8,10 @@ from standin import Hub
 
 
 @pytest.fixture(autouse=True)
-def forked_readers(monkeypatch):
-    """Readers that this process starts do not import torch and transformers each time."""
+def forked_readers(request, monkeypatch):
+    """Readers that this process starts do not import torch and transformers each time, but in tests marked ``anew``."""
+    if "anew" in request.keywords:
+        return
     from lowbit.proof import runtimes
 
     monkeypatch.setattr(runtimes, "subprocess", types.SimpleNamespace(**{**vars(runtimes.subprocess), "run": forked.run}))

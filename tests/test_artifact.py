@@ -368,6 +368,7 @@ def test_what_the_machine_lacks_is_no_fault_of_the_artifact(artifact, tmp_path, 
     assert result.exit_code == 2 and words in said(result), said(result)
 
 
+@pytest.mark.anew
 def test_verification_needs_no_room_for_temporary_files(artifact, tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise OSError(28, "No space left on device")

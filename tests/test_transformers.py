@@ -66,6 +66,22 @@ def artifact(request, artifacts):
     return artifacts(request.param)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_decodes_no_weight(artifacts, kind, monkeypatch):
+    """Which would take the memory of the whole model, and is not asked for by anybody yet."""
+    folder, of_data, plain = artifacts(kind), [], PackedLinear.decoded
+
+    def decoded(linear):
+        if linear.weight_shape.device.type != "meta":
+            of_data.append(linear.name)
+        return plain(linear)
+
+    monkeypatch.setattr(PackedLinear, "decoded", decoded)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert of_data == []
+    assert next(m for m in model.modules() if isinstance(m, PackedLinear)).weight.dim() == 2 and len(of_data) == 1
+
+
 def tensors(folder):
     """All tensors of all files."""
     out = {}
