@@ -135,6 +135,7 @@ REFUSED = {
     "no embedding": (drop(EMBEDDING), None, f"tensor '{EMBEDDING}' is missing"),
     "a norm in a block": (drop("model.layers.1.input_layernorm.weight"), None, "input_layernorm.weight' is missing"),
     "another vocabulary": (None, lambda c: c.update(vocab_size=301), r"'model.embed_tokens.weight' of .* has shape \(300, 64\), config.json wants \(301, 64\)"),
+    "architectures that are none": (drop(NORM), lambda c: c.update(architectures=5), "is missing|config"),
     "a classifier": (lambda t: t.update({"score.weight": torch.zeros(2, 64)}), lambda c: c.update(architectures=["LlamaForSequenceClassification"]),
                      "is a LlamaForSequenceClassification"),
     "padding beyond the vocabulary": (None, lambda c: c.update(pad_token_id=4096), "cannot build.*Padding_idx must be within"),
@@ -395,21 +396,22 @@ def test_tensors_that_the_class_does_not_know_are_copied(source, tmp_path, tenso
 def test_files_are_carried_or_named(source, tmp_path):
     folder = source(None, lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling_my.My"}))
     carried = {"modeling_my.py": "x = 1\n", "additional_chat_templates/tool_use.jinja": "TOOLS", "chat_template.jinja": "D", "LICENSE": "words", "preprocessor_config.json": "{}"}
-    left = {"pytorch_model.bin": "x", "model.gguf": "x", "quantize_config.json": "{}", ".gitattributes": "x", "README.md": "---\n---\n", "onnx/model.txt": "x"}
+    left = {"model.safetensors.bak": "x", "model-00002-of-00002.safetensors.part": "x", "shard-00001.json": "{}", "lowbit.lock": "", "pytorch_model.bin": "x", "model.gguf": "x", "quantize_config.json": "{}", ".gitattributes": "x", "README.md": "---\n---\n", "onnx/model.txt": "x"}
     for name, text in {**carried, **left}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "note.txt").symlink_to("/nowhere/at/all")
     made = rtn(folder, tmp_path / "out")
     for name in (*carried, "tokenizer.json", "text.txt"):
         assert (made.folder / name).read_bytes() == (folder / name).read_bytes() and name in made.report["carried"]
-    assert set(made.report["left_out"]) == {"pytorch_model.bin", "model.gguf", "quantize_config.json", ".gitattributes", "README.md", "onnx/"}
+    assert set(made.report["left_out"]) == {*(n for n in left if "/" not in n), "onnx/", "note.txt"}
     assert not any((made.folder / n).exists() for n in left if n != "README.md") and "lowbit" in (made.folder / "README.md").read_text()
     assert any("auto_map" in r for r in made.report["remarks"])
     shown = said(run("inspect", made.folder))
     assert "pytorch_model.bin: left out" in shown and "note: the model brings code of its own" in shown
 
 
-@pytest.mark.parametrize("kind, bits", [("F32", 32), ("BF16", 16), ("F8_E4M3", 8), ("I64", 64), ("U8", 8), ("BOOL", 8), ("F8_E8M0", 8), ("F4", 4), ("C64", 64)])
+@pytest.mark.parametrize("kind, bits", [("F8_E4M3FNUZ", 8), ("F6_E2M3", 6), ("F32", 32), ("BF16", 16), ("F8_E4M3", 8), ("I64", 64), ("U8", 8), ("BOOL", 8), ("F8_E8M0", 8), ("F4", 4), ("C64", 64)])
 def test_bytes_of_every_type_of_safetensors(kind, bits):
     assert Stored((3, 8), kind).nbytes == 3 * 8 * bits // 8
 
@@ -432,7 +434,8 @@ def another_byte(name):
 
 CHANGES = {
     "a row": another_row, "config": another_byte("config.json"), "tokenizer": another_byte("tokenizer.json"), "its settings": another_byte("tokenizer_config.json"),
-    "generation": another_byte("generation_config.json"), "a new file": lambda f: (f / "added_tokens.json").write_text("{}"), "one less": lambda f: (f / "text.txt").unlink(),
+    "generation": another_byte("generation_config.json"), "a new file": lambda f: (f / "added_tokens.json").write_text("{}"),
+    "one less": lambda f: (f / "generation_config.json").unlink(), "code": lambda f: (f / "modeling_my.py").write_text("x = 1"),
 }  # fmt: skip
 
 
@@ -443,6 +446,16 @@ def test_any_changed_byte_is_another_model(source, change):
     assert Original.of(Checkpoint(folder)).hashed().sha256 == before
     change(folder)
     assert Original.of(Checkpoint(folder)).hashed().sha256 != before
+
+
+def test_a_log_beside_the_model_is_no_part_of_it(source):
+    folder = source()
+    before = Original.of(Checkpoint(folder)).hashed()
+    (folder / "nohup.out").write_text("block 1")
+    (folder / "caf\udce9.txt").write_text("a name that is not UTF-8")
+    (folder / "tokenizer.json").touch()
+    before.check_unchanged()
+    assert Original.of(Checkpoint(folder)).hashed().sha256 == before.sha256
 
 
 def test_a_finished_artifact_knows_its_model(source, tmp_path):
@@ -475,16 +488,20 @@ def test_an_unfinished_run_is_not_continued_with_other_weights(source, tmp_path)
         rtn(folder, tmp_path / "out")
 
 
-def test_a_model_that_changes_under_a_run_is_noticed(source, tmp_path):
+def test_a_model_that_changes_under_a_run_is_noticed(source, plain, tmp_path):
     folder = source()
 
     def touch(done):
         if done.index == 0:
             another_row(folder)
 
-    with pytest.raises(LowbitError, match=r"'model.safetensors' of .* was changed while it was quantized"):
+    kept = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(LowbitError, match=r"'model.safetensors' of .* has changed since this command began"):
         rtn(folder, tmp_path / "out", progress=touch)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial" / "shard-00002.json").exists(), "no block of the other model is noted"
+    (folder / "model.safetensors").write_bytes(kept)
+    assert rtn(folder, tmp_path / "out").report["hash"] == rtn(plain, tmp_path / "plain").report["hash"]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**20])
@@ -497,6 +514,26 @@ def test_the_largest_seed_runs(plain, tmp_path):
     text = str(plain / "text.txt")
     done = lowbit.quantize(str(plain), "W4A16g16", "awq", out=tmp_path / "out", calib=text, samples=4, length=32, seed=2**63 - 1)
     assert done.report["seed"] == 2**63 - 1
+
+
+@pytest.mark.parametrize("change", [{"recipe": "gptq"}, {"scheme": "W3A16g16"}, {"seed": 1}])
+def test_another_command_is_refused_before_the_model_is_read_whole(plain, tmp_path, monkeypatch, change):
+    rtn(plain, tmp_path / "out")
+    monkeypatch.setattr(Original, "hashed", lambda *args: pytest.fail("read"))
+    options = {"scheme": "W4A16g16", "recipe": "rtn", "seed": 0} | change
+    with pytest.raises(LowbitError, match="exists and is not empty"):
+        lowbit.quantize(str(plain), out=tmp_path / "out", calib=str(plain / "text.txt"), samples=4, length=32, **options)
+
+
+def test_a_mask_of_bytes_that_transformers_ignores_is_no_code(tmp_path):
+    import transformers as T
+
+    small = T.GPTNeoXConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)
+    T.GPTNeoXForCausalLM(small).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.uint8)
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_causal_lm(str(tmp_path), "cpu").config.model_type == "gpt_neox"
 
 
 def test_files_of_a_hub_repository_are_those_that_it_lists(server, plain):

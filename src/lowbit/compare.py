@@ -133,7 +133,7 @@ class Comparison:
         self.device = str(pick_device(terms.device))
         checkpoint = Checkpoint(terms.model)
         self._tokenizer = load_tokenizer(checkpoint)
-        self._model = Original.of(checkpoint).hashed().sha256
+        self._model = Original.of(checkpoint).hashed()
         self._windows: Tensor = evaluation_windows(terms.text, self._tokenizer, terms.length, terms.windows)
         self._tasks()
         with disk(folder):
@@ -166,7 +166,7 @@ class Comparison:
         """What else decides a cell's figures: a finished cell that differs in it is measured anew."""
         versions = {n: version(n) for n in ("lowbit", "torch", "transformers")}
         resolved = {} if cell.recipe == "original" else _resolved(cell.recipe, cell.scheme, self.terms.settings).as_dict()
-        read = {"model": self._model, "calibration": state_of(self.terms.calibration.source), "windows": self._windows_hash()}
+        read = {"model": self._model.sha256, "calibration": state_of(self.terms.calibration.source), "windows": self._windows_hash()}
         return json.loads(json.dumps({"recipe": resolved, "device": self.device.split(":")[0], "versions": versions, **read}))  # type: ignore[no-any-return]
 
     def _windows_hash(self) -> str:
@@ -193,9 +193,12 @@ class Comparison:
                 try:
                     row = self._original(cell) if cell.recipe == "original" else self._quantized(cell, show)
                     row["made_with"] = self._made_with(cell)
+                except DiskFull:
+                    raise
                 except Exception as e:  # a failing method is a result too; the others go on
                     said = str(e) if isinstance(e, LowbitError) else f"{type(e).__name__}: {e}"
                     row = {"scheme": cell.scheme, "recipe": cell.recipe, "error": " ".join(said.split())}
+                self._model.check_unchanged()  # or the row would be of another model than it says
                 write_atomic(self.folder / _CELLS / f"{cell.name}.json", (json.dumps(row, indent=1) + "\n").encode())
             yield row
 
@@ -211,10 +214,19 @@ class Comparison:
         model = load_causal_lm(self.terms.model, self.device, kind)
         return {"scheme": cell.scheme, "recipe": cell.recipe, "bits": None, "bytes": size, "seconds": 0.0, **self._judged(model)}
 
+    def _start_anew(self, cell: Cell, out: Path) -> None:
+        """Remove what an earlier call with another model, text, recipe or version left of a cell's artifact; keep what this one can go on with."""
+        note, made_with = out.with_name(f"{out.name}.json"), self._made_with(cell)
+        if _read(note) != made_with:
+            for folder in (out, out.with_name(f"{out.name}.partial")):
+                shutil.rmtree(folder, ignore_errors=True)
+            write_atomic(note, (json.dumps(made_with, indent=1) + "\n").encode())
+
     def _quantized(self, cell: Cell, show: Callable[[Cell], AbstractContextManager[Any]]) -> Row:
         t = self.terms
         out = self.folder / _ARTIFACTS / cell.name
         out.parent.mkdir(exist_ok=True)
+        self._start_anew(cell, out)
         recipe = _resolved(cell.recipe, cell.scheme, t.settings)
         with show(cell) as progress:
             done = quantize(
@@ -233,6 +245,7 @@ class Comparison:
         }  # fmt: skip
         if not self.keep:
             shutil.rmtree(out)
+            out.with_name(f"{out.name}.json").unlink(missing_ok=True)
             with suppress(OSError):  # others lie there: of cells that failed, or kept by an earlier call
                 out.parent.rmdir()
         return row

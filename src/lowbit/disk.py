@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -42,11 +44,21 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         LowbitError: the file system refuses.
     """
+    _atomically(path, lambda f: f.write(data))
+
+
+def copy_atomic(source: Path, path: Path) -> None:
+    """Copy a file of any size in the same way. Raises LowbitError if the file system refuses."""
+    with disk(path), open(source, "rb") as held:
+        _atomically(path, lambda f: shutil.copyfileobj(held, f))
+
+
+def _atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with disk(path):
         try:
             with open(temporary, "wb") as f:
-                f.write(data)
+                write(f)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)

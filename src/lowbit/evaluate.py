@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -180,7 +181,9 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
             "the checkpoint does not fit its config.json."
         )
     if not hasattr(config, "quantization_config"):  # else it is for its loader to know what the numbers mean
-        check_read_as_floats(checkpoint, stored, {*found["unexpected_keys"]})
+        ignored = [re.compile(p) for p in loaded._keys_to_ignore_on_load_unexpected or ()]  # these are not among the unexpected ones
+        unused = {*found["unexpected_keys"], *(n for n in stored if any(p.search(n) for p in ignored))}
+        check_read_as_floats(checkpoint, stored, unused)
     return loaded.to(device).eval()
 
 

@@ -25,7 +25,7 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Original:
-    """The files that a model consists of: its config, its weights and what an artifact carries along.
+    """The files that decide what a model computes: its config, its weights, its tokenizer and code.
 
     Attributes:
         name: of the model, for errors. paths: name -> where the file lies. sizes: name -> bytes.
@@ -41,7 +41,7 @@ class Original:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Original:
         """Raises LowbitError if a file has gone."""
-        names = ["config.json", *checkpoint.shards, *source_files(checkpoint).carried]
+        names = ["config.json", *checkpoint.shards, *source_files(checkpoint).deciding]
         paths = {name: checkpoint.file(name) for name in names}
         gone = [n for n, p in paths.items() if p is None]
         if gone:
@@ -71,20 +71,29 @@ class Original:
     @property
     def sha256(self) -> str:
         """One hash over the names and hashes of all files."""
-        return hashlib.sha256("".join(f"{n} {h}\n" for n, h in sorted(self.hashes.items())).encode()).hexdigest()
+        lines = "".join(f"{n} {h}\n" for n, h in sorted(self.hashes.items()))
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raise LowbitError if a file has been changed since: what was read of it later is not what was hashed."""
+        """Raise LowbitError if a file has changed since it was hashed: what is read of it from now on is of another model.
+
+        Sizes and times are looked at, bytes only where a time differs.
+        """
         for name, path in self.paths.items():
-            try:
-                state = path.stat()
-            except OSError:
-                state = None
-            if state is None or (state.st_size, state.st_mtime_ns) != (self.sizes[name], self.times[name]):
+            if not self._is_as_hashed(name, path):
                 raise LowbitError(
-                    f"'{name}' of '{self.name}' was changed while it was quantized: the blocks made so far may be of two models. Remove the "
-                    "unfinished run and start anew."
+                    f"'{name}' of '{self.name}' has changed since this command began. Put it back and run the same command, or choose another -o "
+                    "for the model as it is now."
                 )
+
+    def _is_as_hashed(self, name: str, path: Path) -> bool:
+        try:
+            state = path.stat()
+            if (state.st_size, state.st_mtime_ns) == (self.sizes[name], self.times[name]):
+                return True
+            return state.st_size == self.sizes[name] and self.hashes.get(name) == file_hash(path)
+        except OSError:
+            return False
 
 
 def fingerprint(stream: ModelStream, original: Original, recipe: Recipe, rows: Rows, seed: int) -> dict[str, Any]:

@@ -138,6 +138,8 @@ def _quantize(
         raise LowbitError(f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or leave --plain out.")
     stream = prepared(stream, recipe, seed)
     recipe = replace(recipe, calibration=_calibration(recipe.calibration, stream, calib, samples, length))
+    if output.lock is None and ranks.first:
+        _check_finished(output, recipe, seed)
     placed = _placed(stream, recipe, where, ranks, output, offload, offload_dir)
     rows = draw_rows(recipe.calibration, load_tokenizer(stream.checkpoint), seed, HELD_OUT)
     top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
@@ -161,6 +163,18 @@ def _quantize(
             f"'{where}' is out of memory ({str(e).splitlines()[0]}). The finished blocks are kept: {helps}. If that is not enough, shorter rows "
             "(--length) or another recipe take less, as a run of their own."
         ) from e
+
+
+def _check_finished(output: Output, recipe: Recipe, seed: int) -> None:
+    """Refuse a folder with a finished artifact that this command cannot have made; whether it has is found out later, from every byte.
+
+    Raises:
+        LowbitError: it was made by other methods, on another scheme, or from another seed.
+    """
+    report, wanted = read_report(output.folder), recipe.as_dict()
+    made = report.get("recipe", {})
+    if "run" not in report or report.get("seed") != seed or any(made.get(k) != wanted[k] for k in ("scheme", "methods")):
+        raise LowbitError(f"'{output.given}' exists and is not empty. Choose another -o, or remove it first.")
 
 
 def _placed(
@@ -208,6 +222,7 @@ class _Run:
         self.ranks = ranks
         self.origin = dict(origin)  # what report.json says of the model's source and the command
         self.started = time.time()
+        self.files = source_files(stream.checkpoint)
         here = Original.of(stream.checkpoint)
         self.original = here.hashed(ranks)
         identity = fingerprint(stream, self.original, recipe, rows, seed)
@@ -245,6 +260,7 @@ class _Run:
         record = self.place.finished(0)
         if record is None:
             tensors = {**self.stream.outer_tensors(), **self.stream.copied_tensors()}
+            self.original.check_unchanged()
             record = self.place.finish(0, tensors, {"name": "outside the blocks"})
         self.records.append(record)
 
@@ -285,6 +301,7 @@ class _Run:
             if first and (idle := idle_ranks(self.recipe, self.ranks)):
                 block = block.noted(trouble=[*block.notes.get("trouble", ()), *idle])
             first = False
+            self.original.check_unchanged()  # before it is noted, or a resume would take a block of another model for this one's
             record = self.place.finish(start, tensors, block_record(block, tensors, time.time() - clock), partial(artifact.compare_block, block))
             clock = time.time()
             yield record, streams, False
@@ -321,14 +338,13 @@ class _Run:
         grids = {e["name"]: self.recipe.grid_of(e["name"]) for r in self.records[1:] for e in r["linears"]}
         config = {**self.stream.artifact_config(), "quantization_config": self._describe(grids, list(skipped))}
         place.write_json("config.json", config)
-        files = source_files(self.stream.checkpoint)
+        files = self.files
         place.carry(self.stream.checkpoint, files.carried)
         weight_map = {t: r["shard"] for r in self.records for t in r["tensors"]}
         total = sum(r["bytes"] for r in self.records)
         place.write_json(artifact.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_atomic(place.partial / artifact.RECIPE, self.recipe.to_toml().encode())
         self._write_proof(streams)
-        self.original.check_unchanged()
         report = self._report(own_version(), skipped, quality, files)
         place.write_json(artifact.REPORT, report)
         self.stream.release()

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .artifact import CARD, NOTES, PROOF, REPORT, STATE, file_hash, read_shard, save_shard, shard_name, tensor_hash
-from .disk import disk, write_atomic
+from .disk import copy_atomic, disk, write_atomic
 from .errors import LowbitError
 from .lock import LOCK
 from .model.checkpoint import Checkpoint
@@ -189,8 +189,7 @@ class Workplace:
                 raise LowbitError(f"'{name}' of '{checkpoint.name}' has gone while it was quantized. Put it back and run the same command.")
             with disk(self.partial / name):
                 (self.partial / name).parent.mkdir(exist_ok=True)
-                data = path.read_bytes()
-            write_atomic(self.partial / name, data)
+            copy_atomic(path, self.partial / name)
 
     def complete(self) -> None:
         """Give the directory its final place, then drop the working notes: killed in between, it is finished all the same."""

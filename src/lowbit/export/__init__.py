@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..artifact import REPORT
 from ..errors import DiskFull, Interrupted, LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import gguf as container
@@ -56,6 +57,8 @@ def _nothing_kept(output: Output) -> Iterator[None]:
     try:
         yield
     except BaseException as e:
+        if isinstance(e, KeyboardInterrupt) and (output.folder / REPORT).is_file() and not output.is_moving:
+            raise Interrupted(f"The export is finished all the same: '{output.given}'.") from e
         with suppress(LowbitError):
             output.clear()
         if isinstance(e, KeyboardInterrupt):

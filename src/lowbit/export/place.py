@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..artifact import CARD, INDEX, NOTES, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash
 from ..card import model_card
-from ..disk import disk, write_atomic
+from ..disk import copy_atomic, disk, write_atomic
 from ..formats.gguf import Reader
 from ..model.checkpoint import Stored
 from ..output import Output
@@ -76,7 +76,7 @@ class Place:
         """Take a file over."""
         with disk(self.partial / name):
             (self.partial / name).parent.mkdir(exist_ok=True)
-        write_atomic(self.partial / name, (source / name).read_bytes())
+        copy_atomic(source / name, self.partial / name)
 
     def write(self, name: str, data: Any) -> None:
         """A JSON file."""

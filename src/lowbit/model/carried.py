@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
 
 from .checkpoint import TEMPLATES, Checkpoint
 
-_OWN = {"README.md", "report.json", "recipe.toml", "run.json", "proof/", "model.safetensors.index.json"}
+_OWN = {"README.md", "report.json", "recipe.toml", "proof/", "model.safetensors.index.json"}
 _OF_QUANTIZERS = {"quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json"}
-_WEIGHTS = (
+_OF_RUNS = ("run.json", "lowbit.lock", "moving.json", "shard-*.json", "*.tmp")
+_WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
-    ".npy", ".tflite", ".mlmodel", ".index.json",
+    ".npy", ".ot", ".tflite", ".mlmodel", ".index", ".tar", ".zip", ".7z", ".gz", ".xz", ".bz2", ".zst",
+}  # fmt: skip
+_DECIDING = (  # of the carried ones: what loaders and tokenizers read
+    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    TEMPLATES + "*", "generation_config.json", "*processor_config.json", "*.py",
 )  # fmt: skip
 
 
@@ -27,6 +34,11 @@ class SourceFiles:
     carried: tuple[str, ...]
     left_out: Mapping[str, str]
 
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """Those of the carried that decide what a loader makes of the model, or a tokenizer of a text; a log beside them does not."""
+        return tuple(n for n in self.carried if any(fnmatch(n, p) for p in _DECIDING))
+
 
 def source_files(checkpoint: Checkpoint) -> SourceFiles:
     """Sort the files of a model into those that an artifact takes over and those that stay.
@@ -41,7 +53,7 @@ def source_files(checkpoint: Checkpoint) -> SourceFiles:
     for name in checkpoint.files():
         if name in checkpoint.shards or name == "config.json":
             continue
-        why = _reason(name)
+        why = _reason(name) or (None if checkpoint.is_regular(name) else "not a regular file")
         if why is None:
             carried.append(name)
         else:
@@ -53,14 +65,16 @@ def _reason(name: str) -> str | None:
     """Why a file stays behind; None if it does not."""
     if name in _OWN:
         return "the artifact has its own"
+    if any(fnmatch(name, p) for p in _OF_RUNS):
+        return "a name that runs of lowbit use"
     if name.startswith("."):
         return "hidden"
     if name in _OF_QUANTIZERS:
         return "describes another quantization"
-    if name.lower().endswith(_WEIGHTS):
-        return "weights that transformers does not read here, or a format that can run code"
     if name.endswith("/"):
         return "a folder, from which nothing is loaded"
+    if any(suffix in _WEIGHTS for suffix in PurePosixPath(name.lower()).suffixes):
+        return "weights that transformers does not read here, an archive, or a format that can run code"
     if "/" in name and not name.startswith(TEMPLATES):
         return "in a folder, from which nothing is loaded"
     return None

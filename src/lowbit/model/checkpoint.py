@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ _NAMED = "transformers_weights"  # config.json may say which file holds the weig
 _ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates/"  # where transformers saves chat templates that have names
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what lowbit quantizes, as safetensors names it
-_BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}  # whose names do not end in them
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        bits = _BITS.get(self.kind) or int(self.kind.lstrip("BFUIC"))
-        return self.numel * bits // 8
+        bits = re.search(r"\d+", self.kind)  # of F8_E4M3 the first number; BOOL has none and is a byte
+        return self.numel * (int(bits[0]) if bits else 8) // 8
 
 
 def config_at(path: Path) -> Any:
@@ -135,6 +135,8 @@ class Checkpoint:
         if self.file("config.json") is None:
             self._refuse_adapter(alone=True)
             raise LowbitError(f"'{self.name}' has no config.json: is it a Hugging Face model folder?")
+        if self.folder is None:
+            self.revision = self._commit()
         self.config_json = self._read_json("config.json")
         self._refuse_adapter(alone=False)
         self.shards = self._find_shards()
@@ -146,6 +148,12 @@ class Checkpoint:
                         both = f"'{self._where[key]}' and '{shard}'"
                         raise LowbitError(f"tensor '{key}' of '{self.name}' lies in {both}: remove the file that does not belong.")
                     self._where[key] = shard
+
+    def _commit(self) -> str | None:
+        """The commit that a hub's branch points at now: what is pushed later is another model."""
+        path = self.file("config.json")
+        snapshot = path.parent if path is not None else Path()
+        return snapshot.name if snapshot.parent.name == "snapshots" else self.revision
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.file(name)
@@ -206,6 +214,10 @@ class Checkpoint:
             listed = hub_files(self.name, self.revision)
             names = {n if "/" not in n or n.startswith(TEMPLATES) else n.partition("/")[0] + "/" for n in listed}
         return sorted(names - {TEMPLATES})
+
+    def is_regular(self, name: str) -> bool:
+        """Whether a listed name is a file with bytes, not a link that leads nowhere or a pipe; of a hub all are."""
+        return self.folder is None or (self.folder / name).is_file()
 
     def file(self, name: str) -> Path | None:
         """Path of one file of the model, fetched from the hub if need be; None if the model has no such file."""

@@ -30,7 +30,8 @@ def check_source(checkpoint: Checkpoint) -> None:
     report = checkpoint.file("report.json") if checkpoint.folder is not None else None
     if report is not None and '"lowbit"' in report.read_text(encoding="utf-8", errors="replace")[:4096]:
         raise LowbitError(f"'{checkpoint.name}' is an artifact of lowbit ({report.name}) and quantized already: start from the model it was made of.")
-    classes = checkpoint.config_json.get("architectures") or []
+    named = checkpoint.config_json.get("architectures")
+    classes = named if isinstance(named, list) else []
     other = [c for c in classes if isinstance(c, str) and "For" in c and not c.endswith(_CAUSAL)]
     if other and len(other) == len(classes):
         raise LowbitError(f"'{checkpoint.name}' is a {other[0]} (architectures in its config.json): lowbit quantizes causal language models.")
