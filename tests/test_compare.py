@@ -5,10 +5,12 @@ import json
 
 import pytest
 from helpers import save_tiny
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lowbit.compare
 from lowbit.cli import app
+from lowbit.errors import DiskFull
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +137,29 @@ def test_accuracies_of_tasks_are_in_every_report(tmp_path):
     write_comparison(tmp_path, [{**row, "blocks": [{"before": 2.0, "after": 1.0}], "tasks": tasks}], "title")
     (line,) = csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines())
     assert line["piqa"] == "0.5000" and line["mean acc"] == "0.5000"
+
+
+def test_another_model_or_text_under_the_same_names_is_measured_anew(tmp_path):
+    model, out = save_tiny(tmp_path / "m"), tmp_path / "c"
+    assert compare(model, out, "--keep", schemes="W4A16", recipes="rtn").exit_code == 0
+    first = json.loads((out / "comparison.json").read_text())["rows"]
+    held = load_file(model / "model.safetensors")
+    held["model.embed_tokens.weight"][100:] *= 1.5
+    save_file(held, model / "model.safetensors", metadata={"format": "pt"})
+    again = compare(model, out, "--keep", schemes="W4A16", recipes="rtn")
+    assert again.exit_code == 0, again.output
+    second = json.loads((out / "comparison.json").read_text())["rows"]
+    assert all(a["perplexity"] != b["perplexity"] for a, b in zip(first, second, strict=True))
+    (model / "text.txt").write_text((model / "text.txt").read_text()[::-1])
+    assert compare(model, out, "--keep", schemes="W4A16", recipes="rtn").exit_code == 0
+    third = json.loads((out / "comparison.json").read_text())["rows"]
+    assert third[2]["calibration"]["sha256"] != second[2]["calibration"]["sha256"] and third[0]["windows_sha256"] != second[0]["windows_sha256"]
+
+
+def test_a_full_disk_ends_the_comparison_instead_of_failing_every_cell(model, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise DiskFull("no space left on disk while writing 'x': free some and run the same command.")
+
+    monkeypatch.setattr(lowbit.compare, "quantize", full)
+    result = compare(model, tmp_path / "c", schemes="W4A16,W4A8", recipes="rtn")
+    assert result.exit_code == 2 and "Cells measured and kept" in " ".join(result.output.split()) and "failed:" not in result.output
