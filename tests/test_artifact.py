@@ -350,6 +350,7 @@ def test_a_hash_is_of_the_numbers_and_not_of_how_they_lie_in_memory():
 INTERPRETERS = {  # what stands for the interpreter, what is said of it
     "no memory": ("ulimit -v 300000; exec {python} \"$@\"", "could not be run on"),
     "killed": ("kill -9 $$", "ended by SIGKILL"),
+    "killed by a real-time signal": ("kill -35 $$", "ended by signal 35"),
     "a module that cannot be imported": ("PYTHONPATH={broken} exec {python} \"$@\"", "no compressed-tensors here"),
     "another failure before the model": ("echo 'cannot start' >&2; exit 1", "cannot start"),
     "silence": ("exit 0", "sent no logits"),

@@ -26,7 +26,7 @@ from lowbit.evaluate import continue_text
 from lowbit.job import Result
 from lowbit.machine import pick_device
 from lowbit.names import hub_id, model_name
-from lowbit.presets import load_recipe
+from lowbit.presets import load_recipe, recipe_names
 from lowbit.proof import Verification
 from lowbit.report import write_comparison
 from lowbit.verbatim import code, code_block, literal, markdown, plotted, shell
@@ -191,6 +191,45 @@ def test_what_the_file_system_refuses_later_is_a_sentence(tmp_path, monkeypatch)
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(OSError(28, "No space left on device"), "error: the system cannot read or write something: No space left on device. Mend that"),
+     (OSError(5, "Input/output error"), "something: Input/output error. "),
+     (FileNotFoundError(2, "No usable temporary directory found in ['/tmp',\n'/']"), "No usable temporary directory found in ['/tmp', '/']. "),
+     (ConnectionError("cannot reach the hub."), "error: cannot reach the hub.\n"), (TimeoutError(), "error: TimeoutError.\n"),
+     (PermissionError(13, "Permission denied", "a"), "error: 'a' cannot be read or written: Permission denied.\n")],
+)  # fmt: skip
+def test_what_the_system_refuses_is_a_sentence_without_a_path_too(monkeypatch, error: OSError, says: str) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lowbit.proof.read_report", refuse)
+    assert says in refusal("inspect", "x")
+
+
+def test_a_reader_that_is_gone_is_no_error(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("lowbit.proof.read_report", refuse)
+    status, said = call("inspect", "x")
+    assert status == 1 and "error" not in said
+
+
+# --- what the help says of recipes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("option", "usual"), [("samples", 128), ("calib", "stdlib")])
+def test_the_help_names_the_recipes_that_have_another_default(option: str, usual: object) -> None:
+    """By words in their names, which are quoted: every recipe with one of them, and no other."""
+    said = COMMANDS["quantize"][option].annotation.__metadata__[0].help.partition("Default: ")[2]
+    words = re.findall("'([^']+)'", said.replace("recipe's", "recipe"))
+    found = {n: (c.samples if option == "samples" else c.source) for n in recipe_names() for c in [load_recipe(n).calibration]}
+    assert {n for n, v in found.items() if v != usual} == {n for n in found if any(w in n for w in words)}
+    assert all(str(v) in said for v in found.values())
+    assert load_recipe("best").calibration.samples == 512 and load_recipe("best").calibration.source == "stdlib"
+
+
 # --- names from outside -----------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +241,48 @@ def test_a_console_prints_what_it_is_given(name: str) -> None:
     for what in (name, table):
         Console(file=file).print(what)
     assert file.getvalue().count(name) == 5
+
+
+CONTROLS = "a\tb  c\r\nd\x0ce\x08f\rg\x07\x1b[31mh\x9b2Jü\x7f"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_control_characters_reach_a_file_and_drive_no_terminal() -> None:
+    file, terminal, piped = io.StringIO(), Terminal(), io.StringIO()
+    consoles = (Console(file=file), Console(file=terminal, force_terminal=False), Console(file=piped, force_terminal=True))
+    for console in consoles:
+        console.print(CONTROLS, "2", style="red")
+        console.print()
+        console.print("x", end="")
+    shown = "a\tb  c\r\nd\\x0ce\\x08f\\rg\\x07\\x1b[31mh\\x9b2Jü\\x7f 2\n\nx"
+    assert file.getvalue() == f"{CONTROLS} 2\n\nx" and terminal.getvalue() == shown
+    assert re.sub(r"\x1b\[3?[01]m", "", piped.getvalue()) == shown and piped.getvalue().startswith("\x1b[31ma\tb  c\r")
+
+
+def test_control_characters_in_a_table_are_seen() -> None:
+    for file in (io.StringIO(), Terminal()):
+        table = Table(CONTROLS, title=CONTROLS, caption=CONTROLS)
+        table.add_row(CONTROLS)
+        Console(file=file, width=200).print(table)
+        assert file.getvalue().count("d\\x0ce\\x08f\\rg\\x07\\x1b[31mh\\x9b2Jü\\x7f") == 4
+        assert file.getvalue().count("a\\tb  c\\r") == 4 and "[31mh" not in re.sub(r"\\x1b\[31mh", "", file.getvalue())
+
+
+def test_strings_come_out_above_a_live_table() -> None:
+    from rich.live import Live
+
+    file = Terminal()
+    console = Console(file=file, force_terminal=True, _environ={"TERM": "xterm"})
+    with Live(Table("shown"), console=console, auto_refresh=False) as live:
+        console.print("a\tb\r", style="red")
+        live.update(Table("again"), refresh=True)
+    said = file.getvalue()
+    assert "\x1b[31ma\tb\\r\x1b[0m\n" in said and said.index("a\tb") < said.rindex("again")
+    assert "shown" in said[: said.index("a\tb")] and "shown" in said[said.index("a\tb") :]  # drawn again below the string
 
 
 def test_only_the_console_of_the_library_is_used() -> None:
@@ -216,10 +297,6 @@ def test_a_table_in_a_file_is_whole_and_on_a_terminal_folded(monkeypatch) -> Non
     file = io.StringIO()
     Console(file=file).print(comparison_table(rows, "t" * 300))
     assert "r" * 200 in file.getvalue() and "t" * 300 in file.getvalue() and "…" not in file.getvalue()
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
 
     narrow = Terminal()
     Console(file=narrow, force_terminal=True, no_color=True).print(comparison_table(rows, ""))

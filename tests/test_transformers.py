@@ -5,6 +5,7 @@ import io
 import shutil
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -242,6 +243,20 @@ def test_dequantized_it_is_a_plain_model_with_the_same_weights(artifact, tmp_pat
     assert torch.equal(logits(load(tmp_path / "plain")), logits(plain))
 
 
+def test_linears_are_freed_while_others_are_dequantized(artifact, monkeypatch):
+    model, seen, plain = load(artifact), [], PackedLinear.plain
+    logits(model)  # decodes what is kept decoded
+
+    def counted(linear, dtype):
+        assert sum(ref() is not None for ref in seen) == 0
+        seen.append(weakref.ref(linear))
+        return plain(linear, dtype)
+
+    monkeypatch.setattr(PackedLinear, "plain", counted)
+    model.dequantize()
+    assert len(seen) == 14 and not any(ref() for ref in seen)
+
+
 @pytest.mark.parametrize("safe", [False, True])
 def test_adapters_train_and_merge_only_into_a_dequantized_model(artifact, safe):
     peft = pytest.importorskip("peft")
@@ -273,6 +288,8 @@ WRITES = {
     "a view": lambda linear: linear.weight.T[1:].zero_(),
     "out": lambda linear: torch.add(torch.zeros(linear.weight.shape), 1, out=linear.weight),
     "data": lambda linear: setattr(linear.weight, "data", torch.zeros(1)),
+    "an option": lambda linear: torch.nn.functional.relu(linear.weight, inplace=True),
+    "one of many": lambda linear: torch._foreach_mul_([torch.zeros(1), linear.weight], 2),
     "a parameter": lambda linear: setattr(linear, "weight", torch.nn.Parameter(torch.zeros(1))),
 }
 
@@ -284,6 +301,26 @@ def test_a_write_to_a_packed_weight_is_refused_not_lost(artifacts, write):
         WRITES[write](linear)
     product = linear.weight @ linear.weight.T  # reading is free, and what is computed is one's own
     assert type(product) is torch.Tensor and type(product.mul_(2)) is torch.Tensor
+
+
+@pytest.mark.parametrize("kind", ["rotated", "outliers"])
+def test_a_weight_that_is_kept_decoded_is_not_decoded_again_to_look_at(artifacts, kind, monkeypatch):
+    model, count, plain = load(artifacts(kind)), [], PackedLinear.decoded
+    monkeypatch.setattr(PackedLinear, "decoded", lambda linear: count.append(linear.name) or plain(linear))
+    linear = model.model.layers[0].mlp.up_proj
+    before = linear.weight.clone()
+    assert len(count) == 1 and linear._made is None  # looking keeps nothing
+    expected = logits(model)
+    count.clear()
+    assert torch.equal(linear.weight, before) and linear.weight.dtype == before.dtype and not count
+    for write in WRITES.values():
+        with pytest.raises(LowbitError, match="is packed"):
+            write(linear)
+    linear.weight.float().numpy()[:] = 0
+    if linear.weight.dtype != torch.bfloat16:  # which numpy has not
+        linear.weight.numpy()[:] = 0
+    torch.from_dlpack(linear.weight)[:] = 0
+    assert torch.equal(logits(model), expected) and not count
 
 
 def compiled(model, **options):

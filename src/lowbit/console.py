@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 import sys
 from typing import Any
 
 from rich import console, table
+from rich.segment import Segment, Segments
+from rich.text import Text
 
 _UNBOUNDED = 1 << 20  # columns, where no terminal has a width
+_DRIVES = re.compile(r"(?!\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey instead of showing it
+_MOVES = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # what has no width: rich drops, expands or passes on what it finds in a cell
 
 
 class Console(console.Console):
-    """Prints strings as they are: no markup, no emoji codes, no highlighting, no line breaks of its own.
+    """Prints strings as they are: no markup, no emoji codes, no highlighting, no line breaks, no tabs expanded.
 
-    Where the output is not a terminal, a table is as wide as its cells, whatever COLUMNS says.
+    On a terminal, control characters of a string are written as escapes (``\\x1b``), so that a name from outside cannot drive it;
+    line ends and tabs stay. In the cells of a table they are escapes everywhere. Where the output is not a terminal, a table is as
+    wide as its cells, whatever COLUMNS says.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def print(self, *objects: Any, sep: str = " ", end: str = "\n", **options: Any) -> None:
+        """As rich has it, but for strings."""
+        if objects and all(isinstance(o, str) for o in objects):
+            text = sep.join(objects)
+            # FORCE_COLOR makes a pipe a terminal for rich, TTY_COMPATIBLE=0 a terminal a pipe.
+            shown = _DRIVES.sub(_escape, text) if self.is_terminal or self.file.isatty() else text
+            objects = (Segments([Segment(shown + end)]),)
+        super().print(*objects, sep=sep, end=end, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich has it: the strings of tables."""
+        return super().render_str(_MOVES.sub(_escape, text), **options)
 
     @property
     def size(self) -> console.ConsoleDimensions:
@@ -38,6 +58,10 @@ class Table(table.Table):
     def add_column(self, *args: Any, **options: Any) -> None:
         """As rich has it; ``overflow`` is "fold" if nothing else is said."""
         super().add_column(*args, **{"overflow": "fold", **options})
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 def lose_nothing() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import kernels
 from .errors import LowbitError
@@ -17,6 +17,8 @@ from .formats.packing import unpack
 from .grid import Affine, Codebook, Grid, KQuant, Reading
 from .grid.bits import packed_words
 from .grid.packed import PackedColumns
+
+_UNGUARDED = ("numpy", "__array__", "__dlpack__")  # what these return shares memory and is no tensor
 
 
 class ReadOnly(Tensor):
@@ -50,10 +52,13 @@ class ReadOnly(Tensor):
         def plain(value: Any) -> Any:
             if isinstance(value, cls):
                 mine.append(value)
-            return value.as_subclass(Tensor) if isinstance(value, cls) else value
+            if not isinstance(value, cls):
+                return value
+            bare = value.as_subclass(Tensor)
+            return bare.clone() if func.__name__ in _UNGUARDED else bare
 
-        written = args[:1] if _writes(func.__name__) else ()
-        for value in (*written, kwargs.get("out")):
+        written = args[:1] if _writes(func.__name__) or kwargs.get("inplace") is True else ()
+        for value in tree_leaves((written, kwargs.get("out"))):
             if isinstance(value, cls):
                 raise cls.refusal(value.owner)
         with torch._C.DisableTorchFunctionSubclass():
@@ -127,8 +132,11 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # read-only on purpose
-        """As `decoded`; whoever writes to it gets a LowbitError."""
-        return ReadOnly.of(self.decoded(), self.name)
+        """As `decoded`, or what is kept of it on this device; whoever writes to it gets a LowbitError."""
+        return ReadOnly.of(self._looked_at(), self.name)
+
+    def _looked_at(self) -> Tensor:
+        return self.decoded()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -179,6 +187,11 @@ class DecodedLinear(PackedLinear):
             self._hold("weight_scale", (rows, groups), stored)
             if not grid.symmetric:
                 self._hold("weight_zero_point", (packed_words(rows, grid.bits), groups), torch.int32)
+
+    def _looked_at(self) -> Tensor:
+        """What is kept, if anything is. To look is no reason to keep it: who only asks for a dtype would fill the memory."""
+        made: Tensor | None = self._made
+        return self.decoded() if made is None or made.device != self.weight_shape.device else made
 
     def kept(self) -> Tensor:
         """The decoded weight, made at the first use."""

@@ -76,9 +76,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             hook.remove()
         self._hooks = []
         dtype = dtype or model.dtype
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
-                _replace(model, name, module.plain(dtype))
+        # Names only: a linear that is held keeps its packed tensors, and a decoded weight, until the last one is replaced.
+        for name in [n for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
+            _replace(model, name, model.get_submodule(name).plain(dtype))
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

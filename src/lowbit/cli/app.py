@@ -28,7 +28,7 @@ app = typer.Typer(
 out = Console()
 
 Seed = Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.", callback=numbers.seed)]
-Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a file (.txt, .json, .jsonl, .csv, .parquet, also compressed; conversations go through the model's chat template), a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, which is stdlib in all but the claq and -paper ones.")]  # fmt: skip
+Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a file (.txt, .json, .jsonl, .csv, .parquet, also compressed; conversations go through the model's chat template), a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, wikitext2 or c4 for those with 'claq' or '-paper' in their name, else stdlib.")]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
 Offload = Annotated[str, typer.Option(help="Where the activations between blocks live: on the device, on the host, on disk, or auto: the first of these that has the room. Changes no byte of the result.")]
 Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX, llama-cpp-python for GGUF.", show_default=False)]

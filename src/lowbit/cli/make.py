@@ -25,7 +25,7 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="A named recipe (README lists them), names joined by + (smoothquant+gptq), or a .toml file.")] = "tesseraq",
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable.")] = None,
     calib: Calib = None,
-    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, which is 128 in all but tesseraq-best and tesseraq-paper (512).", callback=whole())] = None,
+    samples: Annotated[Optional[int], typer.Option(help="Calibration rows; exactly as many or an error. Default: the recipe's, 512 for best and for those with 'tesseraq-best' or 'tesseraq-paper' in their name, else 128.", callback=whole())] = None,
     length: Annotated[Optional[int], typer.Option(help="Tokens per row. Default: the recipe's 2048, or the model's context if that is shorter.", callback=whole(2))] = None,
     seed: Seed = 0,
     offload: Offload = "auto",

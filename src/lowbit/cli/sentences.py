@@ -62,10 +62,20 @@ def _told() -> Iterator[None]:
             complain(f"{what[:1].lower()}{what[1:].rstrip('.')}; '{_helped(e)} --help' lists what can be given.")
         raise typer.Exit(2) from e
     except OSError as e:
-        if e.filename is None or e.errno == errno.EPIPE:
+        if e.errno == errno.EPIPE:  # typer ends quietly where nobody reads on
             raise
-        complain(f"'{e.filename2 or e.filename}' cannot be read or written: {e.strerror}.")
+        complain(_refused(e))
         raise typer.Exit(2) from e
+
+
+def _refused(e: OSError) -> str:
+    """What the system refused, with the path if the error has one."""
+    path, said = e.filename2 or e.filename, " ".join(str(e.strerror or e).split()).rstrip(".")
+    if path is not None:
+        return f"'{path}' cannot be read or written: {said}."
+    if e.errno is None:  # a library's own, which says what it is about
+        return f"{said or type(e).__name__}."
+    return f"the system cannot read or write something: {said}. Mend that and run the same command again."
 
 
 def _helped(error: Any) -> str:

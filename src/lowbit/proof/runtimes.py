@@ -95,9 +95,10 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     if done.returncode == _UNABLE:
         return done.stdout.decode(errors="replace").strip().rstrip(".")
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        memory = ", as the system does where memory runs out" if -done.returncode == signal.SIGKILL else ""
-        return f"its process was ended by {name}{memory}"
+        number = -done.returncode
+        named = next((s.name for s in signal.Signals if s == number), f"signal {number}")  # real-time signals have no names
+        memory = ", as the system does where memory runs out" if number == signal.SIGKILL else ""
+        return f"its process was ended by {named}{memory}"
     lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
     return f"its process ended with status {done.returncode} ({lines[-1].rstrip('.')})"
 

@@ -56,17 +56,17 @@ def decoded(model):
     """The model with the weights that GPTQModel itself decodes, as plain linears in float32; None if a kernel has laid them out anew."""
     import torch
 
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "dequantize_weight"):
-            if getattr(module, "qweight", None) is None or module.qweight.dtype != torch.int32:
-                return None
-            weight = module.dequantize_weight().T.float()
-            plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
-            plain.weight.copy_(weight)
-            if module.bias is not None:
-                plain.bias.copy_(module.bias)
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, plain)
+    for name in [n for n, m in model.named_modules() if hasattr(m, "dequantize_weight")]:
+        module = model.get_submodule(name)
+        if getattr(module, "qweight", None) is None or module.qweight.dtype != torch.int32:
+            return None
+        weight = module.dequantize_weight().T.float()
+        plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
+        plain.weight.copy_(weight)
+        if module.bias is not None:
+            plain.bias.copy_(module.bias)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain)
     return torch.nn.Module.float(model)
 
 
