@@ -193,6 +193,7 @@ def _message(item: dict[str, Any], where: str) -> Message:
             raise LowbitError(
                 f"{where}: its 'role' is {_kind(role)}, not a name such as user or assistant."
             )
+        role = _ROLES.get(role, role)
     elif item.get("from") is not None:
         role, key = _ROLES.get(str(item["from"]), ""), "value"
         if not role:
