@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import types
@@ -149,6 +150,29 @@ def test_tables_hold_conversations_as_well(tmp_path: Path) -> None:
     assert all(isinstance(d, Conversation) for d in (first, second, row))
     assert first.messages == row.messages == (USER, ANSWER) and second.messages[1]["name"] == "x"
     assert second.where == f"{tmp_path / 'a.parquet'}, row 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [([None, "b"], [(USER, ANSWER), "b"]), ([None, None], [(USER, ANSWER)] * 2), (["a", " "], ["a", (USER, ANSWER)])]
+)
+def test_a_conversation_beside_an_empty_text_is_read_from_every_kind_of_file(tmp_path: Path, text: list[Any], expected: list[Any]) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    talks = [[USER, ANSWER]] * 2
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(text, pyarrow.string()), "messages": talks}), tmp_path / "a.parquet")
+    jsonl(tmp_path / "a.jsonl", [{"text": t, "messages": m} for t, m in zip(text, talks, strict=True)])
+    with (tmp_path / "a.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([("text", "messages"), *((t, json.dumps(m)) for t, m in zip(text, talks, strict=True))])
+    for name in ("a.parquet", "a.jsonl", "a.csv"):
+        found = documents(str(tmp_path / name), "train")
+        assert [d.messages if isinstance(d, Conversation) else d for d in found] == expected, name
+
+
+def test_a_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(LowbitError, match=r"a.parquet' names more than one column 'text'"):
+        documents(str(tmp_path / "a.parquet"), "train")
 
 
 def test_hub_data_sets_hold_conversations_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,8 @@ def write(path: Path, content: str | bytes) -> Path:
         ("null.jsonl", '{"text": null}\n{"text": "b"}', ["b"]),
         ("a.csv", 'id,text\n1,"one, ""two""\nthree"\n2,\n3,NA\n', ['one, "two"\nthree', "NA"]),
         ("crlf.csv", b'text\r\n"one\r\ntwo"\r\n', ["one\r\ntwo"]),
+        ("unnamed.csv", "text,,\na,,\n", ["a"]),
+        ("inches.csv", 'id,text\n1,5" wide\n', ['5" wide']),
         ("long.csv", f"text\n{'x' * 200_000}\n", ["x" * 200_000]),
         ("a.tsv", "id\ttext\n1\tone, two\n", ["one, two"]),
         ("u16.txt", "größer".encode("utf-16"), ["größer"]),
@@ -102,6 +104,8 @@ def test_a_file_gives_its_documents_on_both_sides(tmp_path: Path, name: str, con
         ("headless.csv", f"{'x' * 100},b\n", f"(it has {'x' * 37}..., b)"),
         ("ragged.csv", "id,text\n1,one, two\n", "ragged.csv, row 1 (line 2) has more fields than the first line names"),
         ("empty.csv", "", "holds no text"),
+        ("twice.csv", "text,id,text\na,1,b\n", "twice.csv' names more than one column 'text'. Rename or drop"),
+        ("twice.tsv", "id\ttext\tid\n1\ta\t2\n", "twice.tsv' names more than one column 'id'. Rename or drop"),
         ("rowless.tsv", "id\ttext\n", "holds no text"),
         ("broken.json.gz", gzipped(b'["a", '), "broken.json.gz is not valid JSON"),
         ("lines.json", '{"text": "a"}\n{"text": \n', "lines.json, line 2 is not valid JSON"),
@@ -165,6 +169,10 @@ def test_parquet_and_zstd(tmp_path: Path) -> None:
         ("data/part.jsonl", "no such text file or folder: 'data/part.jsonl'"),
         ("/a/b/c", "no such text file or folder: '/a/b/c'"),
         ("~/nosuch", "no such text file or folder: '~/nosuch'"),
+        ("~nosuchuser/x.txt", "no such text file or folder: '~nosuchuser/x.txt'"),
+        ("~nosuchuser/x", "no such text file or folder: '~nosuchuser/x'"),
+        ("~nosuchuser", "known: c4, pile-val, stdlib, wikitext2."),
+        ("x" * 300 + ".txt", ".txt' cannot be looked up: File name too long."),
         ("wikitext", "did you mean 'wikitext2'?"),
         ("STDLIB", "did you mean 'stdlib'?"),
         ("zzzzzz", "known: c4, pile-val, stdlib, wikitext2."),
@@ -398,6 +406,42 @@ def test_a_folder_s_files_are_those_of_the_datasets_library(real: Path, names: l
     theirs = datasets.load_dataset_builder(str(real)).config.data_files
     expected = next(theirs[side] for side in SIDES[split] if side in theirs)
     assert [str(p) for p in folder_files(real, split)] == [str(p) for p in expected]
+
+
+@pytest.mark.parametrize(
+    ("names", "train"),
+    [
+        (["a.txt", "b.txt", "my-test-notes.txt"], ["a.txt", "b.txt"]),
+        (["a.txt", "dev.txt", "eval/c.txt", "eval/train.txt"], ["a.txt"]),
+        (["x/a.txt", "test/b.txt", "valid.txt"], ["x/a.txt"]),
+        (["data/test-00000-of-00001.txt", "data/a.txt", "b.txt"], ["b.txt", "data/a.txt"]),
+    ],
+)
+def test_training_takes_what_is_not_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], train: list[str]) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, name)
+    assert documents(str(tmp_path), "train") == train
+    assert not set(documents(str(tmp_path), "eval")) & set(train)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["test.txt"], "'test.txt' (test)"),
+        (["dev/a.txt", "b-test.jsonl"], "'b-test.jsonl' (test), 'dev/a.txt' (validation)"),
+        ([f"test-{n}.txt" for n in range(8)], "'test-5.txt' (test), ..."),
+    ],
+)
+def test_a_folder_of_nothing_to_train_on_names_its_files(tmp_path: Path, names: list[str], says: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, '"a"')
+    said = refused(tmp_path)
+    assert said.startswith(f"folder '{tmp_path}' has no file to train or calibrate on: by their names, all are held out, '")
+    assert said.endswith(f"{says}. Give one of them as a file, or rename it.")
+    assert documents(str(tmp_path), "eval")
 
 
 def test_a_folder_of_files_is_read_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

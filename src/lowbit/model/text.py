@@ -61,10 +61,10 @@ def documents(source: str, split: Split) -> list[Document]:
             raise LowbitError(str(e)) from e
     if source in CORPORA:
         return [*named_documents(CORPORA[source], split)]
-    path = Path(source).expanduser()
-    if path.is_file():
+    path, kind = _local(source)
+    if kind == "file":
         return _file_documents([path], f"'{path}'")
-    if path.is_dir():
+    if kind == "folder":
         files = folder_files(path, split)
         if files:
             return _file_documents(files, f"folder '{path}'")
@@ -74,6 +74,19 @@ def documents(source: str, split: Split) -> list[Document]:
     if "/" in source or path.suffix:
         raise LowbitError(f"no such text file or folder: '{source}'.")
     raise unknown("text source", source, ("stdlib", *CORPORA))
+
+
+def _local(source: str) -> tuple[Path, str]:
+    """The path that a source may be, and what is there: "file", "folder", or "" for nothing."""
+    path = Path(source)
+    try:
+        path = path.expanduser()
+    except RuntimeError:  # no such user
+        return path, ""
+    try:
+        return path, "file" if path.is_file() else "folder" if path.is_dir() else ""
+    except OSError as e:  # too long for a name, or behind a folder that may not be searched
+        raise LowbitError(f"text source '{source}' cannot be looked up: {e.strerror}.") from e
 
 
 def _is_hub_id(source: str) -> bool:
