@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import Any
 
@@ -14,7 +14,7 @@ _AT_ONCE = (
 )
 
 
-def token_ids(tokenizer: Any, documents: Sequence[Document]) -> Iterator[list[int]]:
+def token_ids(tokenizer: Any, documents: Iterable[Document]) -> Iterator[list[int]]:
     """The token ids of each document, made as they are asked for.
 
     A plain text gets the special tokens that the tokenizer puts around a text by itself, and no others: a
