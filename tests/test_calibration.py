@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sides], None]:
     """Replace what every source holds: {"train": documents, "eval": documents}."""
 
     def install(sides: Sides) -> None:
-        monkeypatch.setattr("lowbit.model.calibration.documents", lambda source, split: list(sides[split]))
+        monkeypatch.setattr("lowbit.model.calibration.iter_documents", lambda source, split: iter(sides[split]))
 
     return install
 
@@ -77,6 +78,25 @@ def test_rows_are_distinct_cuts_of_the_joined_documents(tmp_path: Path, tokenize
     drawn, held = as_set(rows.calibration), as_set(rows.held_out)
     assert len(drawn) == 20 and len(held) == 5 and not drawn & held
     assert drawn | held <= pool
+
+
+def test_tokens_take_four_bytes_each(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn from may have 1e9 tokens."""
+
+    class Numbers:
+        def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [list(range(1000, 3000)) for _ in texts]}
+
+    monkeypatch.setattr("lowbit.model.calibration.iter_documents", lambda source, split: ("x" for _ in range(500)))
+    tracemalloc.start()
+    try:
+        rows = draw_rows(Calibration("some.jsonl", 4, 100), Numbers(), 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows.tokens_available == 1_000_000 and rows.calibration[0, 0] % 100 == 0
+    # A batch of 64 documents is held as lists; the array may be copied once as it grows.
+    assert peak < 1_000_000 * 9 + 64 * 2000 * 36 * 2
 
 
 def test_every_document_brings_its_bos(tmp_path: Path, tokenizer: Any) -> None:

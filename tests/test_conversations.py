@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import types
@@ -24,6 +25,19 @@ TOOLS = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + PLAIN.
     "</s>", "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}</s>"
 )
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user must begin') }}{% endif %}" + PLAIN
+# The forms that published templates have: the system prompt inside the first turn of the user, a tool's answer as JSON, a
+# switch that is taken out of the system prompt, a role that has no branch.
+INSIDE = (
+    "{% set ns = namespace(system='') %}{% if messages[0].role == 'system' %}{% set ns.system = messages[0].content | trim + '\n\n' %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ ns.system }}{% set ns.system = '' %}{{ m.content | trim }} [/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% elif m.role == 'tool' %}<tool>{{ m.content | tojson }}</tool>{% endif %}{% endfor %}"
+)
+SWITCH = PLAIN.replace("m.content", "m.content.replace('/no_think', '').rstrip()")
+BRANCHES = (
+    "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content | trim }}</u>"
+    "{% elif m.role == 'assistant' %}<a>{{ m.content.split('</think>')[-1] | trim }}</a>{% endif %}{% endfor %}"
+)
+READING = INSIDE + "{% for m in messages %}{% if m.role == 'tool' %}{{ {'0': 'no', '1': 'yes'}[m.content] or raise_exception('what?') }}{% endif %}{% endfor %}"
 USER, ANSWER = {"role": "user", "content": "Why is it?"}, {"role": "assistant", "content": "It is so."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
@@ -78,6 +92,8 @@ def refused(record: Any) -> str:
             [USER],
         ),
         ({"messages": [{**USER, "tool_calls": None, "name": None}]}, [USER]),
+        ({"messages": [{**USER, "role": "human"}, {**ANSWER, "role": "gpt"}]}, [USER, ANSWER]),
+        ({"messages": [{**USER, "role": "developer"}]}, [{**USER, "role": "developer"}]),
     ],
 )
 def test_every_form_gives_its_messages(record: Any, expected: list[Any]) -> None:
@@ -134,6 +150,29 @@ def test_tables_hold_conversations_as_well(tmp_path: Path) -> None:
     assert all(isinstance(d, Conversation) for d in (first, second, row))
     assert first.messages == row.messages == (USER, ANSWER) and second.messages[1]["name"] == "x"
     assert second.where == f"{tmp_path / 'a.parquet'}, row 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [([None, "b"], [(USER, ANSWER), "b"]), ([None, None], [(USER, ANSWER)] * 2), (["a", " "], ["a", (USER, ANSWER)])]
+)
+def test_a_conversation_beside_an_empty_text_is_read_from_every_kind_of_file(tmp_path: Path, text: list[Any], expected: list[Any]) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    talks = [[USER, ANSWER]] * 2
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(text, pyarrow.string()), "messages": talks}), tmp_path / "a.parquet")
+    jsonl(tmp_path / "a.jsonl", [{"text": t, "messages": m} for t, m in zip(text, talks, strict=True)])
+    with (tmp_path / "a.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([("text", "messages"), *((t, json.dumps(m)) for t, m in zip(text, talks, strict=True))])
+    for name in ("a.parquet", "a.jsonl", "a.csv"):
+        found = documents(str(tmp_path / name), "train")
+        assert [d.messages if isinstance(d, Conversation) else d for d in found] == expected, name
+
+
+def test_a_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(LowbitError, match=r"a.parquet' names more than one column 'text'"):
+        documents(str(tmp_path / "a.parquet"), "train")
 
 
 def test_hub_data_sets_hold_conversations_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +243,64 @@ def test_what_the_template_cannot_write_is_refused(template: str | None, record:
     with pytest.raises(LowbitError) as e:
         written(document(record, "here"), chatty(template))
     assert str(e.value).startswith(says) and "\n" not in str(e.value)
+
+
+HALF = "a \ud83d b"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, {**ANSWER, "reasoning_content": HALF}]},
+        {"messages": [USER, {**CALLED, "tool_calls": [{"function": {"name": "weather", "arguments": {"city": HALF}}}]}]},
+        {"messages": [USER, {**CALLED, "tool_calls": [{"function": {"name": "weather", "arguments": json.dumps({"city": HALF})}}]}]},
+        {"messages": [USER], "tools": [{"type": "function", "function": {"name": "weather", "description": HALF}}]},
+        {"messages": [USER], "tools": [{"type": "function", "function": {"name": HALF}}]},
+        {"messages": [{**USER, "role": HALF}]},
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_wherever_the_template_writes_it(tmp_path: Path, record: Any) -> None:
+    template = "{{ tools | tojson }}" + TOOLS.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    source = jsonl(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER]}, record])
+    with pytest.raises(LowbitError) as e:
+        draw_rows(Calibration(source, 1, 4), chatty(template), 0)
+    assert str(e.value) == f"{source}, line 2: a field holds half of a surrogate pair, which no tokenizer takes. Repair or drop it."
+
+
+RESULT = {"role": "tool", "content": '{"temperature": "20 \u00b0C"}'}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        (BRANCHES, [SYSTEM, USER, ANSWER], "system"),
+        (BRANCHES, [USER, ANSWER, {"role": "developer", "content": "Be brief."}], "developer"),
+        (BRANCHES, [USER, ANSWER, RESULT, ANSWER], "tool"),
+        (BRANCHES, [{"role": "system", "content": "is"}, USER, ANSWER], "system"),  # the word is in the user's message
+        (BRANCHES, [USER, ANSWER, {"role": "critic", "content": "It is"}], "critic"),
+        (INSIDE, [USER, SYSTEM], "system"),
+        (BRANCHES, [{"role": "user", "content": "  Why is it?\n"}, {**ANSWER, "content": "<think>Hm.</think>It is so."}], None),
+        (BRANCHES, [{**USER, "role": "human"}, {**ANSWER, "role": "gpt"}], None),
+        (BRANCHES, [USER, ANSWER, USER, ANSWER], None),
+        (BRANCHES, [{"role": "system", "content": " \n"}, USER, ANSWER], None),
+        (INSIDE, [SYSTEM, USER, ANSWER, USER], None),
+        (INSIDE, [USER, ANSWER, RESULT, ANSWER], None),
+        (READING, [USER, ANSWER, {"role": "tool", "content": "1"}], None),
+        (SWITCH, [{"role": "system", "content": "Be brief. /no_think Be kind."}, USER, ANSWER], None),
+        (PLAIN, [{"role": "critic", "content": "Be brief."}, USER, ANSWER], None),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(template: str, messages: list[Any], lost: str | None) -> None:
+    found, tokenizer = document({"messages": messages}, "here"), chatty(template)
+    if lost is None:
+        assert written(found, tokenizer) == tokenizer.apply_chat_template(list(found.messages), tokenize=False)
+        return
+    with pytest.raises(LowbitError) as e:
+        written(found, tokenizer)
+    assert str(e.value) == (
+        f"here: the model's chat template leaves the message of role '{lost}' out. "
+        "Give conversations without this role, or a model whose template writes it."
+    )
 
 
 def test_the_report_tells_of_conversations_and_only_of_them(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import sys
+import tracemalloc
 import types
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ import pytest
 
 from lowbit.errors import LowbitError
 from lowbit.model.folders import SIDES, folder_files
-from lowbit.model.text import CORPORA, documents, named_documents
+from lowbit.model.text import CORPORA, documents, iter_documents, named_documents
 
 
 def refused(source: object, split: Any = "train") -> str:
@@ -58,6 +59,8 @@ def write(path: Path, content: str | bytes) -> Path:
         ("null.jsonl", '{"text": null}\n{"text": "b"}', ["b"]),
         ("a.csv", 'id,text\n1,"one, ""two""\nthree"\n2,\n3,NA\n', ['one, "two"\nthree', "NA"]),
         ("crlf.csv", b'text\r\n"one\r\ntwo"\r\n', ["one\r\ntwo"]),
+        ("unnamed.csv", "text,,\na,,\n", ["a"]),
+        ("inches.csv", 'id,text\n1,5" wide\n', ['5" wide']),
         ("long.csv", f"text\n{'x' * 200_000}\n", ["x" * 200_000]),
         ("a.tsv", "id\ttext\n1\tone, two\n", ["one, two"]),
         ("u16.txt", "größer".encode("utf-16"), ["größer"]),
@@ -102,6 +105,8 @@ def test_a_file_gives_its_documents_on_both_sides(tmp_path: Path, name: str, con
         ("headless.csv", f"{'x' * 100},b\n", f"(it has {'x' * 37}..., b)"),
         ("ragged.csv", "id,text\n1,one, two\n", "ragged.csv, row 1 (line 2) has more fields than the first line names"),
         ("empty.csv", "", "holds no text"),
+        ("twice.csv", "text,id,text\na,1,b\n", "twice.csv' names more than one column 'text'. Rename or drop"),
+        ("twice.tsv", "id\ttext\tid\n1\ta\t2\n", "twice.tsv' names more than one column 'id'. Rename or drop"),
         ("rowless.tsv", "id\ttext\n", "holds no text"),
         ("broken.json.gz", gzipped(b'["a", '), "broken.json.gz is not valid JSON"),
         ("lines.json", '{"text": "a"}\n{"text": \n', "lines.json, line 2 is not valid JSON"),
@@ -125,6 +130,73 @@ def test_a_file_gives_its_documents_on_both_sides(tmp_path: Path, name: str, con
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
     assert says in refused(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("open.csv", 'id,text\n1,"one\n2,two\n3,three\n', "open.csv: what begins after line 1 and ends in line 4 is not a table's row"),
+        ("later.csv", 'id,text\n1,one\n2,"two\n3,three\n', "later.csv: what begins after line 2 and ends in line 4"),
+        ("header.csv", 'id,"text\n1,one\n', "header.csv: what begins after line 0 and ends in line 2"),
+        ("single.csv", 'text\n"one" two\n', "single.csv: what begins after line 1 and ends in line 2"),
+        ("open.tsv.gz", gzipped(b'text\n"one\ntwo\n'), "open.tsv.gz: what begins after line 1 and ends in line 3"),
+    ],
+)
+def test_a_quote_left_open_is_refused(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
+    said = refused(write(tmp_path / name, content))
+    assert says in said and said.endswith("Is a quote left open, or not doubled within a text?")
+
+
+# --- files larger than what is read at once --------------------------------------------------------------------------------
+
+LINES = '\ufeff"größer"\r\n\r\n{"text": "zwei\u2028\U0001f600 und"}\r"drei"\n"vier"'
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzipped, ".bz2": bz2.compress, ".xz": partial(lzma.compress, preset=0)}
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("packed", PACKERS)
+def test_lines_do_not_depend_on_how_much_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str, at_once: int) -> None:
+    monkeypatch.setattr("lowbit.model.decoded._AT_ONCE", max(at_once, 4 if packed else 1))
+    for encoding in ("utf-8", "utf-16", "utf-32") if at_once >= 4 else ("utf-8",):  # the mark is in what is read first
+        text = LINES if encoding == "utf-8" else LINES[1:]
+        found = documents(str(write(tmp_path / f"a.jsonl{packed}", PACKERS[packed](text.encode(encoding)))), "train")
+        assert found == ["größer", "zwei\u2028\U0001f600 und", "drei", "vier"]
+        table = 'id,text\r\n1,"größer\r\nals ""das"""\r2,zwei\n'.encode(encoding)
+        assert documents(str(write(tmp_path / f"a.csv{packed}", PACKERS[packed](table))), "train") == ['größer\r\nals "das"', "zwei"]
+
+
+@pytest.mark.parametrize("at_once", [4, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'"a"\n"b"\n"caf\xe9"\n"d"\n', "(byte 12). Convert it first."),
+        (codecs.BOM_UTF8 + b'"a"\n"b"\n"caf\xe9"\n"d"\n', "(byte 15). Convert it first."),
+        (b'"a"\n"\xc3\xbc"\n"b\xc3', "(byte 11). Convert it first."),
+        ('"a"\n"b"'.encode("utf-16") + b"x", "is not the UTF-16 text that its mark announces (byte 16)."),
+        (b'"a"\n"b"\n"c\0"', "holds NUL bytes"),
+        (b'"a"\n"b"\n{"c"\n', "a.jsonl, line 3 is not valid JSON: Expecting ':' delimiter: line 1 column 5"),
+    ],
+)
+def test_where_a_file_is_bad_does_not_depend_on_how_much_is_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str, at_once: int
+) -> None:
+    monkeypatch.setattr("lowbit.model.decoded._AT_ONCE", at_once)
+    assert says in refused(write(tmp_path / "a.jsonl", content))
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.csv", "a.tsv"])
+def test_lines_are_read_as_they_are_asked_for(tmp_path: Path, name: str, packed: str) -> None:
+    line = "x" * 1000
+    text = "\n".join([line if "sv" in name else json.dumps(line)] * 20_000)
+    path = write(tmp_path / f"{name}{packed}", PACKERS[packed]((("text\n" if "sv" in name else "") + text).encode()))
+    tracemalloc.start()
+    try:
+        count = sum(len(d) for d in iter_documents(str(path), "train") if isinstance(d, str))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 20_000_000 and peak < 12_000_000  # bytes; the whole text takes more
 
 
 def test_the_limit_on_a_table_s_fields_is_put_back(tmp_path: Path) -> None:
@@ -165,6 +237,10 @@ def test_parquet_and_zstd(tmp_path: Path) -> None:
         ("data/part.jsonl", "no such text file or folder: 'data/part.jsonl'"),
         ("/a/b/c", "no such text file or folder: '/a/b/c'"),
         ("~/nosuch", "no such text file or folder: '~/nosuch'"),
+        ("~nosuchuser/x.txt", "no such text file or folder: '~nosuchuser/x.txt'"),
+        ("~nosuchuser/x", "no such text file or folder: '~nosuchuser/x'"),
+        ("~nosuchuser", "known: c4, pile-val, stdlib, wikitext2."),
+        ("x" * 300 + ".txt", ".txt' cannot be looked up: File name too long."),
         ("wikitext", "did you mean 'wikitext2'?"),
         ("STDLIB", "did you mean 'stdlib'?"),
         ("zzzzzz", "known: c4, pile-val, stdlib, wikitext2."),
@@ -398,6 +474,42 @@ def test_a_folder_s_files_are_those_of_the_datasets_library(real: Path, names: l
     theirs = datasets.load_dataset_builder(str(real)).config.data_files
     expected = next(theirs[side] for side in SIDES[split] if side in theirs)
     assert [str(p) for p in folder_files(real, split)] == [str(p) for p in expected]
+
+
+@pytest.mark.parametrize(
+    ("names", "train"),
+    [
+        (["a.txt", "b.txt", "my-test-notes.txt"], ["a.txt", "b.txt"]),
+        (["a.txt", "dev.txt", "eval/c.txt", "eval/train.txt"], ["a.txt"]),
+        (["x/a.txt", "test/b.txt", "valid.txt"], ["x/a.txt"]),
+        (["data/test-00000-of-00001.txt", "data/a.txt", "b.txt"], ["b.txt", "data/a.txt"]),
+    ],
+)
+def test_training_takes_what_is_not_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], train: list[str]) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, name)
+    assert documents(str(tmp_path), "train") == train
+    assert not set(documents(str(tmp_path), "eval")) & set(train)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["test.txt"], "'test.txt' (test)"),
+        (["dev/a.txt", "b-test.jsonl"], "'b-test.jsonl' (test), 'dev/a.txt' (validation)"),
+        ([f"test-{n}.txt" for n in range(8)], "'test-5.txt' (test), ..."),
+    ],
+)
+def test_a_folder_of_nothing_to_train_on_names_its_files(tmp_path: Path, names: list[str], says: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, '"a"')
+    said = refused(tmp_path)
+    assert said.startswith(f"folder '{tmp_path}' has no file to train or calibrate on: by their names, all are held out, '")
+    assert said.endswith(f"{says}. Give one of them as a file, or rename it.")
+    assert documents(str(tmp_path), "eval")
 
 
 def test_a_folder_of_files_is_read_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

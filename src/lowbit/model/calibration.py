@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from .chat import token_ids
-from .records import Conversation
-from .text import documents
+from .records import Conversation, Document
+from .text import iter_documents
 
 _PILE_DOCUMENT = 512  # longest document, in tokens, that the AWQ authors keep
 _C4_WINDOWS = 256
@@ -25,7 +26,7 @@ class Calibration:
     """Which text to calibrate on; part of a result's name.
 
     Attributes:
-        source: see `lowbit.model.text.documents`.
+        source: see `lowbit.model.text.iter_documents`.
         samples: rows, exactly as many or an error.
         length: tokens a row; in a recipe, the model's context if that is shorter.
 
@@ -110,27 +111,30 @@ def evaluation_windows(source: str, tokenizer: Any, length: int, limit: int | No
 
 def _first_windows(source: str, tokenizer: Any, length: int, limit: int | None) -> tuple[Tensor, int]:
     """The first windows of the evaluation side, and how many tokens were tokenized for them."""
-    texts = documents(source, "eval")
+    texts = iter_documents(source, "eval")
     if source == "c4":
         limit = _C4_WINDOWS if limit is None else min(limit, _C4_WINDOWS)
     tokens = _joined(token_ids(tokenizer, texts), None if limit is None else limit * length)
-    return _cut(tokens, length)[:limit], len(tokens)
+    return _cut(tokens, length)[:limit].long(), len(tokens)
 
 
-def _joined(documents: Iterator[list[int]], enough: int | None = None) -> list[int]:
-    """Whole documents as one run of tokens, until there are ``enough`` or no more documents."""
-    out: list[int] = []
+def _joined(documents: Iterator[list[int]], enough: int | None = None) -> array[int]:
+    """Whole documents as one run of tokens, int32, until there are ``enough`` or no more documents."""
+    out = array("i")  # a list takes nine times as much, and a source may have 1e9 tokens
     while enough is None or len(out) < enough:
         ids = next(documents, None)
         if ids is None:
             break
-        out += ids
+        out.extend(ids)
     return out
 
 
-def _cut(tokens: list[int], length: int) -> Tensor:
+def _cut(tokens: array[int], length: int) -> Tensor:
+    """Rows (n, length) int32 on the memory of the tokens."""
     count = len(tokens) // length
-    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+    if not count:
+        return torch.empty(0, length, dtype=torch.int32)
+    return torch.frombuffer(tokens, dtype=torch.int32, count=count * length).view(count, length)
 
 
 def _spare(c: Calibration, tokenizer: Any, held_out: int) -> Tensor:
@@ -148,20 +152,26 @@ def _too_short(c: Calibration, rows: int, tokens: int) -> LowbitError:
 
 
 def _from_all(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
-    texts = documents(c.source, "train")
-    tokens = _joined(token_ids(tokenizer, texts))
+    chats = 0
+
+    def counted() -> Iterator[Document]:
+        nonlocal chats
+        for document in iter_documents(c.source, "train"):
+            chats += isinstance(document, Conversation)
+            yield document
+
+    tokens = _joined(token_ids(tokenizer, counted()))
     pool = _cut(tokens, c.length)
     order = rng.sample(range(len(pool)), len(pool))
     if len(pool) < c.samples:
         raise _too_short(c, len(pool), len(tokens))
     rest = order[c.samples : c.samples + held_out]
-    spare = _spare(c, tokenizer, held_out) if c.source == "stdlib" else pool[sorted(rest)]
-    chats = sum(isinstance(t, Conversation) for t in texts)
-    return Rows(pool[order[: c.samples]], spare, c.source, len(tokens), chats)
+    spare = _spare(c, tokenizer, held_out) if c.source == "stdlib" else pool[sorted(rest)].long()
+    return Rows(pool[order[: c.samples]].long(), spare, c.source, len(tokens), chats)
 
 
 def _from_one_document(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
-    ids = next(token_ids(tokenizer, documents(c.source, "train")))
+    ids = next(token_ids(tokenizer, iter_documents(c.source, "train")))
     last = len(ids) - c.length - 1
     if last < 0:
         raise _too_short(c, 0, len(ids))
@@ -171,7 +181,7 @@ def _from_one_document(c: Calibration, tokenizer: Any, rng: random.Random, held_
 
 
 def _from_long_documents(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
-    texts = documents(c.source, "train")
+    texts = [*iter_documents(c.source, "train")]
     rng.shuffle(texts)
     rows: list[list[int]] = []
     tokens = 0
@@ -186,15 +196,15 @@ def _from_long_documents(c: Calibration, tokenizer: Any, rng: random.Random, hel
 
 
 def _from_short_documents(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
-    texts = [t.strip() for t in documents(c.source, "train") if isinstance(t, str)]  # all of them are
+    texts = [t.strip() for t in iter_documents(c.source, "train") if isinstance(t, str)]  # all of them are
     rng.shuffle(texts)
     short = (ids for ids in token_ids(tokenizer, texts) if len(ids) <= _PILE_DOCUMENT)
     tokens = _joined(short, c.samples * c.length)
-    rows = _cut(tokens, c.length)[: c.samples]
+    rows = _cut(tokens, c.length)[: c.samples].long()
     if len(rows) < c.samples:
         raise _too_short(c, len(rows), len(tokens))
     # The corpus has one split only, so what is held out are the documents that come next.
-    spare = _cut(_joined(short, held_out * c.length), c.length)[:held_out]
+    spare = _cut(_joined(short, held_out * c.length), c.length)[:held_out].long()
     return Rows(rows, spare, c.source, len(tokens))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +60,11 @@ def document(record: Any, where: str) -> Document:
         return _text(record, where)
     if not isinstance(record, dict):
         raise LowbitError(f"{where}: {_expected()}; it is {_kind(record)}.")
-    if record.get("text") is not None:
-        if not isinstance(record["text"], str):
-            raise LowbitError(f"{where}: {_expected()}; its 'text' is {_kind(record['text'])}.")
-        return _text(record["text"], where)
+    text = record.get("text")
+    if text is not None and not isinstance(text, str):
+        raise LowbitError(f"{where}: {_expected()}; its 'text' is {_kind(text)}.")
+    if text and text.strip():  # a cell of a table without nulls is empty where others have null
+        return _text(text, where)
     for name in _CHATS:
         if record.get(name) is not None:
             return _conversation(record, _messages(record[name], where, name), where)
@@ -91,16 +93,23 @@ def columns_of(there: Iterable[str], what: str) -> list[str]:
         there: the table's columns. what: the table, for a refusal.
 
     Raises:
-        LowbitError: the table has the fields of no form; names those that it has.
+        LowbitError: the table has the fields of no form, or a name twice; names those that it has.
     """
     held = list(there)
-    if "text" in held:
+    twice = [n for n, count in Counter(held).items() if n and count > 1]
+    if twice:
+        raise LowbitError(
+            f"{what} names more than one column {', '.join(map(repr, _shown(twice)))}. "
+            "Rename or drop all but one."
+        )
+    chats = any(n in held for n in _CHATS) or any(a in held and b in held for a, b in _PAIRS)
+    if not chats and "text" in held:
         return ["text"]
-    if not any(n in held for n in _CHATS) and not any(a in held and b in held for a, b in _PAIRS):
+    if not chats:
         raise LowbitError(
             f"{what} has no field 'text' (it has {', '.join(_shown(held))}), nor those of a conversation: {_CONVERSATION}."
         )
-    known = (*_CHATS, *(n for pair in _PAIRS for n in pair), *_BESIDE)
+    known = ("text", *_CHATS, *(n for pair in _PAIRS for n in pair), *_BESIDE)
     return [n for n in held if n in known]
 
 
@@ -193,6 +202,7 @@ def _message(item: dict[str, Any], where: str) -> Message:
             raise LowbitError(
                 f"{where}: its 'role' is {_kind(role)}, not a name such as user or assistant."
             )
+        role = _ROLES.get(role, role)
     elif item.get("from") is not None:
         role, key = _ROLES.get(str(item["from"]), ""), "value"
         if not role:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,14 @@ CORPORA = {
 
 
 def documents(source: str, split: Split) -> list[Document]:
+    """All that `iter_documents` gives."""
+    return list(iter_documents(source, split))
+
+
+def iter_documents(source: str, split: Split) -> Iterator[Document]:
     """The documents of a source: texts, and conversations where records hold those (`lowbit.model.records.document`).
+
+    Local files are read as the documents are asked for: they may be larger than the memory.
 
     Args:
         source: "stdlib", a name in `CORPORA`, a local file (`lowbit.model.files.read_records`), a local folder of
@@ -56,24 +64,37 @@ def documents(source: str, split: Split) -> list[Document]:
     """
     if source == "stdlib":
         try:
-            return [text for _, text in stdlib_files(split)]
+            return iter([text for _, text in stdlib_files(split)])
         except FileNotFoundError as e:
             raise LowbitError(str(e)) from e
     if source in CORPORA:
-        return [*named_documents(CORPORA[source], split)]
-    path = Path(source).expanduser()
-    if path.is_file():
+        return iter(named_documents(CORPORA[source], split))
+    path, kind = _local(source)
+    if kind == "file":
         return _file_documents([path], f"'{path}'")
-    if path.is_dir():
+    if kind == "folder":
         files = folder_files(path, split)
         if files:
             return _file_documents(files, f"folder '{path}'")
-        return _dataset_documents(str(path), split, _folder_options(path))
+        return iter(_dataset_documents(str(path), split, _folder_options(path)))
     if _is_hub_id(source):
-        return _dataset_documents(source, split, {})
+        return iter(_dataset_documents(source, split, {}))
     if "/" in source or path.suffix:
         raise LowbitError(f"no such text file or folder: '{source}'.")
     raise unknown("text source", source, ("stdlib", *CORPORA))
+
+
+def _local(source: str) -> tuple[Path, str]:
+    """The path that a source may be, and what is there: "file", "folder", or "" for nothing."""
+    path = Path(source)
+    try:
+        path = path.expanduser()
+    except RuntimeError:  # no such user
+        return path, ""
+    try:
+        return path, "file" if path.is_file() else "folder" if path.is_dir() else ""
+    except OSError as e:  # too long for a name, or behind a folder that may not be searched
+        raise LowbitError(f"text source '{source}' cannot be looked up: {e.strerror}.") from e
 
 
 def _is_hub_id(source: str) -> bool:
@@ -151,8 +172,13 @@ def _dataset_documents(source: str, split: Split, options: dict[str, Any]) -> li
     raise tried[-1]
 
 
-def _file_documents(files: list[Path], name: str) -> list[Document]:
-    found = [d for path in files for record, where in read_records(path) if filled(d := document(record, where))]
-    if not found:
+def _file_documents(files: list[Path], name: str) -> Iterator[Document]:
+    empty = True
+    for path in files:
+        for record, where in read_records(path):
+            found = document(record, where)
+            if filled(found):
+                empty = False
+                yield found
+    if empty:
         raise LowbitError(f"{name} holds no text.")
-    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import LowbitError
 from .checkpoint import Checkpoint
-from .files import check_fetched
+from .decoded import check_fetched
 
 _CHOSEN = (
     "tokenizer_config.json",
