@@ -141,15 +141,15 @@ def compare(then: dict[str, Row], now: dict[str, Row]) -> int:
     for name in sorted({*then, *now}):
         old, new = then.get(name), now.get(name)
         same = old is not None and new is not None and old.get("hash", old.get("refused")) == new.get("hash", new.get("refused"))
-        differing += not same
-        print(f"{name:32} {'same' if same else f'DIFFERS  {shown(old)} -> {shown(new)}'}")
-    print(f"{differing} of {len({*then, *now})} differ")
+        differing += not same and old is not None
+        print(f"{name:32} {'same' if same else 'new' if old is None else f'DIFFERS  {shown(old)} -> {shown(new)}'}")
+    print(f"{differing} of {len(then)} differ")
     return 1 if differing else 0
 
 
 def shown(row: Row | None) -> str:
     if row is None:
-        return "not there"
+        return "gone"
     return str(row["refused"]) if "refused" in row else f"KL {row['kl']:.5g}, hash {str(row['hash'])[:12]}"
 
 
