@@ -11,6 +11,7 @@ differs or a side fails. What a commit made is kept in bench-out/golden and not 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ def main() -> int:
         work = Path(scratch)
         models = make_models(work / "models", args.families)
         now = start(ROOT, models, work / "now.json", args.presets)
-        kept = KEPT / f"{commit}-{platform.node()}.json"
+        kept = KEPT / f"{commit[:12]}-{platform.node()}-{state_of(models)}.json"
         then = read(kept, args) if kept.is_file() else None
         if then is None:
             tree = work / "then"
@@ -74,6 +75,12 @@ def make_models(folder: Path, families: Sequence[str]) -> Path:
         (folder / family).mkdir(parents=True)
         save_tiny(folder / family, family)
     return folder
+
+
+def state_of(models: Path) -> str:
+    """A hash over the models and over this script, which says what is made of them."""
+    files = [Path(__file__), *sorted(p for p in models.rglob("*") if p.is_file())]
+    return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:12]
 
 
 def start(tree: Path, models: Path, out: Path, presets: Sequence[str]) -> subprocess.Popen[bytes]:
