@@ -326,6 +326,19 @@ def test_without_a_network_it_says_what_was_tried_once(library: Any) -> None:
     assert len(calls) == 2  # the other splits of an unreachable repository are not tried: each costs many seconds
 
 
+def test_a_split_of_another_name_is_asked_for_and_then_taken(library: Any) -> None:
+    def chats(repo: str, split: str) -> Table:
+        if split != "train_sft":
+            raise ValueError(f'Unknown split "{split}". Should be one of ["train_sft", "test_sft"].')
+        return Table(text=["one", "two"])
+
+    calls = library(chats)
+    said = refused("owner/chats")
+    assert '["train_sft", "test_sft"]' in said and said.endswith("A split of another name is given after a colon: owner/chats:SPLIT.")
+    assert documents("owner/chats:train_sft", "train") == documents("owner/chats:train_sft", "eval") == ["one", "two"]
+    assert [c[2] for c in calls] == ["train", "train_sft", "train_sft"]
+
+
 def test_an_error_without_a_message_still_says_something(library: Any) -> None:
     def silent(repo: str, split: str) -> Table:
         raise TimeoutError

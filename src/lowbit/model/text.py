@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def iter_documents(source: str, split: Split) -> Iterator[Document]:
 
     Args:
         source: "stdlib", a name in `CORPORA`, a local file (`lowbit.model.files.read_records`), a local folder of
-            such files, or a folder or hub id that `datasets.load_dataset` reads.
+            such files, or a folder or hub id that `datasets.load_dataset` reads; ":SPLIT" after a hub id names its split.
         split: "train" to calibrate, "eval" to evaluate; files have only one side.
 
     Raises:
@@ -76,9 +76,10 @@ def iter_documents(source: str, split: Split) -> Iterator[Document]:
         files = folder_files(path, split)
         if files:
             return _file_documents(files, f"folder '{path}'")
-        return iter(_dataset_documents(str(path), split, _folder_options(path)))
-    if _is_hub_id(source):
-        return iter(_dataset_documents(source, split, {}))
+        return iter(_dataset_documents(str(path), SIDES[split], _folder_options(path)))
+    repo, _, side = source.partition(":")
+    if _is_hub_id(repo):
+        return iter(_hub_documents(repo, (side,) if side else SIDES[split]))
     if "/" in source or path.suffix:
         raise LowbitError(f"no such text file or folder: '{source}'.")
     raise unknown("text source", source, ("stdlib", *CORPORA))
@@ -154,9 +155,19 @@ def _rows(name: str, data: Any) -> list[Document]:
     return [document(row, f"{name}, row {n}") for n, row in enumerate(found, 1)]
 
 
-def _dataset_documents(source: str, split: Split, options: dict[str, Any]) -> list[Document]:
+def _hub_documents(repo: str, sides: Sequence[str]) -> list[Document]:
+    """The documents of the first of these splits that a repository has."""
+    try:
+        return _dataset_documents(repo, sides, {})
+    except LowbitError as e:
+        if not isinstance(e.__cause__, ValueError):
+            raise
+        raise LowbitError(f"{e} A split of another name is given after a colon: {repo}:SPLIT.") from e
+
+
+def _dataset_documents(source: str, sides: Sequence[str], options: dict[str, Any]) -> list[Document]:
     tried: list[LowbitError] = []
-    for side in SIDES[split]:
+    for side in sides:
         try:
             data = _load(source, None, side, options)
         except LowbitError as e:
