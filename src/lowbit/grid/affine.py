@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .base import Params
+
 _LEAST_RANGE = 1e-5  # as the reference implementations of AWQ, OmniQuant and TesseraQ
 
 
 @dataclass(frozen=True)
-class AffineParams:
+class AffineParams(Params):
     """What an `Affine` grid needs besides its codes.
 
     Attributes:
@@ -21,16 +23,6 @@ class AffineParams:
 
     scale: Tensor
     zero_point: Tensor
-
-    def differing(self, other: AffineParams) -> str | None:
-        """None if equal, else the part that differs."""
-        if not torch.equal(self.scale.float(), other.scale.float()):
-            return "scale"
-        return None if torch.equal(self.zero_point.float(), other.zero_point.float()) else "zero_point"
-
-    def to(self, device: torch.device) -> AffineParams:
-        """The same on a device."""
-        return AffineParams(self.scale.to(device), self.zero_point.to(device))
 
 
 @dataclass(frozen=True)

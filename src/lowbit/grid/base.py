@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+P = TypeVar("P", bound="Params")
+
+
+@dataclass(frozen=True)
+class Params:
+    """What a grid needs besides codes. Each grid has a subclass, whose fields are all tensors."""
+
+    def map(self: P, change: Callable[[Tensor], Tensor]) -> P:
+        """The same with every tensor changed."""
+        return type(self)(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self: P, device: torch.device) -> P:
+        """The same on a device."""
+        return self.map(lambda t: t.to(device))
+
+    def differing(self: P, other: P) -> str | None:
+        """Name of the first field whose numbers differ; None if all are equal."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return next((name for name, a, b in pairs if not torch.equal(a.float(), b.float())), None)
+
 
 class Grid(Protocol):
-    """Which numbers a weight may take. `Affine` and `Codebook` are the two there are; a grid holds no tensors.
+    """Which numbers a weight may take: `Affine`, `Codebook` and `KQuant` are the ones there are. A grid holds no tensors.
 
-    What a grid needs besides codes are its params, of a type of its own.
+    What a grid needs besides codes are its `Params`, of a type of its own.
     """
 
     @property

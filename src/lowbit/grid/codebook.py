@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .base import Params
 from .kmeans import NotFiniteError, kmeans
 
 Per = Literal["column", "row", "tensor"]
 
 
 @dataclass(frozen=True)
-class CodebookParams:
+class CodebookParams(Params):
     """What a `Codebook` grid needs besides its codes.
 
     Attributes:
@@ -24,16 +25,6 @@ class CodebookParams:
 
     levels: Tensor
     widths: Tensor
-
-    def differing(self, other: CodebookParams) -> str | None:
-        """None if equal, else the part that differs."""
-        if not torch.equal(self.widths, other.widths):
-            return "widths"
-        return None if torch.equal(self.levels.float(), other.levels.float()) else "levels"
-
-    def to(self, device: torch.device) -> CodebookParams:
-        """The same on a device."""
-        return CodebookParams(self.levels.to(device), self.widths.to(device))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .base import Params
 from .kmeans import NotFiniteError
 
 SUPER = 256
@@ -30,7 +31,7 @@ _AT_ONCE = 1 << 18  # weights fitted together: their temporaries stay in cache
 
 
 @dataclass(frozen=True)
-class KQuantParams:
+class KQuantParams(Params):
     """What a `KQuant` grid needs besides its codes; every tensor is float32.
 
     Attributes:
@@ -43,18 +44,9 @@ class KQuantParams:
     unit_min: Tensor
     min: Tensor
 
-    def differing(self, other: KQuantParams) -> str | None:
-        """None if equal, else the part that differs."""
-        pairs = ((n, getattr(self, n), getattr(other, n)) for n in ("unit", "scale", "unit_min", "min"))
-        return next((n for n, a, b in pairs if not torch.equal(a.float(), b.float())), None)
-
-    def to(self, device: torch.device) -> KQuantParams:
-        """The same on a device."""
-        return KQuantParams(self.unit.to(device), self.scale.to(device), self.unit_min.to(device), self.min.to(device))
-
     def double(self) -> KQuantParams:
         """The same in float64."""
-        return KQuantParams(self.unit.double(), self.scale.double(), self.unit_min.double(), self.min.double())
+        return self.map(Tensor.double)
 
 
 @dataclass(frozen=True)
