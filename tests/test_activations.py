@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import FAMILIES, save_tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,13 @@ def stream(tmp_path_factory):
 # --- the grid ------------------------------------------------------------------------------------------------------------
 
 
+def near_a_tie(quotient):
+    """Where float32 may round to one side and float64 to the other."""
+    return (quotient - quotient.floor() - 0.5).abs() < 1e-4
+
+
 @settings(deadline=None, max_examples=60)
+@example(8, "asymmetric", 1.0, 58358)  # has a tie
 @given(st.integers(2, 8), st.sampled_from(["asymmetric", "symmetric", "full"]), st.sampled_from([1.0, 0.9]), st.integers(0, 2**31))
 def test_per_token_against_a_loop(bits, kind, clip, seed):
     symmetric, full = kind != "asymmetric", kind == "full"
@@ -49,12 +55,12 @@ def test_per_token_against_a_loop(bits, kind, clip, seed):
         else:
             bottom, top = min(float(token.min()), 0) * clip, max(float(token.max()), 0) * clip
             scale = (top - bottom) / (2**bits - 1)
+            if near_a_tie(torch.tensor(-bottom / scale, dtype=torch.float64)):
+                continue
             zero, low, high = min(max(round(-bottom / scale), 0), 2**bits - 1), 0, 2**bits - 1
         exact = ((token / scale).round() + zero).clamp(low, high) - zero
-        # Where float32 and float64 round a tie apart, one step lies between them; with the full range -max|x| is always a tie.
-        sure = token.abs() < token.abs().max() if full else torch.ones_like(token, dtype=torch.bool)
-        assert ((exact * scale - out).abs() < 1e-4 * scale)[sure].double().mean() > 0.98
-        assert ((exact * scale - out).abs() < 1.001 * scale).all()
+        away = (exact * scale - out).abs() / scale  # in steps
+        assert (away[~near_a_tie(token / scale)] < 1e-4).all() and (away < 1 + 1e-4).all()
 
 
 def test_per_token_passes_gradients_and_refuses_nonsense():
