@@ -158,7 +158,8 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     checkpoint = Checkpoint(model)
     stored = checkpoint.stored()  # finds missing and truncated shards before transformers does
     config = load_config(checkpoint)
-    if is_leftover(checkpoint, stored):
+    leftover = is_leftover(checkpoint, stored)
+    if leftover:
         del config.quantization_config
     kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
     path = checkpoint.file("config.json")
@@ -180,7 +181,7 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
             f"tensor '{min(found['missing_keys'])}' is missing from '{model}' ({len(found['missing_keys'])} in all): "
             "the checkpoint does not fit its config.json."
         )
-    if not hasattr(config, "quantization_config"):  # else it is for its loader to know what the numbers mean
+    if leftover or not checkpoint.config_json.get("quantization_config"):  # else it is for its loader to know what the numbers mean
         ignored = [re.compile(p) for p in loaded._keys_to_ignore_on_load_unexpected or ()]  # these are not among the unexpected ones
         unused = {*found["unexpected_keys"], *(n for n in stored if any(p.search(n) for p in ignored))}
         check_read_as_floats(checkpoint, stored, unused)

@@ -15,7 +15,7 @@ from .artifact import file_hash
 from .errors import LowbitError, VerificationError
 from .methods import OmniQuant, TesseraQ
 from .model.calibration import Rows
-from .model.carried import source_files
+from .model.carried import SourceFiles, source_files
 from .model.checkpoint import Checkpoint
 from .model.ranks import ALONE, Ranks
 from .model.stream import ModelStream
@@ -39,9 +39,9 @@ class Original:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Original:
-        """Raises LowbitError if a file has gone."""
-        names = ["config.json", *checkpoint.shards, *source_files(checkpoint).deciding]
+    def of(cls, checkpoint: Checkpoint, files: SourceFiles | None = None) -> Original:
+        """Of a model, whose ``files`` are listed if they are not given. Raises LowbitError if one has gone."""
+        names = ["config.json", *checkpoint.shards, *(files or source_files(checkpoint)).deciding]
         paths = {name: checkpoint.file(name) for name in names}
         gone = [n for n, p in paths.items() if p is None]
         if gone:

@@ -223,7 +223,7 @@ class _Run:
         self.origin = dict(origin)  # what report.json says of the model's source and the command
         self.started = time.time()
         self.files = source_files(stream.checkpoint)
-        here = Original.of(stream.checkpoint)
+        here = Original.of(stream.checkpoint, self.files)
         self.original = here.hashed(ranks)
         identity = fingerprint(stream, self.original, recipe, rows, seed)
         if ranks.size > 1:

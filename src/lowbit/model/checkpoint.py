@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,20 @@ class Checkpoint:
         self.config_json = self._read_json("config.json")
         self._refuse_adapter(alone=False)
         self.shards = self._find_shards()
-        self._where: dict[str, str] = {}
+
+    @cached_property
+    def _held(self) -> dict[str, tuple[str, Stored]]:
+        """Tensor -> its shard and how it lies there, from the shards' own headers, which are read when this is first asked for."""
+        found: dict[str, tuple[str, Stored]] = {}
         for shard in self.shards:
             with self._open(shard) as f:
-                for key in f.keys():  # noqa: SIM118
-                    if key in self._where:
-                        both = f"'{self._where[key]}' and '{shard}'"
-                        raise LowbitError(f"tensor '{key}' of '{self.name}' lies in {both}: remove the file that does not belong.")
-                    self._where[key] = shard
+                for name in f.keys():  # noqa: SIM118
+                    if name in found:
+                        both = f"'{found[name][0]}' and '{shard}'"
+                        raise LowbitError(f"tensor '{name}' of '{self.name}' lies in {both}: remove the file that does not belong.")
+                    part = f.get_slice(name)
+                    found[name] = shard, Stored(tuple(part.get_shape()), part.get_dtype())
+        return found
 
     def _commit(self) -> str | None:
         """The commit that a hub's branch points at now: what is pushed later is another model."""
@@ -235,28 +242,15 @@ class Checkpoint:
         except (SafetensorError, OSError) as e:
             raise LowbitError(f"{path} is not a readable safetensors file (truncated download?): {e}") from e
 
-    def names(self) -> Iterable[str]:
-        """Names of all tensors in the checkpoint."""
-        return self._where.keys()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
     def stored(self) -> dict[str, Stored]:
         """Shape and dtype of every tensor by its name, read from the headers alone."""
-        found: dict[str, Stored] = {}
-        for shard in self.shards:
-            with self._open(shard) as f:
-                for name in f.keys():  # noqa: SIM118
-                    part = f.get_slice(name)
-                    found[name] = Stored(tuple(part.get_shape()), part.get_dtype())
-        return found
+        return {name: kept for name, (_, kept) in self._held.items()}
 
     def rows(self, names: Iterable[str], start: int, stop: int) -> list[Tensor]:
         """Some rows of matrices, in their stored dtypes."""
         out = []
         for name in names:
-            with self._open(self._where[name]) as f:
+            with self._open(self._held[name][0]) as f:
                 out.append(f.get_slice(name)[start:stop])
         return out
 
@@ -271,9 +265,9 @@ class Checkpoint:
         """
         wanted: dict[str, list[str]] = {}
         for name in names:
-            if name not in self._where:
+            if name not in self._held:
                 raise LowbitError(f"tensor '{name}' is missing from '{self.name}': the checkpoint does not fit its config.json.")
-            wanted.setdefault(self._where[name], []).append(name)
+            wanted.setdefault(self._held[name][0], []).append(name)
         out: dict[str, Tensor] = {}
         for shard, keys in wanted.items():
             with self._open(shard) as f:
