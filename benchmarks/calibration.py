@@ -1,12 +1,15 @@
-"""Seconds of calibration's parts on one wide random block, each next to its floor: its matrix products at this machine's own rate.
+"""Seconds of calibration's parts on one wide random block, each next to its floor: its matrix
+products at this machine's own rate.
 
     python benchmarks/calibration.py OUT.json [ROWS [LENGTH [HIDDEN [INNER]]]]
 
-A Llama block with random weights and inputs, 32 x 512 tokens, hidden 1024 and 2816 unless told otherwise; presets `awq` and `gptq` at
-W2A16g64, `claq` at W2A16. Prints a table in Markdown and writes JSON. Seconds are the process's own processor time (on an accelerator
-those of the clock), so that a busy machine counts for little. The floor is the flops of the part's matrix products over the rate of one
-product of (tokens, hidden) by (hidden, inner) in float32, for the factor of (hidden, hidden) in float64; for AWQ's scale search, with no
-candidate left early. "capture" has the sums of x x^T in it. "all" is the methods alone, without the float target and the losses.
+A Llama block with random weights and inputs, 32 x 512 tokens, hidden 1024 and 2816 unless told
+otherwise; presets `awq` and `gptq` at W2A16g64, `claq` at W2A16. Prints a table in Markdown and
+writes JSON. Seconds are the process's own processor time (on an accelerator those of the clock), so
+that a busy machine counts for little. The floor is the flops of the part's matrix products over the
+rate of one product of (tokens, hidden) by (hidden, inner) in float32, for the factor of (hidden,
+hidden) in float64; for AWQ's scale search, with no candidate left early. "capture" has the sums of
+x x^T in it. "all" is the methods alone, without the float target and the losses.
 """
 
 from __future__ import annotations
@@ -62,7 +65,10 @@ class Part:
 
 def rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device) -> float:
     """Flops per second of a matrix product, the best of five."""
-    a, b = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(inner, columns, dtype=dtype, device=device)
+    a, b = (
+        torch.randn(rows, inner, dtype=dtype, device=device),
+        torch.randn(inner, columns, dtype=dtype, device=device),
+    )
     best = float("inf")
     for _ in range(5):
         start = clock()
@@ -77,28 +83,55 @@ def model(folder: str, hidden: int, inner: int) -> Path:
 
 def floors(method: str, tokens: int, length: int, h: int, f: int) -> dict[str, float]:
     """Flops in float32 of each part's matrix products; those of the factor in float64."""
-    attention, project, mlp = 2 * tokens * length * h, 2 * tokens * h * h, 2 * tokens * h * f  # causal: half of all pairs, twice
+    # Causal: half of all pairs, twice.
+    attention, project, mlp = (
+        2 * tokens * length * h,
+        2 * tokens * h * h,
+        2 * tokens * h * f,
+    )
     grams = 2 * tokens * (h * h + f * f)
     if method == "awq":
-        # One pass to the last input; candidates run attention and the MLP, twenty times and once more for what is expected, or a product with a Gram matrix.
+        # One pass to the last input; candidates run attention and the MLP, twenty times and once
+        # more for what is expected, or a product with a Gram matrix.
         searched = 21 * (4 * project + attention + 3 * mlp) + 20 * 2 * h * (h * h + f * f)
-        return {"capture": 2 * (4 * project + attention + 2 * mlp), "statistics": grams, "scale search": searched, "clip search": 10 * 2 * 64 * (4 * h * h + 3 * h * f)}
-    # Inputs are collected site by site: nothing runs before attention's; then up to its output's, up to the MLP's, and inside the MLP.
+        return {
+            "capture": 2 * (4 * project + attention + 2 * mlp),
+            "statistics": grams,
+            "scale search": searched,
+            "clip search": 10 * 2 * 64 * (4 * h * h + 3 * h * f),
+        }
+    # Inputs are collected site by site: nothing runs before attention's; then up to its output's,
+    # up to the MLP's, and inside the MLP.
     capture = (3 * project + attention) + (4 * project + attention) + 2 * mlp
     loop = h * h * (4 * h + 2 * f) + h * f * f
-    return {"capture": capture, "statistics": 2 * tokens * (3 * h * h + f * f), "factor": (3 * h**3 + f**3) * 2 / 3, "range search": 0.0, "column loop": loop}
+    return {
+        "capture": capture,
+        "statistics": 2 * tokens * (3 * h * h + f * f),
+        "factor": (3 * h**3 + f**3) * 2 / 3,
+        "range search": 0.0,
+        "column loop": loop,
+    }
 
 
 def watched(method: str) -> dict[str, tuple[Any, str]]:
     """Part -> the function that does it, where it is looked up."""
     if method == "awq":
         return {
-            "capture": (awq, "seen_at"), "scale search": (awq, "search_scale"), "clip search": (awq, "search_clip"),
+            "capture": (awq, "seen_at"),
+            "scale search": (awq, "search_scale"),
+            "clip search": (awq, "search_clip"),
             "capture for the clip": (awq.AWQ, "_group_moments"),
-        }  # fmt: skip
-    parts: dict[str, tuple[Any, str]] = {"capture": (hessian, "input_hessians"), "factor": (hessian, "inverse_factor")}
+        }
+    parts: dict[str, tuple[Any, str]] = {
+        "capture": (hessian, "input_hessians"),
+        "factor": (hessian, "inverse_factor"),
+    }
     if method == "gptq":
-        return {**parts, "range search": (gptq, "fit_range"), "column loop": (gptq, "code_in_order")}
+        return {
+            **parts,
+            "range search": (gptq, "fit_range"),
+            "column loop": (gptq, "code_in_order"),
+        }
     return {**parts, "column loop": (claq, "code_in_order")}
 
 
@@ -109,7 +142,8 @@ def timed(method: str, recipe: Any, block: Block) -> dict[str, float]:
     parts = {part: Part(f, running) for part, f in kept.items()}
     try:
         for part, (owner, name) in places.items():
-            setattr(owner, name, (lambda p: lambda *a, **k: p(*a, **k))(parts[part]))  # a function, so that it binds as a method
+            # A function, so that it binds as a method.
+            setattr(owner, name, (lambda p: lambda *a, **k: p(*a, **k))(parts[part]))
         start = clock()
         for step in recipe.methods:
             block = step(block)
@@ -129,7 +163,10 @@ def main() -> None:
         device = pick_device("auto")
         stream = ModelStream(model(folder, h, f), device)
         kwargs = stream.block_kwargs(length)[0]
-        single, double = rate(min(rows * length, 8192), h, f, torch.float32, device), rate(h, h, h, torch.float64, device)
+        single, double = (
+            rate(min(rows * length, 8192), h, f, torch.float32, device),
+            rate(h, h, h, torch.float64, device),
+        )
         x = (torch.randn(rows, length, h) * torch.exp(torch.randn(h))).to(stream.dtype)
         streams = Streams(x, x + 0.05 * torch.randn_like(x), rows)
         for method, scheme in (("awq", "W2A16g64"), ("gptq", "W2A16g64"), ("claq", "W2A16")):
@@ -140,11 +177,25 @@ def main() -> None:
                 seconds["capture"] += seconds.pop("capture for the clip")
             needed["capture"] += needed.pop("statistics")
             for part, taken in seconds.items():
-                work = sum(v / (double if p == "factor" else single) for p, v in needed.items() if part in (p, "all"))
+                work = sum(
+                    v / (double if p == "factor" else single)
+                    for p, v in needed.items()
+                    if part in (p, "all")
+                )
                 results.append({"method": method, "part": part, "seconds": taken, "floor": work})
-    about = {"threads": torch.get_num_threads(), "device": str(device), "rows": rows, "length": length, "hidden": h, "inner": f}
+    about = {
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "rows": rows,
+        "length": length,
+        "hidden": h,
+        "inner": f,
+    }
     about |= {"float32_gflops": single / 1e9, "float64_gflops": double / 1e9}
-    print(f"{rows} x {length} tokens, hidden {h} and {f}; {single / 1e9:.0f} GFLOP/s in float32, {double / 1e9:.0f} in float64\n")
+    print(
+        f"{rows} x {length} tokens, hidden {h} and {f}; {single / 1e9:.0f} GFLOP/s in float32, "
+        f"{double / 1e9:.0f} in float64\n"
+    )
     print("| method | part | seconds | floor | times |\n|---|---|---|---|---|")
     for r in results:
         times = f"{r['seconds'] / r['floor']:.2f}" if r["floor"] else ""

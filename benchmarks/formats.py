@@ -1,9 +1,11 @@
-"""What every export format does to a weight: exact, or the extra error as a share of the quantization error; bits on disk; who reads it.
+"""What every export format does to a weight: exact, or the extra error as a share of the
+quantization error; bits on disk; who reads it.
 
     python benchmarks/formats.py OUT.json [ROWS COLUMNS]
 
-Gaussian weights, rounded to nearest on ranges from minimum and maximum, scales in float16. The extra error is relative to the error that
-rounding itself made on these weights. A cell says bits a weight and that error. Prints a Markdown table and writes JSON.
+Gaussian weights, rounded to nearest on ranges from minimum and maximum, scales in float16. The
+extra error is relative to the error that rounding itself made on these weights. A cell says bits a
+weight and that error. Prints a Markdown table and writes JSON.
 """
 
 from __future__ import annotations
@@ -23,17 +25,27 @@ from lowbit.formats.layouts import LAYOUTS
 from lowbit.grid import Affine, AffineParams, KQuant, QTensor
 
 READERS = {
-    ct.NAME: "transformers", gptq.V1: "GPTQModel (torch)", gptq.V2: "GPTQModel (torch)", awq.NAME: "GPTQModel (torch)", mlx.NAME: "mlx-lm (CPU)",
+    ct.NAME: "transformers",
+    gptq.V1: "GPTQModel (torch)",
+    gptq.V2: "GPTQModel (torch)",
+    awq.NAME: "GPTQModel (torch)",
+    mlx.NAME: "mlx-lm (CPU)",
     "gguf": "llama.cpp, gguf package",
-}  # fmt: skip
-CHECKS = {gptq.V1: lambda g, r, c: gptq.check(g, r, c, gptq.V1, "w"), gptq.V2: lambda g, r, c: gptq.check(g, r, c, gptq.V2, "w"),
-          awq.NAME: lambda g, r, c: awq.check(g, r, "w"), mlx.NAME: lambda g, r, c: mlx.group_of(g, c, "w")}  # fmt: skip
+}
+CHECKS = {
+    gptq.V1: lambda g, r, c: gptq.check(g, r, c, gptq.V1, "w"),
+    gptq.V2: lambda g, r, c: gptq.check(g, r, c, gptq.V2, "w"),
+    awq.NAME: lambda g, r, c: awq.check(g, r, "w"),
+    mlx.NAME: lambda g, r, c: mlx.group_of(g, c, "w"),
+}
 
 
 def decoded(q: QTensor) -> torch.Tensor:
     if isinstance(q.grid, KQuant):
         return q.grid.decode(q.codes, q.params.double())
-    return q.grid.decode(q.codes, AffineParams(q.params.scale.double(), q.params.zero_point.double()))
+    return q.grid.decode(
+        q.codes, AffineParams(q.params.scale.double(), q.params.zero_point.double())
+    )
 
 
 def in_format(name: str, q: QTensor, rows: int, columns: int) -> tuple[torch.Tensor, float, str]:
@@ -88,10 +100,16 @@ def main() -> None:
                 continue
             extra = float((value - own).square().mean() / error)
             reader = "llama.cpp" if label == "gguf Q2_0" else READERS[name]
-            results.append({"grid": str(grid), "format": label, "extra": extra, "bits": bits, "reader": reader})
-            cells.append(f"{label.removeprefix(name).strip()} {bits:.3f}, {'exact' if extra == 0 else f'{extra:.1e}'}".strip())
+            results.append(
+                {"grid": str(grid), "format": label, "extra": extra, "bits": bits, "reader": reader}
+            )
+            cells.append(
+                f"{label.removeprefix(name).strip()} {bits:.3f}, {'exact' if extra == 0 else f'{extra:.1e}'}".strip()
+            )
         print(f"| {grid} | " + " | ".join(cells) + " |", flush=True)
-    Path(out).write_text(json.dumps({"rows": rows, "columns": columns, "results": results}, indent=1) + "\n")
+    Path(out).write_text(
+        json.dumps({"rows": rows, "columns": columns, "results": results}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

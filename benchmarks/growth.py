@@ -17,11 +17,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-AXES = {"depth": (2, 4, 8, 16), "width": (128, 256, 512, 1024), "samples": (16, 32, 64, 128), "length": (64, 128, 256, 512)}
+AXES = {
+    "depth": (2, 4, 8, 16),
+    "width": (128, 256, 512, 1024),
+    "samples": (16, 32, 64, 128),
+    "length": (64, 128, 256, 512),
+}
 USUAL = {"depth": 4, "width": 256, "samples": 32, "length": 128}
 LEAST = {"depth": 1, "width": 64, "samples": 16, "length": 32}
 RECIPES = {
-    "tesseraq": ("W2A16g64", ["tesseraq.schedule=exponential-5-5", "tesseraq.iters=2", "awq.exponents=2", "awq.shrinks=2"]),
+    "tesseraq": (
+        "W2A16g64",
+        [
+            "tesseraq.schedule=exponential-5-5",
+            "tesseraq.iters=2",
+            "awq.exponents=2",
+            "awq.shrinks=2",
+        ],
+    ),
     "gptq": ("W4A16g64", []),
 }
 MEASURES = ("seconds", "block_seconds", "peak_bytes")
@@ -66,7 +79,9 @@ def measured(recipe: str, at: dict[str, int]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [
             subprocess.run(
-                [sys.executable, "-c", code, json.dumps(given), str(Path(folder) / "model")], capture_output=True, text=True,
+                [sys.executable, "-c", code, json.dumps(given), str(Path(folder) / "model")],
+                capture_output=True,
+                text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             for code in (own + MODEL, RUN)
@@ -78,18 +93,33 @@ def measured(recipe: str, at: dict[str, int]) -> dict:
 
 def exponent(x: list[float], y: list[float], constant: float) -> float | None:
     """Least-squares slope of log(y - constant) over log(x); None where less than 2 % of y lies above the constant or there is one point."""
-    points = [(math.log(a), math.log(b - constant)) for a, b in zip(x, y, strict=True) if b - constant > 0.02 * b]
+    points = [
+        (math.log(a), math.log(b - constant))
+        for a, b in zip(x, y, strict=True)
+        if b - constant > 0.02 * b
+    ]
     if len(points) < 2 or len(points) < len(x):
         return None
     mean_x, mean_y = (sum(v) / len(points) for v in zip(*points, strict=True))
-    return sum((a - mean_x) * (b - mean_y) for a, b in points) / sum((a - mean_x) ** 2 for a, _ in points)
+    return sum((a - mean_x) * (b - mean_y) for a, b in points) / sum(
+        (a - mean_x) ** 2 for a, _ in points
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("axes", nargs="*", default=list(AXES), help="which to vary: depth, width, samples, length")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "axes", nargs="*", default=list(AXES), help="which to vary: depth, width, samples, length"
+    )
     parser.add_argument("--recipes", default="tesseraq,gptq")
-    parser.add_argument("--most", type=int, default=len(AXES["depth"]), help="only so many points of each axis, the smallest")
+    parser.add_argument(
+        "--most",
+        type=int,
+        default=len(AXES["depth"]),
+        help="only so many points of each axis, the smallest",
+    )
     parser.add_argument("--json", type=Path, default=Path("bench-out/growth.json"))
     given = parser.parse_args()
     if unknown := [a for a in given.axes if a not in AXES]:
@@ -101,24 +131,42 @@ def main() -> None:
         if key not in seen:
             seen[key] = measured(recipe, at)
             runs.append(seen[key])
-            print(f"{recipe} {at}: {seen[key]['seconds']:.1f} s, {seen[key]['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr, flush=True)
+            print(
+                f"{recipe} {at}: {seen[key]['seconds']:.1f} s, {seen[key]['peak_bytes'] / 1e6:.0f} MB",
+                file=sys.stderr,
+                flush=True,
+            )
         return seen[key]
 
-    print("| recipe | axis | at | seconds | of blocks | peak MB | planned MB | exponents: seconds, of blocks, memory |\n|" + "---|" * 8)
+    print(
+        "| recipe | axis | at | seconds | of blocks | peak MB | planned MB | exponents: seconds, of blocks, memory |\n|"
+        + "---|" * 8
+    )
     for recipe in given.recipes.split(","):
         least = run(recipe, LEAST)
-        print(f"| {recipe} | the constant | | {least['seconds']:.1f} | {least['block_seconds']:.1f} | {least['peak_bytes'] / 1e6:.0f} | {least['planned_bytes'] / 1e6:.0f} | |")
+        print(
+            f"| {recipe} | the constant | | {least['seconds']:.1f} | {least['block_seconds']:.1f} | {least['peak_bytes'] / 1e6:.0f} | {least['planned_bytes'] / 1e6:.0f} | |"
+        )
         for axis in given.axes:
             values = AXES[axis][: given.most]
             done = [run(recipe, {**USUAL, axis: v}) for v in values]
             found = {m: exponent(list(values), [d[m] for d in done], least[m]) for m in MEASURES}
             fits.append({"recipe": recipe, "axis": axis, **found})
-            cells = [", ".join(map(str, values)), *(", ".join(f"{d[m]:.1f}" for d in done) for m in MEASURES[:2])]
-            cells += [", ".join(f"{d[m] / 1e6:.0f}" for d in done) for m in ("peak_bytes", "planned_bytes")]
+            cells = [
+                ", ".join(map(str, values)),
+                *(", ".join(f"{d[m]:.1f}" for d in done) for m in MEASURES[:2]),
+            ]
+            cells += [
+                ", ".join(f"{d[m] / 1e6:.0f}" for d in done)
+                for m in ("peak_bytes", "planned_bytes")
+            ]
             cells += [", ".join("-" if e is None else f"{e:.2f}" for e in found.values())]
             print(f"| {recipe} | {axis} | {' | '.join(cells)} |", flush=True)
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps({"usual": USUAL, "least": LEAST, "runs": runs, "exponents": fits}, indent=1) + "\n")
+    given.json.write_text(
+        json.dumps({"usual": USUAL, "least": LEAST, "runs": runs, "exponents": fits}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

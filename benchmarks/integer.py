@@ -1,10 +1,12 @@
-"""A linear in 8-bit integers against floating point ones, and what quantizing its input costs, side by side in one run.
+"""A linear in 8-bit integers against floating point ones, and what quantizing its input costs, side
+by side in one run.
 
     python benchmarks/integer.py OUT.json [OUTxIN] [TOKENS ...]
 
-Prints a table of milliseconds (the median of repeated calls, taken in turns) and writes JSON. "sums" is the integer product alone,
-"integers" with the quantization of the input before it and scales after it. The last columns quantize only: per token, as
-published by CrossQuant (a scale for every element, simulated: no integer product follows), and LLM.int8()'s.
+Prints a table of milliseconds (the median of repeated calls, taken in turns) and writes JSON.
+"sums" is the integer product alone, "integers" with the quantization of the input before it and
+scales after it. The last columns quantize only: per token, as published by CrossQuant (a scale for
+every element, simulated: no integer product follows), and LLM.int8()'s.
 """
 
 from __future__ import annotations
@@ -52,11 +54,19 @@ def row(tokens: int, q: QTensor, device: str) -> dict[str, float]:
     dense, narrow, half = q.decode(), q.decode().bfloat16(), x.bfloat16()
     weight, grid = integer.IntegerWeight.of(q), PerToken(8, symmetric=True, full_range=True)
     codes, _, zero = integer.quantized(x, grid)
-    return milliseconds({
-        "float32": lambda: linear(x, dense), "bfloat16": lambda: linear(half, narrow), "sums": lambda: weight.accumulate(codes, zero, 0),
-        "integers": lambda: integer.linear(x, weight, grid), "LLM.int8()": lambda: integer.linear(x, weight, LLMInt8()),
-        "quantize: per token": lambda: grid(x), "CrossQuant": lambda: CrossQuant(8)(x), "LLM.int8() ": lambda: LLMInt8()(x),
-    }, device)  # fmt: skip
+    return milliseconds(
+        {
+            "float32": lambda: linear(x, dense),
+            "bfloat16": lambda: linear(half, narrow),
+            "sums": lambda: weight.accumulate(codes, zero, 0),
+            "integers": lambda: integer.linear(x, weight, grid),
+            "LLM.int8()": lambda: integer.linear(x, weight, LLMInt8()),
+            "quantize: per token": lambda: grid(x),
+            "CrossQuant": lambda: CrossQuant(8)(x),
+            "LLM.int8() ": lambda: LLMInt8()(x),
+        },
+        device,
+    )
 
 
 def main(out: str, size: str = "4096x4096", *tokens: str) -> None:
@@ -72,7 +82,18 @@ def main(out: str, size: str = "4096x4096", *tokens: str) -> None:
     print("tokens", *(f"{n:>20}" for n in names))
     for n, times in found.items():
         print(f"{n:6}", *(f"{times[k]:20.3f}" for k in names))
-    Path(out).write_text(json.dumps({"device": device, "threads": torch.get_num_threads(), "size": size, "milliseconds": found}, indent=1) + "\n")
+    Path(out).write_text(
+        json.dumps(
+            {
+                "device": device,
+                "threads": torch.get_num_threads(),
+                "size": size,
+                "milliseconds": found,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""K-means of all columns of a matrix against scikit-learn column by column and against sorting the matrix once; growth with size;
-and the column loop on codebooks against GPTQ's. Usage: python benchmarks/kmeans.py OUT.json [SIZE]"""
+"""K-means of all columns of a matrix against scikit-learn column by column and against sorting the
+matrix once; growth with size; and the column loop on codebooks against GPTQ's. Usage: python
+benchmarks/kmeans.py OUT.json [SIZE]
+"""
 
 import json
 import sys
@@ -38,14 +40,31 @@ def clustering(size: int) -> list[dict]:
         _, exact_sse = kmeans(x[:_SAMPLED], k, exact=True)
         theirs = [KMeans(k, n_init="auto", random_state=10) for _ in range(_SAMPLED)]
         theirs[0].fit(x[0].numpy()[:, None])
-        sklearn = best(lambda t=theirs: [m.fit(c[:, None]) for m, c in zip(t, x.numpy(), strict=False)], 1) * size / _SAMPLED
+        sklearn = (
+            best(
+                lambda t=theirs: [m.fit(c[:, None]) for m, c in zip(t, x.numpy(), strict=False)], 1
+            )
+            * size
+            / _SAMPLED
+        )
         inertia = np.array([m.inertia_ for m in theirs]) / exact_sse.numpy()
         fast, exact = best(lambda k=k: kmeans(x, k)), best(lambda k=k: kmeans(x, k, exact=True), 1)
-        rows.append({
-            "size": size, "levels": k, "sort": order, "fast": fast, "exact": exact, "sklearn": sklearn, "sklearn_over_fast": sklearn / fast,
-            "sklearn_over_exact": sklearn / exact, "fast_over_sort": fast / order, "fast_sse_worst": float((fast_sse / exact_sse).max()),
-            "sklearn_sse_mean": float(inertia.mean()), "sklearn_sse_worst": float(inertia.max()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "size": size,
+                "levels": k,
+                "sort": order,
+                "fast": fast,
+                "exact": exact,
+                "sklearn": sklearn,
+                "sklearn_over_fast": sklearn / fast,
+                "sklearn_over_exact": sklearn / exact,
+                "fast_over_sort": fast / order,
+                "fast_sse_worst": float((fast_sse / exact_sse).max()),
+                "sklearn_sse_mean": float(inertia.mean()),
+                "sklearn_sse_worst": float(inertia.max()),
+            }
+        )
     return rows
 
 
@@ -54,7 +73,14 @@ def growth() -> list[dict]:
     for size in (1024, 2048, 4096, 8192):
         x = StudentT(5.0).sample((size, size))
         seconds = best(lambda x=x: kmeans(x, 4))
-        rows.append({"size": size, "levels": 4, "fast": seconds, "nanoseconds_per_weight": 1e9 * seconds / size**2})
+        rows.append(
+            {
+                "size": size,
+                "levels": 4,
+                "fast": seconds,
+                "nanoseconds_per_weight": 1e9 * seconds / size**2,
+            }
+        )
     return rows
 
 
@@ -67,8 +93,20 @@ def loop(size: int) -> list[dict]:
     rows = [{"size": size, "loop": "gptq, one scale per row", "seconds": affine, "over_gptq": 1.0}]
     for levels in ("sequential", "refined", "precomputed"):
         widths = torch.full((size,), 2)
-        seconds = best(lambda how=levels, b=widths: code_columns(w, factor, ColumnBooks(w, b, torch.bfloat16, levels=how), 128), 1)
-        rows.append({"size": size, "loop": f"claq, {levels}", "seconds": seconds, "over_gptq": seconds / affine})
+        seconds = best(
+            lambda how=levels, b=widths: code_columns(
+                w, factor, ColumnBooks(w, b, torch.bfloat16, levels=how), 128
+            ),
+            1,
+        )
+        rows.append(
+            {
+                "size": size,
+                "loop": f"claq, {levels}",
+                "seconds": seconds,
+                "over_gptq": seconds / affine,
+            }
+        )
     return rows
 
 
@@ -77,10 +115,19 @@ def main() -> None:
     torch.manual_seed(0)
     size = int(sys.argv[2]) if len(sys.argv) > 2 else 4096
     kmeans(torch.randn(2, 8), 2)  # compiled before anything is timed
-    out = {"threads": torch.get_num_threads(), "clustering": clustering(size), "growth": growth(), "loop": loop(size)}
+    out = {
+        "threads": torch.get_num_threads(),
+        "clustering": clustering(size),
+        "growth": growth(),
+        "loop": loop(size),
+    }
     for part in ("clustering", "growth", "loop"):
         for row in out[part]:
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            print(
+                "  ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+                )
+            )
     with open(sys.argv[1], "w") as f:
         json.dump(out, f, indent=1)
 

@@ -1,4 +1,6 @@
-"""Packing a 4096 x 11008 matrix of codes against writing the same codes unpacked, and against compressed-tensors' own packer."""
+"""Packing a 4096 x 11008 matrix of codes against writing the same codes unpacked, and against
+compressed-tensors' own packer.
+"""
 
 import json
 import statistics
@@ -31,12 +33,17 @@ def main() -> None:
             packed, signed = pack(codes, bits), (codes.int() - 2 ** (bits - 1)).to(torch.int8)
             write = timed(lambda c=codes: save_file({"c": c}, Path(folder) / "c.safetensors"))
             row = {
-                "bits": bits, "pack_over_write": timed(lambda c=codes, b=bits: pack(c, b)) / write,
+                "bits": bits,
+                "pack_over_write": timed(lambda c=codes, b=bits: pack(c, b)) / write,
                 "unpack_over_write": timed(lambda p=packed, b=bits: unpack(p, b, 11008)) / write,
                 "peer_over_write": timed(lambda s=signed, b=bits: pack_to_int32(s, b), 2) / write,
-            }  # fmt: skip
+            }
             rows.append(row)
-            print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            print(
+                "  ".join(
+                    f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+                )
+            )
     Path("bench-out").mkdir(exist_ok=True)
     Path("bench-out/packing.json").write_text(json.dumps(rows, indent=1))
 

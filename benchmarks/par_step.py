@@ -1,10 +1,12 @@
-"""One step of progressive adaptive rounding beside a plain training step of the same block, part by part.
+"""One step of progressive adaptive rounding beside a plain training step of the same block, part by
+part.
 
     python benchmarks/par_step.py [OUT.json [DEVICE]]
 
-For every size: a plain forward and backward pass, Adam (torch's fused one) over the same weights, and a step of rounding with each
-version of the fused operation that works on the device. Steps of all kinds take turns; medians of their times and of their ratios.
-"floor" is what the block's products alone would take at the rate of a large matrix product on this machine. On a GPU a block of
+For every size: a plain forward and backward pass, Adam (torch's fused one) over the same weights,
+and a step of rounding with each version of the fused operation that works on the device. Steps of
+all kinds take turns; medians of their times and of their ratios. "floor" is what the block's
+products alone would take at the rate of a large matrix product on this machine. On a GPU a block of
 7B's sizes is added, 4 x 2048 tokens.
 """
 
@@ -31,12 +33,22 @@ from lowbit.methods._soft import SoftBlock
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 
-SIZES = [(256, 704, 4, 256), (256, 704, 4, 64), (1024, 2816, 4, 512), (1024, 2816, 4, 128), (1024, 2816, 1, 128)]
+SIZES = [
+    (256, 704, 4, 256),
+    (256, 704, 4, 64),
+    (1024, 2816, 4, 512),
+    (1024, 2816, 4, 128),
+    (1024, 2816, 1, 128),
+]
 TURNS = 15
 
 
 def backends(device: torch.device) -> list[str]:
-    return ["reference", "inductor", "triton"] if device.type == "cuda" else ["reference", "inductor", "c"]
+    return (
+        ["reference", "inductor", "triton"]
+        if device.type == "cuda"
+        else ["reference", "inductor", "c"]
+    )
 
 
 def rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -69,7 +81,14 @@ def measure(size: tuple[int, int, int, int], device: torch.device, speed: float)
     with tempfile.TemporaryDirectory() as folder:
         stream = ModelStream(random_llama(Path(folder), hidden, ffn, 1), device)
         x = stream.embed(torch.randint(0, 4000, (4 * batch, length)))
-        block = begin(stream, 0, Recipe(Affine(2, 64)), Streams(x, x, len(x)), stream.block_kwargs(length)[0], 0)
+        block = begin(
+            stream,
+            0,
+            Recipe(Affine(2, 64)),
+            Streams(x, x, len(x)),
+            stream.block_kwargs(length)[0],
+            0,
+        )
     job, softs = Reconstruction(block, batch), {b: SoftBlock(block) for b in backends(device)}
     keys = next(iter(softs.values())).keys
     plain_weights = {k: v.to(block.compute) for k, v in block.weights.items()}
@@ -84,7 +103,9 @@ def measure(size: tuple[int, int, int, int], device: torch.device, speed: float)
         for turn in range(TURNS + 3):
             adam = adam.next()
             found: dict[str, list[float]] = {n: [] for n in ("plain", "adam", *softs)}
-            _, gradients = timed(device, found["plain"], lambda: job.gradients(plain_weights, keys, job.draw()))
+            _, gradients = timed(
+                device, found["plain"], lambda: job.gradients(plain_weights, keys, job.draw())
+            )
             for p, g in zip(trained, gradients, strict=True):
                 p.grad = g
             timed(device, found["adam"], torch_adam.step)
@@ -92,8 +113,12 @@ def measure(size: tuple[int, int, int, int], device: torch.device, speed: float)
                 _rounding._fastest = lambda *_, name=name: name
                 with torch.no_grad():
                     weights = timed(device, found[name], soft.weights)
-                _, gradients = timed(device, found[name], lambda w=weights: job.gradients(w, keys, job.draw()))
-                timed(device, found[name], lambda s=soft, g=gradients, a=adam: s.descend(g, a, 1e-4))
+                _, gradients = timed(
+                    device, found[name], lambda w=weights: job.gradients(w, keys, job.draw())
+                )
+                timed(
+                    device, found[name], lambda s=soft, g=gradients, a=adam: s.descend(g, a, 1e-4)
+                )
             if turn >= 3:
                 for name, parts in found.items():
                     times.setdefault(name, []).append(sum(parts))
@@ -107,33 +132,69 @@ def measure(size: tuple[int, int, int, int], device: torch.device, speed: float)
     # x enters no earlier layer: the gradient by the inputs of q, k and v is not needed.
     floor = (2 * 3 * weights - 2 * 3 * hidden * hidden) * tokens / speed
     training = [p + a for p, a in zip(times["plain"], times["adam"], strict=True)]
-    out: dict[str, Any] = {"hidden": hidden, "ffn": ffn, "batch": batch, "length": length, "weights": weights, "floor": floor}
+    out: dict[str, Any] = {
+        "hidden": hidden,
+        "ffn": ffn,
+        "batch": batch,
+        "length": length,
+        "weights": weights,
+        "floor": floor,
+    }
     out |= {name: statistics.median(t) for name, t in times.items()}
     for name in softs:
-        out[f"{name} / training step"] = statistics.median(a / b for a, b in zip(times[name], training, strict=True))
+        out[f"{name} / training step"] = statistics.median(
+            a / b for a, b in zip(times[name], training, strict=True)
+        )
     return out
 
 
 def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "bench-out/par_step.json")
-    device = torch.device(sys.argv[2] if len(sys.argv) > 2 else "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        sys.argv[2] if len(sys.argv) > 2 else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     speed = rate(device, dtype)
     sizes = SIZES + ([(4096, 11008, 4, 2048)] if device.type == "cuda" else [])
     names = backends(device)
     print(f"{device}, {torch.get_num_threads()} threads, {dtype}: {speed / 1e9:.0f} GFLOP/s\n")
-    print("| hidden, FFN | rows x tokens | floor | plain | Adam | " + " | ".join(f"{n}: weights + descend" for n in names) + " | "
-          + " | ".join(f"{n} / training step" for n in names) + " |")  # fmt: skip
+    print(
+        "| hidden, FFN | rows x tokens | floor | plain | Adam | "
+        + " | ".join(f"{n}: weights + descend" for n in names)
+        + " | "
+        + " | ".join(f"{n} / training step" for n in names)
+        + " |"
+    )
     print("|---" * (5 + 2 * len(names)) + "|")
     rows = []
     for size in sizes:
         r = measure(size, device, speed)
         rows.append(r)
-        cells = [f"{size[0]}, {size[1]}", f"{size[2]} x {size[3]}", *(f"{1e3 * r[k]:.1f} ms" for k in ("floor", "plain", "adam"))]
-        cells += [f"{1e3 * r[f'{n}: weights']:.1f} + {1e3 * r[f'{n}: descend']:.1f} ms" for n in names]
-        print("| " + " | ".join(cells + [f"{r[f'{n} / training step']:.3f}" for n in names]) + " |", flush=True)
+        cells = [
+            f"{size[0]}, {size[1]}",
+            f"{size[2]} x {size[3]}",
+            *(f"{1e3 * r[k]:.1f} ms" for k in ("floor", "plain", "adam")),
+        ]
+        cells += [
+            f"{1e3 * r[f'{n}: weights']:.1f} + {1e3 * r[f'{n}: descend']:.1f} ms" for n in names
+        ]
+        print(
+            "| " + " | ".join(cells + [f"{r[f'{n} / training step']:.3f}" for n in names]) + " |",
+            flush=True,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"device": str(device), "threads": torch.get_num_threads(), "flops": speed, "steps": rows}, indent=1) + "\n")
+    out.write_text(
+        json.dumps(
+            {
+                "device": str(device),
+                "threads": torch.get_num_threads(),
+                "flops": speed,
+                "steps": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Recipes on given rows of tokens: perplexity, KL to the float model, seconds. The same input as benchmarks/peers/*.py.
+"""Recipes on given rows of tokens: perplexity, KL to the float model, seconds. The same input as
+benchmarks/peers/*.py.
 
-    python benchmarks/rows.py MODEL ROWS.json SCHEME OUT.json RECIPE [RECIPE[,method.option=value...] ...]
+    python benchmarks/rows.py MODEL ROWS.json SCHEME OUT.json RECIPE
+    [RECIPE[,method.option=value...] ...]
 
-ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. Prints a table and writes JSON. "seconds" leaves imports and the
-evaluation rows' share of the passes out: they are fed after tuning. "forward" is the part of them spent in forward passes of
-the block or of a part of it. "processor_seconds" is the process's own processor time, which a busy machine does not stretch.
+ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. Prints a table and writes JSON.
+"seconds" leaves imports and the evaluation rows' share of the passes out: they are fed after
+tuning. "forward" is the part of them spent in forward passes of the block or of a part of it.
+"processor_seconds" is the process's own processor time, which a busy machine does not stretch.
 """
 
 from __future__ import annotations
@@ -59,11 +62,17 @@ def main() -> None:
         blocks, start, apart, clock.seconds, forward = [], time.perf_counter(), 0.0, 0.0, 0.0
         spent = time.process_time()
         recipe = surveyed(stream, recipe, Streams(x, x, len(x)), kwargs, 0)
-        for i, (block, _) in enumerate(run(stream, recipe, Streams(x, x, len(x)), 0, kwargs, kwargs)):
+        for i, (block, _) in enumerate(
+            run(stream, recipe, Streams(x, x, len(x)), 0, kwargs, kwargs)
+        ):
             pause, forward, own = time.perf_counter(), forward + clock.seconds, time.process_time()
-            float_held = replace(block.exact(), readings={}).run(float_held, stream.block_weights(i))
+            float_held = replace(block.exact(), readings={}).run(
+                float_held, stream.block_weights(i)
+            )
             held = block.run(held, block.decoded())
-            blocks.append({"before": block.notes["loss_before"], "after": block.notes["loss_after"]})
+            blocks.append(
+                {"before": block.notes["loss_before"], "after": block.notes["loss_after"]}
+            )
             apart += time.perf_counter() - pause
             spent += time.process_time() - own
             clock.seconds = 0.0
@@ -76,12 +85,29 @@ def main() -> None:
             tuned.add(stream.head(held[at : at + 8]), ids, expected)
         found = tuned.result()
         results.append(
-            {"recipe": entry, "scheme": scheme, "perplexity": found.perplexity, "kl": found.kl, "top1": found.top1,
-             "float": floating.result().perplexity, "seconds": seconds, "processor_seconds": spent, "forward": forward, "blocks": blocks}
-        )  # fmt: skip
+            {
+                "recipe": entry,
+                "scheme": scheme,
+                "perplexity": found.perplexity,
+                "kl": found.kl,
+                "top1": found.top1,
+                "float": floating.result().perplexity,
+                "seconds": seconds,
+                "processor_seconds": spent,
+                "forward": forward,
+                "blocks": blocks,
+            }
+        )
         r = results[-1]
-        share = f"{seconds:.1f} s ({spent:.1f} s of processor), {forward / seconds:.0%} in forward passes"
-        print(f"{entry:40} {scheme:12} float {r['float']:.4f}  perplexity {r['perplexity']:.4f}  KL {r['kl']:.4f}  {share}", flush=True)
+        share = (
+            f"{seconds:.1f} s ({spent:.1f} s of processor), {forward / seconds:.0%} in forward "
+            "passes"
+        )
+        print(
+            f"{entry:40} {scheme:12} float {r['float']:.4f}  perplexity {r['perplexity']:.4f}  KL "
+            f"{r['kl']:.4f}  {share}",
+            flush=True,
+        )
         json.dump(results, open(out, "w"), indent=1)
 
 

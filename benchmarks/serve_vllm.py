@@ -1,12 +1,16 @@
-"""For whoever has a GPU: does vLLM compute from an artifact what was tuned, and how fast does it serve it?
+"""For whoever has a GPU: does vLLM compute from an artifact what was tuned, and how fast does it
+serve it?
 
-    python benchmarks/serve_vllm.py DIR OUT.json [--quantization humming] [--tensor-parallel-size N] [--enforce-eager]
+    python benchmarks/serve_vllm.py DIR OUT.json [--quantization humming] [--tensor-parallel-size N]
+    [--enforce-eager]
 
-DIR is an artifact in compressed-tensors, or an export: gptq, gptq_v2, awq, or compressed-tensors for vLLM. Needs vllm (`lowbit plan
---target vllm` names the version) and what this library writes into every artifact, proof/logits.safetensors: tokens with the tuned model's
-logits. vLLM is asked for the log-probabilities of those tokens; compared are the likeliest token at every position and the root mean
-square difference of the log-probabilities that it returns. Then 32 prompts are continued by 128 tokens each. Prints a table, writes JSON,
-and exits with 1 if the models differ. It has not been run by its authors: no GPU was at hand.
+DIR is an artifact in compressed-tensors, or an export: gptq, gptq_v2, awq, or compressed-tensors
+for vLLM. Needs vllm (`lowbit plan --target vllm` names the version) and what this library writes
+into every artifact, proof/logits.safetensors: tokens with the tuned model's logits. vLLM is asked
+for the log-probabilities of those tokens; compared are the likeliest token at every position and
+the root mean square difference of the log-probabilities that it returns. Then 32 prompts are
+continued by 128 tokens each. Prints a table, writes JSON, and exits with 1 if the models differ. It
+has not been run by its authors: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -38,13 +42,18 @@ def main() -> None:
     ids, logits = proof["ids"].tolist(), proof["logits"].float().log_softmax(-1)
     positions = logits.shape[1]
     model = LLM(
-        str(a.folder), quantization=a.quantization, tensor_parallel_size=a.tensor_parallel_size, enforce_eager=a.enforce_eager,
-        max_model_len=len(ids[0]) + 130, max_logprobs=TOP,
-    )  # fmt: skip
+        str(a.folder),
+        quantization=a.quantization,
+        tensor_parallel_size=a.tensor_parallel_size,
+        enforce_eager=a.enforce_eager,
+        max_model_len=len(ids[0]) + 130,
+        max_logprobs=TOP,
+    )
     asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=TOP)
     squares, count, equal, seen = 0.0, 0, 0, 0
     for row, found in enumerate(model.generate([{"prompt_token_ids": r} for r in ids], asked)):
-        # Entry i is the distribution over token i, given the tokens before it: that of logits at position i - 1.
+        # Entry i is the distribution over token i, given the tokens before it: that of logits at
+        # position i - 1.
         for i in range(len(ids[row]) - positions + 1, len(ids[row])):
             own, theirs = logits[row, i - 1 - (len(ids[row]) - positions)], found.prompt_logprobs[i]
             best = max(theirs, key=lambda t: theirs[t].logprob)
@@ -60,14 +69,22 @@ def main() -> None:
     rate = sum(len(m.outputs[0].token_ids) for m in made) / (time.perf_counter() - start)
     report = json.loads((a.folder / "report.json").read_text())
     result = {
-        "format": report["format"], "scheme": report["recipe"]["scheme"], "hash": report["hash"], "positions": seen, "logprob_rms": rms,
-        "top1": agree, "tokens_per_second": rate,
-    }  # fmt: skip
+        "format": report["format"],
+        "scheme": report["recipe"]["scheme"],
+        "hash": report["hash"],
+        "positions": seen,
+        "logprob_rms": rms,
+        "top1": agree,
+        "tokens_per_second": rate,
+    }
     a.out.write_text(json.dumps(result, indent=1) + "\n")
     for key, value in result.items():
         print(f"{key:20} {value}")
     if not (rms <= WITHIN and agree >= AGREE):
-        sys.exit(f"vLLM computes something else than what was tuned: {rms:.3g} nats, {agree:.1%} of the likeliest tokens equal.")
+        sys.exit(
+            f"vLLM computes something else than what was tuned: {rms:.3g} nats, {agree:.1%} of the "
+            "likeliest tokens equal."
+        )
 
 
 if __name__ == "__main__":

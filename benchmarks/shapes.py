@@ -1,4 +1,6 @@
-"""Random Llamas of given sizes, for benchmarks whose time and memory do not depend on what the weights are."""
+"""Random Llamas of given sizes, for benchmarks whose time and memory do not depend on what the
+weights are.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,18 @@ import transformers
 from lowbit.demo import demo_model
 
 
-def random_llama(folder: Path, hidden: int, ffn: int, layers: int, heads: int | None = None, kv_heads: int | None = None, seed: int = 0) -> Path:
-    """A bfloat16 checkpoint with the embedded model's tokenizer; 128 inputs a head, or 64 below 512 hidden units."""
+def random_llama(
+    folder: Path,
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """A bfloat16 checkpoint with the embedded model's tokenizer; 128 inputs a head, or 64 below 512
+    hidden units.
+    """
     config = transformers.LlamaConfig.from_pretrained(demo_model())
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = layers, hidden, ffn
     config.num_attention_heads = heads or max(1, hidden // (128 if hidden >= 512 else 64))

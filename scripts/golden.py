@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Compare the artifacts of every preset at a revision with those of this working tree, on tiny models of three families.
+"""Compare the artifacts of every preset at a revision with those of this working tree, on tiny
+models of three families.
 
     python scripts/golden.py REVISION [--presets NAME ...] [--families NAME ...]
 
-A change of structure must not move a byte: both sides run at once on this machine, each with its own sources, on the same models.
-Prints one line a preset and family. Where a hash differs on purpose, the line has the KL of both sides. Exit status 1 if a hash
-differs or a side fails. What a commit made is kept in bench-out/golden and not made again on the same machine.
+A change of structure must not move a byte: both sides run at once on this machine, each with its
+own sources, on the same models. Prints one line a preset and family. Where a hash differs on
+purpose, the line has the KL of both sides. Exit status 1 if a hash differs or a side fails. What a
+commit made is kept in bench-out/golden and not made again on the same machine.
 """
 
 from __future__ import annotations
@@ -34,8 +36,12 @@ Row = dict[str, object]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("revision", nargs="?", default="HEAD", help="what the working tree is compared with")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "revision", nargs="?", default="HEAD", help="what the working tree is compared with"
+    )
     parser.add_argument("--presets", nargs="*", default=[], help="by default all of them")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--side", nargs=2, metavar=("MODELS", "OUT"), help=argparse.SUPPRESS)
@@ -53,7 +59,9 @@ def main() -> int:
             tree = work / "then"
             git("worktree", "add", "--detach", str(tree), commit)
             try:
-                then = finish(start(tree, models, work / "then.json", args.presets), work / "then.json")
+                then = finish(
+                    start(tree, models, work / "then.json", args.presets), work / "then.json"
+                )
             finally:
                 git("worktree", "remove", "--force", str(tree))
             KEPT.mkdir(parents=True, exist_ok=True)
@@ -62,7 +70,9 @@ def main() -> int:
 
 
 def git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True
+    )
     return done.stdout.strip()
 
 
@@ -80,13 +90,28 @@ def make_models(folder: Path, families: Sequence[str]) -> Path:
 def state_of(models: Path) -> str:
     """A hash over the models and over this script, which says what is made of them."""
     files = [Path(__file__), *sorted(p for p in models.rglob("*") if p.is_file())]
-    return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:12]
+    return hashlib.sha256(
+        b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)
+    ).hexdigest()[:12]
 
 
 def start(tree: Path, models: Path, out: Path, presets: Sequence[str]) -> subprocess.Popen[bytes]:
     """Run this script's other half on the sources of a tree, on one thread."""
-    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, str(Path(__file__).resolve()), "--side", str(models), str(out), "--presets", *presets]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree / "src"),
+        "OMP_NUM_THREADS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--side",
+        str(models),
+        str(out),
+        "--presets",
+        *presets,
+    ]
     return subprocess.Popen(command, env=environment)
 
 
@@ -120,15 +145,30 @@ def side(models: Path, out: Path, presets: Sequence[str]) -> int:
     for preset in presets or recipe_names():
         recipe = load_recipe(preset).as_dict()
         settings = [f"{m}.{s}" for m in recipe["methods"] for s in LIGHTER.get(m, ())]
-        scheme = None if "scheme" in recipe and preset_names_scheme(preset) else SCHEME["columns" if recipe.get("codebook") else "uniform"]
+        scheme = (
+            None
+            if "scheme" in recipe and preset_names_scheme(preset)
+            else SCHEME["columns" if recipe.get("codebook") else "uniform"]
+        )
         for model in sorted(models.iterdir()):
             with tempfile.TemporaryDirectory() as scratch:
                 try:
                     done = lowbit.quantize(
-                        str(model), scheme, preset, out=Path(scratch) / "out", calib=str(model / "text.txt"), samples=8, length=32, settings=settings
+                        str(model),
+                        scheme,
+                        preset,
+                        out=Path(scratch) / "out",
+                        calib=str(model / "text.txt"),
+                        samples=8,
+                        length=32,
+                        settings=settings,
                     )
                     losses = [b["loss_after"] for b in done.report["blocks"]]
-                    row: Row = {"hash": done.report["hash"], "losses": losses, "kl": done.report["quality"]["quantized"]["kl"]}
+                    row: Row = {
+                        "hash": done.report["hash"],
+                        "losses": losses,
+                        "kl": done.report["quality"]["quantized"]["kl"],
+                    }
                 except LowbitError as e:
                     row = {"refused": str(e).replace(str(model), "MODEL")}
             found[f"{preset} {model.name}"] = row
@@ -147,9 +187,16 @@ def compare(then: dict[str, Row], now: dict[str, Row]) -> int:
     differing = 0
     for name in sorted({*then, *now}):
         old, new = then.get(name), now.get(name)
-        same = old is not None and new is not None and old.get("hash", old.get("refused")) == new.get("hash", new.get("refused"))
+        same = (
+            old is not None
+            and new is not None
+            and old.get("hash", old.get("refused")) == new.get("hash", new.get("refused"))
+        )
         differing += not same and old is not None
-        print(f"{name:32} {'same' if same else 'new' if old is None else f'DIFFERS  {shown(old)} -> {shown(new)}'}")
+        state = (
+            "same" if same else "new" if old is None else f"DIFFERS  {shown(old)} -> {shown(new)}"
+        )
+        print(f"{name:32} {state}")
     print(f"{differing} of {len(then)} differ")
     return 1 if differing else 0
 
@@ -157,7 +204,11 @@ def compare(then: dict[str, Row], now: dict[str, Row]) -> int:
 def shown(row: Row | None) -> str:
     if row is None:
         return "gone"
-    return str(row["refused"]) if "refused" in row else f"KL {row['kl']:.5g}, hash {str(row['hash'])[:12]}"
+    return (
+        str(row["refused"])
+        if "refused" in row
+        else f"KL {row['kl']:.5g}, hash {str(row['hash'])[:12]}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """A pretend accelerator: tensors that say they lie on a device of their own, computed on the CPU.
 
-What a GPU refuses raises here too: operands on two devices, a random generator of the other device, a pointer to device memory. What
-makes the host wait for a GPU is counted by the line of lowbit that asked for it. Times and kernels are not imitated.
+What a GPU refuses raises here too: operands on two devices, a random generator of the other device,
+a pointer to device memory. What makes the host wait for a GPU is counted by the line of lowbit that
+asked for it. Times and kernels are not imitated.
 
-torch's "lazy" device lends its name: it has no implementation of its own, and factories reach a dispatch mode.
+torch's "lazy" device lends its name: it has no implementation of its own, and factories reach a
+dispatch mode.
 """
 
 from __future__ import annotations
@@ -24,13 +26,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowbit
 
 NAME = "lazy"
-_DEVICE = torch.device(NAME, 0)  # as on CUDA, a tensor's device has an index where the one asked for had none
+# As on CUDA, a tensor's device has an index where the one asked for had none.
+_DEVICE = torch.device(NAME, 0)
 _PACKAGE = f"{Path(lowbit.__file__).parent}{os.sep}"
 
 _Operator = Any  # torch._ops.OpOverload
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _TAKES_SCALARS = {"fill_", "fill", "masked_fill", "masked_fill_"}  # besides all pointwise operators
-_READ_BACK = {"_linalg_check_errors", "linalg_eigh", "_linalg_eigh"}  # besides what torch marks by its tags
+# Besides what torch marks by its tags.
+_READ_BACK = {
+    "_linalg_check_errors",
+    "linalg_eigh",
+    "_linalg_eigh",
+}
 _READ_BACK_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -43,15 +51,24 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor, owner: Accelerator) -> OnDevice:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=_DEVICE
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=_DEVICE,
         )
         made.held, made.owner = held, owner
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: _Operator, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: _Operator, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Reached from autograd's threads, where no mode is active."""
-        first = next(t for t in _tensors([*args, *(kwargs or {}).values()]) if isinstance(t, OnDevice))
+        first = next(
+            t for t in _tensors([*args, *(kwargs or {}).values()]) if isinstance(t, OnDevice)
+        )
         return first.owner.run(func, args, kwargs or {})
 
     def __repr__(self) -> str:
@@ -66,7 +83,9 @@ class OnDevice(torch.Tensor):
             self.owner.waits_for("an index from a list")
             return OnDevice(torch.tensor(i), self.owner)
 
-        return super().__getitem__(tuple(map(sent, index)) if isinstance(index, tuple) else sent(index))
+        return super().__getitem__(
+            tuple(map(sent, index)) if isinstance(index, tuple) else sent(index)
+        )
 
     def tolist(self) -> Any:
         self.owner.waits_for("tolist")
@@ -76,7 +95,10 @@ class OnDevice(torch.Tensor):
         raise TypeError(f"numpy() of a tensor on the accelerator, at {_place()}")
 
     def data_ptr(self) -> int:
-        raise RuntimeError(f"data_ptr() of a tensor on the accelerator, which code for the CPU would read, at {_place()}")
+        raise RuntimeError(
+            "data_ptr() of a tensor on the accelerator, which code for the CPU would read, at "
+            f"{_place()}"
+        )
 
     def record_stream(self, _: Any) -> None:
         """Memory of this accelerator is never given away early."""
@@ -95,9 +117,13 @@ class Accelerator(TorchDispatchMode):
         self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
         self.operations = 0
         self._generators: list[torch.Generator] = []
-        self._locked: list[torch.Tensor] = []  # page-locked host memory; held, so that no address is used twice
+        self._locked: list[
+            torch.Tensor
+        ] = []  # page-locked host memory; held, so that no address is used twice
 
-    def __torch_dispatch__(self, func: _Operator, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: _Operator, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return self.run(func, args, kwargs or {})
 
     def generator(self) -> type[torch.Generator]:
@@ -117,7 +143,9 @@ class Accelerator(TorchDispatchMode):
         self.waits[what, _place()] += 1
 
     def run(self, func: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """One operator: refused or counted, computed on the CPU, its results put where a GPU would have them."""
+        """One operator: refused or counted, computed on the CPU, its results put where a GPU would
+        have them.
+        """
         name = func.overloadpacket.__name__
         tensors = list(_tensors([*args, *kwargs.values()]))
         inside = [t for t in tensors if isinstance(t, OnDevice)]
@@ -129,7 +157,9 @@ class Accelerator(TorchDispatchMode):
             return self._on_host(func, args, kwargs)
         self._check_generator(name, kwargs.get("generator"), there)
         if name in ("copy_", "_to_copy"):
-            self._count_copy(args[0 if name == "_to_copy" else 1], [*args[2:], kwargs.get("non_blocking")], there)
+            self._count_copy(
+                args[0 if name == "_to_copy" else 1], [*args[2:], kwargs.get("non_blocking")], there
+            )
         elif inside:
             if len(inside) < len(tensors):
                 self._refuse(func, name, args, kwargs, tensors)
@@ -149,36 +179,60 @@ class Accelerator(TorchDispatchMode):
         self._locked.append(out)
         return out
 
-    def _refuse(self, func: _Operator, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> None:
+    def _refuse(
+        self,
+        func: _Operator,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tensors: list[torch.Tensor],
+    ) -> None:
         """Raise where operands lie on two devices and a GPU would not take them."""
         outside = [t for t in tensors if not isinstance(t, OnDevice)]
         if name in _INDEXED and isinstance(args[0], OnDevice):  # the index may lie on the CPU
-            outside = [t for t in args[2:3] if isinstance(t, torch.Tensor) and not isinstance(t, OnDevice) and t.dim()]
+            outside = [
+                t
+                for t in args[2:3]
+                if isinstance(t, torch.Tensor) and not isinstance(t, OnDevice) and t.dim()
+            ]
         elif torch.Tag.pointwise in func.tags or name in _TAKES_SCALARS:
-            outside = [t for t in outside if t.dim()] + [t for t in _written(func, args, kwargs) if not isinstance(t, OnDevice)]
+            outside = [t for t in outside if t.dim()] + [
+                t for t in _written(func, args, kwargs) if not isinstance(t, OnDevice)
+            ]
         if outside:
             shapes = [tuple(t.shape) for t in outside]
-            raise RuntimeError(f"{name} mixes devices: tensors of shapes {shapes} are on the CPU, at {_place()}")
+            raise RuntimeError(
+                f"{name} mixes devices: tensors of shapes {shapes} are on the CPU, at {_place()}"
+            )
 
     def _check_generator(self, name: str, generator: Any, there: bool) -> None:
-        if generator is not None and there != any(generator._cdata == g._cdata for g in self._generators):
+        if generator is not None and there != any(
+            generator._cdata == g._cdata for g in self._generators
+        ):
             raise RuntimeError(f"{name} was given a generator of the other device, at {_place()}")
 
     def _count_copy(self, source: torch.Tensor, non_blocking: Iterable[Any], there: bool) -> None:
         if not there:
             self.waits_for("a copy to the host")
-        elif not isinstance(source, OnDevice) and not (any(non_blocking) and self._page_locked(source)):
+        elif not isinstance(source, OnDevice) and not (
+            any(non_blocking) and self._page_locked(source)
+        ):
             self.waits_for("a copy to the device")
 
-    def _count(self, func: _Operator, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _count(
+        self, func: _Operator, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
         if name in _INDEXED:
             indices = [i for i in args[1] if i is not None]
             if not all(isinstance(i, OnDevice) for i in indices):
                 self.waits_for("an index from the host")
             masked = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
-            if masked and (name == "index" or args[2].numel() != 1):  # one number is filled in by the mask itself
+            # One number is filled in by the mask itself.
+            if masked and (name == "index" or args[2].numel() != 1):
                 self.waits_for("an index by a mask")
-        elif (name in _READ_BACK or _READ_BACK_TAGS & set(func.tags)) and kwargs.get("output_size") is None:
+        elif (name in _READ_BACK or _READ_BACK_TAGS & set(func.tags)) and kwargs.get(
+            "output_size"
+        ) is None:
             self.waits_for(name)
 
     def _page_locked(self, t: torch.Tensor) -> bool:
@@ -187,7 +241,9 @@ class Accelerator(TorchDispatchMode):
 
 
 class Stream:
-    """Stands in for torch.Stream and what it hands out: on this accelerator all work is done in turn."""
+    """Stands in for torch.Stream and what it hands out: on this accelerator all work is done in
+    turn.
+    """
 
     def __init__(self, device: Any = None) -> None:
         assert torch.device(device).type == NAME
@@ -207,7 +263,9 @@ class Stream:
 
 
 def entered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
-    """An accelerator for a test, as a fixture's body; what torch asks drivers for in C++ is answered by stand-ins."""
+    """An accelerator for a test, as a fixture's body; what torch asks drivers for in C++ is
+    answered by stand-ins.
+    """
     accelerator = Accelerator()
     monkeypatch.setattr(torch, "Generator", accelerator.generator())
     monkeypatch.setattr(torch, "Stream", Stream)
@@ -241,11 +299,13 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 def _place() -> str:
     """The three innermost lines of lowbit in the stack."""
     frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
-    lines = (f"{name[len(_PACKAGE) :]}:{line}" for name, line in frames if name.startswith(_PACKAGE))
+    lines = (
+        f"{name[len(_PACKAGE) :]}:{line}" for name, line in frames if name.startswith(_PACKAGE)
+    )
     return " < ".join(itertools.islice(lines, 3)) or "outside lowbit"
 
 
-# --- an operator's arguments: tensors, lists of tensors and others; torch's own trees would take most of the time ---------------
+# --- an operator's arguments: tensors, lists of tensors and others; torch's own trees would take mo
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -263,13 +323,19 @@ def _held(value: Any) -> Any:
 
 
 def _written(func: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    return list(_tensors(args[i] if i < len(args) else kwargs.get(name) for i, name in _outputs(func)))
+    return list(
+        _tensors(args[i] if i < len(args) else kwargs.get(name) for i, name in _outputs(func))
+    )
 
 
 @functools.cache
 def _outputs(func: _Operator) -> list[tuple[int, str]]:
     """Position and name of the arguments that an operator writes."""
-    return [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return [
+        (i, a.name)
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
 
 
 def _wrapped(out: Any, written: Sequence[torch.Tensor], owner: Accelerator | None) -> Any:

@@ -9,12 +9,18 @@ from standin import Hub
 
 @pytest.fixture(autouse=True)
 def forked_readers(request, monkeypatch):
-    """Readers that this process starts do not import torch and transformers each time, but in tests marked ``anew``."""
+    """Readers that this process starts do not import torch and transformers each time, but in tests
+    marked ``anew``.
+    """
     if "anew" in request.keywords:
         return
     from lowbit.proof import runtimes
 
-    monkeypatch.setattr(runtimes, "subprocess", types.SimpleNamespace(**{**vars(runtimes.subprocess), "run": forked.run}))
+    monkeypatch.setattr(
+        runtimes,
+        "subprocess",
+        types.SimpleNamespace(**{**vars(runtimes.subprocess), "run": forked.run}),
+    )
 
 
 @pytest.fixture
@@ -24,9 +30,13 @@ def server(monkeypatch, tmp_path):
 
     hub = Hub()
     for name, value in {
-        "ENDPOINT": hub.address, "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_OFFLINE": False, "HF_TOKEN_PATH": str(tmp_path / "no-token"), "HF_HUB_CACHE": str(tmp_path / "cache"),
-    }.items():  # fmt: skip
+        "ENDPOINT": hub.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

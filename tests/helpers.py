@@ -11,12 +11,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from lowbit.methods._rounding import Adam
 from lowbit.methods._rounding._adam import BETAS
 
-TEXT = "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n        self.items.append(item)\n" * 400
-COMMON = dict(vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+TEXT = (
+    "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n        "
+    "self.items.append(item)\n" * 400
+)
+COMMON = dict(
+    vocab_size=300,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 LLAMA = dict(COMMON, intermediate_size=96, num_key_value_heads=2)
 FAMILIES = {
     "llama": lambda: T.LlamaConfig(**LLAMA, tie_word_embeddings=True),
-    "llama-mha": lambda: T.LlamaConfig(**{**LLAMA, "num_key_value_heads": 4}, tie_word_embeddings=False),
+    "llama-mha": lambda: T.LlamaConfig(
+        **{**LLAMA, "num_key_value_heads": 4}, tie_word_embeddings=False
+    ),
     "mistral": lambda: T.MistralConfig(**LLAMA, sliding_window=16),
     "qwen2": lambda: T.Qwen2Config(**LLAMA),
     "qwen3": lambda: T.Qwen3Config(**LLAMA, head_dim=16),
@@ -24,12 +38,16 @@ FAMILIES = {
     "phi3": lambda: T.Phi3Config(**{**LLAMA, "num_key_value_heads": 4}),
     "bitnet": lambda: T.BitNetConfig(**LLAMA),
     "opt": lambda: T.OPTConfig(**COMMON, ffn_dim=96, word_embed_proj_dim=64),
-    "opt-post-norm": lambda: T.OPTConfig(**COMMON, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "opt-post-norm": lambda: T.OPTConfig(
+        **COMMON, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False
+    ),
 }
 
 
 def projected(soft, block):
-    """A scalar of a block's soft weights: a random direction through all of them. And its gradients by (nu, v) of each bucket."""
+    """A scalar of a block's soft weights: a random direction through all of them. And its gradients
+    by (nu, v) of each bucket.
+    """
     target = {k: torch.randn_like(block.weights[k]) for k in soft.keys}
 
     def loss():
@@ -41,12 +59,17 @@ def projected(soft, block):
 
 
 def slopes(soft, gradients):
-    """The gradients by (nu, v) of each bucket, read off Adam's first moments after one step from zero; no variable is moved."""
+    """The gradients by (nu, v) of each bucket, read off Adam's first moments after one step from
+    zero; no variable is moved.
+    """
     saved = soft.snapshot()
     soft.start()
     soft.descend(gradients, Adam(1e-2).next(), 0.0)
     soft.restore(saved)
-    return [(b._nu_moments.first / (1 - BETAS[0]), b._v_moments.first / (1 - BETAS[0])) for b in soft.buckets]
+    return [
+        (b._nu_moments.first / (1 - BETAS[0]), b._v_moments.first / (1 - BETAS[0]))
+        for b in soft.buckets
+    ]
 
 
 def assert_slopes(loss, variable: torch.Tensor, grad: torch.Tensor) -> None:
@@ -58,28 +81,48 @@ def assert_slopes(loss, variable: torch.Tensor, grad: torch.Tensor) -> None:
         variable[at] = keep - eps
         down = loss()
         variable[at] = keep
-        assert abs(float((up - down) / (2 * eps)) - float(grad[at])) < 2e-3 + 2e-2 * abs(float(grad[at]))
+        assert abs(float((up - down) / (2 * eps)) - float(grad[at])) < 2e-3 + 2e-2 * abs(
+            float(grad[at])
+        )
 
 
 def tiny_tokenizer(bos: bool = True) -> T.PreTrainedTokenizerFast:
-    """Bytes and no merges to speak of; with ``bos`` every text starts with id 1, as Llama tokenizers have it."""
+    """Bytes and no merges to speak of; with ``bos`` every text starts with id 1, as Llama
+    tokenizers have it.
+    """
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=280, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet))
+    tok.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(
+            vocab_size=280, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet
+        ),
+    )
     if not bos:
         return T.PreTrainedTokenizerFast(tokenizer_object=tok)
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    return T.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tok.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return T.PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def save_tiny(
-    folder: Path, family: str | T.PretrainedConfig = "llama", dtype: torch.dtype = torch.bfloat16, **options: object
+    folder: Path,
+    family: str | T.PretrainedConfig = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    **options: object,
 ) -> Path:
-    """A random model of a family, or of a configuration, with norms and biases away from their defaults, so that a wrong fold shows."""
+    """A random model of a family, or of a configuration, with norms and biases away from their
+    defaults, so that a wrong fold shows.
+    """
     torch.manual_seed(0)
-    model = T.AutoModelForCausalLM.from_config(FAMILIES[family]() if isinstance(family, str) else family)
+    model = T.AutoModelForCausalLM.from_config(
+        FAMILIES[family]() if isinstance(family, str) else family
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1:

@@ -2,8 +2,9 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks_worker.py JOB.json
 
-JOB holds "do": "tune" (cells -> what came out, saved by rank 0; and "differ", arguments of each rank that must be refused) or "quantize"
-(one rank may be told to end or to raise after its first block).
+JOB holds "do": "tune" (cells -> what came out, saved by rank 0; and "differ", arguments of each
+rank that must be refused) or "quantize" (one rank may be told to end or to raise after its first
+block).
 """
 
 import json
@@ -24,15 +25,25 @@ from lowbit.presets import load_recipe
 from lowbit.scheme import parse_scheme
 
 
-def tuned(model: str, scheme: str, recipe: str, settings: list[str], wide: bool = False, ranks: Ranks = ALONE) -> dict:
-    """Codes of every linear and the quality on held-out rows, as one of several ranks has them; nothing is written.
+def tuned(
+    model: str,
+    scheme: str,
+    recipe: str,
+    settings: list[str],
+    wide: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict:
+    """Codes of every linear and the quality on held-out rows, as one of several ranks has them;
+    nothing is written.
 
     Args:
         wide: compute in float64.
     """
     chosen = load_recipe(recipe, scheme=parse_scheme(scheme), settings=settings)
     stream = prepared(ModelStream(model, compute=torch.float64 if wide else None), chosen, 0)
-    rows = draw_rows(Calibration(f"{model}/text.txt", 13, 32), load_tokenizer(stream.checkpoint), 0, 5)
+    rows = draw_rows(
+        Calibration(f"{model}/text.txt", 13, 32), load_tokenizer(stream.checkpoint), 0, 5
+    )
     stream = ordered(stream, chosen, rows.calibration, 0, ranks=ranks)
     mine = slice(ranks.rank, None, ranks.size)
     x = stream.embed(torch.cat([rows.calibration[mine], rows.held_out[mine]]))
@@ -50,7 +61,12 @@ def tuned(model: str, scheme: str, recipe: str, settings: list[str], wide: bool 
         quantized.add(stream.head(streams.xq[at : at + 1]), rows.held_out[i : i + 1], expected)
     for tally in (floating, quantized):
         tally.merge(ranks)
-    return {"codes": codes, "notes": notes, "float": floating.result(), "quantized": quantized.result() if not ranks.rank else None}
+    return {
+        "codes": codes,
+        "notes": notes,
+        "float": floating.result(),
+        "quantized": quantized.result() if not ranks.rank else None,
+    }
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""A small server that takes uploads, and gives them back, by the endpoints that huggingface_hub calls."""
+"""A small server that takes uploads, and gives them back, by the endpoints that huggingface_hub
+calls.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ class Hub:
     """Repositories in memory.
 
     Attributes:
-        files: (repository, branch) -> path -> bytes. private: repository -> whether it was made private.
-        token: the one that may write, None to take everybody. status: answered to whoever wants to make a repository, 200 to do it.
+        files: (repository, branch) -> path -> bytes. private: repository -> whether it was made
+            private.
+        token: the one that may write, None to take everybody. status: answered to whoever wants to
+            make a repository, 200 to do it.
     """
 
     def __init__(self) -> None:
@@ -56,7 +60,11 @@ class Hub:
         if method == "GET":
             repo = "/".join(parts[2:4])
             listed = [{"rfilename": path} for path in self.files.get((repo, "main"), ())]
-            return (200, {"id": repo, "sha": COMMIT, "siblings": listed}) if self.known(repo) else (404, {})
+            return (
+                (200, {"id": repo, "sha": COMMIT, "siblings": listed})
+                if self.known(repo)
+                else (404, {})
+            )
         if self.token is not None and bearer != f"Bearer {self.token}":
             return 401, {"error": "Invalid username or password."}
         if parts == ["api", "validate-yaml"]:
@@ -64,8 +72,14 @@ class Hub:
         if parts == ["api", "repos", "create"]:
             return self._create(json.loads(body))
         if parts[-3:] == ["lfs", "objects", "batch"]:
-            objects = [{**o, "actions": {"upload": {"href": f"{self.address}/large/{o['oid']}"}}} for o in json.loads(body)["objects"]]
-            return 200, {"transfer": "basic", "objects": [{k: o[k] for k in ("oid", "size", "actions")} for o in objects]}
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.address}/large/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return 200, {
+                "transfer": "basic",
+                "objects": [{k: o[k] for k in ("oid", "size", "actions")} for o in objects],
+            }
         repo, what, branch = "/".join(parts[2:4]), parts[4], parts[5]
         if what == "branch":
             found = (repo, branch) in self.files
@@ -73,7 +87,16 @@ class Hub:
             return (409 if found else 200), {}
         if what == "preupload":
             names = [f["path"] for f in json.loads(body)["files"]]
-            return 200, {"files": [{"path": n, "uploadMode": "lfs" if n.endswith(".safetensors") else "regular", "shouldIgnore": False} for n in names]}
+            return 200, {
+                "files": [
+                    {
+                        "path": n,
+                        "uploadMode": "lfs" if n.endswith(".safetensors") else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for n in names
+                ]
+            }
         assert what == "commit"
         return self._commit(repo, branch, [json.loads(line) for line in body.splitlines()])
 
@@ -83,13 +106,19 @@ class Hub:
     def _create(self, given: dict[str, object]) -> tuple[int, object]:
         repo = f"{given['organization'] or 'me'}/{given['name']}"
         if self.status != 200:
-            return self.status, {"error": "You don't have the rights to create a model under this namespace"}
+            return self.status, {
+                "error": "You don't have the rights to create a model under this namespace"
+            }
         found = self.known(repo)
         self.files.setdefault((repo, "main"), {})
-        self.private.setdefault(repo, given.get("visibility") == "private" or given.get("private") is True)
+        self.private.setdefault(
+            repo, given.get("visibility") == "private" or given.get("private") is True
+        )
         return (409 if found else 200), {"url": f"{self.address}/{repo}"}
 
-    def _commit(self, repo: str, branch: str, lines: list[dict[str, dict[str, str]]]) -> tuple[int, object]:
+    def _commit(
+        self, repo: str, branch: str, lines: list[dict[str, dict[str, str]]]
+    ) -> tuple[int, object]:
         held = self.files[repo, branch]
         for line in lines:
             value = line["value"]
@@ -100,7 +129,9 @@ class Hub:
             else:
                 assert line["key"] == "lfsFile"
                 data = self._large[value["oid"]]
-                assert hashlib.sha256(data).hexdigest() == value["oid"] and len(data) == value["size"]
+                assert (
+                    hashlib.sha256(data).hexdigest() == value["oid"] and len(data) == value["size"]
+                )
                 held[value["path"]] = data
         return 200, {"commitUrl": f"{self.address}/{repo}/commit/{COMMIT}", "commitOid": COMMIT}
 
@@ -113,8 +144,14 @@ class Hub:
                 if length is not None:
                     body = self.rfile.read(int(length))
                 else:
-                    body = b"".join(self._chunks()) if self.headers.get("Transfer-Encoding") == "chunked" else b""
-                status, data = hub.answer(self.command, self.path, body, self.headers.get("Authorization"))
+                    body = (
+                        b"".join(self._chunks())
+                        if self.headers.get("Transfer-Encoding") == "chunked"
+                        else b""
+                    )
+                status, data = hub.answer(
+                    self.command, self.path, body, self.headers.get("Authorization")
+                )
                 answer = data if isinstance(data, bytes) else json.dumps(data).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(answer)))

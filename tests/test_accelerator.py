@@ -1,4 +1,6 @@
-"""Every method on an accelerator: no operator mixes devices, and no step of progressive rounding waits for the device."""
+"""Every method on an accelerator: no operator mixes devices, and no step of progressive rounding
+waits for the device.
+"""
 
 from functools import partial
 
@@ -22,16 +24,25 @@ FEW_SEARCHED = ("awq.exponents=3", "awq.shrinks=2")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    small = dict(LLAMA, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=BLOCKS)
+    small = dict(
+        LLAMA,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=BLOCKS,
+    )
     folder = save_tiny(tmp_path_factory.mktemp("model"), LlamaConfig(**small))
-    # What transformers keeps of its first load in a process must not be of this device: later tests would compute with it.
+    # What transformers keeps of its first load in a process must not be of this device: later tests
+    # would compute with it.
     AutoModelForCausalLM.from_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr(lowbit.job, "verify", partial(verify, loader=False))  # the loader is a process without this device
+    # The loader is a process without this device.
+    monkeypatch.setattr(lowbit.job, "verify", partial(verify, loader=False))
     yield from accelerator.entered(monkeypatch)
 
 
@@ -52,7 +63,12 @@ def waits_of_phases(monkeypatch, device):
 
 CASES = [
     ("rtn", "W4A16g16", (), "device"),
-    ("awq+gptq", "W3A16g16", (*FEW_SEARCHED, "gptq.act_order=true", "gptq.static_groups=true"), "device"),
+    (
+        "awq+gptq",
+        "W3A16g16",
+        (*FEW_SEARCHED, "gptq.act_order=true", "gptq.static_groups=true"),
+        "device",
+    ),
     ("tesseraq-fast", "W2A16g16", (*FEW_STEPS, *FEW_SEARCHED), "device"),
     ("tesseraq-fast", "W2A8KV8g16", (*FEW_STEPS, *FEW_SEARCHED), "host"),
     ("tesseraq-codebook", "W2A16", FEW_STEPS, "device"),
@@ -64,22 +80,31 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("recipe, scheme, settings, offload", CASES, ids=[f"{r}-{o}" for r, _, _, o in CASES])
-def test_nothing_mixes_devices_and_no_step_waits(model, device, waits_of_phases, tmp_path, recipe, scheme, settings, offload):
+@pytest.mark.parametrize(
+    "recipe, scheme, settings, offload", CASES, ids=[f"{r}-{o}" for r, _, _, o in CASES]
+)
+def test_nothing_mixes_devices_and_no_step_waits(
+    model, device, waits_of_phases, tmp_path, recipe, scheme, settings, offload
+):
     where = dict(device=accelerator.NAME, offload=offload)
     calib = dict(calib=str(model / "text.txt"), samples=6, length=24)
-    lowbit.quantize(str(model), scheme, recipe, out=tmp_path / "out", settings=settings, **calib, **where)
+    lowbit.quantize(
+        str(model), scheme, recipe, out=tmp_path / "out", settings=settings, **calib, **where
+    )
     assert device.operations > 1000  # it is where the work was done
     assert waits_of_phases == [{}] * (BLOCKS * PHASES if "tesseraq" in recipe else 0)
 
 
 def test_every_method_is_tried():
-    tried = {type(m) for recipe, scheme, *_ in CASES for m in load_recipe(recipe, scheme=lowbit.scheme.parse_scheme(scheme)).methods}
+    tried = {
+        type(m)
+        for recipe, scheme, *_ in CASES
+        for m in load_recipe(recipe, scheme=lowbit.scheme.parse_scheme(scheme)).methods
+    }
     assert tried == set(METHODS.values())
 
 
-# --- the stand-in itself: what a GPU refuses or waits for, and what it does not ---------------------------------------------------
-
+# --- the stand-in itself: what a GPU refuses or waits for, and what it does not -------------------
 
 
 def hooked(x, hook):
@@ -100,10 +125,16 @@ FORBIDDEN = {
     "cat with a scalar": lambda near, far: torch.stack([far.sum(), torch.tensor(1.0)]),
     "values put by index": lambda near, far: far.index_put_((torch.tensor([0]),), near[:1]),
     "index of the CPU's": lambda near, far: near[far[0].long()],
-    "generator": lambda near, far: torch.rand(2, device=accelerator.NAME, generator=torch.Generator()),
-    "generator of the device": lambda near, far: torch.rand(2, generator=torch.Generator(accelerator.NAME)),
+    "generator": lambda near, far: torch.rand(
+        2, device=accelerator.NAME, generator=torch.Generator()
+    ),
+    "generator of the device": lambda near, far: torch.rand(
+        2, generator=torch.Generator(accelerator.NAME)
+    ),
     "pointer": lambda near, far: far.data_ptr(),
-    "in a backward pass": lambda near, far: torch.autograd.grad(hooked(far.requires_grad_() * 1, lambda g: g + near).sum(), far),
+    "in a backward pass": lambda near, far: torch.autograd.grad(
+        hooked(far.requires_grad_() * 1, lambda g: g + near).sum(), far
+    ),
 }
 WAITS = {
     "item": lambda near, far: far[0, 0].item(),
@@ -119,7 +150,9 @@ WAITS = {
     "mask": lambda near, far: far[far > 0],
     "row numbers of the CPU's": lambda near, far: far[torch.tensor([1, 0])],
     "row numbers in a list": lambda near, far: far[[1, 0]],
-    "in a backward pass": lambda near, far: torch.autograd.grad(hooked(far.requires_grad_() * 1, lambda g: g.sum().item()).sum(), far),
+    "in a backward pass": lambda near, far: torch.autograd.grad(
+        hooked(far.requires_grad_() * 1, lambda g: g.sum().item()).sum(), far
+    ),
 }
 GOES_ON = {
     "arithmetic": lambda near, far: (far @ far).softmax(-1).sum(),
@@ -127,8 +160,12 @@ GOES_ON = {
     "made there": lambda near, far: torch.zeros(3, device=far.device),
     "rows by number": lambda near, far: far[1].copy_(far[0]),
     "mask filled": lambda near, far: far.masked_fill_(far > 0, 0.0),
-    "from page-locked memory": lambda near, far: far.copy_(torch.empty(4, 4, pin_memory=True), non_blocking=True),
-    "generator": lambda near, far: torch.rand(2, device=far.device, generator=torch.Generator(far.device)),
+    "from page-locked memory": lambda near, far: far.copy_(
+        torch.empty(4, 4, pin_memory=True), non_blocking=True
+    ),
+    "generator": lambda near, far: torch.rand(
+        2, device=far.device, generator=torch.Generator(far.device)
+    ),
     "backward": lambda near, far: torch.autograd.grad((far.requires_grad_() ** 2).sum(), far),
 }
 
@@ -143,7 +180,9 @@ def test_the_stand_in_refuses(device, action):
         FORBIDDEN[action](*pair())
 
 
-@pytest.mark.parametrize("action, waits", [*((a, True) for a in WAITS), *((a, False) for a in GOES_ON)])
+@pytest.mark.parametrize(
+    "action, waits", [*((a, True) for a in WAITS), *((a, False) for a in GOES_ON)]
+)
 def test_the_stand_in_counts(device, action, waits):
     near, far = pair()
     assert not device.waits

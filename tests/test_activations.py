@@ -1,4 +1,6 @@
-"""Activation grids, online rotations and quantized keys and values: against brute force, and in a block."""
+"""Activation grids, online rotations and quantized keys and values: against brute force, and in a
+block.
+"""
 
 from dataclasses import replace
 
@@ -34,7 +36,7 @@ def stream(tmp_path_factory):
     return ModelStream(save_tiny(tmp_path_factory.mktemp("m"), dtype=torch.float32))
 
 
-# --- the grid ------------------------------------------------------------------------------------------------------------
+# --- the grid -------------------------------------------------------------------------------------
 
 
 def near_a_tie(quotient):
@@ -44,14 +46,24 @@ def near_a_tie(quotient):
 
 @settings(deadline=None, max_examples=60)
 @example(8, "asymmetric", 1.0, 58358)  # has a tie
-@given(st.integers(2, 8), st.sampled_from(["asymmetric", "symmetric", "full"]), st.sampled_from([1.0, 0.9]), st.integers(0, 2**31))
+@given(
+    st.integers(2, 8),
+    st.sampled_from(["asymmetric", "symmetric", "full"]),
+    st.sampled_from([1.0, 0.9]),
+    st.integers(0, 2**31),
+)
 def test_per_token_against_a_loop(bits, kind, clip, seed):
     symmetric, full = kind != "asymmetric", kind == "full"
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(seed)) + 0.3
     got = PerToken(bits, symmetric, clip, full)(x)
     for token, out in zip(x.flatten(0, 1).double(), got.flatten(0, 1).double(), strict=True):
         if symmetric:
-            scale, zero, low, high = float(token.abs().max()) * clip / (2 ** (bits - 1) - (0.5 if full else 1)), 0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+            scale, zero, low, high = (
+                float(token.abs().max()) * clip / (2 ** (bits - 1) - (0.5 if full else 1)),
+                0,
+                -(2 ** (bits - 1)),
+                2 ** (bits - 1) - 1,
+            )
         else:
             bottom, top = min(float(token.min()), 0) * clip, max(float(token.max()), 0) * clip
             scale = (top - bottom) / (2**bits - 1)
@@ -67,12 +79,18 @@ def test_per_token_passes_gradients_and_refuses_nonsense():
     x = torch.randn(4, 8, requires_grad=True)
     (PerToken(4)(x) * torch.arange(8.0)).sum().backward()
     assert torch.equal(x.grad, torch.arange(8.0).expand(4, 8))
-    for bad in ({"bits": 1}, {"bits": 9}, {"bits": 4, "clip": 0.0}, {"bits": 4, "clip": 1.5}, {"bits": 4, "full_range": True}):
+    for bad in (
+        {"bits": 1},
+        {"bits": 9},
+        {"bits": 4, "clip": 0.0},
+        {"bits": 4, "clip": 1.5},
+        {"bits": 4, "full_range": True},
+    ):
         with pytest.raises(ValueError):
             PerToken(**bad)
 
 
-# --- rotations -----------------------------------------------------------------------------------------------------------
+# --- rotations ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 64, 128, 12, 172, 344, 352, 768])
@@ -80,12 +98,28 @@ def test_a_rotation_is_its_dense_matrix_and_orthogonal(size):
     rotation, x = Rotation.hadamard(size), torch.randn(3, 2, size, dtype=torch.float64)
     matrix = dense(rotation.factors)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
-    torch.testing.assert_close(matrix.abs(), torch.full((size, size), size**-0.5, dtype=torch.float64))
+    torch.testing.assert_close(
+        matrix.abs(), torch.full((size, size), size**-0.5, dtype=torch.float64)
+    )
     torch.testing.assert_close(rotation(x), x @ matrix)
     torch.testing.assert_close(rotation.inverse(rotation(x)), x)
 
 
-ODD = [12, 20, 28, 36, 40, 44, 52, 60, 172, 11008, 14336, 28672]  # widths with a tabulated factor: its root is no power of two
+# Widths with a tabulated factor: its root is no power of two.
+ODD = [
+    12,
+    20,
+    28,
+    36,
+    40,
+    44,
+    52,
+    60,
+    172,
+    11008,
+    14336,
+    28672,
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -94,18 +128,25 @@ ODD = [12, 20, 28, 36, 40, 44, 52, 60, 172, 11008, 14336, 28672]  # widths with 
 def test_a_rotation_has_no_gain_in_any_dtype(size, dtype, which):
     rotation = Rotation.hadamard(size)
     apply = rotation if which == "forth" else rotation.inverse
-    x = torch.randn(1 + 60000 // size, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    x = torch.randn(1 + 60000 // size, size, generator=torch.Generator().manual_seed(size)).to(
+        dtype
+    )
     exact, got = apply(x.double()), apply(x)
     assert got.dtype == dtype
-    # A relative error of at most half a unit in the last place, uniform, is less than 0.6 of that half in root mean square.
+    # A relative error of at most half a unit in the last place, uniform, is less than 0.6 of that
+    # half in root mean square.
     half, error, narrow = torch.finfo(dtype).eps / 2, got.double() - exact, dtype.itemsize == 2
-    assert abs(float((error * exact).sum() / exact.pow(2).sum())) < (0.1 if narrow else 1) * half  # float32 rounds the scale itself
+    # Float32 rounds the scale itself.
+    assert abs(float((error * exact).sum() / exact.pow(2).sum())) < (0.1 if narrow else 1) * half
     assert float(error.norm() / exact.norm()) < (0.6 if narrow else 16) * half  # and the sums
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_linear_reads_a_rotated_input_that_is_rounded_once(dtype):
-    x, rotation = torch.randn(4, 14336, generator=torch.Generator().manual_seed(0)).to(dtype), Rotation.hadamard(14336)
+    x, rotation = (
+        torch.randn(4, 14336, generator=torch.Generator().manual_seed(0)).to(dtype),
+        Rotation.hadamard(14336),
+    )
     assert torch.equal(Reading(rotation)(x), rotation(x.float()).to(dtype))
 
 
@@ -126,7 +167,9 @@ def test_factors_are_placed_once_for_a_device_and_dtype(monkeypatch):
     rotation(torch.randn(2, 48, device="meta"))
     assert placed == [(torch.device("cpu"), torch.float32), (torch.device("meta"), torch.float32)]
     monkeypatch.undo()
-    torch.export.export(_Rotating(again := Rotation.hadamard(12)), (torch.randn(2, 12),), strict=False)
+    torch.export.export(
+        _Rotating(again := Rotation.hadamard(12)), (torch.randn(2, 12),), strict=False
+    )
     assert type(again(torch.randn(2, 12))) is torch.Tensor  # nothing of the tracer's was kept
 
 
@@ -143,8 +186,16 @@ class _Rotating(torch.nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_outliers_are_compared_with_the_threshold_as_it_is(dtype, threshold):
     near = torch.tensor(threshold, dtype=torch.float64).to(dtype)
-    x = torch.stack([torch.nextafter(near, torch.tensor(-torch.inf, dtype=dtype)), near, torch.nextafter(near, torch.tensor(torch.inf, dtype=dtype))])
-    assert LLMInt8(8, threshold).outliers(x[None]).tolist() == [float(v) >= threshold for v in x.float()]
+    x = torch.stack(
+        [
+            torch.nextafter(near, torch.tensor(-torch.inf, dtype=dtype)),
+            near,
+            torch.nextafter(near, torch.tensor(torch.inf, dtype=dtype)),
+        ]
+    )
+    assert LLMInt8(8, threshold).outliers(x[None]).tolist() == [
+        float(v) >= threshold for v in x.float()
+    ]
 
 
 def test_sizes_without_a_hadamard_matrix_are_named():
@@ -153,10 +204,20 @@ def test_sizes_without_a_hadamard_matrix_are_named():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("quarot", [QuaRot(heads=False, online=False), QuaRot(residual=False), QuaRot(residual=False, online=False), QuaRot()])
+@pytest.mark.parametrize(
+    "quarot",
+    [
+        QuaRot(heads=False, online=False),
+        QuaRot(residual=False),
+        QuaRot(residual=False, online=False),
+        QuaRot(),
+    ],
+)
 def test_rotations_keep_the_logits_of_every_family(tmp_path, family, quarot):
     folder = save_tiny(tmp_path, family, torch.float32)
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(IDS, use_cache=False).logits
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(
+        IDS, use_cache=False
+    ).logits
     recipe, plain = Recipe(Affine(8), (quarot,)), ModelStream(folder, compute=torch.float64)
     if family == "opt-post-norm" and quarot.residual:
         with pytest.raises(LowbitError, match="cannot be rotated"):
@@ -167,7 +228,10 @@ def test_rotations_keep_the_logits_of_every_family(tmp_path, family, quarot):
     changed = 0
     for i in range(len(rotated)):
         block = quarot(opened(rotated, recipe, i))
-        changed += sum(not torch.equal(block.weight(n), plain.block_weights(i)[f"{n}.weight"]) for n in block.wiring.linears)
+        changed += sum(
+            not torch.equal(block.weight(n), plain.block_weights(i)[f"{n}.weight"])
+            for n in block.wiring.linears
+        )
         x = block.forward(x)
     assert changed >= 2 * len(rotated)
     torch.testing.assert_close(rotated.head(x), expected.float(), rtol=0, atol=5e-6)
@@ -182,18 +246,27 @@ def test_rotation_spreads_an_outlier_channel(stream):
     assert peak(rotated) < 0.6 * peak(loud)
 
 
-# --- transforms for activations -------------------------------------------------------------------------------------------
+# --- transforms for activations -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma", "bitnet", "phi3"])
 def test_smoothquant_keeps_the_function_and_evens_out_channels(tmp_path, family):
     block = opened(ModelStream(save_tiny(tmp_path, family, torch.float32)), Recipe(Affine(8)))
     smooth = SmoothQuant(0.5)(block)
-    torch.testing.assert_close(smooth.forward(block.x[:4]), block.forward(block.x[:4]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        smooth.forward(block.x[:4]), block.forward(block.x[:4]), rtol=1e-4, atol=1e-4
+    )
     site = block.wiring.sites[0]
     seen = {}
     for name, b in (("before", block), ("after", smooth)):
-        b.observe([site.reads[0]], b.x, 8, lambda _, call, name=name: seen.setdefault(name, call.args[0].flatten(0, -2).abs().amax(0)))
+        b.observe(
+            [site.reads[0]],
+            b.x,
+            8,
+            lambda _, call, name=name: seen.setdefault(
+                name, call.args[0].flatten(0, -2).abs().amax(0)
+            ),
+        )
     spread = {k: float(v.max() / v.median()) for k, v in seen.items()}
     assert spread["after"] < spread["before"]
 
@@ -206,12 +279,21 @@ def test_clip_under_quantized_activations_against_every_token(seed, bits, symmet
     q, grid = PerToken(3)(x), Affine(bits, 8)
     cut = lambda t: t.reshape(40, 2, 8).transpose(0, 1)  # noqa: E731
     _, high = search_clip(
-        weight, cut(q).transpose(1, 2) @ cut(q), grid, 10, symmetric=symmetric, drift=cut(q).transpose(1, 2) @ (cut(q) - cut(x))
+        weight,
+        cut(q).transpose(1, 2) @ cut(q),
+        grid,
+        10,
+        symmetric=symmetric,
+        drift=cut(q).transpose(1, 2) @ (cut(q) - cut(x)),
     )
     for row in range(3):
         for group in range(2):
             w, at = weight[row, 8 * group : 8 * group + 8], slice(8 * group, 8 * group + 8)
-            bottom, top = (-float(w.abs().max()), float(w.abs().max())) if symmetric else (float(w.min()), float(w.max()))
+            bottom, top = (
+                (-float(w.abs().max()), float(w.abs().max()))
+                if symmetric
+                else (float(w.min()), float(w.max()))
+            )
             errors = []
             for i in range(10):
                 p = 1 - i / 20
@@ -224,14 +306,17 @@ def test_clip_under_quantized_activations_against_every_token(seed, bits, symmet
             assert errors[chosen] <= min(errors) * (1 + 1e-9)
 
 
-# --- in a block ----------------------------------------------------------------------------------------------------------
+# --- in a block -----------------------------------------------------------------------------------
 
 
 def test_every_linear_of_a_block_reads_quantized_inputs(stream):
     block = opened(stream, W4A4)
     seen = {}
     handles = [
-        block.module.get_submodule(n).register_forward_hook(lambda _, args, __, n=n: seen.__setitem__(n, args[0])) for n in block.wiring.linears
+        block.module.get_submodule(n).register_forward_hook(
+            lambda _, args, __, n=n: seen.__setitem__(n, args[0])
+        )
+        for n in block.wiring.linears
     ]
     block.forward(block.x[:2])
     for handle in handles:
@@ -241,7 +326,9 @@ def test_every_linear_of_a_block_reads_quantized_inputs(stream):
         levels = max(len(token.unique()) for token in x.flatten(0, -2))
         assert 2 < levels <= 16
     assert torch.equal(seen["self_attn.q_proj"], seen["self_attn.v_proj"])
-    assert not torch.allclose(block.forward(block.x[:2]), block.exact().forward(block.x[:2]), atol=1e-4)
+    assert not torch.allclose(
+        block.forward(block.x[:2]), block.exact().forward(block.x[:2]), atol=1e-4
+    )
     assert torch.equal(block.target, block.exact().run(block.x))
 
 
@@ -257,7 +344,10 @@ def test_keys_and_values_are_quantized_in_every_family(tmp_path, family):
     stream = ModelStream(save_tiny(tmp_path, family, torch.float32))
     block = opened(stream, Recipe(Affine(8), kv=PerToken(2)))
     exact = block.exact().forward(block.x[:4])
-    errors = [float((replace(block, kv=KVGrid(PerToken(b))).forward(block.x[:4]) - exact).pow(2).mean()) for b in (2, 4, 8)]
+    errors = [
+        float((replace(block, kv=KVGrid(PerToken(b))).forward(block.x[:4]) - exact).pow(2).mean())
+        for b in (2, 4, 8)
+    ]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 0
 
 
@@ -265,11 +355,16 @@ def test_keys_are_rotated_around_their_grid():
     k, rotation = torch.randn(2, 2, 5, 16), Rotation.hadamard(16)
     kv = KVGrid(PerToken(3), rotation)
     keys, values = QuantizedStates(kv).update(k, k, 0)
-    torch.testing.assert_close(keys, PerToken(3)(k @ dense(rotation.factors).float()) @ dense(rotation.factors).T.float())
+    torch.testing.assert_close(
+        keys, PerToken(3)(k @ dense(rotation.factors).float()) @ dense(rotation.factors).T.float()
+    )
     assert torch.equal(values, PerToken(3)(k))
 
 
-@pytest.mark.parametrize("methods", [(AWQ(),), (SmoothQuant(), AWQ()), (QuaRot(), AWQ(scales=False)), (QuaRot(), SmoothQuant())])
+@pytest.mark.parametrize(
+    "methods",
+    [(AWQ(),), (SmoothQuant(), AWQ()), (QuaRot(), AWQ(scales=False)), (QuaRot(), SmoothQuant())],
+)
 def test_tuning_helps_under_quantized_activations(stream, methods):
     tuned = (*methods, TesseraQ(schedule="exponential-4-6", iters=8, lr=3e-2))
     losses = []
@@ -283,14 +378,18 @@ def test_tuning_helps_under_quantized_activations(stream, methods):
 
 def test_readings_apply_rotation_then_factor_then_grid():
     x, factor, rotation = torch.randn(3, 8), torch.rand(8) + 0.5, Rotation.hadamard(8)
-    torch.testing.assert_close(Reading(rotation, PerToken(4), factor)(x), PerToken(4)(rotation(x) / factor) * factor)
+    torch.testing.assert_close(
+        Reading(rotation, PerToken(4), factor)(x), PerToken(4)(rotation(x) / factor) * factor
+    )
     torch.testing.assert_close(Reading(rotation, PerToken(4)).exact()(x), rotation(x))
 
 
-# --- recipes -------------------------------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["W4A4", "W4A8KV4", "W3A3g64sym", "W2A16g64", "W8A8sym", "W4A16KV8"])
+@pytest.mark.parametrize(
+    "name", ["W4A4", "W4A8KV4", "W3A3g64sym", "W2A16g64", "W8A8sym", "W4A16KV8"]
+)
 def test_scheme_names_are_inverse(name):
     assert str(parse_scheme(name)) == name
     recipe = load_recipe("awq", scheme=parse_scheme(name))
@@ -300,16 +399,25 @@ def test_scheme_names_are_inverse(name):
 
 def test_activation_options_wait_for_a_scheme_that_has_them():
     assert load_recipe("smoothquant").activations == PerToken(8, symmetric=True, full_range=True)
-    assert load_recipe("smoothquant", scheme=parse_scheme("W4A4")).activations == PerToken(4, symmetric=True, full_range=True)
+    assert load_recipe("smoothquant", scheme=parse_scheme("W4A4")).activations == PerToken(
+        4, symmetric=True, full_range=True
+    )
     assert load_recipe("smoothquant", scheme=parse_scheme("W4A16")).activations is None
-    assert load_recipe("awq", scheme=parse_scheme("W4A4"), settings=["activations.clip=0.9"]).activations == PerToken(4, clip=0.9)
+    assert load_recipe(
+        "awq", scheme=parse_scheme("W4A4"), settings=["activations.clip=0.9"]
+    ).activations == PerToken(4, clip=0.9)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: parse_scheme("W4A1"), "2 to 8"),
-        (lambda: load_recipe("awq", scheme=parse_scheme("W4A4"), settings=["activations.clip=2.0"]), "clip"),
+        (
+            lambda: load_recipe(
+                "awq", scheme=parse_scheme("W4A4"), settings=["activations.clip=2.0"]
+            ),
+            "clip",
+        ),
         (lambda: load_recipe("awq", settings=["activations.bits=4"]), "said by the scheme"),
         (lambda: load_recipe("awq", settings=["overrides.*=W4A4"]), "overrides are about weights"),
         (lambda: Recipe(Affine(4), (RTN(), AWQ())), "'awq' after 'rtn'"),

@@ -1,4 +1,6 @@
-"""Rows of tokens: exactly as many as asked or an error, the same for the same seed, and cut where the papers cut."""
+"""Rows of tokens: exactly as many as asked or an error, the same for the same seed, and cut where
+the papers cut.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sides], None]:
     """Replace what every source holds: {"train": documents, "eval": documents}."""
 
     def install(sides: Sides) -> None:
-        monkeypatch.setattr("lowbit.model.calibration.iter_documents", lambda source, split: iter(sides[split]))
+        monkeypatch.setattr(
+            "lowbit.model.calibration.iter_documents", lambda source, split: iter(sides[split])
+        )
 
     return install
 
@@ -63,7 +67,7 @@ def windows_of(tokens: list[int], length: int) -> list[list[int]]:
     return [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
 
 
-# --- any source: rows of the joined documents ------------------------------------------------------------------------------
+# --- any source: rows of the joined documents -----------------------------------------------------
 
 
 def test_rows_are_distinct_cuts_of_the_joined_documents(tmp_path: Path, tokenizer: Any) -> None:
@@ -87,7 +91,9 @@ def test_tokens_take_four_bytes_each(tokenizer: Any, monkeypatch: pytest.MonkeyP
         def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
             return {"input_ids": [list(range(1000, 3000)) for _ in texts]}
 
-    monkeypatch.setattr("lowbit.model.calibration.iter_documents", lambda source, split: ("x" for _ in range(500)))
+    monkeypatch.setattr(
+        "lowbit.model.calibration.iter_documents", lambda source, split: ("x" for _ in range(500))
+    )
     tracemalloc.start()
     try:
         rows = draw_rows(Calibration("some.jsonl", 4, 100), Numbers(), 0)
@@ -103,7 +109,9 @@ def test_every_document_brings_its_bos(tmp_path: Path, tokenizer: Any) -> None:
     texts = [prose("a", 30), prose("b", 30), prose("c", 30)]
     source = jsonl(tmp_path / "a.jsonl", texts)
     count = len(stream(tokenizer, texts)) // 8
-    assert int((draw_rows(Calibration(source, count, 8), tokenizer, 0).calibration == BOS).sum()) == 3
+    assert (
+        int((draw_rows(Calibration(source, count, 8), tokenizer, 0).calibration == BOS).sum()) == 3
+    )
 
 
 def knows_bos_and_adds_none() -> Any:
@@ -122,7 +130,12 @@ def adds_eos_too() -> Any:
 
 @pytest.mark.parametrize(
     ("make", "first", "last"),
-    [(tiny_tokenizer, [BOS], []), (lambda: tiny_tokenizer(bos=False), [], []), (knows_bos_and_adds_none, [], []), (adds_eos_too, [BOS], [2])],
+    [
+        (tiny_tokenizer, [BOS], []),
+        (lambda: tiny_tokenizer(bos=False), [], []),
+        (knows_bos_and_adds_none, [], []),
+        (adds_eos_too, [BOS], [2]),
+    ],
 )
 def test_documents_have_the_special_tokens_that_the_tokenizer_gives_them(
     tmp_path: Path, make: Callable[[], Any], first: list[int], last: list[int]
@@ -130,7 +143,9 @@ def test_documents_have_the_special_tokens_that_the_tokenizer_gives_them(
     own = make()
     for texts in ([prose("a", 30)], [prose("a", 30), prose("b", 30), prose("c", 30)]):
         source = jsonl(tmp_path / "a.jsonl", texts)
-        tokens = [i for t in texts for i in (*first, *own.encode(t, add_special_tokens=False), *last)]
+        tokens = [
+            i for t in texts for i in (*first, *own.encode(t, add_special_tokens=False), *last)
+        ]
         expected = windows_of(tokens, 8)
         assert evaluation_windows(source, own, 8).tolist() == expected
         drawn = draw_rows(Calibration(source, len(expected), 8), own, 0)
@@ -139,7 +154,9 @@ def test_documents_have_the_special_tokens_that_the_tokenizer_gives_them(
 
 
 @pytest.mark.parametrize("held_out", [0, 1, 16])
-def test_exactly_as_many_rows_or_an_error_that_says_how_many(tmp_path: Path, tokenizer: Any, held_out: int) -> None:
+def test_exactly_as_many_rows_or_an_error_that_says_how_many(
+    tmp_path: Path, tokenizer: Any, held_out: int
+) -> None:
     text = prose("w", 300)
     source = str(tmp_path / "a.txt")
     Path(source).write_text(text)
@@ -152,10 +169,13 @@ def test_exactly_as_many_rows_or_an_error_that_says_how_many(tmp_path: Path, tok
     with pytest.raises(LowbitError) as e:
         draw_rows(Calibration(source, most + 1, 16), tokenizer, 0, held_out)
     assert str(e.value) == (
-        f"'{source}' yields {most} rows of 16 tokens ({len(tokens)} tokens read), {most + 1} were asked for. "
+        f"'{source}' yields {most} rows of 16 tokens ({len(tokens)} tokens read), {most + 1} were "
+        "asked for. "
         f"Use --samples {most}, a smaller --length, or more text."
     )
-    with pytest.raises(LowbitError, match=r"yields 0 rows of 99999 tokens .* Use a smaller --length or more text\."):
+    with pytest.raises(
+        LowbitError, match=r"yields 0 rows of 99999 tokens .* Use a smaller --length or more text\."
+    ):
         draw_rows(Calibration(source, 1, 99999), tokenizer, 0, held_out)
 
 
@@ -192,7 +212,7 @@ def test_the_real_standard_library_gives_windows(tokenizer: Any) -> None:
     assert evaluation_windows("stdlib", tokenizer, 64, 4).shape == (4, 64)
 
 
-# --- named corpora: the published draws ------------------------------------------------------------------------------------
+# --- named corpora: the published draws -----------------------------------------------------------
 
 
 def test_wikitext2_rows_are_windows_of_the_one_document(corpus: Any, tokenizer: Any) -> None:
@@ -213,7 +233,9 @@ def test_wikitext2_needs_one_token_more_than_a_row(corpus: Any, tokenizer: Any) 
     corpus({"train": [text], "eval": [text]})
     rows = draw_rows(Calibration("wikitext2", 3, tokens - 1), tokenizer, 0)
     assert rows.calibration.tolist() == [tokenizer(text)["input_ids"][:-1]] * 3
-    with pytest.raises(LowbitError, match=rf"yields 0 rows of {tokens} tokens \({tokens} tokens read\)"):
+    with pytest.raises(
+        LowbitError, match=rf"yields 0 rows of {tokens} tokens \({tokens} tokens read\)"
+    ):
         draw_rows(Calibration("wikitext2", 3, tokens), tokenizer, 0)
 
 
@@ -222,10 +244,18 @@ def test_c4_rows_are_windows_of_different_long_documents(corpus: Any, tokenizer:
     corpus({"train": texts, "eval": [prose("e", 100)]})
     rows = draw_rows(Calibration("c4", 100, 40), tokenizer, 0, held_out=2)
     long = [i for i in map(tokenizer.encode, texts) if len(i) > 40]
-    homes = [next(n for n, ids in enumerate(long) if any(ids[s : s + 40] == row for s in range(len(ids)))) for row in rows.calibration.tolist()]
+    homes = [
+        next(
+            n for n, ids in enumerate(long) if any(ids[s : s + 40] == row for s in range(len(ids)))
+        )
+        for row in rows.calibration.tolist()
+    ]
     assert len(long) == 100 and sorted(homes) == list(range(100)) and homes != list(range(100))
     assert rows.held_out.shape == (2, 40)
-    assert rows.calibration.tolist() == draw_rows(Calibration("c4", 100, 40), tokenizer, 0).calibration.tolist()
+    assert (
+        rows.calibration.tolist()
+        == draw_rows(Calibration("c4", 100, 40), tokenizer, 0).calibration.tolist()
+    )
     with pytest.raises(LowbitError, match="yields 100 rows of 40 tokens .* 101 were asked for"):
         draw_rows(Calibration("c4", 101, 40), tokenizer, 0)
 
@@ -237,7 +267,9 @@ def test_c4_stops_reading_when_it_has_enough(corpus: Any, tokenizer: Any) -> Non
     assert rows.tokens_available < sum(len(tokenizer.encode(t)) for t in texts) / 50
 
 
-def test_pile_rows_are_whole_short_documents_and_held_out_ones_are_others(corpus: Any, tokenizer: Any) -> None:
+def test_pile_rows_are_whole_short_documents_and_held_out_ones_are_others(
+    corpus: Any, tokenizer: Any
+) -> None:
     short = [f"  {prose(f'd{i}x', 20)}\n" for i in range(60)]
     long = [prose("L", 600)]
     corpus({"train": long + short, "eval": long + short})
@@ -266,10 +298,12 @@ def test_no_held_out_rows_are_no_rows(corpus: Any, tokenizer: Any, source: str) 
         draw_rows(Calibration(source, 1, 16), tokenizer, 0, held_out=-1)
 
 
-# --- evaluation windows ----------------------------------------------------------------------------------------------------
+# --- evaluation windows ---------------------------------------------------------------------------
 
 
-def test_one_document_is_tokenised_once_with_bos_at_its_start_only(tmp_path: Path, tokenizer: Any) -> None:
+def test_one_document_is_tokenised_once_with_bos_at_its_start_only(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text(prose("w", 100))
     ids = tokenizer(path.read_text())["input_ids"]
@@ -302,17 +336,22 @@ def test_text_shorter_than_a_window_is_refused(tmp_path: Path, tokenizer: Any) -
     path.write_text("short")
     count = len(tokenizer("short")["input_ids"])
     assert evaluation_windows(str(path), tokenizer, count).shape == (1, count)
-    with pytest.raises(LowbitError, match=rf"a.txt' has {count} tokens, too few for a window of {count + 1}\. Use a smaller --length"):
+    with pytest.raises(
+        LowbitError,
+        match=rf"a.txt' has {count} tokens, too few for a window of {count + 1}\. Use a smaller --length",
+    ):
         evaluation_windows(str(path), tokenizer, count + 1)
 
 
 @pytest.mark.parametrize(("length", "limit"), [(1, None), (0, None), (-3, None), (8, 0), (8, -1)])
-def test_windows_that_leave_nothing_to_predict_are_refused(tokenizer: Any, length: int, limit: int | None) -> None:
+def test_windows_that_leave_nothing_to_predict_are_refused(
+    tokenizer: Any, length: int, limit: int | None
+) -> None:
     with pytest.raises(LowbitError, match="at least 1 window of at least 2 tokens"):
         evaluation_windows("stdlib", tokenizer, length, limit)
 
 
-# --- the description -------------------------------------------------------------------------------------------------------
+# --- the description ------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_the_papers() -> None:

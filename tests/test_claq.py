@@ -1,4 +1,6 @@
-"""CLAQ against its definition: the loop with plain K-means, who gets bits, who keeps weights; and whole artifacts."""
+"""CLAQ against its definition: the loop with plain K-means, who gets bits, who keeps weights; and
+whole artifacts.
+"""
 
 import json
 from dataclasses import replace
@@ -41,8 +43,12 @@ def block(model):
 
 def inputs_of(hessian, act_order):
     diagonal = hessian.diagonal()
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
-    return Inputs(inverse_factor(hessian[order][:, order]), order, torch.zeros(len(hessian), dtype=torch.bool))
+    order = (
+        diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    )
+    return Inputs(
+        inverse_factor(hessian[order][:, order]), order, torch.zeros(len(hessian), dtype=torch.bool)
+    )
 
 
 def brute(weight, factor, order, bits):
@@ -59,17 +65,29 @@ def brute(weight, factor, order, bits):
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("method", [CLAQ(block_size=5), GPTQ(block_size=64)])
 def test_the_loop_is_gptq_with_k_means(block, act_order, method):
-    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64) @ torch.randn(64, 64, dtype=torch.float64)
+    x = torch.randn(
+        400, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ) @ torch.randn(64, 64, dtype=torch.float64)
     inputs = inputs_of(2 / 400 * x.T @ x + torch.eye(64, dtype=torch.float64), act_order)
-    q = method._linear(block, Q, inputs, {}) if isinstance(method, CLAQ) else method._site(block, [Q], inputs)[Q]
+    q = (
+        method._linear(block, Q, inputs, {})
+        if isinstance(method, CLAQ)
+        else method._site(block, [Q], inputs)[Q]
+    )
     expected = brute(block.weight(Q), inputs.factor, inputs.order, 2)
-    assert float((q.decode().double() - expected).abs().gt(1e-3).double().mean()) < 0.01  # a tie here or there
+    # A tie here or there.
+    assert float((q.decode().double() - expected).abs().gt(1e-3).double().mean()) < 0.01
 
 
 def test_uncorrelated_inputs_give_k_means_of_every_column(block):
     w = block.weight(Q)
     for act_order in (True, False):
-        q = CLAQ()._linear(block, Q, inputs_of(torch.diag(torch.rand(64, dtype=torch.float64) + 0.5), act_order), {})
+        q = CLAQ()._linear(
+            block,
+            Q,
+            inputs_of(torch.diag(torch.rand(64, dtype=torch.float64) + 0.5), act_order),
+            {},
+        )
         levels = kmeans(w.T.contiguous(), 4)[0].half().float()
         assert torch.equal(q.params.levels, levels)
 
@@ -85,7 +103,9 @@ def test_order_of_columns():
     assert column_scores(w, diagonal, 1e9).tolist() == column_scores(w, diagonal, None).tolist()
 
 
-@pytest.mark.parametrize(("bits", "extra", "share"), [(2, 0.1, 0.05), (2, 0.5, 0.25), (3, 0.2, 0.2), (2, 2.0, 1.0)])
+@pytest.mark.parametrize(
+    ("bits", "extra", "share"), [(2, 0.1, 0.05), (2, 0.5, 0.25), (3, 0.2, 0.2), (2, 2.0, 1.0)]
+)
 def test_adaptive_precision_widens_the_published_share(block, bits, extra, share):
     given = replace(block, grids=dict.fromkeys(block.wiring.linears, Codebook(bits)))
     done = CLAQ(adaptive_bits=extra)(given)
@@ -139,7 +159,13 @@ def test_a_budget_for_the_whole_model_is_met_where_it_is_surveyed(model):
 
 def test_a_price_spends_the_budget():
     g = torch.Generator().manual_seed(1)
-    surveyed_ = [(torch.rand(50, 2, generator=g, dtype=torch.float64).sort(dim=1, descending=True).values, rows) for rows in (10, 40)]
+    surveyed_ = [
+        (
+            torch.rand(50, 2, generator=g, dtype=torch.float64).sort(dim=1, descending=True).values,
+            rows,
+        )
+        for rows in (10, 40)
+    ]
     price = least_gain(surveyed_, 0.7)
     spent = sum(int((gains >= price).sum()) * rows for gains, rows in surveyed_)
     assert 0.7 * 50 * 50 - 40 <= spent <= 0.7 * 50 * 50 + 40
@@ -148,21 +174,34 @@ def test_a_price_spends_the_budget():
 
 
 def test_gains_are_per_bit_stored():
-    w, diagonal = torch.randn(40, 6, generator=torch.Generator().manual_seed(2)), torch.rand(6) + 0.5
+    w, diagonal = (
+        torch.randn(40, 6, generator=torch.Generator().manual_seed(2)),
+        torch.rand(6) + 0.5,
+    )
     once, thrice = bit_gains(w, diagonal, 2, 4), bit_gains(torch.cat([w, w, w]), diagonal, 2, 4)
-    torch.testing.assert_close(once, thrice, rtol=1e-4, atol=1e-9)  # three times the loss, three times the bits
+    # Three times the loss, three times the bits.
+    torch.testing.assert_close(once, thrice, rtol=1e-4, atol=1e-9)
     for j, column in enumerate(w.T):
-        by_hand = [float(kmeans(column[None], 1 << b)[1]) / float(diagonal[j]) ** 2 / 40 for b in (2, 3, 4)]
-        assert once[j].tolist() == pytest.approx([by_hand[0] - by_hand[1], by_hand[1] - by_hand[2]], rel=1e-5)
+        by_hand = [
+            float(kmeans(column[None], 1 << b)[1]) / float(diagonal[j]) ** 2 / 40 for b in (2, 3, 4)
+        ]
+        assert once[j].tolist() == pytest.approx(
+            [by_hand[0] - by_hand[1], by_hand[1] - by_hand[2]], rel=1e-5
+        )
 
 
 def test_a_uniform_range_need_not_reach_what_is_kept(block):
     weight = block.weight(Q).clone()
     weight[5, 7] = 50.0
-    given = replace(block, weights={**block.weights, f"{Q}.weight": weight}, grids=dict.fromkeys(block.wiring.linears, Affine(3, 16)))
+    given = replace(
+        block,
+        weights={**block.weights, f"{Q}.weight": weight},
+        grids=dict.fromkeys(block.wiring.linears, Affine(3, 16)),
+    )
     q = CLAQ(outlier_bits=0.07)(given).coded[Q]
     assert float(q.params.scale[5].max()) < 2 * float(weight[4].abs().max()) / 3
-    assert float(q.decode()[5, 7]) == pytest.approx(50.0, abs=5)  # errors of other columns are made up for here, too
+    # Errors of other columns are made up for here, too.
+    assert float(q.decode()[5, 7]) == pytest.approx(50.0, abs=5)
 
 
 @pytest.mark.parametrize("reserve", ["label", "two_sided", "official"])
@@ -174,7 +213,9 @@ def test_reserved_counts(block, reserve, grid):
         rows, columns = q.codes.shape
         counts = torch.bincount(q.outliers.index % columns, minlength=columns)
         high, low = round(rows * 0.05 * 2.8), round(rows * 0.05 * 0.8)
-        expected = (max(1, high), max(1, low)) if reserve == "label" else (2 * high + 1, 2 * low + 1)
+        expected = (
+            (max(1, high), max(1, low)) if reserve == "label" else (2 * high + 1, 2 * low + 1)
+        )
         assert set(counts.tolist()) <= set(expected), name
         if reserve != "official":
             assert int((counts == expected[0]).sum()) == round(columns * 0.1)
@@ -189,8 +230,19 @@ def test_official_looks_rates_up_by_the_place_in_a_block():
 
 
 def test_what_is_kept_costs_nothing_and_more_bits_cost_less(block):
-    losses = [CLAQ(**options) for options in (dict(), dict(outlier_bits=0.07), dict(outlier_bits=0.7), dict(adaptive_bits=0.5), dict(adaptive_bits=2.0))]
-    plain, few, many, half, all_four = (apply_methods(block, Recipe(Codebook(2), (m,))).notes["loss_after"] for m in losses)
+    losses = [
+        CLAQ(**options)
+        for options in (
+            dict(),
+            dict(outlier_bits=0.07),
+            dict(outlier_bits=0.7),
+            dict(adaptive_bits=0.5),
+            dict(adaptive_bits=2.0),
+        )
+    ]
+    plain, few, many, half, all_four = (
+        apply_methods(block, Recipe(Codebook(2), (m,))).notes["loss_after"] for m in losses
+    )
     assert many < few < plain
     assert all_four < half < plain
 
@@ -198,25 +250,43 @@ def test_what_is_kept_costs_nothing_and_more_bits_cost_less(block):
 @pytest.mark.parametrize("levels", ["sequential", "refined", "precomputed"])
 @pytest.mark.parametrize("cluster", [True, False])
 def test_every_way_to_choose_levels_ends_on_them(block, levels, cluster):
-    done = apply_methods(block, Recipe(Codebook(2), (CLAQ(levels=levels, cluster_reserved=cluster, outlier_bits=0.07, adaptive_bits=0.1),)))
-    assert done.notes["loss_after"] < 0.7 * apply_methods(block, Recipe(Codebook(2), (RTN(),))).notes["loss_after"]
+    done = apply_methods(
+        block,
+        Recipe(
+            Codebook(2),
+            (CLAQ(levels=levels, cluster_reserved=cluster, outlier_bits=0.07, adaptive_bits=0.1),),
+        ),
+    )
+    assert (
+        done.notes["loss_after"]
+        < 0.7 * apply_methods(block, Recipe(Codebook(2), (RTN(),))).notes["loss_after"]
+    )
     for q in done.coded.values():
         assert bool(((1 << q.params.widths[:, None]) > q.codes.T).all())
         assert torch.equal(q.params.levels, q.params.levels.half().float())
 
 
-@pytest.mark.parametrize("grid", [Codebook(2, "row"), Codebook(2, "tensor"), Codebook(2, "column", 4)])
+@pytest.mark.parametrize(
+    "grid", [Codebook(2, "row"), Codebook(2, "tensor"), Codebook(2, "column", 4)]
+)
 def test_gptq_codes_on_shared_books(block, grid):
     given = replace(block, grids=dict.fromkeys(block.wiring.linears, grid))
     done, nearest = GPTQ()(given), RTN()(given)
-    job_loss = [apply_methods(given, Recipe(grid, (m,))).notes["loss_after"] for m in (GPTQ(), RTN())]
+    job_loss = [
+        apply_methods(given, Recipe(grid, (m,))).notes["loss_after"] for m in (GPTQ(), RTN())
+    ]
     assert set(done.coded) == set(nearest.coded)
     assert job_loss[0] < job_loss[1]
 
 
 @pytest.mark.parametrize(
     "methods",
-    [(AWQ(), CLAQ()), (QuaRot(), CLAQ()), (AWQ(), RTN()), (QuaRot(), CLAQ(outlier_bits=0.07), TesseraQ(schedule="exponential-4-3", iters=2))],
+    [
+        (AWQ(), CLAQ()),
+        (QuaRot(), CLAQ()),
+        (AWQ(), RTN()),
+        (QuaRot(), CLAQ(outlier_bits=0.07), TesseraQ(schedule="exponential-4-3", iters=2)),
+    ],
 )
 def test_transforms_before_codebooks(block, methods):
     done = apply_methods(block, Recipe(Codebook(2), methods))
@@ -252,7 +322,18 @@ def test_budgets_that_cannot_be_met(options, grid, words):
 
 
 def test_bad_options_are_refused():
-    for bad in (dict(allocation="x"), dict(reserve="x"), dict(levels="x"), dict(outlier_bits=5.0), dict(adaptive_bits=-0.1), dict(upper=9), dict(threshold=0.0), dict(damping=-1.0), dict(scope="model"), dict(scope="x")):
+    for bad in (
+        dict(allocation="x"),
+        dict(reserve="x"),
+        dict(levels="x"),
+        dict(outlier_bits=5.0),
+        dict(adaptive_bits=-0.1),
+        dict(upper=9),
+        dict(threshold=0.0),
+        dict(damping=-1.0),
+        dict(scope="model"),
+        dict(scope="x"),
+    ):
         with pytest.raises(LowbitError, match="claq"):
             CLAQ(**bad)
     with pytest.raises(LowbitError, match="codebook per column has none"):
@@ -260,13 +341,25 @@ def test_bad_options_are_refused():
 
 
 def test_a_column_too_short_for_its_outliers_is_named():
-    with pytest.raises(LowbitError, match=r"claq.outlier_bits = 3.5 keeps 5 weights of some columns of 'b.x', which have only 3"):
+    with pytest.raises(
+        LowbitError,
+        match=r"claq.outlier_bits = 3.5 keeps 5 weights of some columns of 'b.x', which have only 3",
+    ):
         CLAQ(outlier_bits=3.5, reserve="two_sided")._reserve("b", "x", 3, torch.arange(64), {})
 
 
-@pytest.mark.parametrize("options", [dict(), dict(adaptive_bits=0.5, allocation="greedy"), dict(outlier_bits=0.3, cluster_reserved=False)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(adaptive_bits=0.5, allocation="greedy"),
+        dict(outlier_bits=0.3, cluster_reserved=False),
+    ],
+)
 def test_constant_and_coarse_columns(block, options):
-    """Columns of one value, of none but zeros, and of fewer values than levels; act-order off leaves the first ones uncompensated."""
+    """Columns of one value, of none but zeros, and of fewer values than levels; act-order off
+    leaves the first ones uncompensated.
+    """
     weight = block.weight(Q).clone()
     weight[:, 0], weight[:, 1] = 0.25, 0.0
     weight[:, 2] = torch.where(torch.arange(len(weight)) % 3 == 0, 0.5, -0.125)
@@ -289,13 +382,21 @@ def test_weights_beyond_what_is_stored_are_named(block, method):
 
 def test_compensation_that_runs_away_is_named(block, monkeypatch):
     real = inverse_factor
-    monkeypatch.setattr("lowbit.methods._hessian.inverse_factor", lambda hessian: real(hessian) * torch.linspace(1, 1e38, len(hessian)).double())
-    with pytest.raises(LowbitError, match=r"layers.0.self_attn.q_proj' and what reads the same inputs: .*raise claq.damping"):
+    monkeypatch.setattr(
+        "lowbit.methods._hessian.inverse_factor",
+        lambda hessian: real(hessian) * torch.linspace(1, 1e38, len(hessian)).double(),
+    )
+    with pytest.raises(
+        LowbitError,
+        match=r"layers.0.self_attn.q_proj' and what reads the same inputs: .*raise claq.damping",
+    ):
         CLAQ()(block)
 
 
 def test_awq_says_what_it_leaves_out(block):
-    assert AWQ()(block).notes["trouble"] == ["awq: on codebooks nothing: each column has levels of its own"]
+    assert AWQ()(block).notes["trouble"] == [
+        "awq: on codebooks nothing: each column has levels of its own"
+    ]
     shared = replace(block, grids=dict.fromkeys(block.wiring.linears, Codebook(2, "row")))
     assert AWQ(rows=4, exponents=3)(shared).notes["trouble"] == ["awq: on codebooks no clip"]
 
@@ -308,7 +409,9 @@ def test_short_columns_are_remarked(block):
 @pytest.mark.parametrize("allocation", ["outliers", "greedy"])
 def test_a_budget_below_one_column_is_remarked(block, allocation):
     done = CLAQ(adaptive_bits=0.001, allocation=allocation)(block)
-    assert any("less than one of 64 columns needs" in t and "k_proj" in t for t in done.notes["trouble"])
+    assert any(
+        "less than one of 64 columns needs" in t and "k_proj" in t for t in done.notes["trouble"]
+    )
     assert not CLAQ(adaptive_bits=0.1, allocation=allocation)(block).notes.get("trouble")
 
 
@@ -327,11 +430,13 @@ def test_a_scheme_that_no_codebook_has_is_refused():
 
     with pytest.raises(LowbitError, match="no symmetric form"):
         load_recipe("claq", scheme=parse_scheme("W2A16sym"))
-    with pytest.raises(LowbitError, match="needs a codebook per column, not W2 codebook per 4 columns"):
+    with pytest.raises(
+        LowbitError, match="needs a codebook per column, not W2 codebook per 4 columns"
+    ):
         load_recipe("claq", scheme=parse_scheme("W2A16g4"))
 
 
-# --- artifacts -------------------------------------------------------------------------------------------------------------
+# --- artifacts ------------------------------------------------------------------------------------
 
 
 def run(*args):
@@ -339,7 +444,19 @@ def run(*args):
 
 
 def quantized(model, out, *extra):
-    return run("quantize", model, "--calib", model / "text.txt", "--samples", 8, "--length", 32, "-o", out, *extra)
+    return run(
+        "quantize",
+        model,
+        "--calib",
+        model / "text.txt",
+        "--samples",
+        8,
+        "--length",
+        32,
+        "-o",
+        out,
+        *extra,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -362,8 +479,12 @@ def test_an_artifact_verifies_and_stays_packed_in_memory(artifact):
     loaded(torch.arange(5)[None])
     stored = {e["name"]: e["bytes"] for e in report["linears"] if "skipped" not in e}
     for layer in layers:
-        held = sum(b.nbytes for b in layer.buffers()) + sum(t.nbytes for t in vars(layer).values() if isinstance(t, torch.Tensor))
-        assert held <= stored[layer.name] + 2 * sum(b.nbytes for n, b in layer.named_buffers() if "levels" in n)
+        held = sum(b.nbytes for b in layer.buffers()) + sum(
+            t.nbytes for t in vars(layer).values() if isinstance(t, torch.Tensor)
+        )
+        assert held <= stored[layer.name] + 2 * sum(
+            b.nbytes for n, b in layer.named_buffers() if "levels" in n
+        )
 
 
 def test_generation_runs_and_a_gradient_reaches_the_embedding(artifact):
@@ -371,7 +492,10 @@ def test_generation_runs_and_a_gradient_reaches_the_embedding(artifact):
 
     loaded = AutoModelForCausalLM.from_pretrained(artifact)
     ids = torch.arange(3, 9)[None]
-    cached, plain = (loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False))
+    cached, plain = (
+        loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=c, pad_token_id=0)
+        for c in (True, False)
+    )
     assert torch.equal(cached, plain)
     loaded(ids, labels=ids).loss.backward()
     assert float(loaded.get_input_embeddings().weight.grad.abs().sum()) > 0
@@ -380,8 +504,13 @@ def test_generation_runs_and_a_gradient_reaches_the_embedding(artifact):
 @pytest.mark.parametrize(
     ("family", "scheme", "recipe"),
     [
-        ("llama", "W2A16", "claq-fused+tesseraq"), ("llama", "W3A8", "quarot+claq-or"), ("llama", "W2A16g2", "gptq-row.toml"),
-        ("llama", "W4A16", "affine-or.toml"), ("phi3", "W2A16", "claq-fused"), ("opt", "W2A16", "claq-fused"), ("bitnet", "W2A16", "claq-fused"),
+        ("llama", "W2A16", "claq-fused+tesseraq"),
+        ("llama", "W3A8", "quarot+claq-or"),
+        ("llama", "W2A16g2", "gptq-row.toml"),
+        ("llama", "W4A16", "affine-or.toml"),
+        ("phi3", "W2A16", "claq-fused"),
+        ("opt", "W2A16", "claq-fused"),
+        ("bitnet", "W2A16", "claq-fused"),
     ],
 )
 def test_families_and_combinations(tmp_path, family, scheme, recipe):
@@ -391,10 +520,17 @@ def test_families_and_combinations(tmp_path, family, scheme, recipe):
     if recipe == "affine-or.toml":
         (tmp_path / recipe).write_text('methods = ["awq", "claq"]\n[claq]\noutlier_bits = 0.28\n')
     recipe = tmp_path / recipe if recipe.endswith(".toml") else recipe
-    fast = ["--set", "tesseraq.schedule=exponential-4-3", "--set", "tesseraq.iters=2"] if "tesseraq" in str(recipe) else []
+    fast = (
+        ["--set", "tesseraq.schedule=exponential-4-3", "--set", "tesseraq.iters=2"]
+        if "tesseraq" in str(recipe)
+        else []
+    )
     done = quantized(model, tmp_path / "out", "--scheme", scheme, "--recipe", recipe, *fast)
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["verification"]["loader"] == "passed"
+    assert (
+        json.loads((tmp_path / "out" / "report.json").read_text())["verification"]["loader"]
+        == "passed"
+    )
 
 
 def test_interrupted_it_ends_with_the_same_bytes(artifact, model, tmp_path, monkeypatch):
@@ -412,7 +548,9 @@ def test_interrupted_it_ends_with_the_same_bytes(artifact, model, tmp_path, monk
     quantized(model, tmp_path / "out", "--scheme", "W2A16", "--recipe", "claq-fused")
     done = quantized(model, tmp_path / "out", "--scheme", "W2A16", "--recipe", "claq-fused")
     assert done.exit_code == 0, done.output
-    hashes = [json.loads((d / "report.json").read_text())["hash"] for d in (artifact, tmp_path / "out")]
+    hashes = [
+        json.loads((d / "report.json").read_text())["hash"] for d in (artifact, tmp_path / "out")
+    ]
     assert hashes[0] == hashes[1]
 
 
@@ -422,7 +560,9 @@ def test_a_damaged_index_is_named_and_never_followed(artifact, tmp_path):
     from transformers import AutoModelForCausalLM
 
     copy = shutil.copytree(artifact, tmp_path / "copy")
-    shard = next(p for p in sorted(copy.glob("*.safetensors")) if any("outlier" in k for k in load_file(p)))
+    shard = next(
+        p for p in sorted(copy.glob("*.safetensors")) if any("outlier" in k for k in load_file(p))
+    )
     tensors = load_file(shard)
     key = next(k for k in tensors if k.endswith("weight_outlier_columns"))
     tensors[key][0] = 60000
@@ -435,7 +575,9 @@ def test_a_damaged_index_is_named_and_never_followed(artifact, tmp_path):
 
 
 def test_a_ternary_model_loses_nothing(tmp_path):
-    """Three levels in every column, scales that float16 holds: codes, disk and loader give the very weights back."""
+    """Three levels in every column, scales that float16 holds: codes, disk and loader give the very
+    weights back.
+    """
     model = save_tiny(tmp_path / "m", dtype=torch.float32)
     path = model / "model.safetensors"
     tensors = load_file(path)

@@ -1,4 +1,6 @@
-"""K-means against brute force and scikit-learn, the codebook grid, its layout on disk, and soft rounding on it."""
+"""K-means against brute force and scikit-learn, the codebook grid, its layout on disk, and soft
+rounding on it.
+"""
 
 import ctypes
 import itertools
@@ -39,7 +41,10 @@ PATHS = [pytest.param(kmeans, id="compiled"), pytest.param(batched, id="torch")]
 def brute(values, k, weights=None):
     """The least sum of squares over all ways to cut the sorted values."""
     order = np.argsort(values, kind="stable")
-    x, w = values[order].astype(np.float64), np.ones(len(values)) if weights is None else weights[order].astype(np.float64)
+    x, w = (
+        values[order].astype(np.float64),
+        np.ones(len(values)) if weights is None else weights[order].astype(np.float64),
+    )
     best = np.inf
     for cut in itertools.combinations(range(1, len(x)), min(k, len(x)) - 1):
         total = 0.0
@@ -57,7 +62,13 @@ def spent(values, levels, weights=None):
 
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 11), k=st.integers(1, 5), seed=st.integers(0, 10**6), weighted=st.booleans(), rounded=st.booleans())
+@given(
+    n=st.integers(1, 11),
+    k=st.integers(1, 5),
+    seed=st.integers(0, 10**6),
+    weighted=st.booleans(),
+    rounded=st.booleans(),
+)
 def test_the_optimum_of_short_lists(path, n, k, seed, weighted, rounded):
     g = torch.Generator().manual_seed(seed)
     values = torch.randn(3, n, generator=g)
@@ -101,7 +112,12 @@ def test_levels_move_with_the_numbers(path, scale, shift, seed):
     values = torch.randn(2, 300, generator=torch.Generator().manual_seed(seed)).double()
     plain, _ = path(values, 8, exact=True)
     moved, _ = path(values * scale + shift, 8, exact=True)
-    torch.testing.assert_close(moved.double(), plain.double() * scale + shift, rtol=1e-3, atol=2e-3 * scale + 1e-5 * abs(shift))
+    torch.testing.assert_close(
+        moved.double(),
+        plain.double() * scale + shift,
+        rtol=1e-3,
+        atol=2e-3 * scale + 1e-5 * abs(shift),
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -122,25 +138,47 @@ def test_numbers_that_are_none_are_refused(path, bad):
 
 
 def test_without_a_compiler_torch_does_it():
-    script = "import torch; from lowbit.grid import kmeans as m; assert m.library(m._SOURCE) is None; print(m.kmeans(torch.arange(8.)[None], 2)[0].tolist())"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "LOWBIT_NO_COMPILER": "1"}, check=True)
+    script = (
+        "import torch; from lowbit.grid import kmeans as m; assert m.library(m._SOURCE) is None; "
+        "print(m.kmeans(torch.arange(8.)[None], 2)[0].tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LOWBIT_NO_COMPILER": "1"},
+        check=True,
+    )
     assert done.stdout.strip() == "[[1.5, 5.5]]"
 
 
-# --- the grid and its layout -----------------------------------------------------------------------------------------------
+# --- the grid and its layout ----------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 40), width=st.integers(1, 40), bits=st.integers(1, 4), kind=st.sampled_from(["column", "two", "row", "tensor", "mixed"]), kept=st.booleans(), seed=st.integers(0, 1000))
+@given(
+    rows=st.integers(1, 40),
+    width=st.integers(1, 40),
+    bits=st.integers(1, 4),
+    kind=st.sampled_from(["column", "two", "row", "tensor", "mixed"]),
+    kept=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 def test_on_disk_and_back(rows, width, bits, kind, kept, seed):
     g = torch.Generator().manual_seed(seed)
     width = width * 2 if kind == "two" else width
-    grid = Codebook(bits, {"two": "column", "mixed": "column"}.get(kind, kind), 2 if kind == "two" else None)
+    grid = Codebook(
+        bits, {"two": "column", "mixed": "column"}.get(kind, kind), 2 if kind == "two" else None
+    )
     w = torch.randn(rows, width, generator=g)
     widths = torch.randint(1, 5, (width,), generator=g) if kind == "mixed" else None
     params = grid.stored(grid.fit(w, widths), torch.float32)
     index = torch.randperm(rows * width, generator=g)[: rows * width // 7].sort().values
-    outliers = Outliers(index, torch.randn(len(index), generator=g).half().float()) if kept and len(index) else None
+    outliers = (
+        Outliers(index, torch.randn(len(index), generator=g).half().float())
+        if kept and len(index)
+        else None
+    )
     q = QTensor(grid, grid.encode(w, params), params, outliers)
     tensors = packing.pack(q, torch.float32)
     assert q.same_as(packing.unpack(tensors, grid, "x")) is None
@@ -190,7 +228,9 @@ def test_damaged_files_are_refused_by_name():
     w = torch.randn(20, 12)
     grid = Codebook(2)
     params = grid.stored(grid.fit(w, torch.tensor([2, 4] * 6)), torch.float32)
-    q = QTensor(grid, grid.encode(w, params), params, Outliers(torch.tensor([3, 17, 18]), torch.ones(3)))
+    q = QTensor(
+        grid, grid.encode(w, params), params, Outliers(torch.tensor([3, 17, 18]), torch.ones(3))
+    )
     good = packing.pack(q, torch.float32)
     for key, change, what in [
         ("weight_columns", lambda t: t.__setitem__(0, 11), "not a permutation"),
@@ -198,27 +238,48 @@ def test_damaged_files_are_refused_by_name():
         ("weight_outlier_columns", lambda t: t.__setitem__(0, 12), "not one of the 12 inputs"),
         ("weight_outlier_starts", lambda t: t.__setitem__(1, 9), "do not rise"),
         ("weight_outlier_starts", lambda t: t.__setitem__(20, 2), "do not rise"),
-        ("weight_levels_2", lambda t: t.__setitem__((0, 0), float("nan")), "not finite and ascending"),
+        (
+            "weight_levels_2",
+            lambda t: t.__setitem__((0, 0), float("nan")),
+            "not finite and ascending",
+        ),
         ("weight_levels_4", lambda t: t.__setitem__((0, 0), 99), "not finite and ascending"),
     ]:
         with pytest.raises(LowbitError, match=f"'a.b' is damaged: .*{what}"):
             packing.unpack(damaged(good, key, change), grid, "a.b")
     for key in good:
         with pytest.raises(LowbitError, match="'a.b'"):
-            packing.unpack({k: t for k, t in good.items() if k != key and (key != "weight_outlier_starts" or not k.startswith("weight_levels_2"))}, grid, "a.b")
+            packing.unpack(
+                {
+                    k: t
+                    for k, t in good.items()
+                    if k != key
+                    and (key != "weight_outlier_starts" or not k.startswith("weight_levels_2"))
+                },
+                grid,
+                "a.b",
+            )
     with pytest.raises(LowbitError, match="not representable in float16"):
-        packing.pack(replace(q, params=CodebookParams(params.levels + 1e-6, params.widths)), torch.float32)
+        packing.pack(
+            replace(q, params=CodebookParams(params.levels + 1e-6, params.widths)), torch.float32
+        )
 
 
 def test_bad_grids():
-    for bad in (dict(bits=0), dict(bits=9), dict(bits=2, per="block"), dict(bits=2, per="row", group_size=4), dict(bits=2, group_size=0)):
+    for bad in (
+        dict(bits=0),
+        dict(bits=9),
+        dict(bits=2, per="block"),
+        dict(bits=2, per="row", group_size=4),
+        dict(bits=2, group_size=0),
+    ):
         with pytest.raises(ValueError):
             Codebook(**bad)
     with pytest.raises(ValueError, match="float16"):
         Codebook(1).stored(Codebook(1).fit(torch.tensor([[1e5], [1.0]])), torch.float32)
 
 
-# --- soft rounding ---------------------------------------------------------------------------------------------------------
+# --- soft rounding --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +296,10 @@ def test_gradients_match_finite_differences(block):
     soft = SoftBlock(block)
     for b in soft.buckets:
         b.v.add_(0.1)
-        b.levels = lambda b=b: b.level + b.gap * (2 * (1.2 * torch.sigmoid(b.v) - 0.1).clamp(0, 1) - 1)  # rounding has no slope
+        # Rounding has no slope.
+        b.levels = lambda b=b: (
+            b.level + b.gap * (2 * (1.2 * torch.sigmoid(b.v) - 0.1).clamp(0, 1) - 1)
+        )
     loss, found = projected(soft, block)
     for b, gradients in zip(soft.buckets[:2], found, strict=False):
         for variable, grad in zip((b.nu, b.v), gradients, strict=True):
@@ -263,12 +327,16 @@ def test_soft_weights_start_as_the_float_ones_inside_a_book(block):
     for name in block.wiring.linears:
         w, params = block.weight(name), block.range_of(name)
         inside = (params.levels[:, :1] <= w.T) & (params.levels[:, -1:] >= w.T)
-        torch.testing.assert_close(weights[f"{name}.weight"].T[inside], w.T[inside], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            weights[f"{name}.weight"].T[inside], w.T[inside], rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("start", [RTN(), CLAQ(adaptive_bits=0.3, outlier_bits=0.14)])
 def test_what_is_frozen_is_what_is_stored(block, start):
-    """Also where tuning has carried levels past each other: they change places, and so do the codes."""
+    """Also where tuning has carried levels past each other: they change places, and so do the
+    codes.
+    """
     soft = SoftBlock(start(block) if isinstance(start, CLAQ) else block)
     g = torch.Generator().manual_seed(3)
     crossed = False
@@ -288,11 +356,27 @@ def test_what_is_frozen_is_what_is_stored(block, start):
 def test_outliers_pull_at_no_level(block):
     soft = SoftBlock(CLAQ(outlier_bits=0.7)(block))
     soft.weights()
-    only = {n: torch.zeros_like(block.weight(n)).flatten().index_fill(0, soft.outliers[n].index, 1.0).view_as(block.weight(n)) for n in soft.names}
-    assert all(not bool(by_v.any()) and not bool(by_nu.any()) for by_nu, by_v in slopes(soft, [only[n] for n in soft.names]))
+    only = {
+        n: torch.zeros_like(block.weight(n))
+        .flatten()
+        .index_fill(0, soft.outliers[n].index, 1.0)
+        .view_as(block.weight(n))
+        for n in soft.names
+    }
+    assert all(
+        not bool(by_v.any()) and not bool(by_nu.any())
+        for by_nu, by_v in slopes(soft, [only[n] for n in soft.names])
+    )
 
 
-@pytest.mark.parametrize("methods", [(FAST,), (CLAQ(adaptive_bits=0.2, outlier_bits=0.14), FAST), (CLAQ(), replace(FAST, rounds=2))])
+@pytest.mark.parametrize(
+    "methods",
+    [
+        (FAST,),
+        (CLAQ(adaptive_bits=0.2, outlier_bits=0.14), FAST),
+        (CLAQ(), replace(FAST, rounds=2)),
+    ],
+)
 def test_tesseraq_improves_what_it_starts_from(block, methods):
     recipe = Recipe(Codebook(2), methods)
     start = apply_methods(block, Recipe(Codebook(2), methods[:-1] or (RTN(),)))
@@ -323,12 +407,20 @@ def test_tesseraq_leaves_outliers_of_a_uniform_grid_alone(block):
 @pytest.mark.skipif(library(module._SOURCE) is None, reason="no C compiler")
 @pytest.mark.parametrize("n", [1, 7, 2048, 5000])
 def test_digits_sort_as_numpy_does(n):
-    x = torch.distributions.StudentT(1.2).sample((5, n)) * torch.tensor([1e-38, 1e-3, 1.0, 1e3, 1e30])[:, None]
+    x = (
+        torch.distributions.StudentT(1.2).sample((5, n))
+        * torch.tensor([1e-38, 1e-3, 1.0, 1e3, 1e30])[:, None]
+    )
     x[:, :1] = 0.0
     x[:, n // 2] = -0.0
     x[1, -1], x[2, 0] = float("inf"), float("-inf")
     sorted_ = torch.empty_like(x)
-    assert library(module._SOURCE).sort_rows(pointer(x), ctypes.c_int64(5), ctypes.c_int32(n), pointer(sorted_)) == 0
+    assert (
+        library(module._SOURCE).sort_rows(
+            pointer(x), ctypes.c_int64(5), ctypes.c_int32(n), pointer(sorted_)
+        )
+        == 0
+    )
     assert np.array_equal(sorted_.numpy(), np.sort(x.numpy(), axis=1))
 
 

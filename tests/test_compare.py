@@ -1,4 +1,6 @@
-"""`lowbit compare`: equal terms, resumable cells, failures shown as failures, reports that agree with the cells."""
+"""`lowbit compare`: equal terms, resumable cells, failures shown as failures, reports that agree
+with the cells.
+"""
 
 import csv
 import json
@@ -20,7 +22,20 @@ def model(tmp_path_factory):
 
 def compare(model, out, *more, schemes="W4A16,W4A8", recipes="rtn,awq+gptq"):
     text = str(model / "text.txt")
-    args = ["compare", model, "--schemes", schemes, "--recipes", recipes, "--calib", text, "--samples", 8, "--length", 32]
+    args = [
+        "compare",
+        model,
+        "--schemes",
+        schemes,
+        "--recipes",
+        recipes,
+        "--calib",
+        text,
+        "--samples",
+        8,
+        "--length",
+        32,
+    ]
     args += ["--text", text, "--eval-length", 32, "--windows", 6, "-o", out, *more]
     return CliRunner().invoke(app, [str(a) for a in args])
 
@@ -36,8 +51,13 @@ def done(model, tmp_path_factory):
 def test_all_cells_on_equal_terms(done):
     rows = json.loads((done / "comparison.json").read_text())["rows"]
     assert [(r["scheme"], r["recipe"]) for r in rows] == [
-        ("float", "original"), ("bfloat16", "original"), ("W4A16", "rtn"), ("W4A16", "awq+gptq"), ("W4A8", "rtn"), ("W4A8", "awq+gptq"),
-    ]  # fmt: skip
+        ("float", "original"),
+        ("bfloat16", "original"),
+        ("W4A16", "rtn"),
+        ("W4A16", "awq+gptq"),
+        ("W4A8", "rtn"),
+        ("W4A8", "awq+gptq"),
+    ]
     assert len({r["windows_sha256"] for r in rows}) == 1
     assert len({r["calibration"]["sha256"] for r in rows[2:]}) == 1
     assert rows[0]["kl"] < 1e-6 < rows[2]["kl"]
@@ -47,8 +67,12 @@ def test_all_cells_on_equal_terms(done):
 def test_reports_agree_with_the_cells(done):
     rows = json.loads((done / "comparison.json").read_text())["rows"]
     table = list(csv.DictReader((done / "comparison.csv").read_text().splitlines()))
-    assert [float(t["perplexity"]) for t in table] == pytest.approx([r["perplexity"] for r in rows], abs=1e-4)
-    assert {r["batch"] for r in rows} == {min(8, rows[0]["windows"])} and f"{rows[0]['batch']} windows a pass" in (done / "comparison.md").read_text()
+    assert [float(t["perplexity"]) for t in table] == pytest.approx(
+        [r["perplexity"] for r in rows], abs=1e-4
+    )
+    assert {r["batch"] for r in rows} == {
+        min(8, rows[0]["windows"])
+    } and f"{rows[0]['batch']} windows a pass" in (done / "comparison.md").read_text()
     page = (done / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -56,10 +80,14 @@ def test_reports_agree_with_the_cells(done):
     assert not (done / "artifacts" / "W4A16-rtn").exists()
 
 
-def test_a_repeated_command_measures_nothing_again_and_a_new_cell_is_added(done, model, monkeypatch):
+def test_a_repeated_command_measures_nothing_again_and_a_new_cell_is_added(
+    done, model, monkeypatch
+):
     ran = []
     quantize = lowbit.compare.quantize
-    monkeypatch.setattr(lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k))
+    monkeypatch.setattr(
+        lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k)
+    )
     assert compare(model, done).exit_code == 0
     assert ran == []
     assert compare(model, done, "--keep", recipes="rtn,awq").exit_code == 0
@@ -76,7 +104,9 @@ def test_a_failure_is_a_row_and_is_tried_again(model, tmp_path, monkeypatch):
     assert "failed" in (tmp_path / "c" / "comparison.md").read_text()
     ran = []
     quantize = lowbit.compare.quantize
-    monkeypatch.setattr(lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k))
+    monkeypatch.setattr(
+        lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k)
+    )
     compare(model, tmp_path / "c", schemes="W4A16g48,W4A16g32", recipes="rtn")
     assert ran == ["W4A16g48-rtn"]
 
@@ -102,7 +132,9 @@ def test_bad_names_are_refused_before_work(model, tmp_path, options, words):
 def test_settings_reach_the_recipes_that_have_the_method(model, tmp_path):
     result = compare(model, tmp_path / "c", "--set", "tesseraq.iters=4")
     assert result.exit_code == 2 and "none of the recipes" in " ".join(result.output.split())
-    assert compare(model, tmp_path / "c", "--set", "gptq.damping=0.05", schemes="W4A16").exit_code == 0
+    assert (
+        compare(model, tmp_path / "c", "--set", "gptq.damping=0.05", schemes="W4A16").exit_code == 0
+    )
 
 
 def test_other_terms_are_refused(done, model):
@@ -121,7 +153,9 @@ def test_missing_text_and_unknown_options_are_refused_before_work(model, tmp_pat
 def test_a_recipe_file_is_a_cell_and_a_changed_one_is_measured_again(model, tmp_path, monkeypatch):
     ran = []
     quantize = lowbit.compare.quantize
-    monkeypatch.setattr(lowbit.compare, "quantize", lambda *a, **k: ran.append(1) or quantize(*a, **k))
+    monkeypatch.setattr(
+        lowbit.compare, "quantize", lambda *a, **k: ran.append(1) or quantize(*a, **k)
+    )
     recipe = tmp_path / "mine.toml"
     for methods, runs in (("rtn", 1), ("rtn", 1), ("awq", 2)):
         recipe.write_text(f'name = "mine"\nmethods = ["{methods}"]\n')
@@ -133,8 +167,19 @@ def test_accuracies_of_tasks_are_in_every_report(tmp_path):
     from lowbit.report import write_comparison
 
     tasks = {"each": {"piqa": {"acc": 0.5, "acc_norm": 0.25}}, "mean_acc": 0.5}
-    row = {"scheme": "W4A16", "recipe": "rtn", "bits": 4.0, "bytes": 1, "perplexity": 2.0, "kl": 0.1, "top1": 0.9, "seconds": 1.0}
-    write_comparison(tmp_path, [{**row, "blocks": [{"before": 2.0, "after": 1.0}], "tasks": tasks}], "title")
+    row = {
+        "scheme": "W4A16",
+        "recipe": "rtn",
+        "bits": 4.0,
+        "bytes": 1,
+        "perplexity": 2.0,
+        "kl": 0.1,
+        "top1": 0.9,
+        "seconds": 1.0,
+    }
+    write_comparison(
+        tmp_path, [{**row, "blocks": [{"before": 2.0, "after": 1.0}], "tasks": tasks}], "title"
+    )
     (line,) = csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines())
     assert line["piqa"] == "0.5000" and line["mean acc"] == "0.5000"
 
@@ -153,13 +198,24 @@ def test_another_model_or_text_under_the_same_names_is_measured_anew(tmp_path):
     (model / "text.txt").write_text((model / "text.txt").read_text()[::-1])
     assert compare(model, out, "--keep", schemes="W4A16", recipes="rtn").exit_code == 0
     third = json.loads((out / "comparison.json").read_text())["rows"]
-    assert third[2]["calibration"]["sha256"] != second[2]["calibration"]["sha256"] and third[0]["windows_sha256"] != second[0]["windows_sha256"]
+    assert (
+        third[2]["calibration"]["sha256"] != second[2]["calibration"]["sha256"]
+        and third[0]["windows_sha256"] != second[0]["windows_sha256"]
+    )
 
 
-def test_a_full_disk_ends_the_comparison_instead_of_failing_every_cell(model, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_comparison_instead_of_failing_every_cell(
+    model, tmp_path, monkeypatch
+):
     def full(*args, **options):
-        raise DiskFull("no space left on disk while writing 'x': free some and run the same command.")
+        raise DiskFull(
+            "no space left on disk while writing 'x': free some and run the same command."
+        )
 
     monkeypatch.setattr(lowbit.compare, "quantize", full)
     result = compare(model, tmp_path / "c", schemes="W4A16,W4A8", recipes="rtn")
-    assert result.exit_code == 2 and "Cells measured and kept" in " ".join(result.output.split()) and "failed:" not in result.output
+    assert (
+        result.exit_code == 2
+        and "Cells measured and kept" in " ".join(result.output.split())
+        and "failed:" not in result.output
+    )

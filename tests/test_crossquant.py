@@ -1,4 +1,6 @@
-"""CrossQuant's activation grid: against a float64 loop, its limits, what it leaks, and through tuning, artifact and loader."""
+"""CrossQuant's activation grid: against a float64 loop, its limits, what it leaks, and through
+tuning, artifact and loader.
+"""
 
 import math
 
@@ -30,7 +32,12 @@ def heavy_tailed(*shape, seed=0):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(2, 8), st.sampled_from([0.0, 0.15, 0.55, 1.0]), st.sampled_from(["call", "sequence"]), st.integers(0, 2**31))
+@given(
+    st.integers(2, 8),
+    st.sampled_from([0.0, 0.15, 0.55, 1.0]),
+    st.sampled_from(["call", "sequence"]),
+    st.integers(0, 2**31),
+)
 def test_against_a_float64_loop_and_without_a_clip(bits, exponent, columns, seed):
     x, top = heavy_tailed(2, 7, 9, seed=seed), 2 ** (bits - 1) - 1
     grid = CrossQuant(bits, exponent, columns)
@@ -42,9 +49,14 @@ def test_against_a_float64_loop_and_without_a_clip(bits, exponent, columns, seed
         for token in range(7):
             for channel in range(9):
                 value = float(wide[b, token, channel])
-                scale = float(wide[b, token].abs().max()) ** exponent * float(pool[:, channel].abs().max()) ** (1 - exponent) / top
+                scale = (
+                    float(wide[b, token].abs().max()) ** exponent
+                    * float(pool[:, channel].abs().max()) ** (1 - exponent)
+                    / top
+                )
                 exact = value / scale
-                if abs(exact - math.floor(exact) - 0.5) > 1e-3:  # not near a tie, which float32 may round otherwise
+                # Not near a tie, which float32 may round otherwise.
+                if abs(exact - math.floor(exact) - 0.5) > 1e-3:
                     assert int(codes[b, token, channel]) == round(exact)
 
 
@@ -65,14 +77,19 @@ def test_kernel_shrinks_where_the_channel_is_smaller_than_the_token_and_grows_el
 
 
 def test_outlier_channels_lose_their_kernel():
-    """Six normal channels 60 times larger at 8 bits, as in OPT: shares of zeros as the normal distribution has them."""
+    """Six normal channels 60 times larger at 8 bits, as in OPT: shares of zeros as the normal
+    distribution has them.
+    """
     x = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
     size = torch.ones(2048)
     size[:6] = 60
     x *= size
     rows, columns = x.abs().amax(1, keepdim=True).double(), x.abs().amax(0).double()
     shares = {}
-    for grid, bound in ((PerToken(8, symmetric=True), rows / 254), (CrossQuant(8, 0.15), rows**0.15 * columns**0.85 / 254)):
+    for grid, bound in (
+        (PerToken(8, symmetric=True), rows / 254),
+        (CrossQuant(8, 0.15), rows**0.15 * columns**0.85 / 254),
+    ):
         shares[type(grid)] = float((grid(x) == 0).double().mean())
         assert abs(shares[type(grid)] - float(torch.erf(bound / size / 2**0.5).mean())) < 2e-3
     assert shares[PerToken] > 0.3 and shares[CrossQuant] < 0.02
@@ -85,10 +102,13 @@ def test_zero_columns_rows_and_single_tokens():
         out = CrossQuant(4, exponent)(x)
         assert torch.isfinite(out).all() and not out[:, 3].any() and not out[2].any()
     assert torch.isfinite(CrossQuant(4)(torch.zeros(2, 3, 4))).all()
-    # A token alone has its own values for scales, which makes the codes a power of them: a gain no real code has.
+    # A token alone has its own values for scales, which makes the codes a power of them: a gain no
+    # real code has.
     alone = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
     codes, _ = CrossQuant(4).codes(alone)
-    assert torch.equal(codes.abs().int(), (7 * (alone.abs() / alone.abs().max()).double().pow(0.15)).round().int())
+    assert torch.equal(
+        codes.abs().int(), (7 * (alone.abs() / alone.abs().max()).double().pow(0.15)).round().int()
+    )
     error = [float((g(alone) - alone).norm()) for g in (CrossQuant(4), PerToken(4, symmetric=True))]
     assert error[0] < error[1] / 3
 
@@ -102,7 +122,9 @@ def test_it_sees_the_future_and_as_published_the_batch(columns, batch_matters):
     assert not torch.equal(grid(later)[0, :-1], grid(x)[0, :-1])
     assert torch.equal(grid(other)[0], grid(x)[0]) != batch_matters
     plain = PerToken(4, symmetric=True)
-    assert torch.equal(plain(later)[0, :-1], plain(x)[0, :-1]) and torch.equal(plain(other)[0], plain(x)[0])
+    assert torch.equal(plain(later)[0, :-1], plain(x)[0, :-1]) and torch.equal(
+        plain(other)[0], plain(x)[0]
+    )
 
 
 def test_gradients_pass_and_nonsense_is_refused():
@@ -120,7 +142,9 @@ def test_gradients_pass_and_nonsense_is_refused():
 
 def test_recipe_names():
     assert load_recipe("crossquant").activations == CrossQuant(8, 0.15, "call")
-    joined = load_recipe("awq+crossquant", scheme=parse_scheme("W4A4"), settings=["activations.row_exponent=0.55"])
+    joined = load_recipe(
+        "awq+crossquant", scheme=parse_scheme("W4A4"), settings=["activations.row_exponent=0.55"]
+    )
     assert joined.activations == CrossQuant(4, 0.55) and [type(m) for m in joined.methods] == [AWQ]
     assert Recipe.from_toml(joined.to_toml()) == joined
     assert load_recipe("smoothquant").activations == PerToken(8, True, full_range=True)
@@ -132,7 +156,9 @@ def folder(tmp_path_factory):
 
 
 def test_methods_see_whole_calls(folder):
-    """AWQ's searches quantize the tensor that the linear gets, not tokens picked from it or rows flattened together."""
+    """AWQ's searches quantize the tensor that the linear gets, not tokens picked from it or rows
+    flattened together.
+    """
     seen = []
 
     class Spy(CrossQuant):
@@ -142,7 +168,11 @@ def test_methods_see_whole_calls(folder):
 
     stream = ModelStream(folder)
     x = stream.embed(IDS)
-    recipe = Recipe(Affine(4), (AWQ(rows=4, exponents=2, shrinks=2, clip_tokens=16),), activations=CrossQuant(4, 0.15, "sequence"))
+    recipe = Recipe(
+        Affine(4),
+        (AWQ(rows=4, exponents=2, shrinks=2, clip_tokens=16),),
+        activations=CrossQuant(4, 0.15, "sequence"),
+    )
     block = begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(24)[0], 0)
     block = block.read(dict.fromkeys(block.wiring.linears, Reading(grid=Spy(4, 0.15, "sequence"))))
     apply_methods(block, recipe)
@@ -153,20 +183,31 @@ def test_methods_see_whole_calls(folder):
 def test_artifact_reads_as_tuned(folder, tmp_path, columns):
     (tmp_path / "text.txt").write_text(TEXT)
     result = quantize(
-        str(folder), "W4A4", "awq+crossquant", out=tmp_path / "out", calib=str(tmp_path / "text.txt"), samples=8, length=32,
+        str(folder),
+        "W4A4",
+        "awq+crossquant",
+        out=tmp_path / "out",
+        calib=str(tmp_path / "text.txt"),
+        samples=8,
+        length=32,
         settings=[f"activations.columns={columns}"],
-    )  # fmt: skip
+    )
     assert result.report["format"] == "lowbit" and result.verification.logits_rms < 1e-3
 
 
 @pytest.mark.parametrize("per_pass", [8192, 5 * 32, 1])
-def test_the_result_tells_how_many_rows_column_maxima_were_taken_over(folder, tmp_path, monkeypatch, per_pass):
-    """Of the run's own figures in report.json, and of an evaluation: the most rows that a call of the grid saw."""
+def test_the_result_tells_how_many_rows_column_maxima_were_taken_over(
+    folder, tmp_path, monkeypatch, per_pass
+):
+    """Of the run's own figures in report.json, and of an evaluation: the most rows that a call of
+    the grid saw.
+    """
     (tmp_path / "text.txt").write_text(TEXT)
     sizes, whole, codes, run = [], [], CrossQuant.codes, block_module.Block.run
     monkeypatch.setattr(CrossQuant, "codes", lambda self, x: sizes.append(len(x)) or codes(self, x))
 
-    def running(*args, **kwargs):  # whole streams, as figures are computed on; methods and losses look at fewer rows
+    # Whole streams, as figures are computed on; methods and losses look at fewer rows.
+    def running(*args, **kwargs):
         sizes.clear()
         out = run(*args, **kwargs)
         whole.extend(sizes)
@@ -176,7 +217,15 @@ def test_the_result_tells_how_many_rows_column_maxima_were_taken_over(folder, tm
     monkeypatch.setattr(block_module, "TOKENS_PER_PASS", per_pass)
     monkeypatch.setattr(job, "TOKENS_PER_PASS", per_pass)
     out = tmp_path / "out"
-    made = quantize(str(folder), "W8A8sym", "crossquant", out=out, calib=str(tmp_path / "text.txt"), samples=8, length=32)
+    made = quantize(
+        str(folder),
+        "W8A8sym",
+        "crossquant",
+        out=out,
+        calib=str(tmp_path / "text.txt"),
+        samples=8,
+        length=32,
+    )
     quality = made.report["quality"]
     assert quality["float"]["batch"] == quality["quantized"]["batch"] == max(whole)
     model = load_causal_lm(str(out), "cpu")

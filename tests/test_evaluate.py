@@ -1,4 +1,6 @@
-"""Perplexity, KL and top-1 agreement: equal to the definition written out in float64, and no wrong model goes unnoticed."""
+"""Perplexity, KL and top-1 agreement: equal to the definition written out in float64, and no wrong
+model goes unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,17 @@ VOCAB = 37
 def llama(seed: int, vocab: int = VOCAB) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, initializer_range=0.5, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -61,7 +71,9 @@ def softmax(row: list[float]) -> list[float]:
 
 
 def by_definition(logits: Tensor, ids: Tensor, reference: Tensor) -> tuple[float, float, float]:
-    """(nll, kl, top1) in plain Python floats: position t predicts token t + 1, the last predicts nothing."""
+    """(nll, kl, top1) in plain Python floats: position t predicts token t + 1, the last predicts
+    nothing.
+    """
     nll = kl = same = 0.0
     count = 0
     for w in range(len(ids)):
@@ -83,13 +95,15 @@ def check(found: Evaluation, expected: tuple[float, float, float]) -> None:
     assert found.top1 == top1
 
 
-# --- against the definition ------------------------------------------------------------------------------------------------
+# --- against the definition -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("at_once", [1, 4 * VOCAB, 1 << 24])
-def test_a_tally_is_the_definition(monkeypatch: pytest.MonkeyPatch, windows: Tensor, scale: float, dtype: torch.dtype, at_once: int) -> None:
+def test_a_tally_is_the_definition(
+    monkeypatch: pytest.MonkeyPatch, windows: Tensor, scale: float, dtype: torch.dtype, at_once: int
+) -> None:
     monkeypatch.setattr(subject, "_PROBABILITIES_AT_ONCE", at_once)
     torch.manual_seed(int(scale))
     logits = (scale * torch.randn(5, 12, VOCAB)).to(dtype)
@@ -121,7 +135,13 @@ def test_a_model_is_at_no_distance_from_itself(model: Any, windows: Tensor) -> N
 
 def test_kl_is_of_the_reference_to_the_model(model: Any, other: Any, windows: Tensor) -> None:
     one, two = evaluate(model, windows, other), evaluate(other, windows, model)
-    assert one.kl and two.kl and one.kl > 0 and two.kl > 0 and one.kl != pytest.approx(two.kl, rel=1e-3)
+    assert (
+        one.kl
+        and two.kl
+        and one.kl > 0
+        and two.kl > 0
+        and one.kl != pytest.approx(two.kl, rel=1e-3)
+    )
     assert one.top1 == two.top1
 
 
@@ -134,15 +154,22 @@ def test_without_a_reference_there_is_no_distance(model: Any, other: Any, window
 @pytest.mark.parametrize("batch", [1, 2, 3, 100, 0])
 def test_the_batch_changes_nothing(model: Any, other: Any, windows: Tensor, batch: int) -> None:
     found, expected = evaluate(model, windows, other, batch=batch), evaluate(model, windows, other)
-    assert found.nll == pytest.approx(expected.nll, rel=1e-6) and found.kl == pytest.approx(expected.kl, rel=1e-5)
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6) and found.kl == pytest.approx(
+        expected.kl, rel=1e-5
+    )
     assert (found.top1, found.tokens) == (expected.top1, expected.tokens)
 
 
-def test_the_batch_shrinks_to_what_fits_and_progress_is_told(monkeypatch: pytest.MonkeyPatch, model: Any, windows: Tensor) -> None:
+def test_the_batch_shrinks_to_what_fits_and_progress_is_told(
+    monkeypatch: pytest.MonkeyPatch, model: Any, windows: Tensor
+) -> None:
     seen: list[tuple[int, int]] = []
     evaluate(model, windows, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(5, 5)]
-    for limit, expected in ((2 * 12 * VOCAB, [(2, 5), (4, 5), (5, 5)]), (1, [(i, 5) for i in range(1, 6)])):
+    for limit, expected in (
+        (2 * 12 * VOCAB, [(2, 5), (4, 5), (5, 5)]),
+        (1, [(i, 5) for i in range(1, 6)]),
+    ):
         seen.clear()
         monkeypatch.setattr(subject, "_LOGITS_AT_ONCE", limit)
         found = evaluate(model, windows, progress=lambda done, of: seen.append((done, of)))
@@ -155,11 +182,20 @@ def test_the_same_evaluation_twice_is_the_same(model: Any, other: Any, windows: 
 
 def test_as_dict_has_these_keys_and_goes_through_json(model: Any, windows: Tensor) -> None:
     found = evaluate(model, windows).as_dict()
-    assert list(found) == ["perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1"]
+    assert list(found) == [
+        "perplexity",
+        "nll",
+        "tokens",
+        "windows",
+        "length",
+        "batch",
+        "kl",
+        "top1",
+    ]
     assert json.loads(json.dumps(found)) == found
 
 
-# --- numbers at the edge ---------------------------------------------------------------------------------------------------
+# --- numbers at the edge --------------------------------------------------------------------------
 
 
 def test_a_token_that_neither_model_allows_does_not_count() -> None:
@@ -200,7 +236,7 @@ def test_a_hopeless_model_has_infinite_perplexity() -> None:
     assert tally.result().perplexity == math.inf and tally.result().nll == pytest.approx(1e4)
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 12), (3, 1), (12,)])
@@ -220,7 +256,9 @@ def test_a_token_outside_the_vocabulary_is_refused(model: Any) -> None:
 
 
 def test_a_reference_with_another_vocabulary_is_refused(model: Any, windows: Tensor) -> None:
-    with pytest.raises(LowbitError, match=f"reference has {VOCAB + 3} tokens in its vocabulary, the model {VOCAB}"):
+    with pytest.raises(
+        LowbitError, match=f"reference has {VOCAB + 3} tokens in its vocabulary, the model {VOCAB}"
+    ):
         evaluate(model, windows, llama(0, VOCAB + 3))
 
 
@@ -240,11 +278,16 @@ def test_windows_that_do_not_belong_together_are_refused() -> None:
     assert tally.result().windows == 2
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_a_model_loads_in_the_dtype_that_is_asked_for(model: Any, windows: Tensor, tmp_path: Path, dtype: str, expected: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_a_model_loads_in_the_dtype_that_is_asked_for(
+    model: Any, windows: Tensor, tmp_path: Path, dtype: str, expected: torch.dtype
+) -> None:
     half = llama(0).to(torch.bfloat16)
     half.save_pretrained(tmp_path)
     loaded = load_causal_lm(str(tmp_path), "cpu", dtype)
@@ -253,7 +296,9 @@ def test_a_model_loads_in_the_dtype_that_is_asked_for(model: Any, windows: Tenso
     assert found.kl is not None and found.kl < 1e-2
 
 
-def test_a_sharded_checkpoint_is_the_model_that_was_saved(model: Any, windows: Tensor, folder: Path) -> None:
+def test_a_sharded_checkpoint_is_the_model_that_was_saved(
+    model: Any, windows: Tensor, folder: Path
+) -> None:
     assert evaluate(load_causal_lm(str(folder), "cpu"), windows, model).kl == 0.0
 
 
@@ -305,7 +350,11 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     held["model.norm.weight"] = held["model.norm.weight"][:8].clone()
     save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
     said = refused(tmp_path)
-    assert "tensor 'model.norm.weight'" in said and "is (8,), its config.json wants (" in said and "\n" not in said
+    assert (
+        "tensor 'model.norm.weight'" in said
+        and "is (8,), its config.json wants (" in said
+        and "\n" not in said
+    )
 
 
 def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Artifacts rewritten for other runtimes: the same codes, and logits where a runtime, or a stand-in, computes them."""
+"""Artifacts rewritten for other runtimes: the same codes, and logits where a runtime, or a
+stand-in, computes them.
+"""
 
 import importlib.util
 import json
@@ -23,7 +25,16 @@ PLAIN_GRID = ["activations.symmetric=true", "activations.full_range=true", "acti
 
 
 def artifact(model, out, scheme="W4A16", recipe="quarot", settings=("quarot.across_heads=false",)):
-    lowbit.quantize(str(model), scheme, recipe, out=out, calib=str(model / "text.txt"), samples=8, length=32, settings=list(settings))
+    lowbit.quantize(
+        str(model),
+        scheme,
+        recipe,
+        out=out,
+        calib=str(model / "text.txt"),
+        samples=8,
+        length=32,
+        settings=list(settings),
+    )
     return out
 
 
@@ -32,7 +43,14 @@ def export(folder, out, *options):
     return result.exit_code, " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("scheme, inner, kind", [("W4A16", 64, "hadamard"), ("W4A4sym", 96, "random-hadamard"), ("W8A8sym", 96, "random-hadamard")])
+@pytest.mark.parametrize(
+    "scheme, inner, kind",
+    [
+        ("W4A16", 64, "hadamard"),
+        ("W4A4sym", 96, "random-hadamard"),
+        ("W8A8sym", 96, "random-hadamard"),
+    ],
+)
 def test_the_exported_model_computes_what_was_tuned(tmp_path, monkeypatch, scheme, inner, kind):
     monkeypatch.setitem(helpers.LLAMA, "intermediate_size", inner)
     model = save_tiny(tmp_path / "m")
@@ -48,10 +66,18 @@ def test_the_exported_model_computes_what_was_tuned(tmp_path, monkeypatch, schem
     assert done.loader == "passed" and done.logits_rms < 1e-5 and done.top1 == 1.0
     if scheme == "W8A8sym":  # quantized activations included, against what was tuned
         proof = load_file(made / "proof" / "logits.safetensors")
-        assert compare_logits(proof["logits"], loader_logits(tmp_path / "v", proof["ids"], proof["logits"].shape[1]))[0] < 2e-2
+        assert (
+            compare_logits(
+                proof["logits"],
+                loader_logits(tmp_path / "v", proof["ids"], proof["logits"].shape[1]),
+            )[0]
+            < 2e-2
+        )
     for shard in made.glob("model-*-of-*.safetensors"):
         before, after = load_file(shard), load_file(tmp_path / "v" / shard.name)
-        assert before.keys() == after.keys() and all(torch.equal(t, after[k]) for k, t in before.items())
+        assert before.keys() == after.keys() and all(
+            torch.equal(t, after[k]) for k, t in before.items()
+        )
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -66,7 +92,14 @@ def test_the_check_sees_a_missing_rotation(tmp_path):
         verify(tmp_path / "v")
     from lowbit.artifact import file_hash
 
-    report.write_text(json.dumps({**(r := json.loads(report.read_text())), "files": {**r["files"], "config.json": file_hash(path)}}))
+    report.write_text(
+        json.dumps(
+            {
+                **(r := json.loads(report.read_text())),
+                "files": {**r["files"], "config.json": file_hash(path)},
+            }
+        )
+    )
     with pytest.raises(VerificationError, match="logits differ"):
         verify(tmp_path / "v")
 
@@ -74,7 +107,13 @@ def test_the_check_sees_a_missing_rotation(tmp_path):
 @pytest.mark.parametrize(
     "scheme, recipe, settings, words",
     [
-        ("W4A16", "quarot", [], "rotated across heads, which compressed-tensors cannot say: quantize with --set quarot.across_heads=false"),
+        (
+            "W4A16",
+            "quarot",
+            [],
+            "rotated across heads, which compressed-tensors cannot say: quantize with --set "
+            "quarot.across_heads=false",
+        ),
         ("W4A16KV4", "quarot", ["quarot.across_heads=false"], "quantizes keys and values"),
         ("W4A4", "quarot", ["quarot.across_heads=false"], "--set activations.full_range=true"),
         ("W2A16", "claq", [], "codebooks"),
@@ -98,7 +137,10 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "v").rmdir()
     (tmp_path / "v.partial").mkdir()
     (tmp_path / "v.partial" / "mine").write_text("")
-    assert "Remove it first" in export(made, tmp_path / "v")[1] and (tmp_path / "v.partial" / "mine").is_file()
+    assert (
+        "Remove it first" in export(made, tmp_path / "v")[1]
+        and (tmp_path / "v.partial" / "mine").is_file()
+    )
 
 
 def test_biases_are_refused_where_the_server_would(tmp_path):
@@ -112,29 +154,48 @@ def test_activations_that_transformers_would_get_wrong_are_said_to_vllm(tmp_path
     code, text = export(made, tmp_path / "v")
     assert code == 0, text
     config = json.loads((tmp_path / "v" / "config.json").read_text())["quantization_config"]
-    assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "token" and "transform_config" not in config
-    assert verify(tmp_path / "v").loader == "passed" and len(list((tmp_path / "v").glob("*.safetensors"))) == 3
+    assert (
+        config["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+        and "transform_config" not in config
+    )
+    assert (
+        verify(tmp_path / "v").loader == "passed"
+        and len(list((tmp_path / "v").glob("*.safetensors"))) == 3
+    )
 
 
-# --- other layouts -----------------------------------------------------------------------------------------------------------
+# --- other layouts --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Symmetric and asymmetric 4-bit artifacts, and a 2-bit one, of one model with 64- and 96-wide linears."""
+    """Symmetric and asymmetric 4-bit artifacts, and a 2-bit one, of one model with 64- and 96-wide
+    linears.
+    """
     root = tmp_path_factory.mktemp("plain")
     model = save_tiny(root / "m")
-    return {scheme: artifact(model, root / scheme, scheme, "rtn", ()) for scheme in ("W4A16g32sym", "W4A16g32", "W2A16")}
+    return {
+        scheme: artifact(model, root / scheme, scheme, "rtn", ())
+        for scheme in ("W4A16g32sym", "W4A16g32", "W2A16")
+    }
 
 
 def grouped_bias(q):
     """scale * zero_point of each weight, (out, in)."""
-    return (q.params.scale * q.params.zero_point).repeat_interleave(q.codes.shape[1] // q.params.scale.shape[1], 1)
+    return (q.params.scale * q.params.zero_point).repeat_interleave(
+        q.codes.shape[1] // q.params.scale.shape[1], 1
+    )
 
 
 @pytest.mark.parametrize(
     "to, scheme, biases",
-    [("gptq", "W4A16g32sym", 0), ("gptq_v2", "W2A16", 0), ("awq", "W4A16g32", 0), ("mlx", "W4A16g32", 1), ("mlx", "W2A16", 1)],
+    [
+        ("gptq", "W4A16g32sym", 0),
+        ("gptq_v2", "W2A16", 0),
+        ("awq", "W4A16g32", 0),
+        ("mlx", "W4A16g32", 1),
+        ("mlx", "W2A16", 1),
+    ],
 )
 def test_the_same_codes_in_another_layout(tmp_path, plain, to, scheme, biases):
     """Exact but for MLX's biases, scale * zero_point rounded to bfloat16."""
@@ -142,7 +203,9 @@ def test_the_same_codes_in_another_layout(tmp_path, plain, to, scheme, biases):
     code, text = export(source, tmp_path / "e", "--to", to)
     assert code == 0 and "14 linears as tuned" in text, text
     report, before = (json.loads((f / "report.json").read_text()) for f in (tmp_path / "e", source))
-    assert report["format"] == to and report["exported_from"] == before["hash"] and "run" not in report
+    assert (
+        report["format"] == to and report["exported_from"] == before["hash"] and "run" not in report
+    )
     entries = {e["name"]: e for e in report["linears"]}
     stored = sum(s["bytes"] for s in report["shards"].values())
     assert report["size"]["after"] == stored and entries["lm_head"]["skipped"]
@@ -156,17 +219,31 @@ def test_the_same_codes_in_another_layout(tmp_path, plain, to, scheme, biases):
     quantized = [n for n, e in entries.items() if "skipped" not in e]
     assert len(quantized) == 14
     for name in quantized:
-        tuned, held = unpack(local_tensors(original, name), parse_scheme(scheme).weights, name), layout.read(tensors, name, config)
+        tuned, held = (
+            unpack(local_tensors(original, name), parse_scheme(scheme).weights, name),
+            layout.read(tensors, name, config),
+        )
         assert torch.equal(tuned.codes, held.codes)
         delta = held.decode().double() - tuned.decode().double()
-        assert bool((delta.abs() <= (grouped_bias(tuned) * 2**-8 if biases else 0) + 1e-6 * float(tuned.params.scale.max())).all())
+        assert bool(
+            (
+                delta.abs()
+                <= (grouped_bias(tuned) * 2**-8 if biases else 0)
+                + 1e-6 * float(tuned.params.scale.max())
+            ).all()
+        )
         noise = float(tuned.params.scale.double().square().mean()) / 12
-        assert entries[name]["extra_error"] == pytest.approx(float(delta.square().mean()) / noise, rel=1e-3, abs=1e-9)
+        assert entries[name]["extra_error"] == pytest.approx(
+            float(delta.square().mean()) / noise, rel=1e-3, abs=1e-9
+        )
         assert entries[name]["bytes"] == sum(t.nbytes for t in layout.local(tensors, name).values())
     other = {k for k in original if ".weight_" not in k}
     assert other == {k for k in tensors if k.rpartition(".")[0] not in quantized}
     assert all(torch.equal(original[k], tensors[k]) for k in other)
-    assert not (to == "mlx" and "quantization_config" in config) and (tmp_path / "e" / "tokenizer.json").is_file()
+    assert (
+        not (to == "mlx" and "quantization_config" in config)
+        and (tmp_path / "e" / "tokenizer.json").is_file()
+    )
 
 
 def test_a_changed_export_is_found(tmp_path, plain):
@@ -182,11 +259,20 @@ def test_a_changed_export_is_found(tmp_path, plain):
 
 
 def test_a_missing_runtime_is_said_and_no_interpreter_is_an_error(tmp_path, plain):
-    code, text = export(plain["W4A16g32"], tmp_path / "e", "--to", "mlx", "--python", sys.executable)
+    code, text = export(
+        plain["W4A16g32"], tmp_path / "e", "--to", "mlx", "--python", sys.executable
+    )
     if importlib.util.find_spec("mlx") is None:
         assert code == 0 and "loader check not run: no mlx, mlx-lm here" in text
-    code, text = export(plain["W4A16g32"], tmp_path / "f", "--to", "mlx", "--python", str(tmp_path / "none"))
-    assert code == 2 and "cannot run" in text and not (tmp_path / "f").exists() and not (tmp_path / "f.partial").exists()
+    code, text = export(
+        plain["W4A16g32"], tmp_path / "f", "--to", "mlx", "--python", str(tmp_path / "none")
+    )
+    assert (
+        code == 2
+        and "cannot run" in text
+        and not (tmp_path / "f").exists()
+        and not (tmp_path / "f.partial").exists()
+    )
 
 
 def test_a_runtime_that_computes_something_else_fails_the_export(tmp_path, plain):
@@ -197,9 +283,13 @@ def test_a_runtime_that_computes_something_else_fails_the_export(tmp_path, plain
         fake = tmp_path / "python"
         fake.write_text(f"#!/bin/sh\ncat {tmp_path}/answer.safetensors\n")
         fake.chmod(0o755)
-        code, text = export(plain["W4A16g32"], tmp_path / f"e{expected}", "--to", "awq", "--python", str(fake))
+        code, text = export(
+            plain["W4A16g32"], tmp_path / f"e{expected}", "--to", "awq", "--python", str(fake)
+        )
         assert code == expected, text
-        assert (tmp_path / f"e{expected}").exists() == (not expected) and not list(tmp_path.glob("*.partial"))
+        assert (tmp_path / f"e{expected}").exists() == (not expected) and not list(
+            tmp_path.glob("*.partial")
+        )
     assert "logits differ from the tuned model's" in text
 
 
@@ -213,7 +303,12 @@ def test_a_runtime_that_computes_something_else_fails_the_export(tmp_path, plain
 )
 def test_what_a_layout_cannot_say(tmp_path, plain, to, scheme, words):
     code, text = export(plain[scheme], tmp_path / "e", "--to", to)
-    assert code == 2 and words in text and not (tmp_path / "e").exists() and not (tmp_path / "e.partial").exists()
+    assert (
+        code == 2
+        and words in text
+        and not (tmp_path / "e").exists()
+        and not (tmp_path / "e.partial").exists()
+    )
 
 
 @pytest.mark.parametrize(

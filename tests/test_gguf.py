@@ -1,5 +1,7 @@
-"""GGUF: blocks against the gguf package's dequantizer, the container against its reader, whole models by transformers and, where an
-interpreter has it (LOWBIT_LLAMACPP_PYTHON names one), by llama.cpp."""
+"""GGUF: blocks against the gguf package's dequantizer, the container against its reader, whole
+models by transformers and, where an interpreter has it (LOWBIT_LLAMACPP_PYTHON names one), by
+llama.cpp.
+"""
 
 import importlib.util
 import json
@@ -71,7 +73,11 @@ def weight(bits, group, symmetric, seed=0, rows=8, columns=512):
 
 
 @settings(max_examples=20, deadline=None)
-@given(case=st.sampled_from([("Q4_0", 4), ("Q4_0", 2), ("Q8_0", 8), ("Q8_0", 5)]), group=st.sampled_from([None, 32, 64]), seed=st.integers(0, 999))
+@given(
+    case=st.sampled_from([("Q4_0", 4), ("Q4_0", 2), ("Q8_0", 8), ("Q8_0", 5)]),
+    group=st.sampled_from([None, 32, 64]),
+    seed=st.integers(0, 999),
+)
 def test_symmetric_grids_are_exact_by_the_gguf_package(case, group, seed):
     kind, bits = case
     q = weight(bits, group, True, seed)
@@ -87,12 +93,17 @@ def test_q4_1_rounds_the_minimum_alone():
     found = held(q, BLOCKS["Q4_1"], "w")
     assert np.allclose(by_package(rows, "Q4_1"), found.decode().numpy(), atol=1e-7)
     step = float(q.params.scale.max())
-    assert np.abs(by_package(rows, "Q4_1") - q.decode().numpy()).max() < 0.006 * step and 0 < found.extra < 1e-4
+    assert (
+        np.abs(by_package(rows, "Q4_1") - q.decode().numpy()).max() < 0.006 * step
+        and 0 < found.extra < 1e-4
+    )
 
 
 @pytest.mark.parametrize("group", [64, 128, None])
 def test_q2_0_byte_by_byte(group):
-    """The package does not know the type yet: read as ggml's structure says, d * (q - 1) with two bits each, lowest first."""
+    """The package does not know the type yet: read as ggml's structure says, d * (q - 1) with two
+    bits each, lowest first.
+    """
     q = weight(2, group, True)
     blocks = pack_affine(q, BLOCKS["Q2_0"]).numpy().reshape(8, -1, 18)
     d = blocks[..., :2].copy().view(np.float16).astype(np.float64)
@@ -101,9 +112,21 @@ def test_q2_0_byte_by_byte(group):
     assert held(q, BLOCKS["Q2_0"], "w").extra == 0
 
 
-@pytest.mark.parametrize("bits, group, kind, most", [(2, 128, "Q2_K", 0.006), (2, 64, "Q2_K", 0.012), (2, 16, "Q2_K", 0.05), (4, 128, "Q4_K", 0.004), (4, 32, "Q4_K", 0.03), (3, 64, "Q4_K", 0.004)])
+@pytest.mark.parametrize(
+    "bits, group, kind, most",
+    [
+        (2, 128, "Q2_K", 0.006),
+        (2, 64, "Q2_K", 0.012),
+        (2, 16, "Q2_K", 0.05),
+        (4, 128, "Q4_K", 0.004),
+        (4, 32, "Q4_K", 0.03),
+        (3, 64, "Q4_K", 0.004),
+    ],
+)
 def test_codes_stay_and_scales_are_refitted(bits, group, kind, most):
-    """Bounds are a few times what a search over Gaussian weights leaves; see docs/results.md for the figures."""
+    """Bounds are a few times what a search over Gaussian weights leaves; see docs/results.md for
+    the figures.
+    """
     q = weight(bits, group, False, rows=64)
     found = held(q, BLOCKS[kind], "w")
     assert np.allclose(by_package(found.rows, kind), found.decode().numpy(), rtol=0, atol=1e-7)
@@ -118,12 +141,29 @@ def test_scales_that_are_multiples_of_one_number_fit_exactly(multiples):
     assert held(q, BLOCKS["Q2_K"], "w").extra == 0
 
 
-@pytest.mark.parametrize("bits, group, kind", [(2, 64, "Q2_K"), (4, 32, "Q4_K"), (3, 16, "Q3_K"), (2, 32, "Q3_K"), (4, 32, "Q4_1"), (4, 64, "Q8_0")])
+@pytest.mark.parametrize(
+    "bits, group, kind",
+    [
+        (2, 64, "Q2_K"),
+        (4, 32, "Q4_K"),
+        (3, 16, "Q3_K"),
+        (2, 32, "Q3_K"),
+        (4, 32, "Q4_1"),
+        (4, 64, "Q8_0"),
+    ],
+)
 def test_the_extra_error_is_that_of_the_weights(bits, group, kind):
     """From sums over codes, against the difference of the decoded weights."""
     q = weight(bits, group, kind in ("Q3_K", "Q8_0"), rows=16)
-    found, before = held(q, BLOCKS[kind], "w"), q.grid.decode(q.codes, type(q.params)(q.params.scale.double(), q.params.zero_point.double()))
-    dense = float((found.decode() - before).square().mean() / (q.params.scale.double().square().mean() / 12))
+    found, before = (
+        held(q, BLOCKS[kind], "w"),
+        q.grid.decode(
+            q.codes, type(q.params)(q.params.scale.double(), q.params.zero_point.double())
+        ),
+    )
+    dense = float(
+        (found.decode() - before).square().mean() / (q.params.scale.double().square().mean() / 12)
+    )
     assert found.extra == pytest.approx(dense, rel=1e-3, abs=1e-12)
 
 
@@ -135,7 +175,9 @@ def test_the_refit_beats_rounding_each_scale():
 
     def plain(t):
         unit = t.view(64, 2, 16).amax(-1) / 15
-        return unit.half().double(), (t.view(64, 2, 16) / unit[..., None]).round().clamp(0, 15).flatten(1)
+        return unit.half().double(), (t.view(64, 2, 16) / unit[..., None]).round().clamp(
+            0, 15
+        ).flatten(1)
 
     params = KQuantParams(*plain(scale), *plain(offset))
     naive = (grid.decode(q.codes, params) - q.decode(torch.float64)).square().mean()
@@ -144,18 +186,29 @@ def test_the_refit_beats_rounding_each_scale():
 
 
 @settings(max_examples=12, deadline=None)
-@given(kind=st.sampled_from(KINDS), seed=st.integers(0, 999), spread=st.sampled_from([1e-3, 1.0, 300.0]))
+@given(
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 999),
+    spread=st.sampled_from([1e-3, 1.0, 300.0]),
+)
 def test_a_fit_is_no_worse_than_its_neighbours(kind, seed, spread):
-    """Moving any unit by one step of float16 in either direction, codes nearest again, does not make much of a better fit."""
+    """Moving any unit by one step of float16 in either direction, codes nearest again, does not
+    make much of a better fit.
+    """
     grid = KQuant(kind)
     w = torch.randn(4, 512, generator=torch.Generator().manual_seed(seed)) * spread
     params = grid.fit(w)
     error = lambda p: (grid.decode(grid.encode(w, p), p) - w).square().sum(1)  # noqa: E731
     best = error(params)
     for factor in (0.96, 1.04):
-        moved = KQuantParams((params.unit * factor).half().float(), params.scale, params.unit_min, params.min)
+        moved = KQuantParams(
+            (params.unit * factor).half().float(), params.scale, params.unit_min, params.min
+        )
         assert bool((error(moved) > 0.98 * best).all())
-    assert torch.isfinite(best).all() and float(best.sum() / w.square().sum()) < {2: 0.13, 3: 0.04, 4: 0.012, 6: 0.001}[grid.bits]
+    assert (
+        torch.isfinite(best).all()
+        and float(best.sum() / w.square().sum()) < {2: 0.13, 3: 0.04, 4: 0.012, 6: 0.001}[grid.bits]
+    )
 
 
 def test_importance_moves_the_error_where_it_costs_least():
@@ -171,45 +224,106 @@ def test_zeros_and_single_values_are_kept():
         for value in (0.0, 0.5, -0.5):
             w = torch.full((2, 256), value)
             params = grid.fit(w)
-            assert torch.allclose(grid.decode(grid.encode(w, params), params), w, rtol=0.04), (kind, value)
+            assert torch.allclose(grid.decode(grid.encode(w, params), params), w, rtol=0.04), (
+                kind,
+                value,
+            )
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 999), name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12))
+@given(
+    seed=st.integers(0, 999),
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12),
+)
 def test_the_container_by_the_gguf_package(seed, name, tmp_path_factory):
     path, q = tmp_path_factory.mktemp("g") / "f.gguf", random_blocks("q4_k", seed)
     vector = torch.randn(7)
-    entries = [gguf.Entry("a.weight", (6, 512), BLOCKS["Q4_K"]), gguf.Entry("b.weight", (7,), BLOCKS["F32"])]
-    said = {"general.architecture": "llama", "general.name": name, "x.int": 7, "x.real": 0.5, "x.yes": True, "x.texts": [name, "b"], "x.ints": [-1, 2], "x.reals": [0.25, -1.0]}
+    entries = [
+        gguf.Entry("a.weight", (6, 512), BLOCKS["Q4_K"]),
+        gguf.Entry("b.weight", (7,), BLOCKS["F32"]),
+    ]
+    said = {
+        "general.architecture": "llama",
+        "general.name": name,
+        "x.int": 7,
+        "x.real": 0.5,
+        "x.yes": True,
+        "x.texts": [name, "b"],
+        "x.ints": [-1, 2],
+        "x.reals": [0.25, -1.0],
+    }
     with gguf.Writer(path, said, entries) as file:
         file.add("b.weight", vector.view(torch.uint8))
         file.add("a.weight", pack_k(q))
     theirs = package.GGUFReader(path)
     assert {k: theirs.fields[k].contents() for k in said} == said
     found = {t.name: t for t in theirs.tensors}
-    assert np.array_equal(dequantize(found["a.weight"].data, found["a.weight"].tensor_type), q.decode().numpy())
-    assert found["b.weight"].data.tolist() == vector.tolist() and list(found["a.weight"].shape) == [512, 6]
+    assert np.array_equal(
+        dequantize(found["a.weight"].data, found["a.weight"].tensor_type), q.decode().numpy()
+    )
+    assert found["b.weight"].data.tolist() == vector.tolist() and list(found["a.weight"].shape) == [
+        512,
+        6,
+    ]
     ours = gguf.Reader(path)
-    assert ours.metadata == said and torch.equal(ours.raw("a.weight"), pack_k(q)) and ours.entries["b.weight"].shape == (7,)
+    assert (
+        ours.metadata == said
+        and torch.equal(ours.raw("a.weight"), pack_k(q))
+        and ours.entries["b.weight"].shape == (7,)
+    )
     cut = path.with_suffix(".cut")
     cut.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(LowbitError, match=r"not a readable GGUF file: it ends before '[ab].weight' does"):
+    with pytest.raises(
+        LowbitError, match=r"not a readable GGUF file: it ends before '[ab].weight' does"
+    ):
         gguf.Reader(cut)
 
 
 @pytest.mark.parametrize(
     "grid, columns, asked, words",
     [
-        (Affine(2, 32), 352, None, r"does not fit into Q2_K: its blocks hold 256 inputs, which does not divide 352. --to gguf:q4_1 puts the same codes into 5 bits"),
-        (Affine(2, 32, True), 512, None, r"does not fit into Q2_0: it has a scale for every 64 inputs, which does not divide groups of 32"),
-        (Affine(3, 64), 512, None, r"no type of GGUF holds asymmetric 3-bit codes in 3 bits. Quantize with 'sym' or with scheme gguf:q3_k"),
+        (
+            Affine(2, 32),
+            352,
+            None,
+            r"does not fit into Q2_K: its blocks hold 256 inputs, which does not divide 352. --to gguf:q4_1 puts the same codes into 5 bits",
+        ),
+        (
+            Affine(2, 32, True),
+            512,
+            None,
+            r"does not fit into Q2_0: it has a scale for every 64 inputs, which does not divide groups of 32",
+        ),
+        (
+            Affine(3, 64),
+            512,
+            None,
+            r"no type of GGUF holds asymmetric 3-bit codes in 3 bits. Quantize with 'sym' or with scheme gguf:q3_k",
+        ),
         (Affine(8), 512, None, r"is on W8, which no type of GGUF holds"),
-        (Affine(4, 64), 512, "q4_0", r"Q4_0 does not hold the codes of 'w', which is on W4g64: it can be q4_k, q4_1"),
-        (KQuant("q2_k"), 512, "q4_k", r"Q4_K does not hold the codes of 'w', which is on gguf:q2_k"),
-        (Affine(4, 16), 512, "q4_k", r"does not fit into Q4_K: it has a scale for every 32 inputs, which does not divide groups of 16"),
+        (
+            Affine(4, 64),
+            512,
+            "q4_0",
+            r"Q4_0 does not hold the codes of 'w', which is on W4g64: it can be q4_k, q4_1",
+        ),
+        (
+            KQuant("q2_k"),
+            512,
+            "q4_k",
+            r"Q4_K does not hold the codes of 'w', which is on gguf:q2_k",
+        ),
+        (
+            Affine(4, 16),
+            512,
+            "q4_k",
+            r"does not fit into Q4_K: it has a scale for every 32 inputs, which does not divide groups of 16",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_and_never_put_into_something_larger(grid, columns, asked, words):
+def test_what_does_not_fit_is_refused_and_never_put_into_something_larger(
+    grid, columns, asked, words
+):
     with pytest.raises(LowbitError, match=words):
         chosen(grid, columns, asked, "w")
 
@@ -217,10 +331,17 @@ def test_what_does_not_fit_is_refused_and_never_put_into_something_larger(grid, 
 @pytest.mark.parametrize(
     "grid, columns, kind",
     [
-        (Affine(2, 64, True), 320, "Q2_0"), (Affine(2, 64), 512, "Q2_K"), (Affine(3, 64, True), 512, "Q3_K"), (Affine(4, 32, True), 352, "Q4_0"),
-        (Affine(4, 64), 512, "Q4_K"), (Affine(4, 32), 352, "Q4_1"), (Affine(5, None, True), 512, "Q6_K"), (Affine(8, None, True), 352, "Q8_0"), (KQuant("q3_k"), 256, "Q3_K"),
+        (Affine(2, 64, True), 320, "Q2_0"),
+        (Affine(2, 64), 512, "Q2_K"),
+        (Affine(3, 64, True), 512, "Q3_K"),
+        (Affine(4, 32, True), 352, "Q4_0"),
+        (Affine(4, 64), 512, "Q4_K"),
+        (Affine(4, 32), 352, "Q4_1"),
+        (Affine(5, None, True), 512, "Q6_K"),
+        (Affine(8, None, True), 352, "Q8_0"),
+        (KQuant("q3_k"), 256, "Q3_K"),
     ],
-)  # fmt: skip
+)
 def test_the_type_that_fits_is_found(grid, columns, kind):
     assert chosen(grid, columns, None, "w").name == kind
 
@@ -233,11 +354,15 @@ def test_embeddings_in_other_types():
         assert np.allclose(by_package(found.rows, asked), found.decode().numpy(), atol=1e-6)
 
 
-# --- whole models ----------------------------------------------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------
 
 FAMILIES = {
-    "llama": {}, "llama-mha": {}, "mistral": {}, "qwen2": {}, "qwen3": {},
-}  # fmt: skip
+    "llama": {},
+    "llama-mha": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+}
 
 
 def wide(monkeypatch):
@@ -246,58 +371,108 @@ def wide(monkeypatch):
 
 
 def artifact(model, out, scheme, recipe="rtn", options=()):
-    lowbit.quantize(str(model), scheme, recipe, out=out, calib=str(model / "text.txt"), samples=4, length=32, settings=list(options))
+    lowbit.quantize(
+        str(model),
+        scheme,
+        recipe,
+        out=out,
+        calib=str(model / "text.txt"),
+        samples=4,
+        length=32,
+        settings=list(options),
+    )
     return out
 
 
 def export(folder, out, *options):
-    result = CliRunner().invoke(app, ["export", str(folder), "-o", str(out), "--python", PYTHON, *options])
+    result = CliRunner().invoke(
+        app, ["export", str(folder), "-o", str(out), "--python", PYTHON, *options]
+    )
     return result.exit_code, " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("family, scheme", [("llama", "gguf:q2_k"), ("llama-mha", "W2A16g64"), ("mistral", "W3A16g64sym"), ("qwen2", "gguf:q3_k"), ("qwen3", "W4A16g32")])
+@pytest.mark.parametrize(
+    "family, scheme",
+    [
+        ("llama", "gguf:q2_k"),
+        ("llama-mha", "W2A16g64"),
+        ("mistral", "W3A16g64sym"),
+        ("qwen2", "gguf:q3_k"),
+        ("qwen3", "W4A16g32"),
+    ],
+)
 def test_transformers_computes_from_the_file_what_was_tuned(tmp_path, monkeypatch, family, scheme):
-    """Names, order of rows, metadata and every number, read by the gguf package; the tokenizer by llama.cpp where there is one."""
+    """Names, order of rows, metadata and every number, read by the gguf package; the tokenizer by
+    llama.cpp where there is one.
+    """
     wide(monkeypatch)
     made = artifact(save_tiny(tmp_path / "m", family, dtype=torch.float32), tmp_path / "a", scheme)
     code, text = export(made, tmp_path / "g", "--to", "gguf")
     assert code == 0, text
     done = verify(tmp_path / "g", python=PYTHON)
     exact = done.decoded_rms if RUNS else done.logits_rms
-    assert exact < 2e-4 and (RUNS or "llama.cpp not run" in done.loader)  # units and scales are float16, the rest of this model float32
+    # Units and scales are float16, the rest of this model float32.
+    assert exact < 2e-4 and (RUNS or "llama.cpp not run" in done.loader)
     report = json.loads((tmp_path / "g" / "report.json").read_text())
-    assert report["format"] == "gguf" and (tmp_path / "g" / report["gguf"]["file"]).is_file() and not (tmp_path / "g" / "config.json").exists()
+    assert (
+        report["format"] == "gguf"
+        and (tmp_path / "g" / report["gguf"]["file"]).is_file()
+        and not (tmp_path / "g" / "config.json").exists()
+    )
     if scheme.startswith("gguf:"):
         assert {e["extra_error"] for e in report["linears"] if "skipped" not in e} == {0.0}
     reader = package.GGUFReader(tmp_path / "g" / report["gguf"]["file"])
-    assert {t.name for t in reader.tensors} >= {"token_embd.weight", "blk.1.ffn_down.weight", "output_norm.weight"}
+    assert {t.name for t in reader.tensors} >= {
+        "token_embd.weight",
+        "blk.1.ffn_down.weight",
+        "output_norm.weight",
+    }
 
 
 @pytest.mark.skipif(not RUNS, reason="no llama-cpp-python")
-@pytest.mark.parametrize("scheme, types", [("W2A16g64sym", "Q2_0"), ("W6A16sym", "Q6_K"), ("W8A16sym", "Q8_0"), ("W4A16g32sym", "Q4_0")])
+@pytest.mark.parametrize(
+    "scheme, types",
+    [("W2A16g64sym", "Q2_0"), ("W6A16sym", "Q6_K"), ("W8A16sym", "Q8_0"), ("W4A16g32sym", "Q4_0")],
+)
 def test_llama_cpp_runs_what_others_cannot_read(tmp_path, monkeypatch, scheme, types):
     wide(monkeypatch)
     made = artifact(save_tiny(tmp_path / "m", "qwen2"), tmp_path / "a", scheme)
     code, text = export(made, tmp_path / "g", "--to", "gguf", "--embeddings", "q8_0")
     assert code == 0 and "logits by llama.cpp within" in text, text
-    assert list(json.loads((tmp_path / "g" / "report.json").read_text())["gguf"]["types"]) == [types]
+    assert list(json.loads((tmp_path / "g" / "report.json").read_text())["gguf"]["types"]) == [
+        types
+    ]
 
 
 def test_llama_3_rotary_factors(tmp_path, monkeypatch):
     wide(monkeypatch)
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    monkeypatch.setitem(helpers.FAMILIES, "llama", lambda: T.LlamaConfig(**helpers.LLAMA, rope_parameters=rope))
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    monkeypatch.setitem(
+        helpers.FAMILIES, "llama", lambda: T.LlamaConfig(**helpers.LLAMA, rope_parameters=rope)
+    )
     made = artifact(save_tiny(tmp_path / "m", dtype=torch.float32), tmp_path / "a", "gguf:q4_k")
     code, text = export(made, tmp_path / "g", "--to", "gguf")
     file = next((tmp_path / "g").glob("*.gguf"))
     reader = gguf.Reader(file)
     low, high = 32 / 1.0, 32 / 4.0
     expected = []
-    for i in range(32):  # the rule of Llama 3.1: long waves are stretched, short ones stay, a ramp between
+    # The rule of Llama 3.1: long waves are stretched, short ones stay, a ramp between.
+    for i in range(32):
         wave = 2 * np.pi * 1e4 ** (2 * i / 64)
         smooth = (32 / wave - 1.0) / (4.0 - 1.0)
-        expected.append(1.0 if wave < high else 8.0 if wave > low else 1 / ((1 - smooth) / 8.0 + smooth))
-    assert np.allclose(reader.raw("rope_freqs.weight").view(torch.float32).flatten().numpy(), expected, rtol=1e-5)
+        expected.append(
+            1.0 if wave < high else 8.0 if wave > low else 1 / ((1 - smooth) / 8.0 + smooth)
+        )
+    assert np.allclose(
+        reader.raw("rope_freqs.weight").view(torch.float32).flatten().numpy(), expected, rtol=1e-5
+    )
     if RUNS:
         assert code == 0 and "logits by llama.cpp" in text, text
 
@@ -332,32 +507,65 @@ def test_a_damaged_file_is_found(tmp_path, monkeypatch):
 def test_a_wrong_order_of_rows_is_found(tmp_path, monkeypatch):
     wide(monkeypatch)
     made = artifact(save_tiny(tmp_path / "m"), tmp_path / "a", "gguf:q4_k")
-    monkeypatch.setattr("lowbit.export.gguf.model.Architecture.rows", lambda self, full, count: None)
+    monkeypatch.setattr(
+        "lowbit.export.gguf.model.Architecture.rows", lambda self, full, count: None
+    )
     code, text = export(made, tmp_path / "g", "--to", "gguf")
-    assert code == 1 and "logits differ" in text and not (tmp_path / "g").exists() and not list(tmp_path.glob("*.partial"))
+    assert (
+        code == 1
+        and "logits differ" in text
+        and not (tmp_path / "g").exists()
+        and not list(tmp_path.glob("*.partial"))
+    )
 
 
 @pytest.mark.parametrize(
     "family, scheme, recipe, options, words",
     [
-        ("gemma", "W4A16g32", "rtn", [], "GGUF export knows llama, mistral, qwen2, qwen3, not the model family 'gemma'"),
+        (
+            "gemma",
+            "W4A16g32",
+            "rtn",
+            [],
+            "GGUF export knows llama, mistral, qwen2, qwen3, not the model family 'gemma'",
+        ),
         ("llama", "W2A16", "claq", [], "is on W2 codebook per column, which no type of GGUF holds"),
         ("llama", "W8A8sym", "rtn", [], "quantizes activations, which gguf cannot say"),
         ("llama", "W4A16g32", "rtn", ["--to", "gguf:q5_9"], "no block type 'q5_9'"),
-        ("llama", "W4A16g32", "rtn", ["--embeddings", "q2_k"], "--embeddings takes f32, f16, bf16, q8_0, q6_k"),
-        ("llama", "W4A16g32", "rtn", ["--embeddings", "q6_k"], "which blocks of Q6_K do not divide"),
-        ("llama", "W4A16g32", "rtn", ["--to", "mlx", "--embeddings", "q6_k"], "--embeddings is for --to gguf"),
+        (
+            "llama",
+            "W4A16g32",
+            "rtn",
+            ["--embeddings", "q2_k"],
+            "--embeddings takes f32, f16, bf16, q8_0, q6_k",
+        ),
+        (
+            "llama",
+            "W4A16g32",
+            "rtn",
+            ["--embeddings", "q6_k"],
+            "which blocks of Q6_K do not divide",
+        ),
+        (
+            "llama",
+            "W4A16g32",
+            "rtn",
+            ["--to", "mlx", "--embeddings", "q6_k"],
+            "--embeddings is for --to gguf",
+        ),
         ("llama", "W4A16g32", "rtn", ["--to", "awq:q4"], "cannot export to 'awq:q4'"),
     ],
 )
 def test_what_cannot_be_said_is_refused(tmp_path, family, scheme, recipe, options, words):
     made = artifact(save_tiny(tmp_path / "m", family), tmp_path / "a", scheme, recipe)
-    code, text = export(made, tmp_path / "g", *(options if "--to" in options else ["--to", "gguf", *options]))
+    code, text = export(
+        made, tmp_path / "g", *(options if "--to" in options else ["--to", "gguf", *options])
+    )
     assert code == 2 and words in text, text
     assert not (tmp_path / "g").exists() and not (tmp_path / "g.partial").exists()
 
 
-# --- tokenizers ------------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_2 = LLAMA_3.replace("{1,3}", "")
@@ -365,21 +573,41 @@ TEKKEN = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}
 
 
 def tokenizer(folder, kind):
-    regex = {"llama-bpe": LLAMA_3, "smaug-bpe": LLAMA_3, "qwen2": QWEN_2, "tekken": TEKKEN}.get(kind)
+    regex = {"llama-bpe": LLAMA_3, "smaug-bpe": LLAMA_3, "qwen2": QWEN_2, "tekken": TEKKEN}.get(
+        kind
+    )
     tok = Tokenizer(models.BPE(ignore_merges=kind in ("llama-bpe", "tekken")))
     if regex:
         split = pre_tokenizers.Split(Regex(regex), "isolated")
-        tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     elif kind == "smollm":
-        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
     else:
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix")
     if kind == "nfkc":
         tok.normalizer = normalizers.NFKC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    text = [helpers.TEXT[:2000], *tokens.SAMPLES, "It's 1234567 o'clock\n\n  We'LL see HelloWorld naïve Привет мир"] * 3
-    tok.train_from_iterator(text, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet))
-    T.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}").save_pretrained(folder)
+    text = [
+        helpers.TEXT[:2000],
+        *tokens.SAMPLES,
+        "It's 1234567 o'clock\n\n  We'LL see HelloWorld naïve Привет мир",
+    ] * 3
+    tok.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet
+        ),
+    )
+    T.PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -387,9 +615,21 @@ def tokenizer(folder, kind):
 def test_the_splitting_rule_is_recognised(tmp_path, kind):
     found = tokens.read(tokenizer(tmp_path, kind), 640)
     said = found.metadata
-    assert said["tokenizer.ggml.pre"] == kind and said["tokenizer.ggml.model"] == "gpt2" and said["tokenizer.chat_template"] == "{{ messages }}"
-    assert len(said["tokenizer.ggml.tokens"]) == 640 and said["tokenizer.ggml.tokens"][639] == "[PAD639]" and said["tokenizer.ggml.token_type"][639] == 5
-    assert said["tokenizer.ggml.token_type"][1] == 3 and said["tokenizer.ggml.bos_token_id"] == 1 and said["tokenizer.ggml.add_bos_token"] is False
+    assert (
+        said["tokenizer.ggml.pre"] == kind
+        and said["tokenizer.ggml.model"] == "gpt2"
+        and said["tokenizer.chat_template"] == "{{ messages }}"
+    )
+    assert (
+        len(said["tokenizer.ggml.tokens"]) == 640
+        and said["tokenizer.ggml.tokens"][639] == "[PAD639]"
+        and said["tokenizer.ggml.token_type"][639] == 5
+    )
+    assert (
+        said["tokenizer.ggml.token_type"][1] == 3
+        and said["tokenizer.ggml.bos_token_id"] == 1
+        and said["tokenizer.ggml.add_bos_token"] is False
+    )
 
 
 @pytest.mark.skipif(not RUNS, reason="no llama-cpp-python")
@@ -401,14 +641,27 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, kind):
     path = tmp_path / "v.gguf"
     with gguf.Writer(path, {"general.architecture": "llama", **found.metadata}, []):
         pass
-    texts = [*tokens.SAMPLES, "It's 1234567 o'clock\n\n  We'LL see HelloWorld\t x\r\n", helpers.TEXT[:300], "   leading, trailing   ", "naïve Привет 1 22 333 4444"]
-    code = "import json,sys,llama_cpp; m=llama_cpp.Llama(sys.argv[1],vocab_only=True,verbose=False); print(json.dumps([m.tokenize(t.encode(),add_bos=True) for t in json.loads(sys.argv[2])]))"
-    done = subprocess.run([PYTHON, "-c", code, str(path), json.dumps(texts)], capture_output=True, text=True)
+    texts = [
+        *tokens.SAMPLES,
+        "It's 1234567 o'clock\n\n  We'LL see HelloWorld\t x\r\n",
+        helpers.TEXT[:300],
+        "   leading, trailing   ",
+        "naïve Привет 1 22 333 4444",
+    ]
+    code = (
+        "import json,sys,llama_cpp; m=llama_cpp.Llama(sys.argv[1],vocab_only=True,verbose=False); "
+        "print(json.dumps([m.tokenize(t.encode(),add_bos=True) for t in json.loads(sys.argv[2])]))"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", code, str(path), json.dumps(texts)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [own(t).input_ids for t in texts]
 
 
-@pytest.mark.parametrize("kind, words", [("nfkc", "normalizes text by"), ("prefix", "splits text by")])
+@pytest.mark.parametrize(
+    "kind, words", [("nfkc", "normalizes text by"), ("prefix", "splits text by")]
+)
 def test_tokenizers_that_gguf_cannot_express(tmp_path, kind, words):
     with pytest.raises(LowbitError, match=words):
         tokens.read(tokenizer(tmp_path, kind), 600)
@@ -424,7 +677,9 @@ def test_other_tokenizers_are_refused(tmp_path):
     unknown = tokenizer(tmp_path, "qwen2")
     path = Path(unknown) / "tokenizer.json"
     path.write_text(path.read_text().replace(r"\\p{N}|", r"\\p{N}{1,2}|"))
-    with pytest.raises(LowbitError, match="by a rule that is not among those of llama.cpp known here"):
+    with pytest.raises(
+        LowbitError, match="by a rule that is not among those of llama.cpp known here"
+    ):
         tokens.read(tmp_path, 640)
     with pytest.raises(LowbitError, match="the model's vocabulary ends at 99"):
         tokens.read(tokenizer(tmp_path, "gpt-2"), 100)
@@ -435,12 +690,32 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": 3 + i for i in range(256)}}
     pieces = ["\u2581", "a", "b", "ab", "\u2581a", "\u2581ab"]
     vocab |= {p: 259 + i for i, p in enumerate(pieces)}
-    tok = Tokenizer(models.BPE(vocab, [("a", "b"), ("\u2581", "a"), ("\u2581", "ab"), ("\u2581a", "b")], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    T.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    tok = Tokenizer(
+        models.BPE(
+            vocab,
+            [("a", "b"), ("\u2581", "a"), ("\u2581", "ab"), ("\u2581a", "b")],
+            byte_fallback=True,
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
+    tok.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    T.PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
     said = tokens.read(tmp_path, 265).metadata
-    assert said["tokenizer.ggml.model"] == "llama" and said["tokenizer.ggml.add_space_prefix"] is True and "tokenizer.ggml.merges" not in said
+    assert (
+        said["tokenizer.ggml.model"] == "llama"
+        and said["tokenizer.ggml.add_space_prefix"] is True
+        and "tokenizer.ggml.merges" not in said
+    )
     scores = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.scores"], strict=True))
-    assert scores["ab"] > scores["\u2581a"] > scores["\u2581ab"] > scores["a"] and scores["\u2581ab"] == -2.0  # of its first merge
+    # Of its first merge.
+    assert (
+        scores["ab"] > scores["\u2581a"] > scores["\u2581ab"] > scores["a"]
+        and scores["\u2581ab"] == -2.0
+    )
     types = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"], strict=True))
     assert (types["<unk>"], types["<s>"], types["<0x41>"], types["ab"]) == (2, 3, 6, 1)

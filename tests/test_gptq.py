@@ -1,4 +1,6 @@
-"""GPTQ against brute force, and what happens to dead inputs, singular Hessians, fixed ranges and coded linears."""
+"""GPTQ against brute force, and what happens to dead inputs, singular Hessians, fixed ranges and
+coded linears.
+"""
 
 from dataclasses import replace
 
@@ -39,7 +41,11 @@ def case(rows, columns, seed, tokens=None):
     """A weight and the damped Hessian of correlated inputs, float64."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens or 3 * columns, columns, generator=g, dtype=torch.float64)
-    x = x @ torch.randn(columns, columns, generator=g, dtype=torch.float64) * torch.rand(columns, generator=g, dtype=torch.float64)
+    x = (
+        x
+        @ torch.randn(columns, columns, generator=g, dtype=torch.float64)
+        * torch.rand(columns, generator=g, dtype=torch.float64)
+    )
     hessian = x.T @ x
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     return torch.randn(rows, columns, generator=g, dtype=torch.float64), hessian
@@ -50,7 +56,9 @@ def ascending(weight):
 
 
 def brute_force(weight, hessian, grid, static, order, stored):
-    """Optimal brain quantization in a given order: after every column, the rest by the inverse of what remains of the Hessian."""
+    """Optimal brain quantization in a given order: after every column, the rest by the inverse of
+    what remains of the Hessian.
+    """
     rows, columns = weight.shape
     w, single, size = weight.clone(), replace(grid, group_size=None), grid.group(columns)
     codes, groups, left = torch.zeros(rows, columns, dtype=torch.uint8), {}, order.tolist()
@@ -83,10 +91,14 @@ def brute_force(weight, hessian, grid, static, order, stored):
     stored=st.sampled_from([torch.float64, torch.bfloat16]),
     seed=st.integers(0, 10_000),
 )
-def test_codes_and_scales_equal_brute_force(rows, groups, size, whole_row, bits, symmetric, mode, block_size, stored, seed):
+def test_codes_and_scales_equal_brute_force(
+    rows, groups, size, whole_row, bits, symmetric, mode, block_size, stored, seed
+):
     weight, hessian = case(rows, groups * size, seed)
     grid = Affine(bits, None if whole_row else size, symmetric and bits > 1)
-    order = hessian.diagonal().argsort(descending=True) if mode == "act_order" else ascending(weight)
+    order = (
+        hessian.diagonal().argsort(descending=True) if mode == "act_order" else ascending(weight)
+    )
     params = None if mode == "dynamic" else fit_range(grid, weight, "none", stored)
     factor = inverse_factor(hessian[order][:, order])
     q = solve(weight, factor, grid, params, stored, order=order, block_size=block_size)
@@ -107,13 +119,17 @@ def test_no_factor_of_a_matrix_that_rounding_alone_keeps_positive():
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert inverse_factor(x.T @ x) is None
     for least, works in ((-1.0, False), (1e-17, False), (1e-14, True)):
-        assert (inverse_factor(torch.diag(torch.tensor([1.0, least], dtype=torch.float64))) is not None) == works
+        assert (
+            inverse_factor(torch.diag(torch.tensor([1.0, least], dtype=torch.float64))) is not None
+        ) == works
 
 
 @pytest.mark.parametrize("grid", [Affine(2, 8), Affine(3, None, True), Affine(4, 4)])
 def test_uncorrelated_inputs_give_nearest_rounding(grid):
     weight, _ = case(5, 24, 0)
-    q = solve(weight, torch.eye(24), grid, None, torch.float32, order=ascending(weight), block_size=7)
+    q = solve(
+        weight, torch.eye(24), grid, None, torch.float32, order=ascending(weight), block_size=7
+    )
     params = grid.stored(grid.fit(weight), torch.float32)
     assert torch.equal(q.codes, grid.encode(weight, params))
     assert torch.equal(q.params.scale, params.scale)
@@ -127,12 +143,16 @@ def test_8_bits_lose_next_to_nothing_and_fewer_gain_on_nearest():
         return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum())
 
     def gptq(grid):
-        return solve(weight, inverse_factor(hessian), grid, None, torch.float64, order=ascending(weight))
+        return solve(
+            weight, inverse_factor(hessian), grid, None, torch.float64, order=ascending(weight)
+        )
 
     assert loss(gptq(Affine(8, 16))) < 1e-5
     for bits in (2, 3, 4):
         found = gptq(grid := Affine(bits, 16))
-        nearest = replace(found, codes=grid.encode(weight, grid.fit(weight)), params=grid.fit(weight))
+        nearest = replace(
+            found, codes=grid.encode(weight, grid.fit(weight)), params=grid.fit(weight)
+        )
         assert loss(found) < 0.9 * loss(nearest)
 
 
@@ -141,7 +161,12 @@ def test_ranges_by_squared_error_are_never_worse_and_include_zero():
     grid = Affine(2, 16)
 
     def errors(params):
-        return grid.grouped(grid.decode(grid.encode(weight, params), params) - weight).abs().pow(2.4).sum(-1)
+        return (
+            grid.grouped(grid.decode(grid.encode(weight, params), params) - weight)
+            .abs()
+            .pow(2.4)
+            .sum(-1)
+        )
 
     plain, searched = (fit_range(grid, weight, clip, torch.bfloat16) for clip in ("none", "mse"))
     assert bool((errors(searched) <= errors(plain)).all())
@@ -170,7 +195,9 @@ def test_the_loop_takes_any_coder():
 
 
 def test_every_period_starts_on_weights_that_are_up_to_date():
-    """Columns seen at the start of a period are those of a loop that hands every error on at once."""
+    """Columns seen at the start of a period are those of a loop that hands every error on at
+    once.
+    """
     weight, hessian = case(3, 24, 5)
     factor = inverse_factor(hessian)
 
@@ -193,16 +220,20 @@ def test_every_period_starts_on_weights_that_are_up_to_date():
             torch.testing.assert_close(seen, by_block[1])
 
 
-# --- on blocks -----------------------------------------------------------------------------------------------------------
+# --- on blocks ------------------------------------------------------------------------------------
 
 
 def test_a_hessian_is_that_of_the_inputs_on_the_quantized_prefix(block):
     moved = replace(block, xq=block.xq + 0.1)
     name = "mlp.gate_proj"
     seen = []
-    moved.observe([name], moved.xq, 5, lambda _, call: seen.append(call.args[0].flatten(0, -2).double()))
+    moved.observe(
+        [name], moved.xq, 5, lambda _, call: seen.append(call.args[0].flatten(0, -2).double())
+    )
     x = torch.cat(seen)
-    torch.testing.assert_close(input_hessians(moved, [name], 5)[name], 2 / len(x) * x.T @ x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        input_hessians(moved, [name], 5)[name], 2 / len(x) * x.T @ x, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_only_as_many_rows_as_asked_for_are_used(block):
@@ -216,14 +247,22 @@ def test_a_later_site_sees_the_codes_of_the_earlier_ones(block):
     for name in block.wiring.sites[0].reads:
         assert once.coded[name].same_as(sequential.coded[name]) is None
     assert once.coded["mlp.down_proj"].same_as(sequential.coded["mlp.down_proj"]) is not None
-    last = GPTQ()(replace(sequential, coded={k: q for k, q in sequential.coded.items() if k != "mlp.down_proj"}))
+    last = GPTQ()(
+        replace(
+            sequential, coded={k: q for k, q in sequential.coded.items() if k != "mlp.down_proj"}
+        )
+    )
     assert last.coded["mlp.down_proj"].same_as(sequential.coded["mlp.down_proj"]) is None
 
 
-@pytest.mark.parametrize("method", [GPTQ(), GPTQ(act_order=True), GPTQ(clip="mse"), GPTQ(true_sequential=False, rows=4)])
+@pytest.mark.parametrize(
+    "method", [GPTQ(), GPTQ(act_order=True), GPTQ(clip="mse"), GPTQ(true_sequential=False, rows=4)]
+)
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
 def test_blocks_come_out_better_than_nearest(tmp_path, family, method):
-    done = apply_methods(block_of(tmp_path, Affine(3, 16), family), Recipe(Affine(3, 16), (method,)))
+    done = apply_methods(
+        block_of(tmp_path, Affine(3, 16), family), Recipe(Affine(3, 16), (method,))
+    )
     assert set(done.coded) == set(done.wiring.linears)
     assert done.notes["loss_after"] < 0.9 * done.notes["loss_before"]
     assert "trouble" not in done.notes
@@ -234,11 +273,17 @@ def test_linears_of_a_site_are_coded_as_if_alone(block, method):
     together = method(block)
     for name in block.wiring.sites[0].reads:
         others = {n: q for n, q in RTN()(block).coded.items() if n != name}
-        assert method(replace(block, coded=others)).coded[name].same_as(together.coded[name]) is None
+        assert (
+            method(replace(block, coded=others)).coded[name].same_as(together.coded[name]) is None
+        )
 
 
 def test_linears_of_a_site_may_have_different_grids(block):
-    grids = {**block.grids, "self_attn.k_proj": Affine(8, 16), "self_attn.v_proj": Affine(4, None, True)}
+    grids = {
+        **block.grids,
+        "self_attn.k_proj": Affine(8, 16),
+        "self_attn.v_proj": Affine(4, None, True),
+    }
     done = GPTQ()(replace(block, grids=grids))
     for name, q in done.coded.items():
         assert q.grid == grids[name]
@@ -255,7 +300,9 @@ def test_dead_inputs_are_coded_to_zero_and_change_nothing_else(block, scale, act
     silenced = replace(block, weights={**block.weights, norm: gain.masked_fill(dead, 0)})
     done = GPTQ(act_order=act_order)(silenced)
     weight = silenced.weight("self_attn.q_proj").masked_fill(dead, 0)
-    cleared = GPTQ(act_order=act_order)(replace(silenced, weights={**silenced.weights, "self_attn.q_proj.weight": weight}))
+    cleared = GPTQ(act_order=act_order)(
+        replace(silenced, weights={**silenced.weights, "self_attn.q_proj.weight": weight})
+    )
     assert "trouble" not in done.notes
     q = done.coded["self_attn.q_proj"]
     assert not bool(q.decode()[:, dead].any())
@@ -263,29 +310,45 @@ def test_dead_inputs_are_coded_to_zero_and_change_nothing_else(block, scale, act
 
 
 def test_dead_inputs_leave_the_damping_alone(block):
-    """Whatever the size of the activations, the same codes: a dead input's diagonal is no share of the damping."""
+    """Whatever the size of the activations, the same codes: a dead input's diagonal is no share of
+    the damping.
+    """
     hessian = input_hessians(block, ["self_attn.q_proj"], 8)["self_attn.q_proj"]
     hessian[:, 5] = 0
     hessian[5] = 0
-    inputs = [factored(block, "gptq", "self_attn.q_proj", hessian * s, 0.01, False, []) for s in (1.0, 2.0**-20)]
+    inputs = [
+        factored(block, "gptq", "self_attn.q_proj", hessian * s, 0.01, False, [])
+        for s in (1.0, 2.0**-20)
+    ]
     codes = [GPTQ()._site(block, ["self_attn.q_proj"], i)["self_attn.q_proj"] for i in inputs]
     assert codes[0].same_as(codes[1]) is None
 
 
 def test_a_linear_that_sees_only_zeros_is_rounded_to_nearest_with_a_remark(block):
     norm = "post_attention_layernorm.weight"
-    silenced = replace(block, weights={**block.weights, norm: torch.zeros_like(block.weights[norm])})
+    silenced = replace(
+        block, weights={**block.weights, norm: torch.zeros_like(block.weights[norm])}
+    )
     done, nearest = GPTQ()(silenced), RTN()(silenced)
     for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
         assert done.coded[name].same_as(nearest.coded[name]) is None
-    assert [name in note for note, name in zip(done.notes["trouble"], ("mlp.gate_proj", "mlp.down_proj"), strict=True)] == [True, True]
+    assert [
+        name in note
+        for note, name in zip(
+            done.notes["trouble"], ("mlp.gate_proj", "mlp.down_proj"), strict=True
+        )
+    ] == [True, True]
 
 
 def test_a_singular_hessian_is_damped_until_it_works_with_a_remark(block):
-    few = replace(block, x=block.x[:1], xq=block.xq[:1], target=block.target[:1], tuned_rows=1)  # 32 tokens for 64 inputs
+    # 32 tokens for 64 inputs.
+    few = replace(block, x=block.x[:1], xq=block.xq[:1], target=block.target[:1], tuned_rows=1)
     done = GPTQ(damping=0.0)(few.noted(trouble=["earlier"]))
     assert done.notes["trouble"][0] == "earlier"
-    assert "self_attn.q_proj' could not be inverted with damping 0; took 0.01" in done.notes["trouble"][1]
+    assert (
+        "self_attn.q_proj' could not be inverted with damping 0; took 0.01"
+        in done.notes["trouble"][1]
+    )
     job = Reconstruction(few, 1)
     assert job.loss(done.decoded()) < 0.5 * job.loss(RTN()(few).decoded())
     for name, q in GPTQ(damping=0.01)(few).coded.items():
@@ -294,14 +357,21 @@ def test_a_singular_hessian_is_damped_until_it_works_with_a_remark(block):
 
 def test_a_hessian_that_no_damping_helps_is_an_error(block, monkeypatch):
     monkeypatch.setattr("lowbit.methods._hessian.inverse_factor", lambda hessian: None)
-    with pytest.raises(LowbitError, match=r"layers.0.self_attn.q_proj' could not be inverted, not even with damping 10:.*raise gptq.damping"):
+    with pytest.raises(
+        LowbitError,
+        match=r"layers.0.self_attn.q_proj' could not be inverted, not even with damping 10:.*raise gptq.damping",
+    ):
         GPTQ()(block)
 
 
 def test_inputs_that_are_not_finite_are_an_error(block):
     norm = "post_attention_layernorm.weight"
-    broken = replace(block, weights={**block.weights, norm: block.weights[norm].clone().fill_(float("inf"))})
-    with pytest.raises(LowbitError, match="inputs of 'model.layers.0.mlp.gate_proj' are not finite"):
+    broken = replace(
+        block, weights={**block.weights, norm: block.weights[norm].clone().fill_(float("inf"))}
+    )
+    with pytest.raises(
+        LowbitError, match="inputs of 'model.layers.0.mlp.gate_proj' are not finite"
+    ):
         GPTQ()(broken)
 
 
@@ -313,7 +383,9 @@ def test_fixed_ranges_are_kept(block, method):
         assert torch.equal(q.params.scale, clipped.params[name].scale)
         assert torch.equal(q.params.zero_point, clipped.params[name].zero_point)
     one = method(block.ranged({"self_attn.k_proj": clipped.params["self_attn.k_proj"]}))
-    assert torch.equal(one.coded["self_attn.k_proj"].params.scale, clipped.params["self_attn.k_proj"].scale)
+    assert torch.equal(
+        one.coded["self_attn.k_proj"].params.scale, clipped.params["self_attn.k_proj"].scale
+    )
     assert one.coded["self_attn.q_proj"].same_as(method(block).coded["self_attn.q_proj"]) is None
 
 
@@ -328,7 +400,10 @@ def test_after_awq_statistics_are_fresh(block, clip):
 
 def test_coded_linears_are_left_alone_and_what_they_read_costs_nothing(block):
     nearest = RTN()(block)
-    some = {n: nearest.coded[n] for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")}
+    some = {
+        n: nearest.coded[n]
+        for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
+    }
     watched = []
     done = GPTQ()(replace(block, coded=some, announce=watched.append))
     for name, q in some.items():
@@ -344,7 +419,16 @@ def test_scales_are_those_the_artifact_stores(block):
         assert torch.equal(q.params.scale, q.params.scale.bfloat16().float())
 
 
-@pytest.mark.parametrize("bad", [dict(damping=-0.1), dict(damping=float("nan")), dict(block_size=0), dict(rows=-1), dict(clip="both")])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(damping=-0.1),
+        dict(damping=float("nan")),
+        dict(block_size=0),
+        dict(rows=-1),
+        dict(clip="both"),
+    ],
+)
 def test_bad_options_are_refused(bad):
     with pytest.raises(LowbitError, match=f"gptq.*{next(iter(bad))}"):
         GPTQ(**bad)
@@ -358,7 +442,7 @@ def test_recipes_read_back(name):
     assert Recipe.from_toml(recipe.to_toml()) == recipe
 
 
-# --- compiled against plain ------------------------------------------------------------------------------------------------
+# --- compiled against plain -----------------------------------------------------------------------
 
 
 def without_compiler(monkeypatch):
@@ -377,13 +461,27 @@ def without_compiler(monkeypatch):
     stored=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 10_000),
 )
-def test_the_compiled_loop_codes_as_brute_force(rows, groups, size, bits, symmetric, mode, block_size, stored, seed):
-    """Float32 against float64: a code may differ only where rounding error decides, and then the rest of its row may."""
+def test_the_compiled_loop_codes_as_brute_force(
+    rows, groups, size, bits, symmetric, mode, block_size, stored, seed
+):
+    """Float32 against float64: a code may differ only where rounding error decides, and then the
+    rest of its row may.
+    """
     weight, hessian = case(rows, groups * size, seed)
     weight, grid = weight.float().double(), Affine(bits, size, symmetric and bits > 1)
-    order = hessian.diagonal().argsort(descending=True) if mode == "act_order" else ascending(weight)
+    order = (
+        hessian.diagonal().argsort(descending=True) if mode == "act_order" else ascending(weight)
+    )
     params = None if mode == "dynamic" else fit_range(grid, weight.float(), "none", stored)
-    q = solve(weight.float(), inverse_factor(hessian[order][:, order]), grid, params, stored, order=order, block_size=block_size)
+    q = solve(
+        weight.float(),
+        inverse_factor(hessian[order][:, order]),
+        grid,
+        params,
+        stored,
+        order=order,
+        block_size=block_size,
+    )
     codes, scale = brute_force(weight, hessian, grid, mode != "dynamic", order, stored)
     same = (q.codes == codes).all(1)
     assert bool(same.float().mean() >= 0.8 - 1.5 / rows)
@@ -393,7 +491,9 @@ def test_the_compiled_loop_codes_as_brute_force(rows, groups, size, bits, symmet
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e5])
 def test_the_compiled_loop_rounds_as_torch_does(stored, scale, monkeypatch):
-    """Uncorrelated inputs but one pair: what a column hands on is exactly what its decoded value is off by."""
+    """Uncorrelated inputs but one pair: what a column hands on is exactly what its decoded value is
+    off by.
+    """
     g = torch.Generator().manual_seed(1)
     weight, factor = torch.randn(40, 8, generator=g) * scale, torch.eye(8)
     factor[0, 1], factor[2, 7] = 0.5, -0.25
@@ -401,10 +501,14 @@ def test_the_compiled_loop_rounds_as_torch_does(stored, scale, monkeypatch):
     params = grid.stored(grid.fit(weight), stored)
     fast = solve(weight, factor, grid, params, stored, order=ascending(weight))
     without_compiler(monkeypatch)
-    assert fast.same_as(solve(weight, factor, grid, params, stored, order=ascending(weight))) is None
+    assert (
+        fast.same_as(solve(weight, factor, grid, params, stored, order=ascending(weight))) is None
+    )
 
 
-@pytest.mark.parametrize("shape, size", [((7, 64), 16), ((3, 40), 40), ((5, 66), 33), ((70, 12), 1)])
+@pytest.mark.parametrize(
+    "shape, size", [((7, 64), 16), ((3, 40), 40), ((5, 66), 33), ((70, 12), 1)]
+)
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_compiled_range_search_finds_the_least_error(shape, size, scale, symmetric):
@@ -412,9 +516,22 @@ def test_the_compiled_range_search_finds_the_least_error(shape, size, scale, sym
     weight[0] = 0
     grid = Affine(2, size, symmetric)
     tried = [grid.stored(grid.fit(weight, 1 - i / 100), torch.bfloat16) for i in range(80)]
-    errors = torch.stack([grid.grouped((grid.decode(grid.encode(weight, p), p) - weight).double()).abs().pow(2.4).sum(-1) for p in tried])
+    errors = torch.stack(
+        [
+            grid.grouped((grid.decode(grid.encode(weight, p), p) - weight).double())
+            .abs()
+            .pow(2.4)
+            .sum(-1)
+            for p in tried
+        ]
+    )
     found = fit_range(grid, weight, "mse", torch.bfloat16)
-    reached = grid.grouped((grid.decode(grid.encode(weight, found), found) - weight).double()).abs().pow(2.4).sum(-1)
+    reached = (
+        grid.grouped((grid.decode(grid.encode(weight, found), found) - weight).double())
+        .abs()
+        .pow(2.4)
+        .sum(-1)
+    )
     torch.testing.assert_close(reached, errors.amin(0), rtol=1e-5, atol=1e-34)
 
 
@@ -425,7 +542,17 @@ def test_two_threads_give_the_codes_of_one(monkeypatch):
     for threads, found in ((1, one), (2, two)):
         monkeypatch.setattr("lowbit.methods._columns.threads", lambda n=threads: n)
         for clip in ("none", "mse"):
-            found.append(solve(weight.float(), factor, Affine(3, 16), None, torch.bfloat16, order=ascending(weight), clip=clip))
+            found.append(
+                solve(
+                    weight.float(),
+                    factor,
+                    Affine(3, 16),
+                    None,
+                    torch.bfloat16,
+                    order=ascending(weight),
+                    clip=clip,
+                )
+            )
     assert all(a.same_as(b) is None for a, b in zip(one, two, strict=True))
 
 
@@ -433,7 +560,12 @@ def test_two_threads_give_the_codes_of_one(monkeypatch):
 def test_a_pass_ends_where_the_last_input_asked_for_is_seen(block, name):
     seen, later = [], []
     handle = block.module.get_submodule("mlp").register_forward_pre_hook(lambda *_: later.append(1))
-    block.observe([name, "self_attn.k_proj"], block.xq, 8, lambda n, call: seen.append((n, call.args[0].shape)))
+    block.observe(
+        [name, "self_attn.k_proj"],
+        block.xq,
+        8,
+        lambda n, call: seen.append((n, call.args[0].shape)),
+    )
     handle.remove()
     assert sorted(n for n, _ in seen) == sorted([name, "self_attn.k_proj"])
     assert bool(later) == (name == "mlp.down_proj")
@@ -443,7 +575,10 @@ def test_a_pass_ends_where_the_last_input_asked_for_is_seen(block, name):
 def test_calls_kept_for_the_next_site_give_the_same_codes(tmp_path, monkeypatch, family):
     block = block_of(tmp_path, Affine(3, 16), family)
     replayed, real = [], type(block).observe_inside
-    monkeypatch.setattr("lowbit.model.block.Block.observe_inside", lambda self, part, *a: replayed.append(part) or real(self, part, *a))
+    monkeypatch.setattr(
+        "lowbit.model.block.Block.observe_inside",
+        lambda self, part, *a: replayed.append(part) or real(self, part, *a),
+    )
     fast = GPTQ()(block)
     assert replayed == ([] if family == "opt" else ["mlp"])
     monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
@@ -468,7 +603,11 @@ class _Waits(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+        self.count += func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.equal,
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -476,13 +615,24 @@ class _Waits(TorchDispatchMode):
 def test_the_plain_loop_waits_for_no_column(mode, monkeypatch):
     without_compiler(monkeypatch)
     monkeypatch.setattr("lowbit.grid.kmeans.library", lambda source: None)
-    monkeypatch.setattr("lowbit.methods._books.kmeans", lambda v, k, checked: kmeans(v, k, exact=True, checked=False))  # as on an accelerator, without Lloyd
+    # As on an accelerator, without Lloyd.
+    monkeypatch.setattr(
+        "lowbit.methods._books.kmeans",
+        lambda v, k, checked: kmeans(v, k, exact=True, checked=False),
+    )
     weight, hessian = case(9, 32, 2)
     weight, factor, grid = weight.float(), inverse_factor(hessian).float(), Affine(2, 8)
     if mode == "books":
         coder = ColumnBooks(weight, torch.full((32,), 2), torch.float32)
     else:
-        coder = AffineColumns(grid, 32, [c // 8 for c in range(32)], grid.fit(weight) if mode == "static" else None, torch.float32, "mse")
+        coder = AffineColumns(
+            grid,
+            32,
+            [c // 8 for c in range(32)],
+            grid.fit(weight) if mode == "static" else None,
+            torch.float32,
+            "mse",
+        )
     with _Waits() as waits:
         code_columns(weight, factor, coder, 16)
     assert waits.count == 0

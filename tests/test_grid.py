@@ -10,7 +10,13 @@ from lowbit.formats import compressed_tensors as ct
 from lowbit.grid import Affine, QTensor
 from lowbit.grid.bits import pack, unpack
 
-W = torch.tensor([[-0.50, -0.31, -0.12, 0.04, 0.13, 0.22, 0.37, 0.70], [0.02, 0.05, -0.07, 0.11, -0.20, 0.16, 0.24, -0.03]], dtype=torch.float64)
+W = torch.tensor(
+    [
+        [-0.50, -0.31, -0.12, 0.04, 0.13, 0.22, 0.37, 0.70],
+        [0.02, 0.05, -0.07, 0.11, -0.20, 0.16, 0.24, -0.03],
+    ],
+    dtype=torch.float64,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,9 +35,13 @@ def test_golden_vectors(bits, scale, zero, codes):
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.integers(1, 8), rows=st.integers(1, 5), n=st.integers(1, 130), seed=st.integers(0, 1000))
+@given(
+    bits=st.integers(1, 8), rows=st.integers(1, 5), n=st.integers(1, 130), seed=st.integers(0, 1000)
+)
 def test_pack_is_invertible_and_is_the_published_layout(bits, rows, n, seed):
-    codes = torch.randint(0, 2**bits, (rows, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    codes = torch.randint(
+        0, 2**bits, (rows, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     packed = pack(codes, bits)
     assert torch.equal(unpack(packed, bits, n), codes)
     assert torch.equal(packed, pack_to_int32((codes.int() - 2 ** (bits - 1)).to(torch.int8), bits))
@@ -44,9 +54,15 @@ def test_pack_refuses_codes_that_do_not_fit():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.integers(2, 8), group=st.sampled_from([None, 8, 16]), symmetric=st.booleans(), shift=st.floats(-2, 2), seed=st.integers(0, 99)
+    bits=st.integers(2, 8),
+    group=st.sampled_from([None, 8, 16]),
+    symmetric=st.booleans(),
+    shift=st.floats(-2, 2),
+    seed=st.integers(0, 99),
 )
-def test_decoded_weights_lie_within_half_a_step_inside_the_range(bits, group, symmetric, shift, seed):
+def test_decoded_weights_lie_within_half_a_step_inside_the_range(
+    bits, group, symmetric, shift, seed
+):
     w = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed)) + shift
     grid = Affine(bits, group, symmetric)
     params = grid.fit(w)
@@ -59,7 +75,9 @@ def test_decoded_weights_lie_within_half_a_step_inside_the_range(bits, group, sy
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("grid", [Affine(2, 16), Affine(3, 16, True), Affine(4), Affine(5, 8), Affine(8, None, True)])
+@pytest.mark.parametrize(
+    "grid", [Affine(2, 16), Affine(3, 16, True), Affine(4), Affine(5, 8), Affine(8, None, True)]
+)
 def test_format_is_exactly_invertible(grid, dtype):
     w = torch.randn(20, 48)
     params = grid.stored(grid.fit(w), dtype)
@@ -70,7 +88,12 @@ def test_format_is_exactly_invertible(grid, dtype):
 
 
 def test_bad_grids_are_refused():
-    for bad in (dict(bits=0), dict(bits=9), dict(bits=1, symmetric=True), dict(bits=4, group_size=0)):
+    for bad in (
+        dict(bits=0),
+        dict(bits=9),
+        dict(bits=1, symmetric=True),
+        dict(bits=4, group_size=0),
+    ):
         with pytest.raises(ValueError):
             Affine(**bad)
     with pytest.raises(ValueError, match="does not divide"):

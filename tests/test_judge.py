@@ -19,13 +19,20 @@ def stream(tmp_path_factory):
 
 def finished(stream, recipe):
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
-    return apply_methods(begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(32)[0], 0), recipe)
+    return apply_methods(
+        begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(32)[0], 0), recipe
+    )
 
 
 def test_the_first_linear_by_definition(stream):
     block = finished(stream, Recipe(Affine(2, 16)))
     seen = []
-    block.observe(["self_attn.q_proj"], block.xq, 8, lambda _, call: seen.append(call.args[0].flatten(0, -2).double()))
+    block.observe(
+        ["self_attn.q_proj"],
+        block.xq,
+        8,
+        lambda _, call: seen.append(call.args[0].flatten(0, -2).double()),
+    )
     x, w = torch.cat(seen)[:256], block.weight("self_attn.q_proj").double()
     delta = x @ (block.coded["self_attn.q_proj"].decode().double() - w).T
     expected = float(delta.square().sum() / (x @ w.T).square().sum())

@@ -1,4 +1,6 @@
-"""Every backend against float64 sums over weights written down apart from any of them, and everything that `check` must refuse."""
+"""Every backend against float64 sums over weights written down apart from any of them, and
+everything that `check` must refuse.
+"""
 
 import ctypes
 import importlib.util
@@ -23,11 +25,15 @@ from lowbit.kernels import cpu, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILED = cpu.library() is not None
-HERE = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not COMPILED, reason="no C compiler"))]
+HERE = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(not COMPILED, reason="no C compiler")),
+]
 
 
 def made(out, columns, rate=0.0, dtype=torch.float16, seed=0):
-    """A packed weight of random codes, levels and outliers, and the (out, in) float64 weight that it is by definition.
+    """A packed weight of random codes, levels and outliers, and the (out, in) float64 weight that
+    it is by definition.
 
     columns: {bits: how many}.
     """
@@ -53,23 +59,33 @@ def made(out, columns, rate=0.0, dtype=torch.float16, seed=0):
 def assert_product(y, x, dense):
     """Within what float32 sums of this many products, and one rounding to x's dtype, can be off.
 
-    An outlier is added as its difference to a level, so it is as exact as that level, however small it is: 4 bounds those.
+    An outlier is added as its difference to a level, so it is as exact as that level, however small
+    it is: 4 bounds those.
     """
     expected, size = x.double() @ dense.T, x.double().abs() @ dense.abs().clamp(min=4).T
     allowed = 2**-23 * (8 + dense.shape[1]) * size + torch.finfo(x.dtype).eps * expected.abs()
     assert y.dtype == x.dtype and y.shape == expected.shape
-    assert bool(((y.double() - expected).abs() <= allowed).all()), float(((y.double() - expected).abs() - allowed).max())
+    assert bool(((y.double() - expected).abs() <= allowed).all()), float(
+        ((y.double() - expected).abs() - allowed).max()
+    )
 
 
 @pytest.mark.parametrize("backend", HERE)
 @settings(max_examples=120, deadline=None)
 @given(
     out=st.sampled_from([1, 7, 33, 160, 300]),
-    columns=st.dictionaries(st.integers(1, 8), st.sampled_from([1, 5, 31, 100]), min_size=1, max_size=3),
-    rate=st.sampled_from([0.0, 0.05]), tokens=st.sampled_from([0, 1, 2, 5, 7, 40]),
-    dtype=st.sampled_from(DTYPES), stored=st.sampled_from(DTYPES), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_the_product_is_that_of_the_weight(backend, out, columns, rate, tokens, dtype, stored, seed):
+    columns=st.dictionaries(
+        st.integers(1, 8), st.sampled_from([1, 5, 31, 100]), min_size=1, max_size=3
+    ),
+    rate=st.sampled_from([0.0, 0.05]),
+    tokens=st.sampled_from([0, 1, 2, 5, 7, 40]),
+    dtype=st.sampled_from(DTYPES),
+    stored=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_the_product_is_that_of_the_weight(
+    backend, out, columns, rate, tokens, dtype, stored, seed
+):
     packed, dense = made(out, columns, rate, stored, seed)
     kernels.check(packed)
     x = torch.randn(tokens, dense.shape[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -106,7 +122,10 @@ def test_threads_do_not_change_the_result(tokens):
     finally:
         torch.set_num_threads(before)
     # a matrix product of decoded tiles is torch's own, which may split its sums by threads
-    assert all(torch.equal(r, results[0]) if tokens < 50 else torch.allclose(r, results[0], atol=1e-4) for r in results)
+    assert all(
+        torch.equal(r, results[0]) if tokens < 50 else torch.allclose(r, results[0], atol=1e-4)
+        for r in results
+    )
     assert torch.equal(results[0], results[-1])
 
 
@@ -116,18 +135,40 @@ def test_many_tiles(monkeypatch):
     packed, dense = made(300, {2: 31, 3: 40}, 0.05)
     x = torch.randn(64, 71)
     assert_product(kernels.linear(x, packed, "cpu"), x, dense)
-    monkeypatch.setattr(reference, "tiles", lambda p, w=0: (slice(i, min(i + 7, 300)) for i in range(0, 300, 7)))
+    monkeypatch.setattr(
+        reference, "tiles", lambda p, w=0: (slice(i, min(i + 7, 300)) for i in range(0, 300, 7))
+    )
     assert_product(kernels.linear(x, packed, "reference"), x, dense)
 
 
 @pytest.mark.skipif(not COMPILED or platform.machine() != "x86_64", reason="no C compiler for x86")
-@pytest.mark.parametrize("flags", [("-march=x86-64",), ("-mavx2", "-mfma"), ("-mavx512f",)], ids=["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "flags",
+    [("-march=x86-64",), ("-mavx2", "-mfma"), ("-mavx512f",)],
+    ids=["scalar", "avx2", "avx512"],
+)
 def test_the_code_for_other_processors(tmp_path, flags):
     known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if any(flag.startswith("-ma") and flag[2:] in ("avx2", "avx512f") and flag[2:] not in known for flag in flags):
+    if any(
+        flag.startswith("-ma") and flag[2:] in ("avx2", "avx512f") and flag[2:] not in known
+        for flag in flags
+    ):
         pytest.skip("this processor cannot run it")
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    subprocess.run([compiler, "-O2", *flags, "-shared", "-fPIC", "-std=c11", str(cpu._SOURCE), "-o", str(tmp_path / "c.so")], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-O2",
+            *flags,
+            "-shared",
+            "-fPIC",
+            "-std=c11",
+            str(cpu._SOURCE),
+            "-o",
+            str(tmp_path / "c.so"),
+        ],
+        check=True,
+    )
     code = ctypes.CDLL(str(tmp_path / "c.so"))
     for columns in ({1: 70, 2: 33, 3: 40}, {4: 31, 5: 33, 6: 20}, {7: 34, 8: 5}):
         packed, dense = made(300, columns, 0.05)
@@ -248,7 +289,11 @@ def test_check_names_the_damage(part, field, edit, message):
 
 def test_check_accepts_a_weight_whose_outliers_are_none():
     packed, dense = made(33, {2: 20, 4: 11})
-    none = Sparse(torch.zeros(34, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.float16))
+    none = Sparse(
+        torch.zeros(34, dtype=torch.int32),
+        torch.zeros(0, dtype=torch.int32),
+        torch.zeros(0, dtype=torch.float16),
+    )
     kernels.check(replace(packed, sparse=none))
     x = torch.randn(2, 31)
     assert_product(kernels.linear(x, replace(packed, sparse=none)), x, dense)
@@ -268,7 +313,9 @@ TRITON_CASES = [  # out, columns, rate, tokens, x's dtype, the weight's
 def check_triton(device):
     for out, columns, rate, tokens, dtype, stored in TRITON_CASES:
         packed, dense = made(out, columns, rate, stored)
-        x = torch.randn(tokens, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = torch.randn(tokens, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(
+            dtype
+        )
         there = on(packed, device)
         y = kernels.linear(x.to(device), there, "triton")
         assert_product(y.cpu(), x, dense)
@@ -277,19 +324,34 @@ def check_triton(device):
 
 def on(packed, device):
     def moved(owner):
-        return replace(owner, **{k: v.to(device) for k, v in vars(owner).items() if isinstance(v, torch.Tensor)})
+        return replace(
+            owner,
+            **{k: v.to(device) for k, v in vars(owner).items() if isinstance(v, torch.Tensor)},
+        )
 
-    return replace(packed, segments=tuple(map(moved, packed.segments)), sparse=packed.sparse and moved(packed.sparse))
+    return replace(
+        packed,
+        segments=tuple(map(moved, packed.segments)),
+        sparse=packed.sparse and moved(packed.sparse),
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_kernels_in_its_interpreter():
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))  # read when triton is imported
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    # Read when triton is imported.
+    env = dict(
+        os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p)
+    )
+    done = subprocess.run(
+        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or importlib.util.find_spec("triton") is None, reason="no CUDA with triton")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="no CUDA with triton",
+)
 def test_triton_kernels_on_the_gpu():
     check_triton("cuda")
 

@@ -26,7 +26,18 @@ ALLOWED = {
     "machine": {"errors"},
     "scheme": {"grid", "errors"},
     "recipe": {"grid", "model", "methods", "scheme", "errors"},
-    "record": {"grid", "model", "formats", "machine", "scheme", "recipe", "artifact", "card", "names", "errors"},
+    "record": {
+        "grid",
+        "model",
+        "formats",
+        "machine",
+        "scheme",
+        "recipe",
+        "artifact",
+        "card",
+        "names",
+        "errors",
+    },
     "disk": {"errors"},
     "lock": {"disk", "errors"},
     "tree": {"disk", "lock", "errors"},
@@ -43,11 +54,33 @@ ALLOWED = {
     "integers": {"grid", "kernels", "formats", "artifact", "errors"},
     "card": {"grid", "scheme", "formats", "proof", "names", "verbatim", "errors"},
     "push": {"artifact", "proof", "errors"},
-    "export": {"grid", "model", "formats", "artifact", "disk", "output", "proof", "card", "names", "verbatim", "errors"},
+    "export": {
+        "grid",
+        "model",
+        "formats",
+        "artifact",
+        "disk",
+        "output",
+        "proof",
+        "card",
+        "names",
+        "verbatim",
+        "errors",
+    },
     "targets": {"grid", "model", "methods", "formats", "scheme", "recipe", "export", "errors"},
     "memory": {"grid", "model", "methods", "machine", "recipe", "errors"},
     "estimate": {"grid", "methods", "machine", "memory", "recipe"},
-    "plan": {"grid", "model", "methods", "formats", "recipe", "targets", "memory", "estimate", "errors"},
+    "plan": {
+        "grid",
+        "model",
+        "methods",
+        "formats",
+        "recipe",
+        "targets",
+        "memory",
+        "estimate",
+        "errors",
+    },
 }
 
 
@@ -72,5 +105,16 @@ def test_a_part_imports_only_what_lies_below_it(part):
 
 def test_public_names():
     assert sorted(lowbit.__all__) == sorted(
-        ["AWQ", "RTN", "Affine", "LowbitError", "QTensor", "Recipe", "TesseraQ", "VerificationError", "quantize", "verify"]
+        [
+            "AWQ",
+            "RTN",
+            "Affine",
+            "LowbitError",
+            "QTensor",
+            "Recipe",
+            "TesseraQ",
+            "VerificationError",
+            "quantize",
+            "verify",
+        ]
     )

@@ -1,4 +1,6 @@
-"""Layouts of other runtimes: against decoding word by word as their documents say, back and forth, and their refusals."""
+"""Layouts of other runtimes: against decoding word by word as their documents say, back and forth,
+and their refusals.
+"""
 
 import numpy as np
 import pytest
@@ -21,7 +23,10 @@ def weight(bits, group, symmetric, rows=32, columns=128, seed=0):
 
 def field(words, bits, index):
     """Code ``index`` of a little-endian bit stream of 32-bit words, bit by bit."""
-    return sum((int(words[(index * bits + b) // 32]) >> ((index * bits + b) % 32) & 1) << b for b in range(bits))
+    return sum(
+        (int(words[(index * bits + b) // 32]) >> ((index * bits + b) % 32) & 1) << b
+        for b in range(bits)
+    )
 
 
 def unsigned(t):
@@ -29,7 +34,12 @@ def unsigned(t):
 
 
 @settings(max_examples=25, deadline=None)
-@given(bits=st.sampled_from(gptq.BITS), group=st.sampled_from([None, 32, 64]), symmetric=st.booleans(), seed=st.integers(0, 999))
+@given(
+    bits=st.sampled_from(gptq.BITS),
+    group=st.sampled_from([None, 32, 64]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 999),
+)
 def test_gptq_word_by_word_and_back(bits, group, symmetric, seed):
     q = weight(bits, group, symmetric, seed=seed)
     version = gptq.V1 if symmetric else gptq.V2
@@ -38,10 +48,19 @@ def test_gptq_word_by_word_and_back(bits, group, symmetric, seed):
     for row, column in ((0, 0), (31, 127), (5, 77), (17, 31)):
         g = int(t["g_idx"][column])
         z = (field(qzeros[g], bits, row) + (version == gptq.V1)) & ((1 << bits) - 1)
-        assert (field(qweight[:, row], bits, column) - z) * float(t["scales"][g, row]) == pytest.approx(float(q.decode()[row, column]), abs=1e-7)
+        assert (field(qweight[:, row], bits, column) - z) * float(
+            t["scales"][g, row]
+        ) == pytest.approx(float(q.decode()[row, column]), abs=1e-7)
     assert gptq.unpack(t, q.grid, version).same_as(q) is None
-    config = gptq.describe({"a.b": q.grid, "a.c": Affine(8, None, True)}, ["lm_head", "x"], version, "m")
-    assert [gptq.grid_of(config, n) for n in ("a.b", "a.c", "x", "lm_head")] == [q.grid, Affine(8, None, True), None, None]
+    config = gptq.describe(
+        {"a.b": q.grid, "a.c": Affine(8, None, True)}, ["lm_head", "x"], version, "m"
+    )
+    assert [gptq.grid_of(config, n) for n in ("a.b", "a.c", "x", "lm_head")] == [
+        q.grid,
+        Affine(8, None, True),
+        None,
+        None,
+    ]
 
 
 @settings(max_examples=15, deadline=None)
@@ -53,13 +72,20 @@ def test_awq_nibble_by_nibble_and_back(group, symmetric, seed):
     for row, column in ((0, 0), (31, 127), (5, 77), (18, 30)):
         g, k = column // (group or 128), [0, 2, 4, 6, 1, 3, 5, 7].index(row % 8)
         code, zero = (int(w[row // 8]) >> (4 * k) & 15 for w in (qweight[column], qzeros[g]))
-        assert (code - zero) * float(t["scales"][g, row]) == pytest.approx(float(q.decode()[row, column]), abs=1e-7)
+        assert (code - zero) * float(t["scales"][g, row]) == pytest.approx(
+            float(q.decode()[row, column]), abs=1e-7
+        )
     held = awq.unpack(t, q.grid)
     assert held.same_as(q) is None
 
 
 @settings(max_examples=25, deadline=None)
-@given(bits=st.sampled_from(mlx.BITS), group=st.sampled_from([None, 32, 64]), symmetric=st.booleans(), seed=st.integers(0, 999))
+@given(
+    bits=st.sampled_from(mlx.BITS),
+    group=st.sampled_from([None, 32, 64]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 999),
+)
 def test_mlx_word_by_word_and_back(bits, group, symmetric, seed):
     q = weight(bits, group, symmetric, columns=256, seed=seed)
     t = mlx.pack(q, torch.float32)
@@ -68,12 +94,16 @@ def test_mlx_word_by_word_and_back(bits, group, symmetric, seed):
     assert t["scales"].shape == t["biases"].shape == (32, 256 // size)
     for row, column in ((0, 0), (31, 255), (5, 77), (18, 130)):
         g = column // size
-        value = field(words[row], bits, column) * float(t["scales"][row, g]) + float(t["biases"][row, g])
+        value = field(words[row], bits, column) * float(t["scales"][row, g]) + float(
+            t["biases"][row, g]
+        )
         assert value == pytest.approx(float(q.decode()[row, column]), abs=1e-5)
     held = mlx.unpack(t, mlx.grid_of(mlx.describe({"w": q.grid}, {"w": (32, 256)}), "w"))
     assert torch.equal(held.codes, q.codes)
     held = mlx.unpack(t, q.grid)
-    torch.testing.assert_close(held.params.zero_point.float(), q.params.zero_point.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        held.params.zero_point.float(), q.params.zero_point.float(), rtol=0, atol=1e-5
+    )
 
 
 def test_what_the_layouts_cannot_say():

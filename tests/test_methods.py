@@ -36,7 +36,22 @@ def block(tmp_path_factory):
     return begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
 
 
-@pytest.mark.parametrize("method", [RTN(), AWQ(), AWQ(clip="symmetric"), GPTQ(), GPTQ(act_order=True, clip="mse"), FAST, replace(FAST, rounds=2), replace(FAST, refit=5), SmoothQuant(), OmniQuant(epochs=1), QuaRot()])
+@pytest.mark.parametrize(
+    "method",
+    [
+        RTN(),
+        AWQ(),
+        AWQ(clip="symmetric"),
+        GPTQ(),
+        GPTQ(act_order=True, clip="mse"),
+        FAST,
+        replace(FAST, rounds=2),
+        replace(FAST, refit=5),
+        SmoothQuant(),
+        OmniQuant(epochs=1),
+        QuaRot(),
+    ],
+)
 def test_every_method_ends_on_the_grid_and_is_deterministic(block, method):
     once, twice = (apply_methods(block, Recipe(Affine(2, 16), (method,))) for _ in range(2))
     assert set(once.coded) == set(block.wiring.linears)
@@ -64,7 +79,8 @@ def test_a_16_bit_forward_pass_leaves_the_rounding_in_float32(tmp_path):
     for name, q in RTN()(block).coded.items():
         assert q.same_as(RTN()(exact).coded[name]) is None
     start, tuned = SoftBlock(block), apply_methods(block, Recipe(Affine(3, 16), (AWQ(), FAST)))
-    assert all(b.nu.unique().numel() > 0.5 * b.nu.numel() for b in start.buckets)  # not the few values that 8 bits leave
+    # Not the few values that 8 bits leave.
+    assert all(b.nu.unique().numel() > 0.5 * b.nu.numel() for b in start.buckets)
     assert tuned.notes["loss_after"] < 0.6 * tuned.notes["loss_before"]
 
 
@@ -75,7 +91,9 @@ def test_soft_weights_start_as_the_float_ones_except_at_range_ends(block):
         grid, params = block.grids[name], block.range_of(name)
         position = grid.position(block.weight(name), params)
         inside = (position >= 0) & (position <= grid.top)
-        torch.testing.assert_close(weights[f"{name}.weight"][inside], block.weight(name)[inside], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            weights[f"{name}.weight"][inside], block.weight(name)[inside], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_gradients_match_finite_differences(block):
@@ -141,9 +159,15 @@ def test_codes_differ_from_nearest_by_at_most_one(block):
 
 def test_steps_in_bfloat16_end_as_good_and_are_reported(block):
     plain, half = (replace(FAST, precision=p)(block) for p in ("float32", "bfloat16"))
-    assert half.notes["tesseraq"]["steps"] == "torch.bfloat16" and plain.notes["tesseraq"]["steps"] == "torch.float32"
-    assert half.notes["tesseraq"]["before"] == plain.notes["tesseraq"]["before"]  # judged in float32
-    assert half.notes["tesseraq"]["after"] == pytest.approx(plain.notes["tesseraq"]["after"], rel=0.15)
+    assert (
+        half.notes["tesseraq"]["steps"] == "torch.bfloat16"
+        and plain.notes["tesseraq"]["steps"] == "torch.float32"
+    )
+    # Judged in float32.
+    assert half.notes["tesseraq"]["before"] == plain.notes["tesseraq"]["before"]
+    assert half.notes["tesseraq"]["after"] == pytest.approx(
+        plain.notes["tesseraq"]["after"], rel=0.15
+    )
     assert any(not torch.equal(q.codes, half.coded[n].codes) for n, q in plain.coded.items())
     with pytest.raises(LowbitError, match="unknown precision for tesseraq 'half'"):
         replace(FAST, precision="half")
@@ -180,7 +204,9 @@ def test_out_of_memory_is_met_by_smaller_parts_with_the_same_result(block):
     assert len(tight.remarks) == 2 + 3  # 4 to 2 to 1 in tuning, 8 to 1 in judging
     torch.testing.assert_close(scarce(block, 3).run(block.x), block.run(block.x))
     done = FAST(scarce(block, 2))
-    assert any("ran out of memory while tuning" in t and "2 now" in t for t in done.notes["trouble"])
+    assert any(
+        "ran out of memory while tuning" in t and "2 now" in t for t in done.notes["trouble"]
+    )
     for name, q in FAST(block).coded.items():
         assert float((q.codes != done.coded[name].codes).float().mean()) < 0.02
     with pytest.raises(LowbitError, match="with a single row at a time"):
@@ -192,28 +218,46 @@ def test_a_restart_in_parts_aims_at_the_same(block, objective):
     jobs = [Reconstruction(b, 4, objective) for b in (last(block), scarce(last(block), 1))]
     keys = [f"{n}.weight" for n in block.wiring.linears]
     shifted = {k: w + 0.01 for k, w in block.weights.items()}
-    found = [j.derivatives(shifted, keys, torch.arange(4), torch.Generator().manual_seed(3)) for j in jobs]
+    found = [
+        j.derivatives(shifted, keys, torch.arange(4), torch.Generator().manual_seed(3))
+        for j in jobs
+    ]
     assert len(jobs[1].remarks) == 2 and jobs[0].objective == objective
     for whole, parts in zip(*(sum(f, ()) for f in found), strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
     whole = jobs[0].gradients(shifted, keys, torch.arange(4))[1]
     for summed, mean in zip(found[0][0], whole, strict=True):
-        torch.testing.assert_close(summed, mean * 4 * 32, rtol=1e-3, atol=1e-4 * float(summed.abs().max()))
+        torch.testing.assert_close(
+            summed, mean * 4 * 32, rtol=1e-3, atol=1e-4 * float(summed.abs().max())
+        )
 
 
 @pytest.mark.parametrize("objective", ["block", "logits"])
 def test_random_probes_average_to_the_curvature(block, objective):
-    """By one weight: the Gauss-Newton second derivative is that of the loss along a line, but for the curvature of the output itself."""
+    """By one weight: the Gauss-Newton second derivative is that of the loss along a line, but for
+    the curvature of the output itself.
+    """
     job, key = Reconstruction(last(block), 4, objective), "self_attn.q_proj.weight"
-    rows, generator, weights = torch.arange(4), torch.Generator().manual_seed(0), dict(block.weights)
+    rows, generator, weights = (
+        torch.arange(4),
+        torch.Generator().manual_seed(0),
+        dict(block.weights),
+    )
     direction, x = torch.randn(weights[key].shape, generator=generator), block.xq[rows]
     target = block.forward(x).detach()  # at the optimum the Gauss-Newton matrix is the Hessian
     job.block.target[rows] = target
-    squares = [float((job.derivatives(weights, [key], rows, generator)[1][0] * direction).sum()) ** 2 for _ in range(200)]
+    squares = [
+        float((job.derivatives(weights, [key], rows, generator)[1][0] * direction).sum()) ** 2
+        for _ in range(200)
+    ]
 
     def loss(step):
         with torch.no_grad():
-            return float(job.distance(block.forward(x, {**weights, key: weights[key] + step * direction}), target))
+            return float(
+                job.distance(
+                    block.forward(x, {**weights, key: weights[key] + step * direction}), target
+                )
+            )
 
     eps = 0.05
     curvature = (loss(eps) + loss(-eps) - 2 * loss(0)) / eps**2
@@ -230,8 +274,13 @@ def last(block):
 def test_omniquant_in_parts_learns_the_same(block, second_loss):
     method = OmniQuant(epochs=2, batch=4, second_loss=second_loss)
     plain, tight = method(block), method(scarce(block, 2))
-    assert any("ran out of memory while tuning" in t for t in tight.notes["trouble"]) and "trouble" not in plain.notes
-    assert tight.notes["omniquant"]["after"] == pytest.approx(plain.notes["omniquant"]["after"], rel=1e-3)
+    assert (
+        any("ran out of memory while tuning" in t for t in tight.notes["trouble"])
+        and "trouble" not in plain.notes
+    )
+    assert tight.notes["omniquant"]["after"] == pytest.approx(
+        plain.notes["omniquant"]["after"], rel=1e-3
+    )
     for name, params in plain.params.items():
         torch.testing.assert_close(tight.params[name].scale, params.scale, rtol=1e-2, atol=1e-6)
 
@@ -241,7 +290,10 @@ def test_no_step_is_made_in_float16(block, monkeypatch):
     half = block.computing(torch.float16)
     assert TesseraQ()._stepped(half).compute == torch.float32
     assert TesseraQ(precision="auto")._stepped(half).compute == torch.bfloat16
-    assert TesseraQ(precision="auto")._stepped(block.computing(torch.bfloat16)).compute == torch.bfloat16
+    assert (
+        TesseraQ(precision="auto")._stepped(block.computing(torch.bfloat16)).compute
+        == torch.bfloat16
+    )
 
 
 class Side:
@@ -269,11 +321,16 @@ def test_what_was_read_ahead_is_what_a_step_gets(block, monkeypatch):
     job._feed._side = Side()
     keys, asked, taken = ["mlp.down_proj.weight"], [], []
     plain = job._feed.take
-    job._feed.take = lambda rows: (asked.append(job._feed._ahead), taken.append(plain(rows)))[1] or taken[-1]
+    job._feed.take = lambda rows: (
+        (asked.append(job._feed._ahead), taken.append(plain(rows)))[1] or taken[-1]
+    )
     for _ in range(3):
         rows = job.draw()
         job.gradients(block.weights, keys, rows)
-        assert all(torch.equal(t, s[rows]) for t, s in zip(taken[-1], (block.xq, block.target), strict=True))
+        assert all(
+            torch.equal(t, s[rows])
+            for t, s in zip(taken[-1], (block.xq, block.target), strict=True)
+        )
     assert asked[0] is None and [a[1] for a in asked[1:]] == taken[1:]  # not copied again
 
 
@@ -289,13 +346,17 @@ def test_non_finite_loss_falls_back_and_is_recorded(block):
 def test_quantile_equals_numpy(n, q, saturated, seed):
     v = torch.rand(n, generator=torch.Generator().manual_seed(seed)) / 2
     v[: int(n * saturated)] = 0.5
-    assert math.isclose(float(quantile(v, q)), float(np.quantile(v.double().numpy(), q)), rel_tol=1e-5, abs_tol=1e-6)
+    assert math.isclose(
+        float(quantile(v, q)), float(np.quantile(v.double().numpy(), q)), rel_tol=1e-5, abs_tol=1e-6
+    )
 
 
 def test_golden_rounding_variables():
     r = torch.tensor([0.75, 0.225, 0.7, 0.1, 0.325, 0.55, 0.925, 0.75], dtype=torch.float64)
     nu = [0.887303, -0.990399, 0.693147, -1.609438, -0.600774, 0.167054, 1.767662, 0.887303]
-    torch.testing.assert_close(inverse_rectified(r), torch.tensor(nu, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        inverse_rectified(r), torch.tensor(nu, dtype=torch.float64), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(rectified(inverse_rectified(r)), r)
 
 
@@ -304,19 +365,34 @@ def test_clip_search_equals_brute_force(symmetric):
     g = torch.Generator().manual_seed(0)
     w, x, grid = torch.randn(3, 16, generator=g), torch.randn(40, 16, generator=g), Affine(2, 8)
     parts = x.reshape(40, 2, 8)
-    low, high = search_clip(w, torch.einsum("tgi,tgj->gij", parts, parts), grid, 10, symmetric=symmetric)
+    low, high = search_clip(
+        w, torch.einsum("tgi,tgj->gij", parts, parts), grid, 10, symmetric=symmetric
+    )
     for row in range(3):
         for group in range(2):
-            part, inputs = w[row, group * 8 : group * 8 + 8].double(), x[:, group * 8 : group * 8 + 8].double()
+            part, inputs = (
+                w[row, group * 8 : group * 8 + 8].double(),
+                x[:, group * 8 : group * 8 + 8].double(),
+            )
             ends = (-part.abs().max(), part.abs().max()) if symmetric else (part.min(), part.max())
             errors = []
             for i in range(10):
                 clamped = part.clamp(ends[0] * (1 - i / 20), ends[1] * (1 - i / 20))[None]
                 params = grid.fit(clamped)
-                errors.append(float((inputs @ (grid.decode(grid.encode(clamped, params), params)[0] - part)).pow(2).sum()))
+                errors.append(
+                    float(
+                        (inputs @ (grid.decode(grid.encode(clamped, params), params)[0] - part))
+                        .pow(2)
+                        .sum()
+                    )
+                )
             best = int(np.argmin(errors))
-            assert math.isclose(float(high[row, group]), float(ends[1]) * (1 - best / 20), rel_tol=1e-5)
-            assert math.isclose(float(low[row, group]), float(ends[0]) * (1 - best / 20), rel_tol=1e-5)
+            assert math.isclose(
+                float(high[row, group]), float(ends[1]) * (1 - best / 20), rel_tol=1e-5
+            )
+            assert math.isclose(
+                float(low[row, group]), float(ends[0]) * (1 - best / 20), rel_tol=1e-5
+            )
 
 
 def test_transform_after_solver_raises(block):
@@ -328,29 +404,45 @@ def test_transform_after_solver_raises(block):
 def test_group_moments_are_the_inputs_seen_by_the_linears(block, tokens):
     moments = AWQ(rows=8, clip_tokens=tokens)._group_moments(block, 8)
     seen = []
-    block.observe(["self_attn.q_proj"], block.xq, 8, lambda _, call: seen.append(call.args[0].flatten(0, -2).double()))
+    block.observe(
+        ["self_attn.q_proj"],
+        block.xq,
+        8,
+        lambda _, call: seen.append(call.args[0].flatten(0, -2).double()),
+    )
     x = torch.cat(seen)
     picked = pick_tokens(len(x), tokens, "random", torch.Generator().manual_seed(block.seed))
     x = x if picked is None else x[picked]
     assert len(x) == (tokens or 8 * 32)
     for g in range(x.shape[1] // 16):
         part = x[:, 16 * g : 16 * g + 16]
-        assert torch.allclose(moments["self_attn.q_proj", 16][0][g].double(), part.T @ part, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(
+            moments["self_attn.q_proj", 16][0][g].double(), part.T @ part, rtol=1e-5, atol=1e-5
+        )
 
 
 def brute_scale(block, site, rows, exponents):
     """AWQ's choice by its definition: every candidate's block part on all tokens, in float64."""
-    wide = replace(block, compute=torch.float64, weights={k: v.double() for k, v in block.weights.items()})
+    wide = replace(
+        block, compute=torch.float64, weights={k: v.double() for k, v in block.weights.items()}
+    )
     seen, probe = [], []
 
     def outputs(weights):
         found, module = [], block.module.get_submodule(site.probe)
-        handle = module.register_forward_hook(lambda _m, _a, y: found.append(y[0] if isinstance(y, tuple) else y))
+        handle = module.register_forward_hook(
+            lambda _m, _a, y: found.append(y[0] if isinstance(y, tuple) else y)
+        )
         wide.forward(block.x[:rows].double(), {**wide.weights, **weights})
         handle.remove()
         return found[0]
 
-    wide.observe([site.reads[0]], block.x.double(), rows, lambda _, call: seen.append(call.args[0].flatten(0, -2)))
+    wide.observe(
+        [site.reads[0]],
+        block.x.double(),
+        rows,
+        lambda _, call: seen.append(call.args[0].flatten(0, -2)),
+    )
     mean, errors, factors = torch.cat(seen).abs().mean(0), [], []
     with torch.no_grad():
         probe = outputs({})
@@ -361,7 +453,12 @@ def brute_scale(block, site, rows, exponents):
             for name in site.reads:
                 scaled = (block.weight(name).double() * factor).float()
                 params = block.grids[name].stored(block.grids[name].fit(scaled), block.stored)
-                weights[f"{name}.weight"] = block.grids[name].decode(block.grids[name].encode(scaled, params), params).double() / factor
+                weights[f"{name}.weight"] = (
+                    block.grids[name]
+                    .decode(block.grids[name].encode(scaled, params), params)
+                    .double()
+                    / factor
+                )
             errors.append(float((outputs(weights) - probe).pow(2).sum()))
             factors.append(factor)
     best = int(np.argmin(errors))
@@ -371,7 +468,9 @@ def brute_scale(block, site, rows, exponents):
 @pytest.mark.parametrize("tokens", [32, 100_000])
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
 def test_scale_search_equals_brute_force(tmp_path, monkeypatch, family, tokens):
-    """Candidates left early would not have won, whatever the size of the parts; and all sites' inputs come from one pass."""
+    """Candidates left early would not have won, whatever the size of the parts; and all sites'
+    inputs come from one pass.
+    """
     monkeypatch.setattr("lowbit.methods._probe._TOKENS", tokens)
     stream = ModelStream(save_tiny(tmp_path, family, dtype=torch.float32))
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))

@@ -1,4 +1,6 @@
-"""Artifacts with quantized activations, keys and values, and online rotations: what runs from the directory is what was tuned."""
+"""Artifacts with quantized activations, keys and values, and online rotations: what runs from the
+directory is what was tuned.
+"""
 
 import json
 import subprocess
@@ -23,7 +25,9 @@ ARGS = dict(samples=8, length=32)
 
 
 def made(model, out, scheme="W4A4KV4", recipe="quarot", **more):
-    return lowbit.quantize(str(model), scheme, recipe, out=out, calib=str(model / "text.txt"), **{**ARGS, **more})
+    return lowbit.quantize(
+        str(model), scheme, recipe, out=out, calib=str(model / "text.txt"), **{**ARGS, **more}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,8 @@ def test_the_artifact_computes_what_was_tuned_in_every_family(tmp_path, family, 
     done = made(save_tiny(tmp_path / "m", family), tmp_path / "out", scheme, recipe)
     assert done.report["format"] == "lowbit"
     assert done.verification.loader == "passed"
-    # Rounding flips a code here and there where a loader sums in another order; these are the same sums.
+    # Rounding flips a code here and there where a loader sums in another order; these are the same
+    # sums.
     assert done.verification.logits_rms < 1e-3
     assert done.verification.top1 == 1.0
 
@@ -54,9 +59,13 @@ def test_every_quantized_linear_is_replaced_and_the_head_is_not(artifact):
     kinds = {n: m for n, m in loaded.named_modules() if isinstance(m, DecodedLinear)}
     assert len(kinds) == 14
     assert all(m.reading.grid == PerToken(4, symmetric=True, clip=0.9) for m in kinds.values())
-    assert {n.rsplit(".", 1)[1] for n, m in kinds.items() if m.reading.rotation is not None} == {"o_proj", "down_proj"}
+    assert {n.rsplit(".", 1)[1] for n, m in kinds.items() if m.reading.rotation is not None} == {
+        "o_proj",
+        "down_proj",
+    }
     assert isinstance(loaded.lm_head, torch.nn.Linear)
-    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight  # a rotated model has a head of its own
+    # A rotated model has a head of its own.
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
 
 
 def test_activations_keys_and_values_are_quantized_in_the_loaded_model(model, tmp_path):
@@ -75,20 +84,36 @@ def test_generation_with_and_without_a_cache_agree(artifact):
     loaded = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32).eval()
     ids = torch.randint(3, 280, (1, 8), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        cached, whole = (loaded.generate(ids, max_new_tokens=12, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False))
+        cached, whole = (
+            loaded.generate(ids, max_new_tokens=12, do_sample=False, use_cache=c, pad_token_id=0)
+            for c in (True, False)
+        )
     assert torch.equal(cached, whole)
 
 
-@pytest.mark.parametrize("order", ["import lowbit, transformers", "import transformers.quantizers, lowbit", "import transformers, lowbit"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import lowbit, transformers",
+        "import transformers.quantizers, lowbit",
+        "import transformers, lowbit",
+    ],
+)
 def test_importing_lowbit_is_enough_in_any_order(artifact, order):
-    code = f"{order}\nm = transformers.AutoModelForCausalLM.from_pretrained({str(artifact)!r})\nprint(type(m.model.layers[0].mlp.up_proj).__name__)"
+    code = (
+        f"{order}\nm = "
+        f"transformers.AutoModelForCausalLM.from_pretrained({str(artifact)!r})\nprint(type(m.model.layers[0].mlp.up_proj).__name__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("DecodedLinear"), done.stderr
 
 
 def test_importing_lowbit_alone_does_not_load_transformers():
     code = "import sys, lowbit; print('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "False"
+    )
 
 
 def test_interrupt_after_each_block_continues_with_the_same_bytes(artifact, model, tmp_path):
@@ -101,7 +126,9 @@ def test_interrupt_after_each_block_continues_with_the_same_bytes(artifact, mode
             made(model, tmp_path / "again", progress=stop)
     made(model, tmp_path / "again")
     for path in artifact.rglob("*.safetensors"):
-        assert (tmp_path / "again" / path.relative_to(artifact)).read_bytes() == path.read_bytes(), path
+        assert (
+            tmp_path / "again" / path.relative_to(artifact)
+        ).read_bytes() == path.read_bytes(), path
 
 
 def test_a_changed_activation_grid_fails_verification(artifact, tmp_path):
@@ -137,7 +164,9 @@ def test_the_config_is_inverse(tmp_path):
     kv = KVGrid(PerToken(3, clip=0.95), Rotation.hadamard(8))
     grids = {f"model.layers.0.{n}": Affine(4) for n in readings} | {"model.layers.0.k": Codebook(2)}
     columns, outliers = {"model.layers.0.k": {"4": 3, "2": 97}}, {"model.layers.0.mlp.up_proj": 12}
-    described = native.describe(grids, ["lm_head"], torch.bfloat16, readings, kv, "self_attn", columns, outliers)
+    described = native.describe(
+        grids, ["lm_head"], torch.bfloat16, readings, kv, "self_attn", columns, outliers
+    )
     config = json.loads(json.dumps(described))
     native.check(config)
     for name, grid in grids.items():
@@ -169,11 +198,17 @@ def test_symmetric_activations_run_in_plain_transformers(model, tmp_path, scheme
     assert config["config_groups"]["group_0"]["input_activations"]["num_bits"] == int(scheme[3])
     # Without its activation grid the same artifact gives other logits: the loader does quantize.
     ids = torch.randint(3, 280, (2, 32), generator=torch.Generator().manual_seed(1))
-    active = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids, use_cache=False).logits
+    active = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(
+        ids, use_cache=False
+    ).logits
     config["config_groups"]["group_0"]["input_activations"] = None
     whole = json.loads((tmp_path / "out" / "config.json").read_text())
-    (tmp_path / "out" / "config.json").write_text(json.dumps({**whole, "quantization_config": config}))
-    passive = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids, use_cache=False).logits
+    (tmp_path / "out" / "config.json").write_text(
+        json.dumps({**whole, "quantization_config": config})
+    )
+    passive = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(
+        ids, use_cache=False
+    ).logits
     assert float((active - passive).pow(2).mean().detach()) > 1e-8
 
 
@@ -185,33 +220,73 @@ def test_formats_that_cannot_carry_it_say_so(model):
 
 
 @pytest.mark.parametrize(
-    "scheme, recipe, words", [("W4A4", "rtn", "under symmetric weights ('sym' at the end of the scheme)"), ("W4A16KV4", "rtn", "keys and values"), ("W4A16", "quarot", "online rotations")]
+    "scheme, recipe, words",
+    [
+        ("W4A4", "rtn", "under symmetric weights ('sym' at the end of the scheme)"),
+        ("W4A16KV4", "rtn", "keys and values"),
+        ("W4A16", "quarot", "online rotations"),
+    ],
 )
-def test_what_plain_loaders_cannot_carry_is_refused_on_request(model, tmp_path, scheme, recipe, words):
-    args = ["quantize", model, "--scheme", scheme, "--recipe", recipe, "--plain", "-o", tmp_path / "out"]
+def test_what_plain_loaders_cannot_carry_is_refused_on_request(
+    model, tmp_path, scheme, recipe, words
+):
+    args = [
+        "quantize",
+        model,
+        "--scheme",
+        scheme,
+        "--recipe",
+        recipe,
+        "--plain",
+        "-o",
+        tmp_path / "out",
+    ]
     result = CliRunner().invoke(app, [str(a) for a in args])
     assert result.exit_code == 2 and words in " ".join(result.output.split())
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_recipes_own_scheme_is_the_default(model, tmp_path):
-    args = ["quantize", model, "--recipe", "quarot", "--calib", model / "text.txt", "--samples", 4, "--length", 32, "-o", tmp_path / "out"]
+    args = [
+        "quantize",
+        model,
+        "--recipe",
+        "quarot",
+        "--calib",
+        model / "text.txt",
+        "--samples",
+        4,
+        "--length",
+        32,
+        "-o",
+        tmp_path / "out",
+    ]
     assert CliRunner().invoke(app, [str(a) for a in args]).exit_code == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["scheme"] == "W4A4KV4sym"
+    assert (
+        json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["scheme"]
+        == "W4A4KV4sym"
+    )
 
 
 def test_a_head_width_without_hadamard_matrix_is_named(tmp_path):
     import transformers as T
 
     config = T.LlamaConfig(
-        vocab_size=300, hidden_size=4 * 67 * 2, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4
+        vocab_size=300,
+        hidden_size=4 * 67 * 2,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
     )
     T.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     from helpers import TEXT, tiny_tokenizer
 
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "text.txt").write_text(TEXT)
-    with pytest.raises(LowbitError, match="the width of a head is 134 = 2 x 67.*quarot.heads=false"):
+    with pytest.raises(
+        LowbitError, match="the width of a head is 134 = 2 x 67.*quarot.heads=false"
+    ):
         made(tmp_path / "m", tmp_path / "out", settings=["quarot.residual=false"])
     assert not (tmp_path / "out").exists()
 
@@ -225,7 +300,10 @@ def test_a_loaded_model_can_be_saved_again(artifact, tmp_path):
         assert torch.equal(loaded(ids).logits, again(ids).logits)
 
 
-@pytest.mark.parametrize("scheme, recipe", [("W4A4", "rtn"), ("W4A4KV4", "quarot"), ("W8A8sym", "smoothquant"), ("W4A16", "awq")])
+@pytest.mark.parametrize(
+    "scheme, recipe",
+    [("W4A4", "rtn"), ("W4A4KV4", "quarot"), ("W8A8sym", "smoothquant"), ("W4A16", "awq")],
+)
 def test_tuning_in_16_bits_still_proves_the_artifact(model, tmp_path, monkeypatch, scheme, recipe):
     from functools import partial
 
@@ -243,14 +321,25 @@ def test_a_size_that_cannot_be_rotated_is_refused_before_work(tmp_path):
     from helpers import TEXT, tiny_tokenizer
 
     config = T.LlamaConfig(
-        vocab_size=300, hidden_size=112, intermediate_size=96, num_hidden_layers=1, num_attention_heads=14, num_key_value_heads=2
+        vocab_size=300,
+        hidden_size=112,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=14,
+        num_key_value_heads=2,
     )
     T.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "text.txt").write_text(TEXT)
-    for call in (["quantize", tmp_path / "m", "--recipe", "quarot", "-o", tmp_path / "out"], ["plan", tmp_path / "m", "--recipe", "quarot"]):
+    for call in (
+        ["quantize", tmp_path / "m", "--recipe", "quarot", "-o", tmp_path / "out"],
+        ["plan", tmp_path / "m", "--recipe", "quarot"],
+    ):
         result = CliRunner().invoke(app, [str(a) for a in call])
         assert result.exit_code == 2
-        assert "14 = 2 x 7" in (text := " ".join(result.output.split())) and "--set quarot.across_heads=false" in text
+        assert (
+            "14 = 2 x 7" in (text := " ".join(result.output.split()))
+            and "--set quarot.across_heads=false" in text
+        )
     assert not (tmp_path / "out.partial").exists()
     made(tmp_path / "m", tmp_path / "out", "W4A16", settings=["quarot.online=false"])

@@ -1,4 +1,6 @@
-"""Where activation streams live: bytes of the result, space on disk, what is left behind, and how many there are at a time."""
+"""Where activation streams live: bytes of the result, space on disk, what is left behind, and how
+many there are at a time.
+"""
 
 import errno
 import gc
@@ -51,7 +53,15 @@ def no_loader():
 
 
 def quantized(model, out, recipe="tesseraq", settings=FAST, scheme="W2A16g16", **more):
-    return lowbit.quantize(str(model), scheme, recipe, out=out, calib=str(model / "text.txt"), settings=settings, **{**ARGS, **more})
+    return lowbit.quantize(
+        str(model),
+        scheme,
+        recipe,
+        out=out,
+        calib=str(model / "text.txt"),
+        settings=settings,
+        **{**ARGS, **more},
+    )
 
 
 def hashes(report):
@@ -62,7 +72,7 @@ def disk(folder):
     return Storage("disk", CPU, folder)
 
 
-# --- the tensors -----------------------------------------------------------------------------------------------------------
+# --- the tensors ----------------------------------------------------------------------------------
 
 
 def test_a_tensor_on_disk_is_a_plain_one(tmp_path):
@@ -80,7 +90,9 @@ def test_a_file_has_no_name_and_its_space_goes_with_the_tensor(tmp_path):
     x = disk(tmp_path).empty((64, 1 << 20), torch.uint8)
     assert list(tmp_path.iterdir()) == []
     block = os.statvfs(tmp_path).f_frsize
-    assert (before - os.statvfs(tmp_path).f_bfree) * block > 32 << 20  # reserved before a page is written
+    assert (
+        before - os.statvfs(tmp_path).f_bfree
+    ) * block > 32 << 20  # reserved before a page is written
     view = x[3:4]
     del x
     gc.collect()
@@ -88,7 +100,9 @@ def test_a_file_has_no_name_and_its_space_goes_with_the_tensor(tmp_path):
     del view
     gc.collect()
     assert (before - os.statvfs(tmp_path).f_bfree) * block < 32 << 20
-    assert not [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert not [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+    ]
 
 
 def test_an_empty_stream_needs_no_file(tmp_path):
@@ -97,11 +111,16 @@ def test_an_empty_stream_needs_no_file(tmp_path):
 
 
 def test_a_full_disk_is_an_error_before_a_page_is_written(tmp_path):
-    """A real limit rather than a patched call: this process may not make files larger than 1 MiB."""
+    """A real limit rather than a patched call: this process may not make files larger than 1
+    MiB.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(LowbitError, match=r"no room for .*4\.0 MiB wanted, more than one file may have there.*--offload-dir.*--offload host.*--samples") as caught:
+        with pytest.raises(
+            LowbitError,
+            match=r"no room for .*4\.0 MiB wanted, more than one file may have there.*--offload-dir.*--offload host.*--samples",
+        ) as caught:
             disk(tmp_path).empty((4, 1 << 20), torch.uint8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -111,7 +130,9 @@ def test_a_full_disk_is_an_error_before_a_page_is_written(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LowbitError, match=r"cannot keep activations in '.*file/below'.*--offload-dir"):
+    with pytest.raises(
+        LowbitError, match=r"cannot keep activations in '.*file/below'.*--offload-dir"
+    ):
         disk(tmp_path / "file" / "below").empty((1, 1), torch.float32)
 
 
@@ -126,7 +147,9 @@ def test_where_open_files_keep_their_names_they_lose_them_at_the_end(tmp_path, m
 
 def test_what_is_read_next_is_asked_for(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "_willneed", lambda address, size: asked.append((address - x.data_ptr(), size)))
+    monkeypatch.setattr(
+        module, "_willneed", lambda address, size: asked.append((address - x.data_ptr(), size))
+    )
     x = disk(tmp_path).empty((10, 8), torch.float32)
     disk(tmp_path).prefetch(x, slice(4, 20))
     disk(tmp_path).prefetch(x, slice(10, 12))
@@ -143,7 +166,7 @@ def test_asking_the_system_does_not_change_what_is_there(tmp_path):
     assert torch.equal(x.flatten(), torch.arange(99000.0))
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -161,24 +184,46 @@ def test_the_artifact_does_not_depend_on_where_streams_live(model, on_host, tmp_
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("recipe, scheme, settings", [("omniquant", "W2A16g16", ["omniquant.epochs=1"]), ("claq-ap", "W2A16", []), ("gptq", "W4A16g16", [])])
+@pytest.mark.parametrize(
+    "recipe, scheme, settings",
+    [
+        ("omniquant", "W2A16g16", ["omniquant.epochs=1"]),
+        ("claq-ap", "W2A16", []),
+        ("gptq", "W4A16g16", []),
+    ],
+)
 def test_nor_with_other_recipes(model, tmp_path, recipe, scheme, settings):
-    made = [quantized(model, tmp_path / place, recipe, settings, scheme, offload=place).report for place in ("host", "disk")]
+    made = [
+        quantized(model, tmp_path / place, recipe, settings, scheme, offload=place).report
+        for place in ("host", "disk")
+    ]
     assert hashes(made[0]) == hashes(made[1])
 
 
-def test_auto_on_a_cpu_is_the_host_while_there_is_room_and_then_the_disk(model, tmp_path, monkeypatch):
+def test_auto_on_a_cpu_is_the_host_while_there_is_room_and_then_the_disk(
+    model, tmp_path, monkeypatch
+):
     wanted = []
     monkeypatch.setattr(memory, "free_memory", lambda device: wanted.append(device) or 1 << 40)
     assert quantized(model, tmp_path / "a", "rtn", []).report["offload"]["used"] == "host"
     assert wanted
     config = FAMILIES["llama"]()
-    need = needs_of(config, load_recipe("rtn", scheme=parse_scheme("W2A16g16")), 24, 32, CPU, torch.bfloat16)
-    monkeypatch.setattr(memory, "free_memory", lambda device: need.block + need.outer + need.streams - 1)
-    assert quantized(model, tmp_path / "b", "rtn", []).report["offload"] == {"asked": "auto", "used": "disk", "bytes": need.streams}
+    need = needs_of(
+        config, load_recipe("rtn", scheme=parse_scheme("W2A16g16")), 24, 32, CPU, torch.bfloat16
+    )
+    monkeypatch.setattr(
+        memory, "free_memory", lambda device: need.block + need.outer + need.streams - 1
+    )
+    assert quantized(model, tmp_path / "b", "rtn", []).report["offload"] == {
+        "asked": "auto",
+        "used": "disk",
+        "bytes": need.streams,
+    }
 
 
-def test_a_disk_that_fills_up_stops_the_run_and_the_same_command_goes_on(model, on_host, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_stops_the_run_and_the_same_command_goes_on(
+    model, on_host, tmp_path, monkeypatch
+):
     real, calls = os.posix_fallocate, []
 
     def full_from(count):
@@ -190,15 +235,24 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_same_command_goes_on(model, 
 
         return fallocate
 
-    monkeypatch.setattr(os, "posix_fallocate", full_from(4))  # entry, target, next xq; then the second block's target
-    with pytest.raises(LowbitError, match="no room for a stream of activations .*the same command: it continues"):
+    # Entry, target, next xq; then the second block's target.
+    monkeypatch.setattr(os, "posix_fallocate", full_from(4))
+    with pytest.raises(
+        LowbitError, match="no room for a stream of activations .*the same command: it continues"
+    ):
         quantized(model, tmp_path / "out", offload="disk")
     partial = tmp_path / "out.partial"
     assert len(list(partial.glob("shard-*.json"))) == 2  # outside the blocks, and the first block
     monkeypatch.setattr(os, "posix_fallocate", real)
     resumed = []
     elsewhere = tmp_path / "elsewhere"
-    report = quantized(model, tmp_path / "out", offload="disk", offload_dir=elsewhere, progress=lambda b: resumed.append(b.resumed)).report
+    report = quantized(
+        model,
+        tmp_path / "out",
+        offload="disk",
+        offload_dir=elsewhere,
+        progress=lambda b: resumed.append(b.resumed),
+    ).report
     assert resumed == [True, False]
     assert hashes(report) == hashes(on_host)
     assert list(elsewhere.iterdir()) == []
@@ -207,12 +261,18 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_same_command_goes_on(model, 
 def test_nothing_is_left_of_a_killed_run(model, tmp_path):
     code = (
         "import os, signal, sys, lowbit\n"
-        "def stop(done): print([l for l in open('/proc/self/maps') if 'streams-' in l], flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "lowbit.quantize(sys.argv[1], 'W2A16g16', 'rtn', out=sys.argv[2], calib=sys.argv[1] + '/text.txt', samples=8, length=32,\n"
+        "def stop(done): print([l for l in open('/proc/self/maps') if 'streams-' in l], "
+        "flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "lowbit.quantize(sys.argv[1], 'W2A16g16', 'rtn', out=sys.argv[2], calib=sys.argv[1] + "
+        "'/text.txt', samples=8, length=32,\n"
         "                offload='disk', offload_dir=sys.argv[3], progress=stop)\n"
     )
     kept = tmp_path / "kept"
-    done = subprocess.run([sys.executable, "-c", code, str(model), str(tmp_path / "out"), str(kept)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model), str(tmp_path / "out"), str(kept)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == -9
     assert f"{kept}/streams-" in done.stdout and "(deleted)" in done.stdout
     assert list(kept.iterdir()) == []
@@ -257,30 +317,42 @@ def count_after_every_pass(monkeypatch, counts):
 
 @pytest.mark.parametrize("name, most", [("tesseraq", 3), ("gptq", 3), ("omniquant", 4)])
 def test_how_many_streams_live_at_a_time(deep, monkeypatch, name, most):
-    """As `plan` counts them, in every announced step of blocks that have others before them; none is made after the second block."""
+    """As `plan` counts them, in every announced step of blocks that have others before them; none
+    is made after the second block.
+    """
     stream = ModelStream(deep)
     settings = {"tesseraq": FAST, "omniquant": ["omniquant.epochs=1"]}.get(name, [])
     recipe = load_recipe(name, scheme=parse_scheme("W2A16g16"), settings=settings)
     storage = Counting("host", CPU)
     ALIVE.clear()
-    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)), storage=storage)
+    x = stream.embed(
+        torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)), storage=storage
+    )
     streams, kwargs = Streams(x, x, 8, storage=storage), stream.block_kwargs(32)
     del x
     counts, made = [], []
     count_after_every_pass(monkeypatch, counts)
-    blocks = run(stream, recipe, streams, 0, kwargs, kwargs, announce=lambda _: counts.append(alive()))
+    blocks = run(
+        stream, recipe, streams, 0, kwargs, kwargs, announce=lambda _: counts.append(alive())
+    )
     del streams  # as a run lets go of what entered
     for block, after in blocks:
         made.append(len(ALIVE))
         del block, after
-    assert max(counts) == most == needs(Layer({"a": (4, 4)}, 0, 0, 4, 4), Rows(1, 1, 2, 4), recipe).copies
+    assert (
+        max(counts)
+        == most
+        == needs(Layer({"a": (4, 4)}, 0, 0, 4, 4), Rows(1, 1, 2, 4), recipe).copies
+    )
     if most == 3:
         assert made == [3, 4, 4, 4]
 
 
 @pytest.mark.parametrize("recipe, scheme", [("gptq", "W4A16g16"), ("claq-ap", "W3A16")])
 def test_a_whole_run_holds_no_more(deep, tmp_path, monkeypatch, recipe, scheme):
-    """From the first block to the last, also when it goes on after a stop, and in the pass that surveys a model before its first block."""
+    """From the first block to the last, also when it goes on after a stop, and in the pass that
+    surveys a model before its first block.
+    """
     counts = []
     ALIVE.clear()
     monkeypatch.setattr(job, "Storage", Counting)
@@ -301,7 +373,9 @@ def test_a_whole_run_holds_no_more(deep, tmp_path, monkeypatch, recipe, scheme):
 
 
 def test_tensors_used_again_hold_what_new_ones_would(deep):
-    """The streams of four blocks, and what is learned from them, against a loop that gives every block fresh copies."""
+    """The streams of four blocks, and what is learned from them, against a loop that gives every
+    block fresh copies.
+    """
     stream, recipe = ModelStream(deep), load_recipe("gptq", scheme=parse_scheme("W3A16g16"))
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
     kwargs = stream.block_kwargs(32)
@@ -317,12 +391,19 @@ def test_streams_of_the_caller_are_not_written_over(model):
     stream = ModelStream(model)
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
     before, kwargs = x.clone(), stream.block_kwargs(32)
-    for _ in run(stream, load_recipe("rtn", scheme=parse_scheme("W2A16g16")), Streams(x, x, 8), 0, kwargs, kwargs):
+    for _ in run(
+        stream,
+        load_recipe("rtn", scheme=parse_scheme("W2A16g16")),
+        Streams(x, x, 8),
+        0,
+        kwargs,
+        kwargs,
+    ):
         pass
     assert torch.equal(x, before)
 
 
-# --- what is free, what is wanted ------------------------------------------------------------------------------------------
+# --- what is free, what is wanted -----------------------------------------------------------------
 
 
 def test_control_groups_of_both_versions(tmp_path):
@@ -331,11 +412,22 @@ def test_control_groups_of_both_versions(tmp_path):
         for name, text in files.items():
             (path / name.replace("__", ".")).write_text(text)
 
-    group(tmp_path / "two" / "a", memory__max="1000\n", memory__current="700\n", memory__stat="anon 5\ninactive_file 100\nactive_file 3\nslab_reclaimable 2\nslab_unreclaimable 50\n")
+    group(
+        tmp_path / "two" / "a",
+        memory__max="1000\n",
+        memory__current="700\n",
+        memory__stat="anon 5\ninactive_file 100\nactive_file 3\nslab_reclaimable 2\nslab_unreclaimable 50\n",
+    )
     group(tmp_path / "two" / "a" / "b", memory__max="max\n", memory__current="10\n")
     (tmp_path / "in2").write_text("0::/a/b\n")
-    assert control_groups(tmp_path / "in2", tmp_path / "two") == [405]  # the parent's limit binds; files that can be dropped are room
-    group(tmp_path / "one" / "memory" / "x", memory__limit_in_bytes="5000", memory__usage_in_bytes="5500", memory__stat="inactive_file 9\ntotal_inactive_file 200\ntotal_active_file 100\n")
+    # The parent's limit binds; files that can be dropped are room.
+    assert control_groups(tmp_path / "in2", tmp_path / "two") == [405]
+    group(
+        tmp_path / "one" / "memory" / "x",
+        memory__limit_in_bytes="5000",
+        memory__usage_in_bytes="5500",
+        memory__stat="inactive_file 9\ntotal_inactive_file 200\ntotal_active_file 100\n",
+    )
     (tmp_path / "in1").write_text("3:cpu,cpuacct:/\n4:memory:/x\n")
     assert control_groups(tmp_path / "in1", tmp_path / "one") == [0]
     assert control_groups(tmp_path / "nothing", tmp_path) == []
@@ -347,9 +439,22 @@ def test_free_memory_is_between_nothing_and_all():
 
 def test_files_that_take_memory_are_told_from_those_on_disk(tmp_path):
     mounts = tmp_path / "mounts"
-    mounts.write_text("/dev/a / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/b /tmp/big xfs rw 0 0\n/dev/c /srv ext4 rw 0 0\ntmpfs /srv tmpfs rw 0 0\n")
-    found = {p: module.lies_in_memory(Path(p), mounts) for p in ("/home/x", "/tmp", "/tmp/none/yet", "/tmp/big/x", "/tmpx", "/srv/x")}
-    assert found == {"/home/x": False, "/tmp": True, "/tmp/none/yet": True, "/tmp/big/x": False, "/tmpx": False, "/srv/x": True}
+    mounts.write_text(
+        "/dev/a / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/b /tmp/big xfs rw 0 0\n/dev/c /srv "
+        "ext4 rw 0 0\ntmpfs /srv tmpfs rw 0 0\n"
+    )
+    found = {
+        p: module.lies_in_memory(Path(p), mounts)
+        for p in ("/home/x", "/tmp", "/tmp/none/yet", "/tmp/big/x", "/tmpx", "/srv/x")
+    }
+    assert found == {
+        "/home/x": False,
+        "/tmp": True,
+        "/tmp/none/yet": True,
+        "/tmp/big/x": False,
+        "/tmpx": False,
+        "/srv/x": True,
+    }
     assert not module.lies_in_memory(Path("/tmp"), tmp_path / "nothing")
 
 
@@ -358,10 +463,18 @@ def test_a_place_that_certainly_has_no_room_is_refused(monkeypatch, tmp_path):
     free = {"cuda": 1000, "cpu": 2 * 3 * 512}
     monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
     monkeypatch.setattr(memory, "disk_free", lambda folder: 1800)
-    assert [need.placed(p, cuda, tmp_path).used for p in ("device", "host", "disk")] == ["device", "host", "disk"]
+    assert [need.placed(p, cuda, tmp_path).used for p in ("device", "host", "disk")] == [
+        "device",
+        "host",
+        "disk",
+    ]
     free.update(cuda=999, cpu=2 * 3 * 512 - 1)
     monkeypatch.setattr(memory, "disk_free", lambda folder: 1799)
-    for place, said in (("device", "'cuda': 1000 bytes"), ("host", "this machine's memory: 3.0 KiB"), ("disk", "1.8 KiB are wanted")):
+    for place, said in (
+        ("device", "'cuda': 1000 bytes"),
+        ("host", "this machine's memory: 3.0 KiB"),
+        ("disk", "1.8 KiB are wanted"),
+    ):
         with pytest.raises(LowbitError, match=f"the activations do not fit .*{said}"):
             need.placed(place, cuda, tmp_path)
     monkeypatch.setattr(memory, "disk_free", lambda folder: 1 << 40)
@@ -383,13 +496,32 @@ def test_processes_on_a_cpu_share_its_memory(monkeypatch, tmp_path):
         need.check(CPU)
     need.check(torch.device("cuda"))  # where each has a device of its own
     config = FAMILIES["llama"]()
-    one, three = (needs_of(config, load_recipe("gptq", scheme=parse_scheme("W2A16g16")), 25, 32, CPU, torch.bfloat16, n, n) for n in (1, 3))
+    one, three = (
+        needs_of(
+            config,
+            load_recipe("gptq", scheme=parse_scheme("W2A16g16")),
+            25,
+            32,
+            CPU,
+            torch.bfloat16,
+            n,
+            n,
+        )
+        for n in (1, 3)
+    )
     assert three.stream == -(-25 // 3) * one.stream // 25 and three.processes == 3
 
 
 def test_streams_do_not_lie_in_the_folder_of_the_artifact(model, tmp_path):
     with pytest.raises(LowbitError, match="--offload-dir .* lies in the artifact's own folder"):
-        quantized(model, tmp_path / "out", "rtn", [], offload="disk", offload_dir=tmp_path / "out" / "streams")
+        quantized(
+            model,
+            tmp_path / "out",
+            "rtn",
+            [],
+            offload="disk",
+            offload_dir=tmp_path / "out" / "streams",
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -423,16 +555,28 @@ def test_auto_on_an_accelerator(monkeypatch, tmp_path):
 
 
 def test_a_block_that_cannot_fit_is_refused_before_any_work(model, tmp_path, monkeypatch):
-    need = needs_of(FAMILIES["llama"](), load_recipe("tesseraq", scheme=parse_scheme("W2A16g16")), 24, 32, CPU, torch.bfloat16)
+    need = needs_of(
+        FAMILIES["llama"](),
+        load_recipe("tesseraq", scheme=parse_scheme("W2A16g16")),
+        24,
+        32,
+        CPU,
+        torch.bfloat16,
+    )
     monkeypatch.setattr(memory, "free_memory", lambda device: need.least)
     need.check(CPU)
     monkeypatch.setattr(memory, "free_memory", lambda device: need.least - 1)
-    with pytest.raises(LowbitError, match=r"one block of this model does not fit this machine: .* at least .*'tesseraq'.* are free\. What helps: a recipe that takes less \(--recipe gptq or awq or rtn\)"):
+    with pytest.raises(
+        LowbitError,
+        match=r"one block of this model does not fit this machine: .* at least .*'tesseraq'.* are free\. What helps: a recipe that takes less \(--recipe gptq or awq or rtn\)",
+    ):
         quantized(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FAMILIES["llama"]().to_dict()))
-    result = CliRunner().invoke(app, ["plan", str(config), "--scheme", "W2A16g16", "--samples", "24", "--length", "32"])
+    result = CliRunner().invoke(
+        app, ["plan", str(config), "--scheme", "W2A16g16", "--samples", "24", "--length", "32"]
+    )
     assert result.exit_code == 2 and "does not fit this machine" in " ".join(result.output.split())
 
 

@@ -1,4 +1,6 @@
-"""OmniQuant: the transformation keeps the function, what is learned is what is folded, official clips are read."""
+"""OmniQuant: the transformation keeps the function, what is learned is what is folded, official
+clips are read.
+"""
 
 from dataclasses import replace
 
@@ -48,9 +50,13 @@ def test_a_shift_moves_into_the_biases(opt):
     torch.testing.assert_close(moved.forward(block.x[:4]), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama-mha", "llama", "opt", "gemma", "phi3", "bitnet", "qwen2"])
+@pytest.mark.parametrize(
+    "family", ["llama-mha", "llama", "opt", "gemma", "phi3", "bitnet", "qwen2"]
+)
 def test_what_is_learned_is_what_is_folded(tmp_path, family):
-    block = opened(save_tiny(tmp_path, family, torch.float32), Recipe(Affine(4), activations=PerToken(8)))
+    block = opened(
+        save_tiny(tmp_path, family, torch.float32), Recipe(Affine(4), activations=PerToken(8))
+    )
     method = OmniQuant(epochs=1)
     learned = _Learned(block, method._sites(block), 0.5)
     assert learned.transforms()
@@ -58,12 +64,15 @@ def test_what_is_learned_is_what_is_folded(tmp_path, family):
         for t in (*learned.clips(), *learned.transforms()):
             t.add_(0.1 * torch.randn_like(t))
         expected = block.exact().forward(block.x[:4], learned._transformed())
-        torch.testing.assert_close(expected, block.exact().forward(block.x[:4]), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            expected, block.exact().forward(block.x[:4]), rtol=1e-3, atol=1e-3
+        )
         inside = learned.weights()
     decoded = RTN()(learned.folded(block)).decoded()
     for key in inside:
         apart = (inside[key] - decoded[key]).abs()
-        assert (apart > 1e-5).double().mean() < 0.02, key  # a rounding tie may fall either way, by one step
+        # A rounding tie may fall either way, by one step.
+        assert (apart > 1e-5).double().mean() < 0.02, key
         scale = learned.folded(block).params.get(key.removesuffix(".weight"))
         assert apart.max() <= (1e-4 if scale is None else 1.01 * scale.scale.max()), key
 
@@ -97,10 +106,22 @@ def test_official_clips_are_read(llama, tmp_path):
     done = OmniQuant(clips=str(tmp_path / "omni.safetensors"))(block)
     for name in block.wiring.linears:
         w = block.weight(name).double()
-        low, high = (torch.sigmoid(tensors[f"1.{name}.weight_quantizer.{e}"]).double() for e in ("lowbound_factor", "upbound_factor"))
+        low, high = (
+            torch.sigmoid(tensors[f"1.{name}.weight_quantizer.{e}"]).double()
+            for e in ("lowbound_factor", "upbound_factor")
+        )
         scale = (w.amax(1, keepdim=True) * high - w.amin(1, keepdim=True) * low) / 7
         torch.testing.assert_close(done.params[name].scale.double(), scale, rtol=1e-5, atol=0)
-    tuned = apply_methods(block, Recipe(Affine(3), (OmniQuant(clips=str(tmp_path / "omni.safetensors")), TesseraQ(schedule="exponential-4-4", iters=4))))
+    tuned = apply_methods(
+        block,
+        Recipe(
+            Affine(3),
+            (
+                OmniQuant(clips=str(tmp_path / "omni.safetensors")),
+                TesseraQ(schedule="exponential-4-4", iters=4),
+            ),
+        ),
+    )
     assert set(tuned.coded) == set(block.wiring.linears)
 
 
@@ -108,7 +129,10 @@ def test_clips_of_another_model_are_named(llama, tmp_path):
     block = opened(llama, Recipe(Affine(3)))
     with pytest.raises(LowbitError, match="cannot be read"):
         OmniQuant(clips=str(tmp_path / "none.safetensors"))(block)
-    save_file({"0.self_attn.q_proj.weight_quantizer.lowbound_factor": torch.zeros(3, 1)}, tmp_path / "o.safetensors")
+    save_file(
+        {"0.self_attn.q_proj.weight_quantizer.lowbound_factor": torch.zeros(3, 1)},
+        tmp_path / "o.safetensors",
+    )
     with pytest.raises(LowbitError, match="has 3 values"):
         OmniQuant(clips=str(tmp_path / "o.safetensors"))(block)
     save_file({"1.x": torch.zeros(3, 1)}, tmp_path / "p.safetensors")
@@ -117,7 +141,10 @@ def test_clips_of_another_model_are_named(llama, tmp_path):
 
 
 def test_ranges_are_differentiable():
-    weight, low, high = torch.randn(2, 8).double(), *(torch.zeros(2, 2).double().requires_grad_() for _ in range(2))
+    weight, low, high = (
+        torch.randn(2, 8).double(),
+        *(torch.zeros(2, 2).double().requires_grad_() for _ in range(2)),
+    )
     scale, _ = clipped_range(weight, Affine(2, 4), low, high)
     grads = torch.autograd.grad(scale.sum(), (low, high))
     assert all(bool((g != 0).any()) for g in grads)

@@ -27,12 +27,16 @@ def test_every_row_counts_once_whatever_fits(limit):
     assert len(said) == {1: 3, 2: 2, 3: 2, 7: 1, 100: 0}[limit]
     assert all("while tuning" in s for s in said)
     asked.clear()
-    assert parts.over(21, lambda: 0, limited(limit, asked)) == sum(range(21))  # what was found out is kept
+    # What was found out is kept.
+    assert parts.over(21, lambda: 0, limited(limit, asked)) == sum(range(21))
     assert max(asked) <= limit and len(said) == {1: 3, 2: 2, 3: 2, 7: 1, 100: 0}[limit]
 
 
 def test_a_single_row_that_does_not_fit_is_an_error():
-    with pytest.raises(LowbitError, match="ran out of memory while tuning, with a single row at a time: use a shorter --length"):
+    with pytest.raises(
+        LowbitError,
+        match="ran out of memory while tuning, with a single row at a time: use a shorter --length",
+    ):
         Parts("tuning", 4, lambda _: None).over(4, lambda: 0, limited(0, []))
 
 
@@ -49,4 +53,6 @@ def test_a_cpu_that_cannot_allocate_is_out_of_memory_and_other_errors_are_not():
     said = []
     assert Parts("tuning", 8, said.append).over(9, lambda: 0, add) == 9 and len(said) == 2
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        Parts("tuning", 8, said.append).over(9, lambda: 0, lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
+        Parts("tuning", 8, said.append).over(
+            9, lambda: 0, lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3)
+        )

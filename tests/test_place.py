@@ -1,4 +1,6 @@
-"""Where a command's folder is made: places that no rename reaches, two commands in one folder, damaged notes, interruptions."""
+"""Where a command's folder is made: places that no rename reaches, two commands in one folder,
+damaged notes, interruptions.
+"""
 
 import errno
 import fcntl
@@ -32,7 +34,16 @@ def model(tmp_path_factory):
 
 
 def quantize(model, out, scheme="W4A16g32sym", **more):
-    return lowbit.quantize(str(model), scheme, "rtn", out=out, calib=str(model / "text.txt"), samples=8, length=32, **more)
+    return lowbit.quantize(
+        str(model),
+        scheme,
+        "rtn",
+        out=out,
+        calib=str(model / "text.txt"),
+        samples=8,
+        length=32,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +62,18 @@ def run(*args):
 
 def files(folder):
     """Contents by name, but for the report, which says when."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "report.json"}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "report.json"
+    }
 
 
 @pytest.fixture(autouse=True)
 def no_loader(monkeypatch):
-    """Codes and hashes only: a runtime in a process of its own is what other files of tests check."""
+    """Codes and hashes only: a runtime in a process of its own is what other files of tests
+    check.
+    """
     for place in ("lowbit.job.verify", "lowbit.export.place.verify"):
         monkeypatch.setattr(place, partial(verify, loader=False))
 
@@ -66,7 +83,7 @@ def stop(done):
         raise KeyboardInterrupt
 
 
-# --- places ------------------------------------------------------------------------------------------------------------------
+# --- places ---------------------------------------------------------------------------------------
 
 
 def _empty(at: Path) -> Path:
@@ -94,12 +111,21 @@ def _mounted(at: Path) -> Path:
     return at / "out"
 
 
-PLACES = {"empty": _empty, "here": _here, "link": _link, "dangling link": _dangling, "new file system": _mounted, "deep": lambda at: at / "a" / "b" / "out"}
+PLACES = {
+    "empty": _empty,
+    "here": _here,
+    "link": _link,
+    "dangling link": _dangling,
+    "new file system": _mounted,
+    "deep": lambda at: at / "a" / "b" / "out",
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_places(model, made, tmp_path, monkeypatch, place):
-    """Also after an interruption; the folder itself is never replaced, so a mount point or the current directory works."""
+    """Also after an interruption; the folder itself is never replaced, so a mount point or the
+    current directory works.
+    """
     monkeypatch.chdir(tmp_path)
     out = PLACES[place](tmp_path)
     inode = os.stat(out).st_ino if out.exists() else None
@@ -111,7 +137,11 @@ def test_places(model, made, tmp_path, monkeypatch, place):
     assert resumed == [True, False] and files(out) == files(made)
     assert inode is None or os.stat(out).st_ino == inode
     assert (tmp_path / "link").is_symlink() == ("link" in place)
-    assert quantize(model, out).repeated and not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob(LOCK))
+    assert (
+        quantize(model, out).repeated
+        and not list(tmp_path.rglob("*.partial"))
+        and not list(tmp_path.rglob(LOCK))
+    )
 
 
 @pytest.mark.parametrize("place", ["empty", "here", "link", "new file system"])
@@ -197,8 +227,12 @@ def test_refused_places(made, tmp_path, case):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", [("compare", "--schemes", "W4A16", "--recipes", "rtn"), ("analyze",), ("demo",)])
-@pytest.mark.parametrize("case", ["file", "within a file", "link to a file", "circle", "no files there"])
+@pytest.mark.parametrize(
+    "command", [("compare", "--schemes", "W4A16", "--recipes", "rtn"), ("analyze",), ("demo",)]
+)
+@pytest.mark.parametrize(
+    "case", ["file", "within a file", "link to a file", "circle", "no files there"]
+)
 def test_refused_places_of_commands_that_fill_a_folder(model, tmp_path, command, case):
     make, words = REFUSED[case]
     out = make(tmp_path)
@@ -233,7 +267,9 @@ quantize(Path('{model}'), Path('{tmp_path}/out'))
 """
     (tmp_path / "out").mkdir()
     try:
-        done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True
+        )
     except FileNotFoundError:
         pytest.skip("no unshare here")
     if done.returncode == 77 or "unshare:" in done.stderr:
@@ -241,10 +277,11 @@ quantize(Path('{model}'), Path('{tmp_path}/out'))
     assert done.returncode == 0, done.stderr
     assert "stopped" in done.stdout and INSIDE not in done.stdout.split()
     found, expected = files(tmp_path / "copy"), files(made)
-    assert found.pop("README.md") and expected.pop("README.md") and found == expected  # which tells of the loader
+    # Which tells of the loader.
+    assert found.pop("README.md") and expected.pop("README.md") and found == expected
 
 
-# --- the last step -----------------------------------------------------------------------------------------------------------
+# --- the last step --------------------------------------------------------------------------------
 
 
 def refuse_from(count, patch):
@@ -288,7 +325,9 @@ def test_an_export_killed_in_its_last_step_leaves_nothing_to_the_next(made, tmp_
     out = tmp_path / "out"
     out.mkdir()
     (out / INSIDE / "proof").mkdir(parents=True)  # as a kill leaves it
-    (out / INSIDE / MOVING).write_text(json.dumps(["model-1.safetensors", "proof/tokens.json", "config.json"]))
+    (out / INSIDE / MOVING).write_text(
+        json.dumps(["model-1.safetensors", "proof/tokens.json", "config.json"])
+    )
     (out / INSIDE / "config.json").write_text("{}")
     (out / INSIDE / LOCK).write_text('{"command": "export", "pid": 1}')
     (out / "model-1.safetensors").write_text("of another format")
@@ -307,7 +346,9 @@ def test_files_that_come_meanwhile_are_not_overwritten(model, tmp_path):
     quantize(model, out)
 
 
-def test_an_unfinished_run_beside_a_folder_that_has_come_goes_on(model, made, tmp_path, monkeypatch):
+def test_an_unfinished_run_beside_a_folder_that_has_come_goes_on(
+    model, made, tmp_path, monkeypatch
+):
     """And is copied, if the folder lies on another file system."""
     out, real = tmp_path / "out", os.replace
     with pytest.raises(KeyboardInterrupt):
@@ -315,19 +356,28 @@ def test_an_unfinished_run_beside_a_folder_that_has_come_goes_on(model, made, tm
     out.mkdir()
 
     def across(source, target):
-        if Path(source).is_relative_to(tmp_path / "out.partial") and Path(target).is_relative_to(out):
+        if Path(source).is_relative_to(tmp_path / "out.partial") and Path(target).is_relative_to(
+            out
+        ):
             raise OSError(errno.EXDEV, "Invalid cross-device link")
         real(source, target)
 
     monkeypatch.setattr(os, "replace", across)
     resumed = []
     quantize(model, out, progress=lambda d: resumed.append(d.resumed))
-    assert resumed == [True, False] and files(out) == files(made) and not (tmp_path / "out.partial").exists()
+    assert (
+        resumed == [True, False]
+        and files(out) == files(made)
+        and not (tmp_path / "out.partial").exists()
+    )
 
 
-# --- locks -------------------------------------------------------------------------------------------------------------------
+# --- locks ----------------------------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from lowbit.lock import Lock; Lock(Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); time.sleep(600)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from lowbit.lock import Lock; "
+    "Lock(Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); time.sleep(600)"
+)
 
 
 @pytest.fixture
@@ -337,7 +387,9 @@ def holder(request):
 
     def hold(folder, command):
         folder.mkdir(parents=True, exist_ok=True)
-        process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), command], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(folder), command], stdout=subprocess.PIPE, text=True
+        )
         processes.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -357,7 +409,11 @@ def test_the_second_command_is_refused_and_touches_nothing(model, made, tmp_path
     (place / "x.tmp").write_text("being written")
     before = tree(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
-    options = {"compare": ["--schemes", "W4A16", "--recipes", "rtn"], "quantize": ["--scheme", "W4A16g32"], "demo": []}.get(command, [])
+    options = {
+        "compare": ["--schemes", "W4A16", "--recipes", "rtn"],
+        "quantize": ["--scheme", "W4A16g32"],
+        "demo": [],
+    }.get(command, [])
     given = [] if command == "demo" else [made if command == "export" else model]
     code, text = run(command, *given, *options, "-o", tmp_path / "link" / "out")
     assert code == 2 and f"is in use: lowbit {command} (process {first.pid}) works in it" in text
@@ -374,7 +430,10 @@ def test_a_lock_is_released_by_an_error_too(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         quantize(model, tmp_path / "out", progress=stop)
     assert not (tmp_path / "out.partial" / LOCK).exists()
-    with pytest.raises(LowbitError, match="in use"), claimed(tmp_path / "out", "quantize", resumes=("run.json",)):
+    with (
+        pytest.raises(LowbitError, match="in use"),
+        claimed(tmp_path / "out", "quantize", resumes=("run.json",)),
+    ):
         quantize(model, tmp_path / "out")
     quantize(model, tmp_path / "out")
 
@@ -399,16 +458,23 @@ def test_without_locks_the_work_goes_on_after_a_warning(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.warns(RuntimeWarning, match=r"cannot be locked \(No locks available\)"), working(tmp_path, "compare") as folder:
+    with (
+        pytest.warns(RuntimeWarning, match=r"cannot be locked \(No locks available\)"),
+        working(tmp_path, "compare") as folder,
+    ):
         assert folder == tmp_path
 
 
 def test_notes_do_not_leave_the_house(made):
-    assert LOCK in NOTES and MOVING in NOTES and not {*entries(made)} & {LOCK, MOVING, INSIDE, "run.json"}
+    assert (
+        LOCK in NOTES
+        and MOVING in NOTES
+        and not {*entries(made)} & {LOCK, MOVING, INSIDE, "run.json"}
+    )
     assert LOCK not in json.dumps(json.loads((made / "report.json").read_text())["files"])
 
 
-# --- damage ------------------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 DAMAGE = {
     "empty": lambda raw: b"",
@@ -436,7 +502,9 @@ def copied(folder, to):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name, kept", [("shard-00000.json", True), ("shard-00001.json", False), ("run.json", True)])
+@pytest.mark.parametrize(
+    "name, kept", [("shard-00000.json", True), ("shard-00001.json", False), ("run.json", True)]
+)
 def test_damaged_notes(model, made, unfinished, tmp_path, damage, name, kept):
     copied(unfinished, tmp_path / "out.partial")
     path = tmp_path / "out.partial" / name
@@ -451,7 +519,13 @@ def test_a_damaged_shard_is_made_again(model, made, unfinished, tmp_path, damage
     copied(unfinished, tmp_path / "out.partial")
     path = next((tmp_path / "out.partial").glob("model-00002*"))
     raw = path.read_bytes()
-    path.write_bytes({"empty": b"", "truncated": raw[:-9], "flipped": raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]}[damage])
+    path.write_bytes(
+        {
+            "empty": b"",
+            "truncated": raw[:-9],
+            "flipped": raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:],
+        }[damage]
+    )
     quantize(model, tmp_path / "out")
     assert files(tmp_path / "out") == files(made)
 
@@ -473,7 +547,10 @@ def test_without_a_fingerprint_two_runs_are_never_mixed(model, unfinished, tmp_p
     state = tmp_path / "out.partial" / "run.json"
     state.unlink() if lost is None else state.write_bytes(lost)
     before = files(tmp_path)
-    with pytest.raises(LowbitError, match=r"run.json' is missing or damaged, .* Remove '.*out.partial' to start anew"):
+    with pytest.raises(
+        LowbitError,
+        match=r"run.json' is missing or damaged, .* Remove '.*out.partial' to start anew",
+    ):
         quantize(model, tmp_path / "out", scheme="W8A16g32sym")
     assert files(tmp_path) == before
     quantize(model, tmp_path / "out")
@@ -494,56 +571,78 @@ def test_damaged_comparisons(model, tmp_path, name, damage):
     text = str(model / "text.txt")
     terms, cell = Terms(str(model), Calibration(text, 4, 32), text, 32, 2), Cell("W4A16", "rtn")
     with opened(terms, tmp_path / "c") as comparison:
-        row = {"scheme": cell.scheme, "recipe": cell.recipe, "made_with": comparison._made_with(cell)}
+        row = {
+            "scheme": cell.scheme,
+            "recipe": cell.recipe,
+            "made_with": comparison._made_with(cell),
+        }
         (tmp_path / "c" / "cells" / "W4A16-rtn.json").write_text(json.dumps(row))
         assert comparison.finished(cell) == row
     path = tmp_path / "c" / name
     path.write_bytes(DAMAGE[damage](b""))
     if name == "compare.json":
-        with pytest.raises(LowbitError, match="is damaged: it no longer says"), opened(terms, tmp_path / "c"):
+        with (
+            pytest.raises(LowbitError, match="is damaged: it no longer says"),
+            opened(terms, tmp_path / "c"),
+        ):
             pass
         (tmp_path / "c" / "cells" / "W4A16-rtn.json").unlink()
     with opened(terms, tmp_path / "c") as comparison:
         assert comparison.finished(cell) is None
 
 
-@pytest.mark.parametrize("error, kind", [(KeyboardInterrupt(), Interrupted), (DiskFull("no space."), DiskFull)])
+@pytest.mark.parametrize(
+    "error, kind", [(KeyboardInterrupt(), Interrupted), (DiskFull("no space."), DiskFull)]
+)
 def test_an_interrupted_comparison_says_what_is_kept(model, tmp_path, error, kind):
     from lowbit.compare import Terms, opened
     from lowbit.model.calibration import Calibration
 
     text = str(model / "text.txt")
-    with pytest.raises(kind, match="Cells measured and kept in '.*c': 1. The same command continues"), opened(
-        Terms(str(model), Calibration(text, 4, 32), text, 32, 2), tmp_path / "c"
+    with (
+        pytest.raises(
+            kind, match="Cells measured and kept in '.*c': 1. The same command continues"
+        ),
+        opened(Terms(str(model), Calibration(text, 4, 32), text, 32, 2), tmp_path / "c"),
     ):
         (tmp_path / "c" / "cells" / "W4A16-rtn.json").write_text("{}")
         (tmp_path / "c" / "cells" / "W4A16-awq.json").write_text('{"error": "no"}')
         raise error
 
 
-# --- interruptions and full disks ----------------------------------------------------------------------------------------------
+# --- interruptions and full disks -----------------------------------------------------------------
 
 
 def test_ctrl_c_says_what_is_kept(model, tmp_path, monkeypatch):
-    with pytest.raises(Interrupted, match="1 of 2 blocks is finished and kept in '.*out.partial': the same command continues"):
+    with pytest.raises(
+        Interrupted,
+        match="1 of 2 blocks is finished and kept in '.*out.partial': the same command continues",
+    ):
         quantize(model, tmp_path / "out", progress=stop)
 
     def interrupted(block, recipe):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lowbit.loop.apply_methods", interrupted)
-    with pytest.raises(Interrupted, match="No block is finished yet: the same command starts again"):
+    with pytest.raises(
+        Interrupted, match="No block is finished yet: the same command starts again"
+    ):
         quantize(model, tmp_path / "other")
 
 
 def test_ctrl_c_and_a_full_disk_leave_nothing_of_an_export(made, tmp_path, monkeypatch):
-    for error, kind in ((KeyboardInterrupt(), Interrupted), (OSError(errno.ENOSPC, "No space left on device"), DiskFull)):
+    for error, kind in (
+        (KeyboardInterrupt(), Interrupted),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+    ):
 
         def fail(*a, error=error, **k):
             raise error
 
         monkeypatch.setattr("lowbit.artifact.save_file", fail)
-        with pytest.raises(kind, match="Nothing of the export is kept: the same command starts anew"):
+        with pytest.raises(
+            kind, match="Nothing of the export is kept: the same command starts anew"
+        ):
             export(made, tmp_path / "e", "awq")
         assert tree(tmp_path) == []
 
@@ -560,7 +659,9 @@ def test_a_full_disk_says_what_is_kept_of_a_run(model, tmp_path, monkeypatch):
         save_file(tensors, path, **options)
 
     monkeypatch.setattr("lowbit.artifact.save_file", third)
-    with pytest.raises(DiskFull, match="free some and run the same command. 1 of 2 blocks is finished and kept"):
+    with pytest.raises(
+        DiskFull, match="free some and run the same command. 1 of 2 blocks is finished and kept"
+    ):
         quantize(model, tmp_path / "out")
 
 
@@ -579,10 +680,26 @@ def test_a_full_disk_promises_nothing_of_a_file_that_was_asked_for(tmp_path, mon
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_command_with_a_sentence(model, tmp_path, number, code):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "lowbit", "quantize", model, "--scheme", "W2A16g16", "-o", out, "--calib", model / "text.txt"]
+    command = [
+        sys.executable,
+        "-m",
+        "lowbit",
+        "quantize",
+        model,
+        "--scheme",
+        "W2A16g16",
+        "-o",
+        out,
+        "--calib",
+        model / "text.txt",
+    ]
     command += ["--samples", "8", "--length", "32", "--set", "tesseraq.iters=2000"]
-    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (out.with_name("out.partial") / "shard-00000.json").exists() and process.poll() is None:
+    process = subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while (
+        not (out.with_name("out.partial") / "shard-00000.json").exists() and process.poll() is None
+    ):
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(number)

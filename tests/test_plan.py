@@ -23,8 +23,14 @@ def recipe(scheme):
 
 def llama(hidden, inner, layers, heads, vocab):
     return T.LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
-        vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=4096,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=vocab,
+        tie_word_embeddings=False,
+        max_position_embeddings=4096,
     )
 
 
@@ -36,14 +42,18 @@ def test_sizes_of_the_large_llamas():
     assert huge.original / 2**30 == pytest.approx(756, abs=1)
     # 114 is published with 16-bit zero points (2.25 bits per weight); packed ones take 2.14.
     assert huge.bits_per_weight == pytest.approx(2 + 18 / 128, abs=1e-3)
-    assert (huge.artifact + huge.quantized * (2.25 - huge.bits_per_weight) / 8) / 2**30 == pytest.approx(113.3, abs=0.5)
+    assert (
+        huge.artifact + huge.quantized * (2.25 - huge.bits_per_weight) / 8
+    ) / 2**30 == pytest.approx(113.3, abs=0.5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameter_counts_are_the_models(family):
     config = FAMILIES[family]()
     model = T.AutoModelForCausalLM.from_config(config)
-    assert make_plan(config, recipe("W2A16g16")).parameters == sum(p.numel() for p in model.parameters())
+    assert make_plan(config, recipe("W2A16g16")).parameters == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_bad_input(tmp_path):
@@ -58,7 +68,14 @@ def test_bad_input(tmp_path):
         make_plan(T.MixtralConfig(num_hidden_layers=1), recipe("W2A16g16"))
 
 
-@pytest.mark.parametrize("change", [{"model_type": "falcon", "head_dim": 8}, {"num_attention_heads": "eight"}, {"model_type": "nonsense"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "falcon", "head_dim": 8},
+        {"num_attention_heads": "eight"},
+        {"model_type": "nonsense"},
+    ],
+)
 def test_configs_that_transformers_cannot_read(tmp_path, change):
     config = {**llama(64, 128, 2, 8, 300).to_dict(), **change}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -66,9 +83,13 @@ def test_configs_that_transformers_cannot_read(tmp_path, change):
         read_config(str(tmp_path))
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
-L8B, L70B, L405B = (4096, 14336, 32, 32, 128256), (8192, 28672, 80, 64, 128256), (16384, 53248, 126, 128, 128256)
+L8B, L70B, L405B = (
+    (4096, 14336, 32, 32, 128256),
+    (8192, 28672, 80, 64, 128256),
+    (16384, 53248, 126, 128, 128256),
+)
 GPU = torch.device("cuda")
 
 
@@ -77,45 +98,78 @@ def linears_of(hidden, inner, heads):
     return 2 * hidden * hidden + 2 * hidden * (hidden // heads * 8) + 3 * hidden * inner
 
 
-@pytest.mark.parametrize("shape, device, least", [
-    (L70B, "cpu", 28 * 855_638_016), (L70B, "cuda", 28 * 855_638_016),
-    (L405B, "cpu", 28 * 3_187_671_040), (L405B, "cuda", 28 * 3_187_671_040),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, device, least",
+    [
+        (L70B, "cpu", 28 * 855_638_016),
+        (L70B, "cuda", 28 * 855_638_016),
+        (L405B, "cpu", 28 * 3_187_671_040),
+        (L405B, "cuda", 28 * 3_187_671_040),
+    ],
+)
 def test_memory_of_the_large_llamas(shape, device, least):
     hidden, inner, _, heads, vocab = shape
     wide = 4 if device == "cpu" else 2
-    found = make_plan(llama(*shape), recipe("W2A16g128"), 128, 2048, device=torch.device(device)).memory
-    assert least == (4 + 2 + 18 + 2 * 2) * linears_of(hidden, inner, heads)  # weights, those before the clip, variables, soft ones and gradients
+    found = make_plan(
+        llama(*shape), recipe("W2A16g128"), 128, 2048, device=torch.device(device)
+    ).memory
+    # Weights, those before the clip, variables, soft ones and gradients.
+    assert least == (4 + 2 + 18 + 2 * 2) * linears_of(hidden, inner, heads)
     assert found.least == least + 4 * 2 * hidden  # two norms
     assert found.stream == (128 + 16) * 2048 * hidden * 2 and found.copies == 3
     assert found.outer == (2 * vocab * hidden + hidden) * wide
     assert set(found.steps) == {"passes", "awq", "tesseraq"}
-    # The variables of soft rounding: 12 bytes a weight, 4 for soft weights and gradients, and the weight's own 4.
+    # The variables of soft rounding: 12 bytes a weight, 4 for soft weights and gradients, and the
+    # weight's own 4.
     assert found.least < found.block < 6 * found.least
     assert found.peak == found.process + found.block + found.outer + found.streams
     assert (found.process > 0) == (device == "cpu")
 
 
 def test_hessians_count_in_float64():
-    found = {n: make_plan(llama(*L405B), load_recipe(n, scheme=parse_scheme("W4A16g128")), device=GPU).memory for n in ("rtn", "gptq", "gptq-paper")}
+    found = {
+        n: make_plan(
+            llama(*L405B), load_recipe(n, scheme=parse_scheme("W4A16g128")), device=GPU
+        ).memory
+        for n in ("rtn", "gptq", "gptq-paper")
+    }
     square = 8 * 53248**2
     assert found["gptq"].least - 4 * (linears_of(16384, 53248, 128) + 2 * 16384) == 2 * square
     assert found["gptq"].block > found["rtn"].block + 2 * square
-    together = sum(8 * w * w for w in (16384, 53248))  # o_proj's is as wide as those of the two norms: counted once by width
+    # O_proj's is as wide as those of the two norms: counted once by width.
+    together = sum(8 * w * w for w in (16384, 53248))
     assert found["gptq-paper"].steps["gptq"] - found["gptq"].steps["gptq"] >= together
 
 
 @pytest.mark.parametrize("shape", [L70B, L405B])
 def test_plan_says_where_activations_go_and_refuses_what_cannot_fit(tmp_path, monkeypatch, shape):
     (tmp_path / "config.json").write_text(json.dumps(llama(*shape).to_dict()))
-    need = needs_of(llama(*shape), recipe("W2A16g128"), 128 + 16, 2048, torch.device("cpu"), torch.bfloat16)
+    need = needs_of(
+        llama(*shape), recipe("W2A16g128"), 128 + 16, 2048, torch.device("cpu"), torch.bfloat16
+    )
     free = [need.peak]
     for where in (memory, display):
         monkeypatch.setattr(where, "free_memory", lambda device: free[0])
     monkeypatch.setattr(memory, "disk_free", lambda folder: 1 << 60)
 
     def said():
-        result = CliRunner().invoke(app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", "--samples", "128", "--length", "2048", "--json", str(tmp_path / "plan.json"), "--device", "cpu"])
+        result = CliRunner().invoke(
+            app,
+            [
+                "plan",
+                str(tmp_path / "config.json"),
+                "--scheme",
+                "W2A16g128",
+                "--samples",
+                "128",
+                "--length",
+                "2048",
+                "--json",
+                str(tmp_path / "plan.json"),
+                "--device",
+                "cpu",
+            ],
+        )
         return result.exit_code, " ".join(result.output.replace("│", " ").split())
 
     code, text = said()
@@ -153,25 +207,49 @@ def test_a_plan_for_a_gpu_that_is_not_here(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(llama(*L70B).to_dict()))
 
     def planned(gib):
-        result = CliRunner().invoke(app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", "--samples", "128", "--length", "2048", "--gpu-memory", gib])
+        result = CliRunner().invoke(
+            app,
+            [
+                "plan",
+                str(tmp_path / "config.json"),
+                "--scheme",
+                "W2A16g128",
+                "--samples",
+                "128",
+                "--length",
+                "2048",
+                "--gpu-memory",
+                gib,
+            ],
+        )
         return result.exit_code, " ".join(result.output.replace("│", " ").split())
 
     code, text = planned("139")
-    assert code == 0 and "139 are free there" in text and "--offload auto puts them here on the device" in text and "not said of a GPU that is not here" in text
+    assert (
+        code == 0
+        and "139 are free there" in text
+        and "--offload auto puts them here on the device" in text
+        and "not said of a GPU that is not here" in text
+    )
     code, text = planned("16")
     assert code == 2 and "one block of this model does not fit 'cuda'" in text
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--gpu-memory", "nan"], "--gpu-memory nan: give a number of GiB"),
-    (["--gpu-memory", "-3"], "--gpu-memory -3: give a number of GiB"),
-    (["--gpu-memory", "80", "--device", "cpu"], "give one of them"),
-    (["--ranks", "0"], "--ranks 0: give a whole number from 1"),
-    (["--offload", "dsk"], "unknown place for --offload 'dsk'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--gpu-memory", "nan"], "--gpu-memory nan: give a number of GiB"),
+        (["--gpu-memory", "-3"], "--gpu-memory -3: give a number of GiB"),
+        (["--gpu-memory", "80", "--device", "cpu"], "give one of them"),
+        (["--ranks", "0"], "--ranks 0: give a whole number from 1"),
+        (["--offload", "dsk"], "unknown place for --offload 'dsk'"),
+    ],
+)
 def test_plan_refuses_options_that_say_nothing(tmp_path, options, said):
     (tmp_path / "config.json").write_text(json.dumps(llama(*L8B).to_dict()))
-    result = CliRunner().invoke(app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", *options])
+    result = CliRunner().invoke(
+        app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", *options]
+    )
     assert result.exit_code == 2 and said in " ".join(result.output.split())
 
 
@@ -180,21 +258,43 @@ def test_plan_counts_the_processes_of_a_run(tmp_path):
     found = []
     for ranks in ("1", "4"):
         out = tmp_path / f"{ranks}.json"
-        result = CliRunner().invoke(app, ["plan", str(tmp_path / "config.json"), "--scheme", "W2A16g128", "--gpu-memory", "139", "--ranks", ranks, "--json", str(out)])
+        result = CliRunner().invoke(
+            app,
+            [
+                "plan",
+                str(tmp_path / "config.json"),
+                "--scheme",
+                "W2A16g128",
+                "--gpu-memory",
+                "139",
+                "--ranks",
+                ranks,
+                "--json",
+                str(out),
+            ],
+        )
         assert result.exit_code == 0 and ("each of 4" in result.output) == (ranks == "4")
         found.append(json.loads(out.read_text()))
     assert found[1]["activations"] == found[0]["activations"] // 4
     assert found[1]["block_memory"] < found[0]["block_memory"]
 
 
-# --- time ------------------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 class StandIn:
-    """A device whose rates are known: every wait for it costs ``latency``, and small products do not fill it."""
+    """A device whose rates are known: every wait for it costs ``latency``, and small products do
+    not fill it.
+    """
 
     def __init__(self, half, single, copies, latency, full=1, free=None):
-        self.rates, self.copies, self.latency, self.full, self.room = {torch.bfloat16: half, torch.float32: single}, copies, latency, full, free
+        self.rates, self.copies, self.latency, self.full, self.room = (
+            {torch.bfloat16: half, torch.float32: single},
+            copies,
+            latency,
+            full,
+            free,
+        )
         self.now, self.largest, self.made = 0.0, 0, []
 
     def clock(self):
@@ -212,18 +312,25 @@ class StandIn:
     def product(self, size, dtype):
         self.made.append((size, dtype))
         self.largest = max(self.largest, 3 * size**2 * dtype.itemsize)
-        return self._taking(2 * max(size, self.full) ** 3 / self.rates[dtype])  # as long as the smallest that fills it
+        # As long as the smallest that fills it.
+        return self._taking(2 * max(size, self.full) ** 3 / self.rates[dtype])
 
     def copy(self, numbers):
         self.largest = max(self.largest, 8 * numbers)
         return self._taking(12 * numbers / self.copies)
 
 
-@pytest.mark.parametrize(("device", "stand_in"), [
-    ("cuda", StandIn(650e12, 50e12, 2.6e12, 60e-6, full=4096)), ("cuda", StandIn(120e12, 30e12, 0.9e12, 100e-6, full=2048)),
-    ("cuda", StandIn(4e12, 4e12, 0.2e12, 1e-3)), ("cpu", StandIn(90e9, 60e9, 12e9, 1e-5, full=512)), ("cpu", StandIn(2e9, 1e9, 3e9, 1e-5)),
-    ("cpu", StandIn(3e12, 1.5e12, 200e9, 2e-5, full=1024)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "stand_in"),
+    [
+        ("cuda", StandIn(650e12, 50e12, 2.6e12, 60e-6, full=4096)),
+        ("cuda", StandIn(120e12, 30e12, 0.9e12, 100e-6, full=2048)),
+        ("cuda", StandIn(4e12, 4e12, 0.2e12, 1e-3)),
+        ("cpu", StandIn(90e9, 60e9, 12e9, 1e-5, full=512)),
+        ("cpu", StandIn(2e9, 1e9, 3e9, 1e-5)),
+        ("cpu", StandIn(3e12, 1.5e12, 200e9, 2e-5, full=1024)),
+    ],
+)
 def test_the_speed_of_a_device_is_not_its_latency(monkeypatch, device, stand_in):
     monkeypatch.setattr(estimate, "multiplies_bfloat16", lambda device: True)
     found = measure_speed(torch.device(device), stand_in)
@@ -237,7 +344,8 @@ def test_measuring_stays_within_a_few_seconds_and_a_share_of_what_is_free(monkey
     for slow in (1e8, 1e10, 1e12, 1e14):
         bench = StandIn(slow, slow, slow, 1e-5)
         measure_speed(torch.device("cuda"), bench)
-        assert bench.now < 8 + 8 * 2 * 1024**3 / slow + 48 * 2**27 / slow  # of the smallest product and the sums even a slow device makes some
+        # Of the smallest product and the sums even a slow device makes some.
+        assert bench.now < 8 + 8 * 2 * 1024**3 / slow + 48 * 2**27 / slow
     tight = StandIn(650e12, 50e12, 2.6e12, 60e-6, free=200 << 20)
     measure_speed(torch.device("cuda"), tight)
     assert tight.largest <= tight.room / 4 + 1 and max(size for size, _ in tight.made) < 8192
@@ -253,27 +361,42 @@ H100 = Speed(650e12, 50e12, 2.6e12)
 
 def seconds(name, scheme="W2A16g128", speed=H100, shape=L8B, device=GPU, settings=(), **given):
     chosen = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
-    return make_plan(llama(*shape), chosen, chosen.calibration.samples, 2048, speed, device=device, **given).seconds
+    return make_plan(
+        llama(*shape), chosen, chosen.calibration.samples, 2048, speed, device=device, **given
+    ).seconds
 
 
 def test_every_kind_of_work_counts_at_its_own_rate():
     """What each rate bounds takes longer by so much where that rate is a tenth."""
-    slow = {k: Speed(**{**vars(H100), k: getattr(H100, k) / 10}) for k in ("half", "single", "copies")}
-    parts = {n: {k: (seconds(n, speed=s) - seconds(n)) / 9 for k, s in slow.items()} for n in ("default", "awq", "gptq", "rtn")}
+    slow = {
+        k: Speed(**{**vars(H100), k: getattr(H100, k) / 10}) for k in ("half", "single", "copies")
+    }
+    parts = {
+        n: {k: (seconds(n, speed=s) - seconds(n)) / 9 for k, s in slow.items()}
+        for n in ("default", "awq", "gptq", "rtn")
+    }
     for name, of in parts.items():
         assert sum(of.values()) == pytest.approx(seconds(name))
     assert parts["rtn"]["single"] == 0
     square = 14336**2 * 32 / 50e12
-    assert parts["awq"]["single"] > 2 * 128 * 2048 * square  # the Gram matrix of down_proj's inputs, in float32
+    # The Gram matrix of down_proj's inputs, in float32.
+    assert parts["awq"]["single"] > 2 * 128 * 2048 * square
     assert parts["gptq"]["single"] > 2 * 128 * 2048 * square  # its Hessian
-    hardened = seconds("default", settings=["tesseraq.schedule=exponential-5-100", "tesseraq.iters=6"]) - seconds("default")  # as many steps
+    hardened = seconds(
+        "default", settings=["tesseraq.schedule=exponential-5-100", "tesseraq.iters=6"]
+    ) - seconds("default")  # as many steps
     assert hardened == pytest.approx(50 * 80 * linears_of(4096, 14336, 32) * 32 / 2.6e12)
     logits = seconds("default") - seconds("default", settings=["tesseraq.objective=block"])
     assert logits > 600 * 6 * 4 * 2048 * 4096 * 128256 / 650e12
 
 
 def test_time_follows_the_steps_and_the_ranks():
-    assert 2.5 < seconds("default") / seconds("fast") < 5 < seconds("tesseraq-paper") / seconds("default")
+    assert (
+        2.5
+        < seconds("default") / seconds("fast")
+        < 5
+        < seconds("tesseraq-paper") / seconds("default")
+    )
     assert seconds("default", ranks=4) < 0.4 * seconds("default")
 
 
@@ -282,5 +405,14 @@ def test_steps_in_float32_on_a_checkpoint_in_float16_are_seen(dtype, slower):
     config, found = llama(*L8B), []
     config.dtype = dtype
     for settings in ([], ["tesseraq.precision=float32"]):
-        found.append(make_plan(config, load_recipe("tesseraq-paper", settings=settings), 512, 2048, H100, device=GPU).seconds)
+        found.append(
+            make_plan(
+                config,
+                load_recipe("tesseraq-paper", settings=settings),
+                512,
+                2048,
+                H100,
+                device=GPU,
+            ).seconds
+        )
     assert (found[1] > 5 * found[0]) == slower

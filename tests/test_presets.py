@@ -35,30 +35,48 @@ def test_every_recipe_loads_and_is_written_back(name):
 
 def test_published_settings():
     paper = load_recipe("tesseraq-paper")
-    assert paper.methods[1] == TesseraQ("handcrafted-20", 250, 1e-3, 4, True, 1, "block", precision="auto")
-    assert (paper.calibration.source, paper.calibration.samples, paper.calibration.length) == ("wikitext2", 512, 2048)
+    assert paper.methods[1] == TesseraQ(
+        "handcrafted-20", 250, 1e-3, 4, True, 1, "block", precision="auto"
+    )
+    assert (paper.calibration.source, paper.calibration.samples, paper.calibration.length) == (
+        "wikitext2",
+        512,
+        2048,
+    )
     assert load_recipe("gptq-paper").methods == (GPTQ(true_sequential=False),)
     assert load_recipe("omniquant").methods == (OmniQuant(),)
     assert load_recipe("smoothquant").methods == (SmoothQuant(0.85),)
 
 
-# --- published rows ------------------------------------------------------------------------------------------------------
+# --- published rows -------------------------------------------------------------------------------
 
 DOCS = Path(__file__).parents[1] / "docs"
 SHAPES = {  # hidden, inner, blocks, heads, heads of keys and values, vocabulary
-    "Llama-7B": (4096, 11008, 32, 32, 32, 32000), "Llama-13B": (5120, 13824, 40, 40, 40, 32000), "Llama-30B": (6656, 17920, 60, 52, 52, 32000),
-    "Llama-65B": (8192, 22016, 80, 64, 64, 32000), "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000), "Llama-2-13B": (5120, 13824, 40, 40, 40, 32000),
-    "Llama-2-70B": (8192, 28672, 80, 64, 8, 32000), "Llama-3-8B": (4096, 14336, 32, 32, 8, 128256), "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
-    "Llama-3.1-70B": (8192, 28672, 80, 64, 8, 128256), "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256), "Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128256),
-}  # fmt: skip
+    "Llama-7B": (4096, 11008, 32, 32, 32, 32000),
+    "Llama-13B": (5120, 13824, 40, 40, 40, 32000),
+    "Llama-30B": (6656, 17920, 60, 52, 52, 32000),
+    "Llama-65B": (8192, 22016, 80, 64, 64, 32000),
+    "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000),
+    "Llama-2-13B": (5120, 13824, 40, 40, 40, 32000),
+    "Llama-2-70B": (8192, 28672, 80, 64, 8, 32000),
+    "Llama-3-8B": (4096, 14336, 32, 32, 8, 128256),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
+    "Llama-3.1-70B": (8192, 28672, 80, 64, 8, 128256),
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256),
+    "Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128256),
+}
 
 
 def published():
     """(paper, setting, model) -> options, of the tables in docs/published.md."""
     found = {}
     for section in (DOCS / "published.md").read_text().split("\n## ")[1:]:
-        for setting, models, options in re.findall(r"^\| (.+?) \| (.+?) \| `(.+?)` \|$", section, re.M):
-            found.update({(section.split()[0], setting, model): options for model in models.split(", ")})
+        for setting, models, options in re.findall(
+            r"^\| (.+?) \| (.+?) \| `(.+?)` \|$", section, re.M
+        ):
+            found.update(
+                {(section.split()[0], setting, model): options for model in models.split(", ")}
+            )
     return found
 
 
@@ -68,9 +86,17 @@ def parsed(options):
     given = list(zip(words[::2], words[1::2], strict=True))
     one = dict(given)
     assert set(one) <= {"--scheme", "--recipe", "--calib", "--samples", "--set"}
-    recipe = load_recipe(one["--recipe"], scheme=parse_scheme(one["--scheme"]), settings=[v for k, v in given if k == "--set"])
+    recipe = load_recipe(
+        one["--recipe"],
+        scheme=parse_scheme(one["--scheme"]),
+        settings=[v for k, v in given if k == "--set"],
+    )
     own = recipe.calibration
-    return recipe, (one.get("--calib", own.source), int(one.get("--samples", own.samples)), own.length)
+    return recipe, (
+        one.get("--calib", own.source),
+        int(one.get("--samples", own.samples)),
+        own.length,
+    )
 
 
 @pytest.mark.parametrize(("paper", "setting", "model"), published())
@@ -78,26 +104,61 @@ def test_every_published_row_loads_and_plans(paper, setting, model):
     hidden, inner, blocks, heads, shared, vocab = SHAPES[model]
     recipe, (_, samples, length) = parsed(published()[paper, setting, model])
     config = T.LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=shared,
-        vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=2048,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        vocab_size=vocab,
+        tie_word_embeddings=False,
+        max_position_embeddings=2048,
+    )
     plan = make_plan(config, recipe, samples, length)
-    assert abs(plan.bits_per_weight - float(re.search(r"[\d.]+", setting).group())) < 0.5  # what the setting calls itself, scales besides
+    # What the setting calls itself, scales besides.
+    assert abs(plan.bits_per_weight - float(re.search(r"[\d.]+", setting).group())) < 0.5
 
 
 SMALL, LARGE = ("Llama-2-7B", "Llama-2-13B"), ("Llama-2-70B",)
 TESSERAQ = [  # settings, models, scheme's weights, text, rows, batch, step size, phases, methods: the authors' configurations
     *itertools.product(("W2",), SMALL, [("wikitext2", 512, 4, 1e-3, 20, (OmniQuant, TesseraQ))]),
     *itertools.product(("W2",), LARGE, [("wikitext2", 256, 2, 5e-4, 20, (OmniQuant, TesseraQ))]),
-    *itertools.product(("W2g128", "W2g64", "W3", "W3g128", "W4"), SMALL, [("wikitext2", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]),
-    *itertools.product(("W2g128", "W2g64", "W3", "W3g128", "W4"), LARGE, [("wikitext2", 256, 2, 5e-4, 20, (AWQ, TesseraQ))]),
-    *itertools.product(("W2g128", "W3g128"), ("Llama-3.1-8B",), [("c4", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]),
-    *itertools.product(("W2g128", "W3g128"), ("Llama-3.1-70B",), [("c4", 256, 2, 5e-4, 20, (AWQ, TesseraQ))]),
-    *itertools.product(("W2g128", "W3g128"), ("Llama-3.2-1B", "Llama-3.2-3B"), [("wikitext2", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]),
-    *itertools.product(("W4g128",), ("Llama-3.2-1B", "Llama-3.2-3B"), [("wikitext2", 512, 4, 1e-3, 10, (AWQ, TesseraQ))]),
-    *itertools.product(("W4A4",), ("Llama-2-7B", "Llama-3.1-8B"), [("c4", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]),
-    *itertools.product(("W6A6", "W8A8"), ("Llama-2-7B",), [("c4", 512, 4, 1e-3, 10, (AWQ, TesseraQ))]),
-    *itertools.product(("W4A4, rotated", "W3A3, rotated"), ("Llama-3.1-8B",), [("c4", 512, 4, 1e-3, 20, (QuaRot, AWQ, TesseraQ))]),
+    *itertools.product(
+        ("W2g128", "W2g64", "W3", "W3g128", "W4"),
+        SMALL,
+        [("wikitext2", 512, 4, 1e-3, 20, (AWQ, TesseraQ))],
+    ),
+    *itertools.product(
+        ("W2g128", "W2g64", "W3", "W3g128", "W4"),
+        LARGE,
+        [("wikitext2", 256, 2, 5e-4, 20, (AWQ, TesseraQ))],
+    ),
+    *itertools.product(
+        ("W2g128", "W3g128"), ("Llama-3.1-8B",), [("c4", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]
+    ),
+    *itertools.product(
+        ("W2g128", "W3g128"), ("Llama-3.1-70B",), [("c4", 256, 2, 5e-4, 20, (AWQ, TesseraQ))]
+    ),
+    *itertools.product(
+        ("W2g128", "W3g128"),
+        ("Llama-3.2-1B", "Llama-3.2-3B"),
+        [("wikitext2", 512, 4, 1e-3, 20, (AWQ, TesseraQ))],
+    ),
+    *itertools.product(
+        ("W4g128",),
+        ("Llama-3.2-1B", "Llama-3.2-3B"),
+        [("wikitext2", 512, 4, 1e-3, 10, (AWQ, TesseraQ))],
+    ),
+    *itertools.product(
+        ("W4A4",), ("Llama-2-7B", "Llama-3.1-8B"), [("c4", 512, 4, 1e-3, 20, (AWQ, TesseraQ))]
+    ),
+    *itertools.product(
+        ("W6A6", "W8A8"), ("Llama-2-7B",), [("c4", 512, 4, 1e-3, 10, (AWQ, TesseraQ))]
+    ),
+    *itertools.product(
+        ("W4A4, rotated", "W3A3, rotated"),
+        ("Llama-3.1-8B",),
+        [("c4", 512, 4, 1e-3, 20, (QuaRot, AWQ, TesseraQ))],
+    ),
 ]
 
 
@@ -106,21 +167,49 @@ def test_every_row_of_tesseraq_has_the_authors_settings(setting, model, expected
     recipe, (source, samples, length) = parsed(published()["TesseraQ", setting, model])
     tuning = recipe.methods[-1]
     kinds = tuple(type(m) for m in recipe.methods)
-    assert (source, samples, tuning.batch, tuning.lr, len(soft_shares(tuning.schedule)), kinds) == expected
-    assert (length, tuning.iters, tuning.objective, tuning.precision) == (2048, 250, "block", "auto")
-    weights, bits, activations = re.fullmatch(r"(W(\d)(?:g\d+)?)(A\d)?", setting.split(",")[0]).groups()
+    assert (
+        source,
+        samples,
+        tuning.batch,
+        tuning.lr,
+        len(soft_shares(tuning.schedule)),
+        kinds,
+    ) == expected
+    assert (length, tuning.iters, tuning.objective, tuning.precision) == (
+        2048,
+        250,
+        "block",
+        "auto",
+    )
+    weights, bits, activations = re.fullmatch(
+        r"(W(\d)(?:g\d+)?)(A\d)?", setting.split(",")[0]
+    ).groups()
     grid = recipe.grid
-    assert f"W{grid.bits}" + (f"g{grid.group_size}" if grid.group_size else "") == weights and not grid.symmetric
-    assert recipe.activations == (PerToken(int(bits)) if activations else None) and recipe.kv is None
+    assert (
+        f"W{grid.bits}" + (f"g{grid.group_size}" if grid.group_size else "") == weights
+        and not grid.symmetric
+    )
+    assert (
+        recipe.activations == (PerToken(int(bits)) if activations else None) and recipe.kv is None
+    )
 
 
 def test_composed_recipes_are_what_their_names_say():
     for file, parts in (
-        ("tesseraq-paper-w2", "omniquant+tesseraq-paper"), ("crossquant-w4a8", "rtn+crossquant"), ("claq-official", "claq-fused"),
-    ):  # fmt: skip
+        ("tesseraq-paper-w2", "omniquant+tesseraq-paper"),
+        ("crossquant-w4a8", "rtn+crossquant"),
+        ("claq-official", "claq-fused"),
+    ):
         whole = load_recipe(file)
-        joined = load_recipe(parts, scheme=whole.scheme, settings=["claq.reserve=official"] if "claq" in file else [])
-        assert (whole.methods, whole.grid, whole.activations, whole.calibration) == (joined.methods, joined.grid, joined.activations, joined.calibration)
+        joined = load_recipe(
+            parts, scheme=whole.scheme, settings=["claq.reserve=official"] if "claq" in file else []
+        )
+        assert (whole.methods, whole.grid, whole.activations, whole.calibration) == (
+            joined.methods,
+            joined.grid,
+            joined.activations,
+            joined.calibration,
+        )
     assert [type(m) for m in load_recipe("awq+crossquant-w4a8").methods] == [AWQ]
     assert str(load_recipe("awq+crossquant-w4a8").scheme) == "W4A8g128sym"
 
@@ -143,11 +232,16 @@ def test_readme_names_every_recipe():
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("smoothquant+gptq", (SmoothQuant, GPTQ)), ("omniquant+tesseraq", (OmniQuant, TesseraQ)), ("awq+tesseraq", (AWQ, TesseraQ)),
-        ("gptq+tesseraq", (GPTQ, TesseraQ)), ("quarot+gptq", (QuaRot, GPTQ)), ("quarot+tesseraq", (QuaRot, AWQ, TesseraQ)),
-        ("quarot+omniquant+tesseraq-best", (QuaRot, OmniQuant, TesseraQ)), ("rtn+tesseraq", (RTN, TesseraQ)),
+        ("smoothquant+gptq", (SmoothQuant, GPTQ)),
+        ("omniquant+tesseraq", (OmniQuant, TesseraQ)),
+        ("awq+tesseraq", (AWQ, TesseraQ)),
+        ("gptq+tesseraq", (GPTQ, TesseraQ)),
+        ("quarot+gptq", (QuaRot, GPTQ)),
+        ("quarot+tesseraq", (QuaRot, AWQ, TesseraQ)),
+        ("quarot+omniquant+tesseraq-best", (QuaRot, OmniQuant, TesseraQ)),
+        ("rtn+tesseraq", (RTN, TesseraQ)),
     ],
-)  # fmt: skip
+)
 def test_joined_names(name, kinds):
     recipe = load_recipe(name, scheme=parse_scheme("W3A16g32"))
     assert tuple(type(m) for m in recipe.methods) == kinds
@@ -165,32 +259,49 @@ def test_short_names_are_one_scale_of_effort():
 
 
 def test_parts_keep_their_options():
-    recipe = load_recipe("quarot+gptq", scheme=parse_scheme("W4A4KV4"), settings=["gptq.damping=0.05"])
-    assert recipe.activations.symmetric and recipe.activations.clip == 0.9 and recipe.kv.clip == 0.95
+    recipe = load_recipe(
+        "quarot+gptq", scheme=parse_scheme("W4A4KV4"), settings=["gptq.damping=0.05"]
+    )
+    assert (
+        recipe.activations.symmetric and recipe.activations.clip == 0.9 and recipe.kv.clip == 0.95
+    )
     assert recipe.methods[1].damping == 0.05 and recipe.methods[1].clip == "mse"
     assert load_recipe("awq+tesseraq-best").calibration.samples == 512
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("awq+tesserak", "tesseraq"), ("gptq+awq", "'awq' after 'gptq'"), ("awq+quarot", "come first"), ("awq+awq", "twice")]
+    ("name", "words"),
+    [
+        ("awq+tesserak", "tesseraq"),
+        ("gptq+awq", "'awq' after 'gptq'"),
+        ("awq+quarot", "come first"),
+        ("awq+awq", "twice"),
+    ],
 )
 def test_bad_joins_are_explained(name, words):
     with pytest.raises(LowbitError, match=words):
         load_recipe(name)
 
 
-@pytest.mark.parametrize("base", ["rtn", "awq", "gptq", "omniquant", "quarot", "smoothquant", "awq+gptq", "quarot+gptq"])
+@pytest.mark.parametrize(
+    "base", ["rtn", "awq", "gptq", "omniquant", "quarot", "smoothquant", "awq+gptq", "quarot+gptq"]
+)
 @pytest.mark.parametrize("scheme", ["W2A16g16", "W3A8"])
 def test_tesseraq_improves_every_base(tmp_path, base, scheme):
     stream = ModelStream(save_tiny(tmp_path, "llama-mha", torch.float32))
     ids = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))
     losses = []
     for name in (base, f"{base}+tesseraq"):
-        settings = [*(QUICK if "tesseraq" in name else []), *(["omniquant.epochs=4"] if "omniquant" in name else [])]
+        settings = [
+            *(QUICK if "tesseraq" in name else []),
+            *(["omniquant.epochs=4"] if "omniquant" in name else []),
+        ]
         recipe = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
         seen = prepared(stream, recipe, 0)
         x = seen.embed(ids)
-        block = apply_methods(begin(seen, 0, recipe, Streams(x, x, 8), seen.block_kwargs(24)[0], 0), recipe)
+        block = apply_methods(
+            begin(seen, 0, recipe, Streams(x, x, 8), seen.block_kwargs(24)[0], 0), recipe
+        )
         losses.append(block.notes["loss_after"])
     assert losses[1] < 0.95 * losses[0]
 
@@ -198,10 +309,15 @@ def test_tesseraq_improves_every_base(tmp_path, base, scheme):
 def test_a_transform_after_a_clip_is_refused(tmp_path):
     stream = ModelStream(save_tiny(tmp_path, "llama-mha", torch.float32))
     x = stream.embed(torch.randint(3, 280, (4, 24), generator=torch.Generator().manual_seed(0)))
-    for name, words in (("awq+smoothquant", "on a fixed range"), ("awq+omniquant", "nothing to learn")):
+    for name, words in (
+        ("awq+smoothquant", "on a fixed range"),
+        ("awq+omniquant", "nothing to learn"),
+    ):
         recipe = load_recipe(name, scheme=parse_scheme("W4A16"))
         with pytest.raises(LowbitError, match=words):
-            apply_methods(begin(stream, 0, recipe, Streams(x, x, 4), stream.block_kwargs(24)[0], 0), recipe)
+            apply_methods(
+                begin(stream, 0, recipe, Streams(x, x, 4), stream.block_kwargs(24)[0], 0), recipe
+            )
 
 
 def test_a_joined_recipe_has_the_scheme_of_its_parts():
@@ -213,10 +329,20 @@ def test_a_joined_recipe_has_the_scheme_of_its_parts():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: load_recipe("awq", scheme=parse_scheme("W4A16"), settings=["activations.clip=0.5"]), "has no effect"),
+        (
+            lambda: load_recipe(
+                "awq", scheme=parse_scheme("W4A16"), settings=["activations.clip=0.5"]
+            ),
+            "has no effect",
+        ),
         (lambda: load_recipe("rtn+gptq"), "would do nothing"),
         (lambda: load_recipe("x.toml+gptq"), "cannot be joined"),
-        (lambda: prepared(None, load_recipe("omniquant", settings=["omniquant.clips=/nowhere.safetensors"]), 0), "no such file"),
+        (
+            lambda: prepared(
+                None, load_recipe("omniquant", settings=["omniquant.clips=/nowhere.safetensors"]), 0
+            ),
+            "no such file",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(make, words):
@@ -233,7 +359,9 @@ def test_after_a_solver_tuning_starts_from_its_codes_and_moves_by_one(tmp_path):
     start = SoftBlock(solved).codes()
     assert all(start[n].same_as(q) is None for n, q in solved.coded.items())
     tuned = TesseraQ(schedule="exponential-4-12", iters=12, lr=5e-2)(solved)
-    moved = torch.cat([(tuned.coded[n].codes.int() - q.codes.int()).flatten() for n, q in solved.coded.items()])
+    moved = torch.cat(
+        [(tuned.coded[n].codes.int() - q.codes.int()).flatten() for n, q in solved.coded.items()]
+    )
     assert int(moved.abs().max()) == 1
     assert 0.02 < float((moved != 0).float().mean()) < 0.9
 
@@ -241,5 +369,8 @@ def test_after_a_solver_tuning_starts_from_its_codes_and_moves_by_one(tmp_path):
 @pytest.mark.parametrize("name", ["crossquant", "llm-int8", "awq+crossquant"])
 def test_recipes_about_activations_want_them_quantized(name):
     assert load_recipe(name, scheme=parse_scheme("W8A8")).activations is not None
-    with pytest.raises(LowbitError, match="is about quantized activations, and scheme W4A16 leaves them in floating point"):
+    with pytest.raises(
+        LowbitError,
+        match="is about quantized activations, and scheme W4A16 leaves them in floating point",
+    ):
         load_recipe(name, scheme=parse_scheme("W4A16"))

@@ -1,4 +1,6 @@
-"""Several processes share a run: they end where one does, and the user hears what happens to any of them."""
+"""Several processes share a run: they end where one does, and the user hears what happens to any of
+them.
+"""
 
 import json
 import os
@@ -35,8 +37,22 @@ def torchrun(*command, count=2):
     """The finished process, its output in ``said``, all whitespace single."""
     source = str(Path(lowbit.__file__).parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "COLUMNS": "200"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+    ]
+    done = subprocess.run(
+        [*launcher, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
     done.said = " ".join((done.stdout + done.stderr).split())
     return done
 
@@ -48,11 +64,20 @@ def job(folder, **what):
 
 
 def arguments(model, out, **changes):
-    given = dict(model=model, scheme="W2A16g16", recipe="tesseraq", out=str(out), calib=f"{model}/text.txt", samples=9, length=32, settings=TESSERAQ)
+    given = dict(
+        model=model,
+        scheme="W2A16g16",
+        recipe="tesseraq",
+        out=str(out),
+        calib=f"{model}/text.txt",
+        samples=9,
+        length=32,
+        settings=TESSERAQ,
+    )
     return {**given, **changes}
 
 
-# --- one process of several -------------------------------------------------------------------------------------------------
+# --- one process of several -----------------------------------------------------------------------
 
 
 def test_rows_are_dealt_in_turn():
@@ -62,7 +87,8 @@ def test_rows_are_dealt_in_turn():
         assert [r.count(rows) for r in ranks] == [len(r.mine(rows)) for r in ranks]
         assert max(r.count(rows) for r in ranks) - min(r.count(rows) for r in ranks) <= 1
         assert [i for r in ranks for i in range(rows)[r.share(rows)]] == list(range(rows))
-    assert all(r.mine(10)[: r.count(4)] == r.mine(4) for r in ranks)  # the first rows of all are the first of each
+    # The first rows of all are the first of each.
+    assert all(r.mine(10)[: r.count(4)] == r.mine(4) for r in ranks)
 
 
 def test_tokens_are_found_where_their_rows_are():
@@ -83,8 +109,16 @@ def test_alone_nothing_is_exchanged():
     ALONE.sum_(t)
     ALONE.max_(t)
     ALONE.agree("nothing", {"a": 1}, "")
-    assert t.tolist() == [1, 1] and ALONE.told(5) == 5 and ALONE.total(2, 3.5) == [2, 3.5] and ALONE.first
-    assert [s.tolist() for s in gathered(ALONE, torch.tensor([2, 0]), [torch.arange(3)], torch.device("cpu"))] == [[2, 0]]
+    assert (
+        t.tolist() == [1, 1]
+        and ALONE.told(5) == 5
+        and ALONE.total(2, 3.5) == [2, 3.5]
+        and ALONE.first
+    )
+    assert [
+        s.tolist()
+        for s in gathered(ALONE, torch.tensor([2, 0]), [torch.arange(3)], torch.device("cpu"))
+    ] == [[2, 0]]
     with joined("cpu", print) as ranks:
         assert ranks is ALONE
 
@@ -125,13 +159,17 @@ def test_one_rank_tells_the_user(monkeypatch):
     assert str(raised(voices[2], LowbitError("bad disk."))) == "rank 2 of 3: bad disk."
     assert isinstance(raised(voices[0], RankGone("closed")), ToldElsewhere)
     voices = [_Voices(store, r, 3, print) for store in [Store({"alive/2": ""})] for r in range(3)]
-    assert "rank 1 of 3 is gone (closed)" in str(raised(voices[0], RankGone("[a/b.cc:5] closed. GLHF")))
+    assert "rank 1 of 3 is gone (closed)" in str(
+        raised(voices[0], RankGone("[a/b.cc:5] closed. GLHF"))
+    )
     memory = raised(_Voices(Store(), 1, 2, print), torch.OutOfMemoryError("no"))
     assert "rank 1 of 2 is out of memory" in str(memory)
 
 
 def test_one_thread_of_a_rank_speaks_at_a_time(monkeypatch):
-    """The end of another rank arrives twice, as a closed connection and as torchrun's signal: whoever is second waits for the first."""
+    """The end of another rank arrives twice, as a closed connection and as torchrun's signal:
+    whoever is second waits for the first.
+    """
     monkeypatch.setattr("lowbit.launch._GRACE", 0.1)
     said, ended, voices = [], threading.Event(), None
     monkeypatch.setattr("lowbit.launch.os._exit", lambda code: ended.set())
@@ -149,18 +187,25 @@ def test_what_cannot_be_shared_is_refused(model, tmp_path, monkeypatch):
     two = Ranks(0, 2)
     for changes, said in (
         (dict(samples=1, recipe="rtn", settings=[]), "2 processes cannot share 1 calibration rows"),
-        (dict(scheme="W8A8g16", recipe="crossquant", settings=[]), "use one process. --set activations.columns=sequence keeps rows apart"),
+        (
+            dict(scheme="W8A8g16", recipe="crossquant", settings=[]),
+            "use one process. --set activations.columns=sequence keeps rows apart",
+        ),
         (dict(scheme="W8A8g16", recipe="llm-int8", settings=[]), "use one process"),
     ):
         with pytest.raises(LowbitError, match=said):
             lowbit.quantize(**arguments(model, tmp_path / "out", **changes), ranks=two)
     monkeypatch.setattr("lowbit.machine.pick_device", torch.device)
-    for name, said in (("cuda:0", "one GPU for all"), ("xpu", "not on 'xpu'"), ("cuda", "has no GPU, there are 0")):
+    for name, said in (
+        ("cuda:0", "one GPU for all"),
+        ("xpu", "not on 'xpu'"),
+        ("cuda", "has no GPU, there are 0"),
+    ):
         with pytest.raises(LowbitError, match=said):
             device_of_rank(name, 0)
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------------
+# --- two processes --------------------------------------------------------------------------------
 
 # (scheme, recipe, settings, computed in float64)
 CELLS = [
@@ -168,10 +213,27 @@ CELLS = [
     ("W2A16g16", "gptq", [], False),
     ("W2A16g16", "awq", ["awq.clip_tokens=100"], False),
     ("W2A16g16", "tesseraq", TESSERAQ, False),
-    ("W2A16g16", "omniquant", ["omniquant.epochs=1"], False),  # a row a step: the second rank's part is empty
+    # A row a step: the second rank's part is empty.
+    (
+        "W2A16g16",
+        "omniquant",
+        ["omniquant.epochs=1"],
+        False,
+    ),
     ("W4A4g16", "omniquant", ["omniquant.epochs=1", "omniquant.batch=3"], False),
-    ("W4A8g16", "crossquant-deploy", ["crossquant.rows=1", "crossquant.search=true", "crossquant.search_rows=1"], False),
-    ("W4A8g16", "crossquant-deploy", ["crossquant.fold=group"], True),  # a pass over the model before the first block, as below
+    (
+        "W4A8g16",
+        "crossquant-deploy",
+        ["crossquant.rows=1", "crossquant.search=true", "crossquant.search_rows=1"],
+        False,
+    ),
+    # A pass over the model before the first block, as below.
+    (
+        "W4A8g16",
+        "crossquant-deploy",
+        ["crossquant.fold=group"],
+        True,
+    ),
     ("W2A16", "claq-ap", ["claq.allocation=greedy", "claq.scope=model"], True),
     ("W4A8g16", "smoothquant+gptq", ["smoothquant.rows=1", "gptq.rows=1"], True),
     ("W2A16g16", "gptq+tesseraq", [*TESSERAQ, "tesseraq.rounds=2", "tesseraq.batch=3"], True),
@@ -183,38 +245,66 @@ CELLS = [
 def twice(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     cells = [(model, *cell) for cell in CELLS]
-    differ = [arguments(model, folder / "out"), arguments(model, folder / "out", settings=[*TESSERAQ[:-1], "tesseraq.iters=3"])]
-    done = torchrun(WORKER, job(folder, do="tune", cells=cells, differ=differ, out=str(folder / "out.pt")))
+    differ = [
+        arguments(model, folder / "out"),
+        arguments(model, folder / "out", settings=[*TESSERAQ[:-1], "tesseraq.iters=3"]),
+    ]
+    done = torchrun(
+        WORKER, job(folder, do="tune", cells=cells, differ=differ, out=str(folder / "out.pt"))
+    )
     assert done.returncode == 0, done.said
     assert not list(folder.glob("out*.partial"))
-    return torch.load(folder / "out.pt", weights_only=False), [(folder / f"out.pt.{r}").read_text() for r in range(2)]
+    return torch.load(folder / "out.pt", weights_only=False), [
+        (folder / f"out.pt.{r}").read_text() for r in range(2)
+    ]
 
 
-@pytest.mark.parametrize("number", range(len(CELLS)), ids=lambda i: f"{CELLS[i][1]}-{CELLS[i][0]}{'-wide' * CELLS[i][3]}")
+@pytest.mark.parametrize(
+    "number", range(len(CELLS)), ids=lambda i: f"{CELLS[i][1]}-{CELLS[i][0]}{'-wide' * CELLS[i][3]}"
+)
 def test_two_ranks_end_where_one_does(model, twice, number):
-    # Sums of other parts round otherwise: in float32 a code near a tie may flip, and GPTQ carries it along its row. One rank that takes
-    # its rows in other batches differs as much. In float64 there is no tie so near among so few weights.
+    # Sums of other parts round otherwise: in float32 a code near a tie may flip, and GPTQ carries
+    # it along its row. One rank that takes its rows in other batches differs as much. In float64
+    # there is no tie so near among so few weights.
     one, two = tuned(model, *CELLS[number]), twice[0][number]
     assert one["codes"].keys() == two["codes"].keys()
     differing = sum(int((q != two["codes"][n]).sum()) for n, q in one["codes"].items())
-    assert differing <= (0 if CELLS[number][3] else 5e-3 * sum(q.numel() for q in one["codes"].values()))
+    assert differing <= (
+        0 if CELLS[number][3] else 5e-3 * sum(q.numel() for q in one["codes"].values())
+    )
     assert two["float"].perplexity == pytest.approx(one["float"].perplexity, rel=1e-6)
     assert two["quantized"].perplexity == pytest.approx(one["quantized"].perplexity, rel=1e-3)
-    assert two["quantized"].tokens == one["quantized"].tokens and two["quantized"].windows == one["quantized"].windows
+    assert (
+        two["quantized"].tokens == one["quantized"].tokens
+        and two["quantized"].windows == one["quantized"].windows
+    )
     for a, b in zip(one["notes"], two["notes"], strict=True):
-        assert b["loss_before"] == pytest.approx(a["loss_before"], rel=1e-3) and b["loss_after"] == pytest.approx(a["loss_after"], rel=1e-2)
+        assert b["loss_before"] == pytest.approx(a["loss_before"], rel=1e-3) and b[
+            "loss_after"
+        ] == pytest.approx(a["loss_after"], rel=1e-2)
 
 
 def test_a_dead_rank_is_named_and_another_number_of_ranks_goes_on(model, tmp_path):
     out = tmp_path / "out"
     done = torchrun(WORKER, job(tmp_path, do="quantize", dies=1, arguments=arguments(model, out)))
-    assert done.returncode != 0 and "rank 1 of 2 is gone" in done.said and "with any number of ranks" in done.said
+    assert (
+        done.returncode != 0
+        and "rank 1 of 2 is gone" in done.said
+        and "with any number of ranks" in done.said
+    )
     assert "lowbit/" not in done.said.split("Traceback", 1)[-1]  # torchrun prints one of its own
     assert done.said.count("LowbitError") == 1
-    assert {p.name for p in out.with_name("out.partial").glob("shard-*.json")} >= {"shard-00000.json", "shard-00001.json"}
+    assert {p.name for p in out.with_name("out.partial").glob("shard-*.json")} >= {
+        "shard-00000.json",
+        "shard-00001.json",
+    }
     resumed = []
     made = lowbit.quantize(**arguments(model, out), progress=lambda d: resumed.append(d.resumed))
-    assert resumed == [True, False] and made.verification.loader == "passed" and made.report["ranks"] == 1
+    assert (
+        resumed == [True, False]
+        and made.verification.loader == "passed"
+        and made.report["ranks"] == 1
+    )
 
 
 class Stop(Exception):
@@ -229,29 +319,64 @@ def test_a_run_of_one_goes_on_with_two_by_the_command(model, tmp_path):
 
     with pytest.raises(Stop):
         lowbit.quantize(**arguments(model, out), progress=stop)
-    options = ["--scheme", "W2A16g16", "--calib", f"{model}/text.txt", "--samples", "9", "--length", "32", *(x for s in TESSERAQ for x in ("--set", s))]
+    options = [
+        "--scheme",
+        "W2A16g16",
+        "--calib",
+        f"{model}/text.txt",
+        "--samples",
+        "9",
+        "--length",
+        "32",
+        *(x for s in TESSERAQ for x in ("--set", s)),
+    ]
     done = torchrun("-m", "lowbit", "quantize", model, "-o", out, *options)
     assert done.returncode == 0, done.said
-    assert done.said.count("1/2 (resumed)") == 1 and done.said.count("verified:") == 1  # rank 0 alone speaks
+    # Rank 0 alone speaks.
+    assert done.said.count("1/2 (resumed)") == 1 and done.said.count("verified:") == 1
     report = json.loads((out / "report.json").read_text())
-    assert report["ranks"] == 2 and len(report["blocks"]) == 2 and not list(tmp_path.glob("*.partial"))
+    assert (
+        report["ranks"] == 2 and len(report["blocks"]) == 2 and not list(tmp_path.glob("*.partial"))
+    )
     again = lowbit.quantize(**arguments(model, out))  # the same run, whatever the number of ranks
     assert again.repeated and again.verification.loader == "passed"
 
 
 def test_ranks_that_differ_say_in_what(twice):
-    said = "the run differs between ranks: recipe.tesseraq.iters is 4 on rank 0, 3 on rank 1. Start all of them with the same command, files and versions."
+    said = (
+        "the run differs between ranks: recipe.tesseraq.iters is 4 on rank 0, 3 on rank 1. Start "
+        "all of them with the same command, files and versions."
+    )
     assert twice[1] == [said, said]
 
 
 def test_an_error_of_one_rank_ends_all_and_is_told_once(model, tmp_path):
-    done = torchrun(WORKER, job(tmp_path, do="quantize", raises=1, arguments=arguments(model, tmp_path / "out", recipe="rtn", settings=[])))
+    done = torchrun(
+        WORKER,
+        job(
+            tmp_path,
+            do="quantize",
+            raises=1,
+            arguments=arguments(model, tmp_path / "out", recipe="rtn", settings=[]),
+        ),
+    )
     assert done.returncode != 0
-    assert done.said.count("LowbitError: ") == 1 and "LowbitError: rank 1 of 2: there is something wrong here." in done.said
+    assert (
+        done.said.count("LowbitError: ") == 1
+        and "LowbitError: rank 1 of 2: there is something wrong here." in done.said
+    )
 
 
 def test_a_block_that_differs_is_named():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.distributed.all_gather_object", lambda out, value, group: out.__setitem__(slice(None), [value, {**value, "b.weight": "f" * 32}]))
-        with pytest.raises(LowbitError, match=r"the tuned 'layers.3' differs between ranks: b.weight is 000000000000... on rank 0, ffffffffffff... on rank 1. Same\?"):
+        patch.setattr(
+            "torch.distributed.all_gather_object",
+            lambda out, value, group: out.__setitem__(
+                slice(None), [value, {**value, "b.weight": "f" * 32}]
+            ),
+        )
+        with pytest.raises(
+            LowbitError,
+            match=r"the tuned 'layers.3' differs between ranks: b.weight is 000000000000... on rank 0, ffffffffffff... on rank 1. Same\?",
+        ):
             Ranks(0, 2).agree("the tuned 'layers.3'", {"a": "1", "b.weight": "0" * 32}, "Same?")

@@ -1,4 +1,6 @@
-"""The fused soft rounding: gradients against autograd and finite differences in float64, Adam against torch's, every version against the plain one."""
+"""The fused soft rounding: gradients against autograd and finite differences in float64, Adam
+against torch's, every version against the plain one.
+"""
 
 import importlib.util
 import os
@@ -20,7 +22,9 @@ needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler
 
 
 def sample(rows, length, seed=0, dtype=torch.float32, device="cpu"):
-    """Variables, codes and what rows have; a fifth of the weights frozen each way, none close to where h is clamped."""
+    """Variables, codes and what rows have; a fifth of the weights frozen each way, none close to
+    where h is clamped.
+    """
     g = torch.Generator().manual_seed(seed)
     nu = torch.randn(rows, length, generator=g, dtype=dtype) * 2
     h = 1.2 * torch.sigmoid(nu) - 0.1
@@ -30,7 +34,10 @@ def sample(rows, length, seed=0, dtype=torch.float32, device="cpu"):
     code = torch.randint(0, 255, (rows, length), generator=g, dtype=torch.uint8)
     way = torch.randint(-1, 2, (rows, length), generator=g, dtype=torch.int8)
     zero = torch.randint(0, 255, (rows, 1), generator=g).to(dtype)
-    scale, offset = torch.rand(rows, 1, generator=g, dtype=dtype) + 0.1, torch.randn(rows, 1, generator=g, dtype=dtype)
+    scale, offset = (
+        torch.rand(rows, 1, generator=g, dtype=dtype) + 0.1,
+        torch.randn(rows, 1, generator=g, dtype=dtype),
+    )
     gradient = torch.randn(rows, length, generator=g, dtype=dtype)
     return [t.to(device) for t in (nu, code, way, zero, scale, offset, gradient)]
 
@@ -52,7 +59,9 @@ def test_gradients_match_autograd_and_finite_differences_in_float64():
 
     def loss(nu, scale, offset):
         out = torch.empty_like(nu)
-        return (rounding.weights(nu, code, way, zero, scale, offset, out, "reference") * gradient).sum()
+        return (
+            rounding.weights(nu, code, way, zero, scale, offset, out, "reference") * gradient
+        ).sum()
 
     eps = 1e-6
     for variable, found in ((0, by_nu), (1, sums[:, :1]), (2, -sums[:, 1:])):
@@ -62,7 +71,9 @@ def test_gradients_match_autograd_and_finite_differences_in_float64():
                 moved = [nu.clone(), scale.clone(), offset.clone()]
                 moved[variable][at] += sign * eps
                 ends.append(loss(*moved))
-            assert abs(float(ends[0] - ends[1]) / (2 * eps) - float(found[at])) < 1e-6 * (1 + abs(float(found[at])))
+            assert abs(float(ends[0] - ends[1]) / (2 * eps) - float(found[at])) < 1e-6 * (
+                1 + abs(float(found[at]))
+            )
 
 
 def test_frozen_weights_are_exact_and_stay():
@@ -99,13 +110,17 @@ def assert_like_the_plain_one(backend, rows, length, dtype, seed=0, device="cpu"
     for shift in (None, offset):
         for to, b in zip(out, ("reference", backend), strict=True):
             rounding.weights(nu, code, way, zero, scale, shift, to, b)
-        torch.testing.assert_close(out[1], out[0], rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
+        torch.testing.assert_close(
+            out[1], out[0], rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6
+        )
     gradient = gradient.to(dtype)
     found = []
     for b in ("reference", backend):
         own, first, second = nu.clone(), torch.zeros_like(nu), torch.zeros_like(nu)
         for step in range(1, 4):
-            sums = rounding.descend(gradient, own, code, way, zero, scale, first, second, Adam(1e-3, step), b)
+            sums = rounding.descend(
+                gradient, own, code, way, zero, scale, first, second, Adam(1e-3, step), b
+            )
         found.append((own, first, second, sums))
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
@@ -113,7 +128,12 @@ def assert_like_the_plain_one(backend, rows, length, dtype, seed=0, device="cpu"
 
 @needs_compiler
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 2100), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 2100),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 99),
+)
 def test_compiled_c(rows, length, dtype, seed):
     assert_like_the_plain_one("c", rows, length, dtype, seed)
 
@@ -132,7 +152,9 @@ def test_compiled_c_does_not_depend_on_threads(shared, monkeypatch):
             nu, code, way, zero, scale, _, gradient = sample(701, 128)
             first, second = torch.zeros_like(nu), torch.zeros_like(nu)
             out = rounding.weights(nu, code, way, zero, scale, None, torch.empty_like(nu), "c")
-            sums = rounding.descend(gradient, nu, code, way, zero, scale, first, second, Adam(0.1, 1), "c")
+            sums = rounding.descend(
+                gradient, nu, code, way, zero, scale, first, second, Adam(0.1, 1), "c"
+            )
             found.append((out, sums, nu, first, second))
     finally:
         torch.set_num_threads(threads)
@@ -143,10 +165,15 @@ def test_compiled_c_does_not_depend_on_threads(shared, monkeypatch):
 def test_compiled_c_rounds_to_bfloat16_as_torch_does():
     nu, code, way, zero, scale, _, _ = sample(64, 128)
     wide = rounding.weights(nu, code, way, zero, scale, None, torch.empty_like(nu), "c")
-    half = rounding.weights(nu, code, way, zero, scale, None, torch.empty_like(nu, dtype=torch.bfloat16), "c")
+    half = rounding.weights(
+        nu, code, way, zero, scale, None, torch.empty_like(nu, dtype=torch.bfloat16), "c"
+    )
     assert torch.equal(half, wide.bfloat16())
     nu[0, 0] = float("nan")
-    assert rounding.weights(nu, code, way, zero, scale, None, half, "c")[0, 0].isnan() or way[0, 0] == 0
+    assert (
+        rounding.weights(nu, code, way, zero, scale, None, half, "c")[0, 0].isnan()
+        or way[0, 0] == 0
+    )
 
 
 def test_the_version_can_be_named(monkeypatch):
@@ -154,7 +181,10 @@ def test_the_version_can_be_named(monkeypatch):
     monkeypatch.setenv("LOWBIT_ROUNDING", "inductor")
     assert rounding._fastest(nu, nu) == "inductor"
     monkeypatch.setenv("LOWBIT_ROUNDING", "tritn")
-    with pytest.raises(LowbitError, match="unknown version of soft rounding in LOWBIT_ROUNDING 'tritn': did you mean 'triton'"):
+    with pytest.raises(
+        LowbitError,
+        match="unknown version of soft rounding in LOWBIT_ROUNDING 'tritn': did you mean 'triton'",
+    ):
         rounding._fastest(nu, nu)
     monkeypatch.setenv("LOWBIT_ROUNDING", "triton")
     with pytest.raises(LowbitError, match="LOWBIT_ROUNDING=triton does not work here, on cpu"):
@@ -163,7 +193,10 @@ def test_the_version_can_be_named(monkeypatch):
 
 @pytest.mark.parametrize("rows, length, count", [(1, 1, 1), (7, 300, 4), (3, 1000, 16)])
 def test_sums_by_index_in_either_way(rows, length, count):
-    index, values = torch.randint(0, count, (rows, length)), torch.randn(rows, length, dtype=torch.float64)
+    index, values = (
+        torch.randint(0, count, (rows, length)),
+        torch.randn(rows, length, dtype=torch.float64),
+    )
     scattered = sums_by(index, values, count)
     torch.testing.assert_close(_masked(index, values, count), scattered)
     assert scattered.shape == (rows, count)
@@ -172,17 +205,26 @@ def test_sums_by_index_in_either_way(rows, length, count):
 @needs_compiler
 def test_torch_compile():
     assert_like_the_plain_one("inductor", 24, 64, torch.float32)
-    assert_like_the_plain_one("inductor", 9, 32, torch.float32, 1)  # another shape, not compiled again
+    # Another shape, not compiled again.
+    assert_like_the_plain_one("inductor", 9, 32, torch.float32, 1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_in_its_interpreter():
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))  # read when triton is imported
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    # Read when triton is imported.
+    env = dict(
+        os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p)
+    )
+    done = subprocess.run(
+        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or importlib.util.find_spec("triton") is None, reason="no CUDA with triton")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="no CUDA with triton",
+)
 def test_triton_on_the_gpu():
     for dtype in (torch.float32, torch.bfloat16):
         for rows, length in ((1, 1), (37, 64), (1000, 128), (5, 4100)):

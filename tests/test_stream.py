@@ -1,4 +1,6 @@
-"""The block stream computes what transformers computes, and rewrites keep the function, for every family."""
+"""The block stream computes what transformers computes, and rewrites keep the function, for every
+family.
+"""
 
 import pytest
 import torch
@@ -41,7 +43,9 @@ def test_folding_a_factor_keeps_the_function(tmp_path, family):
             block = fold(block, site, factor * torch.linspace(0.5, 2, len(factor)).double())
             folded += 1
     if folded:
-        changed = sum(not torch.equal(block.weights[k], v) for k, v in stream.block_weights(0).items())
+        changed = sum(
+            not torch.equal(block.weights[k], v) for k, v in stream.block_weights(0).items()
+        )
         assert changed > folded
     torch.testing.assert_close(block.forward(x.double()), before, rtol=1e-6, atol=1e-6)
 
@@ -51,7 +55,9 @@ def test_unknown_family_and_experts_are_refused_by_name(tmp_path):
     T.MixtralConfig(num_hidden_layers=1).save_pretrained(tmp_path / "moe")
     for folder, word in (("gpt2", "gpt2"), ("moe", "mixture of experts")):
         save_tiny(tmp_path / "ok")
-        (tmp_path / folder / "model.safetensors").write_bytes((tmp_path / "ok" / "model.safetensors").read_bytes())
+        (tmp_path / folder / "model.safetensors").write_bytes(
+            (tmp_path / "ok" / "model.safetensors").read_bytes()
+        )
         with pytest.raises(LowbitError, match=word):
             ModelStream(tmp_path / folder)
 
@@ -63,6 +69,9 @@ def test_a_float_model_that_overflows_is_named(tmp_path):
     model.save_pretrained(tmp_path)
     stream = ModelStream(tmp_path)
     x = stream.embed(torch.randint(3, 280, (3, 16)))
-    with pytest.raises(LowbitError, match="'model.layers.0' of the float model gives activations whose squares are not finite"):
+    with pytest.raises(
+        LowbitError,
+        match="'model.layers.0' of the float model gives activations whose squares are not finite",
+    ):
         for i, kwargs in enumerate(stream.block_kwargs(16)):
             x = begin(stream, i, Recipe(Affine(4)), Streams(x, x, 3), kwargs, 0).target

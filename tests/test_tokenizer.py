@@ -1,4 +1,6 @@
-"""Loading the tokenizer beside the weights: whatever is wrong with it, one sentence names the file that is to blame."""
+"""Loading the tokenizer beside the weights: whatever is wrong with it, one sentence names the file
+that is to blame.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def put(name: str, text: str | bytes) -> Change:
-    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode()) and None
+    return lambda folder: (
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode()) and None
+    )
 
 
 def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Change:
@@ -54,14 +58,32 @@ def only(name: str, text: str, config: dict[str, Any]) -> Change:
 
 
 PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-UNKNOWN = [{"SpecialToken": {"id": "<nope>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+UNKNOWN = [
+    {"SpecialToken": {"id": "<nope>", "type_id": 0}},
+    {"Sequence": {"id": "A", "type_id": 0}},
+]
 BROKEN = {
-    "newer kind": (edit("tokenizer.json", lambda j: j["model"].update(type="BPE2")), "tokenizer.json' is no tokenizer that the installed"),
-    "no merges": (edit("tokenizer.json", lambda j: j["model"].pop("merges")), "tokenizer.json' is no tokenizer that the installed"),
-    "foreign merge": (edit("tokenizer.json", lambda j: j["model"].update(merges=[["zz", "qq"]])), "(Token `zz` out of vocabulary"),
-    "panic at load": (edit("tokenizer.json", lambda j: j.update(normalizer=PANICS)), "tokenizer.json' is no tokenizer that the installed"),
+    "newer kind": (
+        edit("tokenizer.json", lambda j: j["model"].update(type="BPE2")),
+        "tokenizer.json' is no tokenizer that the installed",
+    ),
+    "no merges": (
+        edit("tokenizer.json", lambda j: j["model"].pop("merges")),
+        "tokenizer.json' is no tokenizer that the installed",
+    ),
+    "foreign merge": (
+        edit("tokenizer.json", lambda j: j["model"].update(merges=[["zz", "qq"]])),
+        "(Token `zz` out of vocabulary",
+    ),
+    "panic at load": (
+        edit("tokenizer.json", lambda j: j.update(normalizer=PANICS)),
+        "tokenizer.json' is no tokenizer that the installed",
+    ),
     "panic at use": (
-        edit("tokenizer.json", lambda j: j["post_processor"].update(single=UNKNOWN, special_tokens={})),
+        edit(
+            "tokenizer.json",
+            lambda j: j["post_processor"].update(single=UNKNOWN, special_tokens={}),
+        ),
         "tokenizer.json' is no tokenizer that the installed",
     ),
     "cut": (cut, "tokenizer.json' is not valid JSON"),
@@ -69,24 +91,55 @@ BROKEN = {
     "a list": (put("tokenizer.json", "[]"), "tokenizer.json' does not hold a JSON object"),
     "pointer": (put("tokenizer.json", POINTER), "tokenizer.json' is a git-lfs pointer"),
     "merges pointer": (put("merges.txt", POINTER), "merges.txt' is a git-lfs pointer"),
-    "config cut": (put("tokenizer_config.json", '{"bos_token": '), "tokenizer_config.json' is not valid JSON"),
-    "config a list": (put("tokenizer_config.json", "[]"), "tokenizer_config.json' does not hold a JSON object"),
-    "config of a wrong type": (edit("tokenizer_config.json", lambda j: j.update(bos_token=3)), "tokenizer_config.json' describes"),
+    "config cut": (
+        put("tokenizer_config.json", '{"bos_token": '),
+        "tokenizer_config.json' is not valid JSON",
+    ),
+    "config a list": (
+        put("tokenizer_config.json", "[]"),
+        "tokenizer_config.json' does not hold a JSON object",
+    ),
+    "config of a wrong type": (
+        edit("tokenizer_config.json", lambda j: j.update(bos_token=3)),
+        "tokenizer_config.json' describes",
+    ),
     "config wants code": (
-        edit("tokenizer_config.json", lambda j: j.update(tokenizer_class="Foo", auto_map={"AutoTokenizer": ["tok.Foo", None]})),
+        edit(
+            "tokenizer_config.json",
+            lambda j: j.update(
+                tokenizer_class="Foo", auto_map={"AutoTokenizer": ["tok.Foo", None]}
+            ),
+        ),
         "tokenizer_config.json' describes",
     ),
     "map cut": (put("special_tokens_map.json", "{"), "special_tokens_map.json' is not valid JSON"),
-    "map latin-1": (put("special_tokens_map.json", b'{"a": "\xff"}'), "special_tokens_map.json' is not UTF-8 text (byte 7)"),
-    "template": (put("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja' is not UTF-8 text (byte 0)"),
-    "unknown class alone": (only("vocab.json", '{"a": 0}', {"tokenizer_class": "FooTokenizer"}), "has no tokenizer.json, and transformers cannot"),
-    "sentencepiece": (only("tokenizer.model", "x", {"tokenizer_class": "LlamaTokenizer"}), "has no tokenizer.json, and transformers cannot"),
-    "pointer of sentencepiece": (only("tokenizer.model", POINTER, {}), "tokenizer.model' is a git-lfs pointer"),
-}  # fmt: skip
+    "map latin-1": (
+        put("special_tokens_map.json", b'{"a": "\xff"}'),
+        "special_tokens_map.json' is not UTF-8 text (byte 7)",
+    ),
+    "template": (
+        put("chat_template.jinja", b"\xff\xfe"),
+        "chat_template.jinja' is not UTF-8 text (byte 0)",
+    ),
+    "unknown class alone": (
+        only("vocab.json", '{"a": 0}', {"tokenizer_class": "FooTokenizer"}),
+        "has no tokenizer.json, and transformers cannot",
+    ),
+    "sentencepiece": (
+        only("tokenizer.model", "x", {"tokenizer_class": "LlamaTokenizer"}),
+        "has no tokenizer.json, and transformers cannot",
+    ),
+    "pointer of sentencepiece": (
+        only("tokenizer.model", POINTER, {}),
+        "tokenizer.model' is a git-lfs pointer",
+    ),
+}
 
 
 @pytest.mark.parametrize(("change", "says"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_tokenizer_is_refused_by_the_name_of_its_file(folder: Path, change: Change, says: str) -> None:
+def test_a_broken_tokenizer_is_refused_by_the_name_of_its_file(
+    folder: Path, change: Change, says: str
+) -> None:
     change(folder)
     with pytest.raises(LowbitError) as e:
         tokenizer_at(folder)
@@ -103,7 +156,9 @@ def test_the_export_says_the_same(folder: Path, case: str) -> None:
     assert says in str(e.value)
 
 
-def test_what_is_no_failure_of_the_tokenizer_goes_through(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_failure_of_the_tokenizer_goes_through(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stopped(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
@@ -112,7 +167,13 @@ def test_what_is_no_failure_of_the_tokenizer_goes_through(folder: Path, monkeypa
         tokenizer_at(folder)
 
 
-@pytest.mark.parametrize("change", [lambda f: None, edit("tokenizer_config.json", lambda j: j.update(tokenizer_class="FooTokenizer"))])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: None,
+        edit("tokenizer_config.json", lambda j: j.update(tokenizer_class="FooTokenizer")),
+    ],
+)
 def test_a_whole_tokenizer_json_needs_no_class(folder: Path, change: Change) -> None:
     change(folder)
     assert tokenizer_at(folder)("a")["input_ids"][0] == 1

@@ -1,4 +1,6 @@
-"""Artifacts in the library's own format through what transformers does with a model: dtypes, devices, saving, pushing, generating."""
+"""Artifacts in the library's own format through what transformers does with a model: dtypes,
+devices, saving, pushing, generating.
+"""
 
 import copy
 import io
@@ -29,8 +31,13 @@ from lowbit.linears import CodebookLinear, DecodedLinear, PackedLinear
 from lowbit.proof import verify
 
 IDS = torch.randint(3, 280, (2, 16), generator=torch.Generator().manual_seed(1))
-TWO_GRIDS = 'scheme = "W4A16g32sym"\nmethods = ["rtn"]\n[overrides]\n"*.down_proj" = "W8A16g32sym"\n'
-PLAIN = {"symmetric, plain": ("llama", torch.bfloat16, "W4A16g32sym", "rtn"), "two grids, plain": ("llama", torch.bfloat16, None, TWO_GRIDS)}
+TWO_GRIDS = (
+    'scheme = "W4A16g32sym"\nmethods = ["rtn"]\n[overrides]\n"*.down_proj" = "W8A16g32sym"\n'
+)
+PLAIN = {
+    "symmetric, plain": ("llama", torch.bfloat16, "W4A16g32sym", "rtn"),
+    "two grids, plain": ("llama", torch.bfloat16, None, TWO_GRIDS),
+}
 UNIFORM_WITH_OUTLIERS = 'scheme = "W3A16g32"\nmethods = ["claq"]\n[claq]\noutlier_bits = 0.3\n'
 KINDS = {  # family, dtype of the source, scheme, recipe
     "rotated": ("llama", torch.bfloat16, "W4A4KV4", "quarot"),
@@ -43,7 +50,9 @@ KINDS = {  # family, dtype of the source, scheme, recipe
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
-    """Kind -> folder, made when it is first asked for; that they load is what this file is about, so no process is started for it."""
+    """Kind -> folder, made when it is first asked for; that they load is what this file is about,
+    so no process is started for it.
+    """
     folder, made = tmp_path_factory.mktemp("kinds"), {}
 
     def get(kind):
@@ -55,7 +64,15 @@ def artifacts(tmp_path_factory):
                 recipe = str(folder / "mine.toml")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(lowbit.job, "verify", partial(verify, loader=False))
-                lowbit.quantize(str(model), scheme, recipe, out=folder / kind, calib=str(model / "text.txt"), samples=8, length=32)
+                lowbit.quantize(
+                    str(model),
+                    scheme,
+                    recipe,
+                    out=folder / kind,
+                    calib=str(model / "text.txt"),
+                    samples=8,
+                    length=32,
+                )
             made[kind] = folder / kind
         return made[kind]
 
@@ -80,7 +97,10 @@ def test_loading_decodes_no_weight(artifacts, kind, monkeypatch):
     monkeypatch.setattr(PackedLinear, "decoded", decoded)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert of_data == []
-    assert next(m for m in model.modules() if isinstance(m, PackedLinear)).weight.dim() == 2 and len(of_data) == 1
+    assert (
+        next(m for m in model.modules() if isinstance(m, PackedLinear)).weight.dim() == 2
+        and len(of_data) == 1
+    )
 
 
 def tensors(folder):
@@ -96,7 +116,9 @@ def packed(folder):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(t.dtype == other[k].dtype and torch.equal(t, other[k]) for k, t in one.items())
+    return one.keys() == other.keys() and all(
+        t.dtype == other[k].dtype and torch.equal(t, other[k]) for k, t in one.items()
+    )
 
 
 @torch.no_grad()
@@ -114,7 +136,11 @@ def test_saved_and_loaded_again_it_is_the_same_in_every_dtype(artifact, tmp_path
     model.save_pretrained(tmp_path / "copy", max_shard_size="40KB")
     again = load(tmp_path / "copy", dtype=dtype)
     assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 1
-    assert again.dtype == model.dtype == (dtype if isinstance(dtype, torch.dtype) else load(artifact, dtype="auto").dtype)
+    assert (
+        again.dtype
+        == model.dtype
+        == (dtype if isinstance(dtype, torch.dtype) else load(artifact, dtype="auto").dtype)
+    )
     assert torch.equal(logits(model), logits(again))
     assert same(packed(artifact), packed(tmp_path / "copy"))
     if dtype == "auto":
@@ -126,14 +152,26 @@ def test_a_cast_model_keeps_its_packed_tensors_and_computes_as_if_loaded_so(arti
     logits(model)  # decoded by now
     model.to(torch.bfloat16)
     loaded = load(artifact, dtype=torch.bfloat16)
-    for kind in ("inv_freq", "original_inv_freq"):  # transformers casts these, which loading in bfloat16 does not
+    # Transformers casts these, which loading in bfloat16 does not.
+    for kind in (
+        "inv_freq",
+        "original_inv_freq",
+    ):
         setattr(model.model.rotary_emb, kind, getattr(loaded.model.rotary_emb, kind))
     assert torch.equal(logits(model), logits(loaded))
     model.to(torch.float16).save_pretrained(tmp_path / "copy")
     assert same(packed(artifact), packed(tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device_map": "cpu"},
+        {"device_map": "auto"},
+        {"device_map": {"": "cpu"}},
+        {"low_cpu_mem_usage": True},
+    ],
+)
 def test_device_maps(artifact, options):
     if "device_map" in options:
         pytest.importorskip("accelerate")
@@ -143,8 +181,17 @@ def test_device_maps(artifact, options):
 @pytest.mark.parametrize("offload_buffers", [False, True])
 def test_blocks_that_wait_on_disk(artifact, tmp_path, offload_buffers):
     pytest.importorskip("accelerate")
-    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = load(artifact, device_map=where, offload_folder=tmp_path, offload_buffers=offload_buffers)
+    where = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    model = load(
+        artifact, device_map=where, offload_folder=tmp_path, offload_buffers=offload_buffers
+    )
     assert torch.equal(logits(model), logits(load(artifact)))
 
 
@@ -152,7 +199,11 @@ def test_tied_heads_stay_tied(artifacts, tmp_path):
     for kind, tied in (("codebooks", True), ("rotated", False)):
         load(artifacts(kind)).save_pretrained(tmp_path / kind)
         model = load(tmp_path / kind)
-        assert model.config.tie_word_embeddings == tied == (model.lm_head.weight is model.model.embed_tokens.weight)
+        assert (
+            model.config.tie_word_embeddings
+            == tied
+            == (model.lm_head.weight is model.model.embed_tokens.weight)
+        )
         assert ("lm_head.weight" in tensors(tmp_path / kind)) != tied
 
 
@@ -161,10 +212,15 @@ def test_a_model_without_head(artifact):
     linears = [m for m in headless.modules() if isinstance(m, (DecodedLinear, CodebookLinear))]
     assert len(linears) == 14
     with torch.no_grad():
-        assert torch.equal(headless(IDS, use_cache=False).last_hidden_state, load(artifact).model(IDS, use_cache=False).last_hidden_state)
+        assert torch.equal(
+            headless(IDS, use_cache=False).last_hidden_state,
+            load(artifact).model(IDS, use_cache=False).last_hidden_state,
+        )
 
 
-@pytest.mark.parametrize("head", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+@pytest.mark.parametrize(
+    "head", [AutoModelForSequenceClassification, AutoModelForTokenClassification]
+)
 @pytest.mark.parametrize("kind", [*KINDS, *PLAIN])
 def test_what_was_never_packed_is_not_treated_as_packed(artifacts, kind, head):
     model = load(artifacts(kind))
@@ -172,29 +228,53 @@ def test_what_was_never_packed_is_not_treated_as_packed(artifacts, kind, head):
     other = head.from_pretrained(artifacts(kind), dtype=torch.float32, pad_token_id=0)
     with torch.no_grad():
         small = other(IDS).logits
-        assert type(other.score) is torch.nn.Linear and bool(small.isfinite().all()) and float(small.abs().max()) < 100
-        found, expected = (m(IDS, use_cache=False).last_hidden_state for m in (other.model, model.model))
+        assert (
+            type(other.score) is torch.nn.Linear
+            and bool(small.isfinite().all())
+            and float(small.abs().max()) < 100
+        )
+        found, expected = (
+            m(IDS, use_cache=False).last_hidden_state for m in (other.model, model.model)
+        )
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_compressed_tensors_without_a_head(artifacts, kind):
-    model, headless = load(artifacts(kind)), AutoModel.from_pretrained(artifacts(kind), dtype=torch.float32)
+    model, headless = (
+        load(artifacts(kind)),
+        AutoModel.from_pretrained(artifacts(kind), dtype=torch.float32),
+    )
     logits(model)
     with torch.no_grad():
-        assert torch.equal(headless(IDS, use_cache=False).last_hidden_state, model.model(IDS, use_cache=False).last_hidden_state)
+        assert torch.equal(
+            headless(IDS, use_cache=False).last_hidden_state,
+            model.model(IDS, use_cache=False).last_hidden_state,
+        )
 
 
 def test_a_class_with_other_names_for_its_blocks_is_refused(artifacts):
-    with pytest.raises(LowbitError, match="no linear of the artifact has a place in LlamaForQuestionAnswering"):
+    with pytest.raises(
+        LowbitError, match="no linear of the artifact has a place in LlamaForQuestionAnswering"
+    ):
         AutoModelForQuestionAnswering.from_pretrained(artifacts("codebooks"))
 
 
 def test_a_missing_tensor_is_named(artifacts, tmp_path):
     shutil.copytree(artifacts("quantized activations"), tmp_path / "copy")
-    (path,) = [p for p in (tmp_path / "copy").glob("*.safetensors") if any(k.endswith("1.mlp.up_proj.weight_scale") for k in load_file(p))]
-    save_file({k: t for k, t in load_file(path).items() if not k.endswith("up_proj.weight_scale")}, path, metadata={"format": "pt"})
-    with pytest.raises(LowbitError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight_scale'"):
+    (path,) = [
+        p
+        for p in (tmp_path / "copy").glob("*.safetensors")
+        if any(k.endswith("1.mlp.up_proj.weight_scale") for k in load_file(p))
+    ]
+    save_file(
+        {k: t for k, t in load_file(path).items() if not k.endswith("up_proj.weight_scale")},
+        path,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        LowbitError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight_scale'"
+    ):
         load(tmp_path / "copy")
 
 
@@ -210,7 +290,10 @@ def test_copies_and_pickles_compute_the_same(artifact, tmp_path):
 
 def test_a_pickle_is_read_by_a_process_that_did_not_import_the_library(artifacts, tmp_path):
     torch.save(load(artifacts("rotated")), tmp_path / "m.pt")
-    code = f"import torch; m = torch.load({str(tmp_path / 'm.pt')!r}, weights_only=False); print(type(m.model.layers[0].mlp.up_proj).__name__)"
+    code = (
+        f"import torch; m = torch.load({str(tmp_path / 'm.pt')!r}, weights_only=False); "
+        "print(type(m.model.layers[0].mlp.up_proj).__name__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "DecodedLinear", done.stderr
 
@@ -262,18 +345,24 @@ def test_adapters_train_and_merge_only_into_a_dequantized_model(artifact, safe):
     peft = pytest.importorskip("peft")
     model = load(artifact)
     before = logits(model)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     assert torch.equal(logits(tuned), before)
     tuned(IDS, labels=IDS).loss.backward()
     grads = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
-    assert len(grads) == 28 and all(float(g.abs().sum()) > 0 for n, g in grads.items() if "lora_B" in n)
+    assert len(grads) == 28 and all(
+        float(g.abs().sum()) > 0 for n, g in grads.items() if "lora_B" in n
+    )
     with torch.no_grad():
         for name, p in tuned.named_parameters():
             if "lora_B" in name:
                 p -= 0.5 * grads[name]
     adapted = logits(tuned)
     assert not torch.equal(adapted, before)
-    with pytest.raises(LowbitError, match=r"nothing can be written to it or merged into it.*dequantize"):
+    with pytest.raises(
+        LowbitError, match=r"nothing can be written to it or merged into it.*dequantize"
+    ):
         tuned.merge_adapter(safe_merge=safe)
     assert torch.equal(logits(tuned), adapted)
     tuned.dequantize()
@@ -304,9 +393,13 @@ def test_a_write_to_a_packed_weight_is_refused_not_lost(artifacts, write):
 
 
 @pytest.mark.parametrize("kind", ["rotated", "outliers"])
-def test_a_weight_that_is_kept_decoded_is_not_decoded_again_to_look_at(artifacts, kind, monkeypatch):
+def test_a_weight_that_is_kept_decoded_is_not_decoded_again_to_look_at(
+    artifacts, kind, monkeypatch
+):
     model, count, plain = load(artifacts(kind)), [], PackedLinear.decoded
-    monkeypatch.setattr(PackedLinear, "decoded", lambda linear: count.append(linear.name) or plain(linear))
+    monkeypatch.setattr(
+        PackedLinear, "decoded", lambda linear: count.append(linear.name) or plain(linear)
+    )
     linear = model.model.layers[0].mlp.up_proj
     before = linear.weight.clone()
     assert len(count) == 1 and linear._made is None  # looking keeps nothing
@@ -332,7 +425,9 @@ def test_compiled_whole_after_a_pass_or_in_parts(artifacts):
     for kind in ("quantized activations", "codebooks"):
         assert torch.equal(compiled(load(artifacts(kind))), logits(load(artifacts(kind))))
     model = load(artifacts("quantized activations"))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="let one pass before a full graph is compiled"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="let one pass before a full graph is compiled"
+    ):
         compiled(model, fullgraph=True)
     expected = logits(model)
     assert torch.equal(compiled(model, fullgraph=True), expected)
@@ -344,7 +439,10 @@ def test_generation(artifact, tmp_path):
     model = load(artifact)
     model.save_pretrained(tmp_path / "copy")
     for options in ({}, {"num_beams": 2}, {"use_cache": False}):
-        made = [m.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0, **options) for m in (model, load(tmp_path / "copy"))]
+        made = [
+            m.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0, **options)
+            for m in (model, load(tmp_path / "copy"))
+        ]
         assert torch.equal(*made) and made[0].shape == (2, 22)
 
 
@@ -359,12 +457,18 @@ def test_padding_on_the_left_changes_nothing(artifacts):
 def test_the_pipeline(artifact):
     options = dict(max_new_tokens=6, do_sample=False)
     by_name = pipeline("text-generation", model=str(artifact))("def add(a", **options)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(artifact), AutoTokenizer.from_pretrained(artifact)
-    assert by_name == pipeline("text-generation", model=model, tokenizer=tokenizer)("def add(a", **options)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(artifact),
+        AutoTokenizer.from_pretrained(artifact),
+    )
+    assert by_name == pipeline("text-generation", model=model, tokenizer=tokenizer)(
+        "def add(a", **options
+    )
     assert by_name[0]["generated_text"].startswith("def add(a")
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of huggingface_hub's own client
+# Of huggingface_hub's own client.
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 def test_pushed_by_transformers_it_is_the_same(server, artifact, tmp_path):
     model = load(artifact, dtype="auto")
     model.push_to_hub("some/tiny")

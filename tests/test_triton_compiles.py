@@ -1,4 +1,6 @@
-"""Every Triton kernel compiled for a GPU that need not be here, as its launcher calls it: none spills registers or takes too many."""
+"""Every Triton kernel compiled for a GPU that need not be here, as its launcher calls it: none
+spills registers or takes too many.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +67,21 @@ def soft_rounding(length, dtype, shifted):
 
     nu, row = torch.zeros(32, length), torch.ones(32, 1)
     code, way = nu.to(torch.uint8), nu.to(torch.int8)
-    gpu.weights(nu, code, way, row, row, row if shifted else None, torch.empty_like(nu, dtype=dtype))
-    gpu.descend(nu.to(dtype), nu, code, way, row, row, nu.clone(), nu.clone(), Adam(1e-3, 1), torch.empty(32, 2))
+    gpu.weights(
+        nu, code, way, row, row, row if shifted else None, torch.empty_like(nu, dtype=dtype)
+    )
+    gpu.descend(
+        nu.to(dtype),
+        nu,
+        code,
+        way,
+        row,
+        row,
+        nu.clone(),
+        nu.clone(),
+        Adam(1e-3, 1),
+        torch.empty(32, 2),
+    )
 
 
 def codebook_product(bits, tokens, dtype):
@@ -77,7 +92,9 @@ def codebook_product(bits, tokens, dtype):
 
 
 def resources(kernel, folder):
-    """Registers of a thread (REG), and the memory that it spills them to: bytes of its stack (STACK) and beside it (LOCAL)."""
+    """Registers of a thread (REG), and the memory that it spills them to: bytes of its stack
+    (STACK) and beside it (LOCAL).
+    """
     (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", folder / "kernel.cubin"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -97,7 +114,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("launch, args, programs", CASES, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    "launch, args, programs", CASES, ids=lambda v: getattr(v, "__name__", None)
+)
 def test_a_kernel_compiles_for_sm_90(compiled, tmp_path, launch, args, programs):
     launch(*args)
     assert compiled.keys() == programs.keys()
@@ -105,19 +124,27 @@ def test_a_kernel_compiles_for_sm_90(compiled, tmp_path, launch, args, programs)
         used = resources(kernel, tmp_path)
         assert used["STACK"] == used["LOCAL"] == 0, f"{name} spills registers: {used}"
         held = REGISTERS // (32 * kernel.metadata.num_warps * -(-used["REG"] // 8) * 8)
-        assert held >= programs[name], f"{name} takes {used['REG']} registers a thread: a multiprocessor holds {held} programs"
+        assert held >= programs[name], (
+            f"{name} takes {used['REG']} registers a thread: a multiprocessor holds {held} programs"
+        )
 
 
 @pytest.mark.parametrize("dtype, held", [(torch.float16, "f16"), (torch.bfloat16, "bf16")])
 def test_products_go_to_the_tensor_cores_in_their_own_type(compiled, dtype, held):
     codebook_product(8, 1, dtype)
-    products = set(re.findall(r"\bw?g?mma\S*?\.(?=f32)(\S+)", compiled["kernels.gpu._multiply"].asm["ptx"]))
+    products = set(
+        re.findall(r"\bw?g?mma\S*?\.(?=f32)(\S+)", compiled["kernels.gpu._multiply"].asm["ptx"])
+    )
     assert products == {f"f32.{held}.{held}.f32"}
 
 
 def test_no_kernel_is_left_out():
     found = {full_name(f): f for path in files_with_kernels() for f in jitted(path)}
-    called = {name for name, f in found.items() if any(re.search(rf"\b{f.fn.__name__}\(", g.src) for g in found.values() if g is not f)}
+    called = {
+        name
+        for name, f in found.items()
+        if any(re.search(rf"\b{f.fn.__name__}\(", g.src) for g in found.values() if g is not f)
+    }
     assert set(found) - called == {name for _, _, programs in CASES for name in programs}
 
 
@@ -133,7 +160,13 @@ def files_with_kernels():
     """The library's files that import triton, at whatever depth."""
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             if any(n.split(".")[0] == "triton" for n in names):
                 yield path
                 break
@@ -141,9 +174,13 @@ def files_with_kernels():
 
 def jitted(path):
     """The functions of a file that Triton compiles, also below autotuners and heuristics."""
-    module = importlib.import_module(".".join(("lowbit", *path.relative_to(ROOT).with_suffix("").parts)))
+    module = importlib.import_module(
+        ".".join(("lowbit", *path.relative_to(ROOT).with_suffix("").parts))
+    )
     for value in vars(module).values():
-        while isinstance(value, triton.KernelInterface) and not isinstance(value, triton.JITFunction):
+        while isinstance(value, triton.KernelInterface) and not isinstance(
+            value, triton.JITFunction
+        ):
             value = value.fn
         if isinstance(value, triton.JITFunction) and value.fn.__module__ == module.__name__:
             yield value

@@ -1,9 +1,11 @@
-"""AutoRound on given rows of tokens; run with the interpreter of an environment that has auto-round.
+"""AutoRound on given rows of tokens; run with the interpreter of an environment that has
+auto-round.
 
     python autoround.py MODEL ROWS.json BITS GROUP ITERS SYM(0|1) OUT.json
 
-ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. Tunes in memory, evaluates perplexity and KL to the float
-model on the same rows, writes {"perplexity", "kl", "seconds", "float"}. "seconds" is tuning alone, imports and evaluation apart.
+ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. Tunes in memory, evaluates
+perplexity and KL to the float model on the same rows, writes {"perplexity", "kl", "seconds",
+"float"}. "seconds" is tuning alone, imports and evaluation apart.
 """
 
 import json
@@ -20,7 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @torch.no_grad()
 def log_probs(model, rows):
-    return torch.cat([model(rows[i : i + 8]).logits[:, :-1].float().log_softmax(-1) for i in range(0, len(rows), 8)])
+    return torch.cat(
+        [
+            model(rows[i : i + 8]).logits[:, :-1].float().log_softmax(-1)
+            for i in range(0, len(rows), 8)
+        ]
+    )
 
 
 def main() -> None:
@@ -32,13 +39,33 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     expected = log_probs(model, evaluation)
     gold = evaluation[:, 1:, None]
-    data = [{"input_ids": torch.tensor([r]), "attention_mask": torch.ones(1, len(r), dtype=torch.long)} for r in rows["calibration"]]
-    scheme = QuantizationScheme.from_dict({"bits": int(bits), "group_size": int(group), "sym": sym == "1", "data_type": "int", "act_bits": 16})
+    data = [
+        {"input_ids": torch.tensor([r]), "attention_mask": torch.ones(1, len(r), dtype=torch.long)}
+        for r in rows["calibration"]
+    ]
+    scheme = QuantizationScheme.from_dict(
+        {
+            "bits": int(bits),
+            "group_size": int(group),
+            "sym": sym == "1",
+            "data_type": "int",
+            "act_bits": 16,
+        }
+    )
     start = time.time()
     job = AutoRound(
-        model, tokenizer, scheme=scheme, dataset=data, nsamples=len(data), seqlen=len(rows["calibration"][0]), batch_size=8,
-        iters=int(iters), device_map="cpu", enable_torch_compile=False, low_gpu_mem_usage=False,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        scheme=scheme,
+        dataset=data,
+        nsamples=len(data),
+        seqlen=len(rows["calibration"][0]),
+        batch_size=8,
+        iters=int(iters),
+        device_map="cpu",
+        enable_torch_compile=False,
+        low_gpu_mem_usage=False,
+    )
     tuned, _ = job.quantize()
     seconds = time.time() - start
     found = log_probs(tuned, evaluation)

@@ -1,12 +1,15 @@
-"""GPTQModel's GPTQ on given rows of tokens; run with the interpreter of an environment that has gptqmodel (measured: 7.6.0).
+"""GPTQModel's GPTQ on given rows of tokens; run with the interpreter of an environment that has
+gptqmodel (measured: 7.6.0).
 
-    GPTQMODEL_CPU_WORKERS=2 python gptqmodel.py MODEL ROWS.json BITS GROUP ACT_ORDER(0|1) SYM(0|1) OUT.json
+    GPTQMODEL_CPU_WORKERS=2 python gptqmodel.py MODEL ROWS.json BITS GROUP ACT_ORDER(0|1) SYM(0|1)
+    OUT.json
 
-ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. The settings are those of the paper, damping 0.01 and no
-group-aware order, with static groups where ACT_ORDER is 1. The checkpoint it saves is decoded here, into the float32 model, so
-that no kernel rounds on the way; perplexity and KL to the float model are those of the evaluation rows. Writes {"perplexity",
-"kl", "seconds", "processor_seconds", "float"}. Both are of tuning alone, imports and evaluation apart. OMP_NUM_THREADS threads, two
-without it. With fewer than three cores the package needs
+ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. The settings are those of the
+paper, damping 0.01 and no group-aware order, with static groups where ACT_ORDER is 1. The
+checkpoint it saves is decoded here, into the float32 model, so that no kernel rounds on the way;
+perplexity and KL to the float model are those of the evaluation rows. Writes {"perplexity", "kl",
+"seconds", "processor_seconds", "float"}. Both are of tuning alone, imports and evaluation apart.
+OMP_NUM_THREADS threads, two without it. With fewer than three cores the package needs
 GPTQMODEL_CPU_WORKERS=2.
 """
 
@@ -30,11 +33,18 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 @torch.no_grad()
 def log_probs(model, rows):
-    return torch.cat([model(rows[i : i + 8]).logits[:, :-1].float().log_softmax(-1) for i in range(0, len(rows), 8)])
+    return torch.cat(
+        [
+            model(rows[i : i + 8]).logits[:, :-1].float().log_softmax(-1)
+            for i in range(0, len(rows), 8)
+        ]
+    )
 
 
 def unpack(words, bits):
-    """(rows, words) int32 -> (rows, codes): a row is one string of bits, the lowest of a word and of a code first."""
+    """(rows, words) int32 -> (rows, codes): a row is one string of bits, the lowest of a word and
+    of a code first.
+    """
     flags = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)) & 1
     return (flags.reshape(len(words), -1, bits) << torch.arange(bits, dtype=torch.int32)).sum(-1)
 
@@ -47,7 +57,10 @@ def decoded(folder, bits):
         name, _, kind = key.rpartition(".")
         if kind == "qweight":
             group = tensors[f"{name}.g_idx"].long()
-            scale, zero = tensors[f"{name}.scales"].float()[group], unpack(tensors[f"{name}.qzeros"], bits)[group]
+            scale, zero = (
+                tensors[f"{name}.scales"].float()[group],
+                unpack(tensors[f"{name}.qzeros"], bits)[group],
+            )
             out[name] = (unpack(tensors[key].T, bits) - zero.T) * scale.T
     return out
 
@@ -63,9 +76,15 @@ def main() -> None:
     data = [{"input_ids": r, "attention_mask": [1] * len(r)} for r in rows["calibration"]]
     ordered = act_order == "1"
     config = QuantizeConfig(
-        bits=int(bits), group_size=int(group), sym=sym == "1", desc_act=ordered, static_groups=ordered, act_group_aware=False,
-        damp_percent=0.01, format=FORMAT.GPTQ_V2,
-    )  # fmt: skip
+        bits=int(bits),
+        group_size=int(group),
+        sym=sym == "1",
+        desc_act=ordered,
+        static_groups=ordered,
+        act_group_aware=False,
+        damp_percent=0.01,
+        format=FORMAT.GPTQ_V2,
+    )
     job = GPTQModel.load(model_dir, config, device="cpu", dtype=torch.float32)
     out = Path(out).resolve()
     with tempfile.TemporaryDirectory() as folder:

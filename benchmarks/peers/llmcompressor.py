@@ -1,10 +1,13 @@
-"""llm-compressor on given rows of tokens; run with the interpreter of an environment that has it (measured: 0.14.0.1).
+"""llm-compressor on given rows of tokens; run with the interpreter of an environment that has it
+(measured: 0.14.0.1).
 
-    python llmcompressor.py MODEL ROWS.json ALGORITHM WEIGHT_BITS GROUP ACTIVATION_BITS SYM(0|1) OUT.json
+    python llmcompressor.py MODEL ROWS.json ALGORITHM WEIGHT_BITS GROUP ACTIVATION_BITS SYM(0|1)
+    OUT.json
 
-ALGORITHM is rtn, awq, smoothquant or gptq; GROUP 0 is one scale per output channel; ACTIVATION_BITS 16 leaves activations alone,
-others are symmetric per token. The model is judged in memory, as the package quantized it. Writes {"perplexity", "kl", "seconds",
-"processor_seconds", "float"}; both are of tuning alone. OMP_NUM_THREADS threads, two without it.
+ALGORITHM is rtn, awq, smoothquant or gptq; GROUP 0 is one scale per output channel; ACTIVATION_BITS
+16 leaves activations alone, others are symmetric per token. The model is judged in memory, as the
+package quantized it. Writes {"perplexity", "kl", "seconds", "processor_seconds", "float"}; both are
+of tuning alone. OMP_NUM_THREADS threads, two without it.
 """
 
 import copy
@@ -30,7 +33,12 @@ ALPHA = 0.85
 
 @torch.no_grad()
 def log_probs(model, rows):
-    return torch.cat([model(rows[i : i + 8]).logits[:, :-1].float().log_softmax(-1) for i in range(0, len(rows), 8)])
+    return torch.cat(
+        [
+            model(rows[i : i + 8]).logits[:, :-1].float().log_softmax(-1)
+            for i in range(0, len(rows), 8)
+        ]
+    )
 
 
 def recipe(algorithm, groups):
@@ -48,7 +56,8 @@ def recipe(algorithm, groups):
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    IntermediatesCache.pin_memory = lambda self, *a, **k: None  # asks for an accelerator that a CPU machine does not have
+    # Asks for an accelerator that a CPU machine does not have.
+    IntermediatesCache.pin_memory = lambda self, *a, **k: None
     return [AWQModifier(), plain]
 
 
@@ -62,20 +71,36 @@ def main() -> None:
     expected = log_probs(copy.deepcopy(model), evaluation)
     size = int(group)
     weights = QuantizationArgs(
-        num_bits=int(bits), type="int", symmetric=sym == "1", strategy="group" if size else "channel", group_size=size or None
+        num_bits=int(bits),
+        type="int",
+        symmetric=sym == "1",
+        strategy="group" if size else "channel",
+        group_size=size or None,
     )
     inputs = None
     if int(activation) < 16:
-        inputs = QuantizationArgs(num_bits=int(activation), type="int", symmetric=True, strategy="token", dynamic=True)
-    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)}
+        inputs = QuantizationArgs(
+            num_bits=int(activation), type="int", symmetric=True, strategy="token", dynamic=True
+        )
+    groups = {
+        "group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    }
     calibration = rows["calibration"]
-    data = Dataset.from_dict({"input_ids": calibration, "attention_mask": [[1] * len(r) for r in calibration]})
+    data = Dataset.from_dict(
+        {"input_ids": calibration, "attention_mask": [[1] * len(r) for r in calibration]}
+    )
     start, spent = time.time(), time.process_time()
     oneshot(
-        model=model, tokenizer=AutoTokenizer.from_pretrained(model_dir), dataset=None if algorithm == "rtn" else data,
-        recipe=recipe(algorithm, groups), num_calibration_samples=len(calibration), max_seq_length=len(calibration[0]), batch_size=8,
-        shuffle_calibration_samples=False, log_dir=None,
-    )  # fmt: skip
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(model_dir),
+        dataset=None if algorithm == "rtn" else data,
+        recipe=recipe(algorithm, groups),
+        num_calibration_samples=len(calibration),
+        max_seq_length=len(calibration[0]),
+        batch_size=8,
+        shuffle_calibration_samples=False,
+        log_dir=None,
+    )
     seconds, spent = time.time() - start, time.process_time() - spent
     found = log_probs(model, evaluation)
     result = {

@@ -1,11 +1,13 @@
-"""Whole quantizations side by side, one after another in one run: lowbit's recipes and the peers whose interpreters are given.
+"""Whole quantizations side by side, one after another in one run: lowbit's recipes and the peers
+whose interpreters are given.
 
-    python benchmarks/peers/whole.py MODEL ROWS.json SCHEME OUT.json [--autoround PY] [--llmcompressor PY] [--gptqmodel PY]
-        [--recipes a,b,...] [--best-rows ROWS.json]
+    python benchmarks/peers/whole.py MODEL ROWS.json SCHEME OUT.json [--autoround PY]
+        [--llmcompressor PY] [--gptqmodel PY] [--recipes a,b,...] [--best-rows ROWS.json]
 
-ROWS.json is made by benchmarks/make_rows.py; SCHEME is W<bits>A16[g<group>][sym]. Every tool tunes on the same rows and is judged on
-the same others by one formula. "seconds" is tuning alone, imports and evaluation apart. With --best-rows (the same evaluation
-rows, more calibration rows) the best settings of both sides also run on those. Prints a Markdown table, writes JSON.
+ROWS.json is made by benchmarks/make_rows.py; SCHEME is W<bits>A16[g<group>][sym]. Every tool tunes
+on the same rows and is judged on the same others by one formula. "seconds" is tuning alone, imports
+and evaluation apart. With --best-rows (the same evaluation rows, more calibration rows) the best
+settings of both sides also run on those. Prints a Markdown table, writes JSON.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ HERE = Path(__file__).parent
 
 
 def run(command: list[str], out: Path, threads: int) -> dict[str, Any]:
-    env = dict(os.environ, OMP_NUM_THREADS=str(threads), GPTQMODEL_CPU_WORKERS="2", HF_HUB_OFFLINE="1")
+    env = dict(
+        os.environ, OMP_NUM_THREADS=str(threads), GPTQMODEL_CPU_WORKERS="2", HF_HUB_OFFLINE="1"
+    )
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode or not out.is_file():
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        )
     found = json.loads(out.read_text())
     return found[0] if isinstance(found, list) else found
 
@@ -51,31 +57,107 @@ def main() -> None:
     for rows in filter(None, (a.rows, a.best_rows)):
         if rows == a.rows:
             if a.gptqmodel:
-                jobs.append(("GPTQModel, gptq, activation order", rows, [a.gptqmodel, str(HERE / "gptqmodel.py"), a.model, rows, bits, row, "1", sym]))
+                jobs.append(
+                    (
+                        "GPTQModel, gptq, activation order",
+                        rows,
+                        [
+                            a.gptqmodel,
+                            str(HERE / "gptqmodel.py"),
+                            a.model,
+                            rows,
+                            bits,
+                            row,
+                            "1",
+                            sym,
+                        ],
+                    )
+                )
             if a.llmcompressor:
                 for what in ("gptq", "awq"):
-                    command = [a.llmcompressor, str(HERE / "llmcompressor.py"), a.model, rows, what, bits, group, "16", sym]
+                    command = [
+                        a.llmcompressor,
+                        str(HERE / "llmcompressor.py"),
+                        a.model,
+                        rows,
+                        what,
+                        bits,
+                        group,
+                        "16",
+                        sym,
+                    ]
                     jobs.append((f"llm-compressor, {what}", rows, command))
         for recipe in a.recipes.split(","):
             if rows == a.rows or recipe == "best":
-                jobs.append((f"lowbit, {recipe}", rows, [sys.executable, str(HERE.parent / "rows.py"), a.model, rows, a.scheme, "OUT", recipe]))
+                jobs.append(
+                    (
+                        f"lowbit, {recipe}",
+                        rows,
+                        [
+                            sys.executable,
+                            str(HERE.parent / "rows.py"),
+                            a.model,
+                            rows,
+                            a.scheme,
+                            "OUT",
+                            recipe,
+                        ],
+                    )
+                )
         if a.autoround:
             for name, iters in (("default", "200"), ("best", "1000")):
                 if rows == a.rows or name == "best":
-                    command = [a.autoround, str(HERE / "autoround.py"), a.model, rows, bits, row, iters, sym]
+                    command = [
+                        a.autoround,
+                        str(HERE / "autoround.py"),
+                        a.model,
+                        rows,
+                        bits,
+                        row,
+                        iters,
+                        sym,
+                    ]
                     jobs.append((f"AutoRound, {name} ({iters} iterations)", rows, command))
     results = []
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    print(f"{Path(a.model).name}, {a.scheme}, {a.threads} threads\n\n| tool | rows | seconds | perplexity | KL |\n|---|---|---|---|---|")
+    print(
+        f"{Path(a.model).name}, {a.scheme}, {a.threads} threads\n\n| tool | rows | seconds | "
+        "perplexity | KL |\n|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         for i, (name, rows, command) in enumerate(jobs):
             out = Path(scratch) / f"{i}.json"
-            command = [str(out) if c == "OUT" else c for c in command] if "OUT" in command else [*command, str(out)]
+            command = (
+                [str(out) if c == "OUT" else c for c in command]
+                if "OUT" in command
+                else [*command, str(out)]
+            )
             found = run(command, out, a.threads)
             count = len(json.loads(Path(rows).read_text())["calibration"])
-            results.append({"tool": name, "rows": count, **{k: found[k] for k in ("seconds", "perplexity", "kl", "float")}})
-            print(f"| {name} | {count} | {found['seconds']:.1f} | {found['perplexity']:.4f} | {found['kl']:.4f} |", flush=True)
-            Path(a.out).write_text(json.dumps({"model": Path(a.model).name, "scheme": a.scheme, "threads": a.threads, "results": results}, indent=1) + "\n")
+            results.append(
+                {
+                    "tool": name,
+                    "rows": count,
+                    **{k: found[k] for k in ("seconds", "perplexity", "kl", "float")},
+                }
+            )
+            print(
+                f"| {name} | {count} | {found['seconds']:.1f} | {found['perplexity']:.4f} | "
+                f"{found['kl']:.4f} |",
+                flush=True,
+            )
+            Path(a.out).write_text(
+                json.dumps(
+                    {
+                        "model": Path(a.model).name,
+                        "scheme": a.scheme,
+                        "threads": a.threads,
+                        "results": results,
+                    },
+                    indent=1,
+                )
+                + "\n"
+            )
 
 
 if __name__ == "__main__":

@@ -14,4 +14,15 @@ from .recipe import Recipe as Recipe
 
 register_when_needed()
 __version__ = "0.1.0"
-__all__ = ["AWQ", "RTN", "Affine", "LowbitError", "QTensor", "Recipe", "TesseraQ", "VerificationError", "quantize", "verify"]
+__all__ = [
+    "AWQ",
+    "RTN",
+    "Affine",
+    "LowbitError",
+    "QTensor",
+    "Recipe",
+    "TesseraQ",
+    "VerificationError",
+    "quantize",
+    "verify",
+]

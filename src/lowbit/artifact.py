@@ -26,22 +26,35 @@ CARD = "README.md"
 RECIPE = "recipe.toml"
 PROOF = Path("proof") / "logits.safetensors"
 INDEX = "model.safetensors.index.json"
-HASHED = ("config.json", INDEX, RECIPE, PROOF.as_posix())  # files that decide what is loaded or compared, besides the shards
+# Files that decide what is loaded or compared, besides the shards.
+HASHED = (
+    "config.json",
+    INDEX,
+    RECIPE,
+    PROOF.as_posix(),
+)
 STATE = "run.json"
 # Of a run at work; gone from a finished directory, unless it was killed while tidying.
 NOTES = (STATE, "shard-*.json", "*.tmp", LOCK, MOVING, f"{INSIDE}/*")
 
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file under a temporary name, then rename it. Raises LowbitError if the file system refuses."""
+    """Write a safetensors file under a temporary name, then rename it. Raises LowbitError if the
+    file system refuses.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with disk(path):
         path.parent.mkdir(exist_ok=True)
         try:
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+            save_file(
+                {k: v.contiguous().cpu() for k, v in tensors.items()},
+                temporary,
+                metadata={"format": "pt"},
+            )
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
-            temporary.chmod(0o666 & ~_umask())  # the writer makes files that only their owner can read
+            # The writer makes files that only their owner can read.
+            temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
         except (OSError, SafetensorError):
             temporary.unlink(missing_ok=True)
@@ -83,7 +96,9 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
-        raise VerificationError(f"'{path}' is missing or not a readable safetensors file: {e}") from e
+        raise VerificationError(
+            f"'{path}' is missing or not a readable safetensors file: {e}"
+        ) from e
 
 
 def shard_name(number: int, shards: int) -> str:
@@ -115,12 +130,20 @@ def compare_block(block: Block, tensors: Mapping[str, Tensor]) -> None:
         read = unpack_linear(tensors, full, q.grid, q.codes.device)
         part = q.same_as(read)
         if part:
-            raise VerificationError(f"'{full}': {part} read back from disk differ from what was tuned.")
+            raise VerificationError(
+                f"'{full}': {part} read back from disk differ from what was tuned."
+            )
     for name in block.weights:
-        if name.removesuffix(".weight") not in block.coded and not torch.equal(tensors[f"{block.name}.{name}"], block.kept(name).cpu()):
-            raise VerificationError(f"'{block.name}.{name}' read back from disk differs from what was tuned.")
+        if name.removesuffix(".weight") not in block.coded and not torch.equal(
+            tensors[f"{block.name}.{name}"], block.kept(name).cpu()
+        ):
+            raise VerificationError(
+                f"'{block.name}.{name}' read back from disk differs from what was tuned."
+            )
 
 
-def unpack_linear(tensors: Mapping[str, Tensor], full: str, grid: Grid, device: torch.device) -> QTensor:
+def unpack_linear(
+    tensors: Mapping[str, Tensor], full: str, grid: Grid, device: torch.device
+) -> QTensor:
     """One linear of a shard by its full name, on a device."""
     return unpack(local_tensors(tensors, full), grid, full).to(device)

@@ -1,4 +1,6 @@
-"""Recipes and schemes side by side on one model: the same calibration tokens, seed and evaluation for all, cell by cell."""
+"""Recipes and schemes side by side on one model: the same calibration tokens, seed and evaluation
+for all, cell by cell.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,12 @@ class Terms:
 
     Attributes:
         model: folder or hub id.
-        calibration: text, samples and length that every recipe learns from, whatever it asks for itself.
-        text: for perplexity, KL and top-1, in windows of ``length`` tokens, at most ``windows`` of them (None: all).
-        tasks: lm-eval task names, with data from ``task_data`` or the hub, ``limit`` examples each (None: all).
+        calibration: text, samples and length that every recipe learns from, whatever it asks for
+            itself.
+        text: for perplexity, KL and top-1, in windows of ``length`` tokens, at most ``windows`` of
+            them (None: all).
+        tasks: lm-eval task names, with data from ``task_data`` or the hub, ``limit`` examples each
+            (None: all).
         settings: "method.option=value", for the recipes that have the method.
     """
 
@@ -62,7 +67,9 @@ class Terms:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination; "float" and "bfloat16" as a scheme stand for the original model in that arithmetic."""
+    """One combination; "float" and "bfloat16" as a scheme stand for the original model in that
+    arithmetic.
+    """
 
     scheme: str
     recipe: str
@@ -72,14 +79,18 @@ class Cell:
         """A file name, also where the recipe is a path."""
         if not self.recipe.endswith(".toml"):
             return f"{self.scheme}-{self.recipe}"
-        return f"{self.scheme}-{Path(self.recipe).stem}-{hashlib.sha256(self.recipe.encode()).hexdigest()[:8]}"
+        digest = hashlib.sha256(self.recipe.encode()).hexdigest()[:8]
+        return f"{self.scheme}-{Path(self.recipe).stem}-{digest}"
 
 
-def cells(schemes: Sequence[str], recipes: Sequence[str], settings: Sequence[str] = ()) -> list[Cell]:
+def cells(
+    schemes: Sequence[str], recipes: Sequence[str], settings: Sequence[str] = ()
+) -> list[Cell]:
     """All combinations, every name checked, the original model first.
 
     Raises:
-        LowbitError: an unknown scheme or recipe, one given twice, or a setting that no recipe takes.
+        LowbitError: an unknown scheme or recipe, one given twice, or a setting that no recipe
+            takes.
     """
     for given, what in ((schemes, "scheme"), (recipes, "recipe")):
         if not given:
@@ -88,8 +99,13 @@ def cells(schemes: Sequence[str], recipes: Sequence[str], settings: Sequence[str
             if given.count(name) > 1:
                 raise LowbitError(f"{what} '{name}' is given twice.")
     for setting in settings:
-        if not any(_applicable(recipe, scheme, (setting,)) for recipe in recipes for scheme in schemes):
-            raise LowbitError(f"--set {setting} is about something that none of the recipes {', '.join(recipes)} has.")
+        if not any(
+            _applicable(recipe, scheme, (setting,)) for recipe in recipes for scheme in schemes
+        ):
+            raise LowbitError(
+                f"--set {setting} is about something that none of the recipes {', '.join(recipes)} "
+                "has."
+            )
     for scheme in schemes:
         for recipe in recipes:
             _resolved(recipe, scheme, settings)
@@ -98,28 +114,36 @@ def cells(schemes: Sequence[str], recipes: Sequence[str], settings: Sequence[str
 
 
 def _applicable(recipe: str, scheme: str, settings: Sequence[str]) -> list[str]:
-    """The settings about a method that the recipe has, or about activations, keys and values that the scheme quantizes."""
-    tables = {*load_recipe(recipe, scheme=parse_scheme(scheme)).as_dict(), "overrides"} - {"calibration"}
+    """The settings about a method that the recipe has, or about activations, keys and values that
+    the scheme quantizes.
+    """
+    tables = {*load_recipe(recipe, scheme=parse_scheme(scheme)).as_dict(), "overrides"} - {
+        "calibration"
+    }
     return [s for s in settings if s.partition(".")[0].strip() in tables]
 
 
 def _resolved(recipe: str, scheme: str, settings: Sequence[str]) -> Recipe:
-    return load_recipe(recipe, scheme=parse_scheme(scheme), settings=_applicable(recipe, scheme, settings))
+    return load_recipe(
+        recipe, scheme=parse_scheme(scheme), settings=_applicable(recipe, scheme, settings)
+    )
 
 
-Row = dict[str, Any]  # plain data for the report: scheme, recipe, and either error or the measured figures
+# Plain data for the report: scheme, recipe, and either error or the measured figures.
+Row = dict[str, Any]
 
 
 class Comparison:
     """A directory of finished cells.
 
     Args:
-        folder: one JSON file per finished cell lies in it; a repeated call goes on from them. No other process works in it, see `opened`.
+        folder: one JSON file per finished cell lies in it; a repeated call goes on from them. No
+            other process works in it, see `opened`.
         keep: keep the artifacts too.
 
     Raises:
-        LowbitError: the folder holds a comparison on other terms, or something else; the evaluation text is missing or too
-            short, or a task unknown.
+        LowbitError: the folder holds a comparison on other terms, or something else; the evaluation
+            text is missing or too short, or a task unknown.
     """
 
     def __init__(self, terms: Terms, folder: Path, keep: bool = False) -> None:
@@ -134,7 +158,9 @@ class Comparison:
         checkpoint = Checkpoint(terms.model)
         self._tokenizer = load_tokenizer(checkpoint)
         self._model = Original.of(checkpoint).hashed()
-        self._windows: Tensor = evaluation_windows(terms.text, self._tokenizer, terms.length, terms.windows)
+        self._windows: Tensor = evaluation_windows(
+            terms.text, self._tokenizer, terms.length, terms.windows
+        )
         self._tasks()
         with disk(folder):
             (folder / _CELLS).mkdir(parents=True, exist_ok=True)
@@ -145,13 +171,17 @@ class Comparison:
         if old is None or not set(terms) <= set(old):
             if any((self.folder / _CELLS).glob("*.json")):
                 raise LowbitError(
-                    f"'{self.folder / _STATE}' is damaged: it no longer says on which terms the cells there were measured. Remove "
+                    f"'{self.folder / _STATE}' is damaged: it no longer says on which terms the "
+                    "cells there were measured. Remove "
                     f"'{self.folder}', or choose another -o."
                 )
             return
         changed = [k for k in terms if old[k] != terms[k]]
         if changed:
-            raise LowbitError(f"'{self.folder}' holds a comparison with another {', '.join(changed)}. Choose another -o, or remove it.")
+            raise LowbitError(
+                f"'{self.folder}' holds a comparison with another {', '.join(changed)}. Choose "
+                "another -o, or remove it."
+            )
 
     def _tasks(self) -> Any:
         """The tasks, ready for one evaluation; None without any."""
@@ -163,26 +193,47 @@ class Comparison:
         return prepare(list(self.terms.tasks), shots=None, limit=self.terms.limit, folder=folder)
 
     def _made_with(self, cell: Cell) -> Row:
-        """What else decides a cell's figures: a finished cell that differs in it is measured anew."""
+        """What else decides a cell's figures: a finished cell that differs in it is measured
+        anew.
+        """
         versions = {n: version(n) for n in ("lowbit", "torch", "transformers")}
-        resolved = {} if cell.recipe == "original" else _resolved(cell.recipe, cell.scheme, self.terms.settings).as_dict()
-        read = {"model": self._model.sha256, "calibration": state_of(self.terms.calibration.source), "windows": self._windows_hash()}
-        return json.loads(json.dumps({"recipe": resolved, "device": self.device.split(":")[0], "versions": versions, **read}))  # type: ignore[no-any-return]
+        resolved = (
+            {}
+            if cell.recipe == "original"
+            else _resolved(cell.recipe, cell.scheme, self.terms.settings).as_dict()
+        )
+        read = {
+            "model": self._model.sha256,
+            "calibration": state_of(self.terms.calibration.source),
+            "windows": self._windows_hash(),
+        }
+        device = self.device.split(":")[0]
+        told = {"recipe": resolved, "device": device, "versions": versions, **read}
+        plain: dict[str, Any] = json.loads(json.dumps(told))
+        return plain
 
     def _windows_hash(self) -> str:
         return hashlib.sha256(self._windows.to(torch.int64).numpy().tobytes()).hexdigest()
 
     def finished(self, cell: Cell) -> Row | None:
-        """What an earlier call measured, None if it failed, never ran, is damaged, or ran with another model, text, recipe, version or
-        kind of device."""
+        """What an earlier call measured, None if it failed, never ran, is damaged, or ran with
+        another model, text, recipe, version or kind of device.
+        """
         row: Row | None = _read(self.folder / _CELLS / f"{cell.name}.json")
-        return None if row is None or "error" in row or row.get("made_with") != self._made_with(cell) else row
+        return (
+            None
+            if row is None or "error" in row or row.get("made_with") != self._made_with(cell)
+            else row
+        )
 
-    def run(self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]]) -> Iterator[Row]:
+    def run(
+        self, wanted: Sequence[Cell], show: Callable[[Cell], AbstractContextManager[Any]]
+    ) -> Iterator[Row]:
         """Measure every cell that is not finished yet.
 
         Args:
-            show: makes a progress display for the quantization of a cell, see `lowbit.display.Progress`.
+            show: makes a progress display for the quantization of a cell, see
+                `lowbit.display.Progress`.
 
         Yields:
             a row for each cell, failures included.
@@ -191,15 +242,26 @@ class Comparison:
             row = self.finished(cell)
             if row is None:
                 try:
-                    row = self._original(cell) if cell.recipe == "original" else self._quantized(cell, show)
+                    row = (
+                        self._original(cell)
+                        if cell.recipe == "original"
+                        else self._quantized(cell, show)
+                    )
                     row["made_with"] = self._made_with(cell)
                 except DiskFull:
                     raise
                 except Exception as e:  # a failing method is a result too; the others go on
                     said = str(e) if isinstance(e, LowbitError) else f"{type(e).__name__}: {e}"
-                    row = {"scheme": cell.scheme, "recipe": cell.recipe, "error": " ".join(said.split())}
+                    row = {
+                        "scheme": cell.scheme,
+                        "recipe": cell.recipe,
+                        "error": " ".join(said.split()),
+                    }
                 self._model.check_unchanged()  # or the row would be of another model than it says
-                write_atomic(self.folder / _CELLS / f"{cell.name}.json", (json.dumps(row, indent=1) + "\n").encode())
+                write_atomic(
+                    self.folder / _CELLS / f"{cell.name}.json",
+                    (json.dumps(row, indent=1) + "\n").encode(),
+                )
             yield row
 
     def kept(self) -> str:
@@ -212,10 +274,19 @@ class Comparison:
         size = sum(t.nbytes for t in Checkpoint(self.terms.model).stored().values())
         kind = "bfloat16" if cell.scheme == "bfloat16" else "float32"
         model = load_causal_lm(self.terms.model, self.device, kind)
-        return {"scheme": cell.scheme, "recipe": cell.recipe, "bits": None, "bytes": size, "seconds": 0.0, **self._judged(model)}
+        return {
+            "scheme": cell.scheme,
+            "recipe": cell.recipe,
+            "bits": None,
+            "bytes": size,
+            "seconds": 0.0,
+            **self._judged(model),
+        }
 
     def _start_anew(self, cell: Cell, out: Path) -> None:
-        """Remove what an earlier call with another model, text, recipe or version left of a cell's artifact; keep what this one can go on with."""
+        """Remove what an earlier call with another model, text, recipe or version left of a cell's
+        artifact; keep what this one can go on with.
+        """
         note, made_with = out.with_name(f"{out.name}.json"), self._made_with(cell)
         if _read(note) != made_with:
             for folder in (out, out.with_name(f"{out.name}.partial")):
@@ -230,23 +301,41 @@ class Comparison:
         recipe = _resolved(cell.recipe, cell.scheme, t.settings)
         with show(cell) as progress:
             done = quantize(
-                t.model, None, recipe, out=out, calib=t.calibration.source, samples=t.calibration.samples, length=t.calibration.length,
-                seed=t.seed, device=t.device, progress=progress, watch=getattr(progress, "working", None),
-            )  # fmt: skip
+                t.model,
+                None,
+                recipe,
+                out=out,
+                calib=t.calibration.source,
+                samples=t.calibration.samples,
+                length=t.calibration.length,
+                seed=t.seed,
+                device=t.device,
+                progress=progress,
+                watch=getattr(progress, "working", None),
+            )
         report = done.report
         row = {
-            "scheme": cell.scheme, "recipe": cell.recipe, "bits": report["size"]["bits_per_weight"], "bytes": report["size"]["after"],
-            "model_bits": report["size"]["model_bits_per_weight"], "seconds": sum(b["seconds"] for b in report["blocks"]),
+            "scheme": cell.scheme,
+            "recipe": cell.recipe,
+            "bits": report["size"]["bits_per_weight"],
+            "bytes": report["size"]["after"],
+            "model_bits": report["size"]["model_bits_per_weight"],
+            "seconds": sum(b["seconds"] for b in report["blocks"]),
             **self._judged(load_causal_lm(str(out), self.device)),
-            "blocks": [{"before": b["loss_before"], "after": b["loss_after"]} for b in report["blocks"]],
+            "blocks": [
+                {"before": b["loss_before"], "after": b["loss_after"]} for b in report["blocks"]
+            ],
             "trouble": sorted({r for b in report["blocks"] for r in b.get("trouble", [])}),
-            "verified": done.verification.summary, "hash": report["hash"], "format": report["format"],
+            "verified": done.verification.summary,
+            "hash": report["hash"],
+            "format": report["format"],
             "calibration": report["calibration"],
-        }  # fmt: skip
+        }
         if not self.keep:
             shutil.rmtree(out)
             out.with_name(f"{out.name}.json").unlink(missing_ok=True)
-            with suppress(OSError):  # others lie there: of cells that failed, or kept by an earlier call
+            # Others lie there: of cells that failed, or kept by an earlier call.
+            with suppress(OSError):
                 out.parent.rmdir()
         return row
 
@@ -260,13 +349,16 @@ class Comparison:
         if prepared is not None:
             from .tasks import evaluate_tasks
 
-            found["tasks"] = evaluate_tasks(prepared, model, self._tokenizer, limit=self.terms.limit, batch=8).as_dict()
+            found["tasks"] = evaluate_tasks(
+                prepared, model, self._tokenizer, limit=self.terms.limit, batch=8
+            ).as_dict()
         return {**found, "windows_sha256": self._windows_hash()}
 
 
 @contextmanager
 def opened(terms: Terms, folder: Path, keep: bool = False) -> Iterator[Comparison]:
-    """A `Comparison` in a folder where no other process works meanwhile; found possible before any work.
+    """A `Comparison` in a folder where no other process works meanwhile; found possible before any
+    work.
 
     Raises:
         LowbitError: as `Comparison`; the folder is in use, or cannot be written.

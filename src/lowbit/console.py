@@ -13,16 +13,20 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 _UNBOUNDED = 1 << 20  # columns, where no terminal has a width
-_DRIVES = re.compile(r"(?!\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey instead of showing it
-_MOVES = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # what has no width: rich drops, expands or passes on what it finds in a cell
+# What a terminal would obey instead of showing it.
+_DRIVES = re.compile(r"(?!\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What has no width: rich drops, expands or passes on what it finds in a cell.
+_MOVES = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 class Console(console.Console):
-    """Prints strings as they are: no markup, no emoji codes, no highlighting, no line breaks, no tabs expanded.
+    """Prints strings as they are: no markup, no emoji codes, no highlighting, no line breaks, no
+    tabs expanded.
 
-    On a terminal, control characters of a string are written as escapes (``\\x1b``), so that a name from outside cannot drive it;
-    line ends and tabs stay. In the cells of a table they are escapes everywhere. Where the output is not a terminal, a table is as
-    wide as its cells, whatever COLUMNS says.
+    On a terminal, control characters of a string are written as escapes (``\\x1b``), so that a name
+    from outside cannot drive it; line ends and tabs stay. In the cells of a table they are escapes
+    everywhere. Where the output is not a terminal, a table is as wide as its cells, whatever
+    COLUMNS says.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -45,7 +49,9 @@ class Console(console.Console):
     def size(self) -> console.ConsoleDimensions:
         """Columns and lines."""
         found = console.Console.size.fget(self)  # type: ignore[attr-defined]
-        return console.ConsoleDimensions(found.width if self.file.isatty() else _UNBOUNDED, found.height)
+        return console.ConsoleDimensions(
+            found.width if self.file.isatty() else _UNBOUNDED, found.height
+        )
 
     @size.setter
     def size(self, new_size: tuple[int, int]) -> None:
@@ -65,10 +71,16 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def lose_nothing() -> None:
-    """Let the standard streams write what their encoding has no character for as an escape, where Python would raise."""
+    """Let the standard streams write what their encoding has no character for as an escape, where
+    Python would raise.
+    """
     codecs.register_error("lowbit", _escaped)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in (
+            "strict",
+            "surrogateescape",
+            "backslashreplace",
+        ):
             stream.reconfigure(errors="lowbit")
 
 
@@ -78,5 +90,7 @@ def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
     first = error.object[error.start]
     if "\udc80" <= first <= "\udcff":
         return bytes([ord(first) - 0xDC00]), error.start + 1
-    one = UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    one = UnicodeEncodeError(
+        error.encoding, error.object, error.start, error.start + 1, error.reason
+    )
     return codecs.backslashreplace_errors(one)

@@ -1,4 +1,6 @@
-"""The demo: the embedded model in 2 bits by three recipes, side by side, with a report. No network, a few minutes."""
+"""The demo: the embedded model in 2 bits by three recipes, side by side, with a report. No network,
+a few minutes.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,17 @@ _WRITTEN = {*RECIPES, *(f"{r}.partial" for r in RECIPES), "report.html", "demo.j
 _PROMPT = "def read_file(path"
 _WINDOWS, _LENGTH, _SAMPLES = 64, 256, 64
 # Enough to see the order of the methods in a few minutes; the presets do more.
-_LIGHTER = {"rtn": [], "awq": ["awq.rows=16"], "tesseraq": ["awq.rows=16", "tesseraq.schedule=exponential-5-30", "tesseraq.iters=10"]}
+_LIGHTER = {
+    "rtn": [],
+    "awq": ["awq.rows=16"],
+    "tesseraq": ["awq.rows=16", "tesseraq.schedule=exponential-5-30", "tesseraq.iters=10"],
+}
 
 
 def demo_model() -> Path:
-    """Folder of the small Llama that comes with the package, trained on the Python standard library's sources."""
+    """Folder of the small Llama that comes with the package, trained on the Python standard
+    library's sources.
+    """
     return Path(str(resources.files(__package__) / "demo_model"))
 
 
@@ -41,12 +49,15 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
         folder: an earlier demo in it is replaced.
 
     Raises:
-        LowbitError: the folder holds something else, is in use, or cannot be written. Interrupted: a KeyboardInterrupt.
+        LowbitError: the folder holds something else, is in use, or cannot be written. Interrupted:
+            a KeyboardInterrupt.
     """
     with working(folder, "demo") as place:
         others = [n for n in entries(place) if n not in _WRITTEN]
         if others:
-            raise LowbitError(f"'{folder}' holds '{others[0]}', which no demo wrote. Choose another -o.")
+            raise LowbitError(
+                f"'{folder}' holds '{others[0]}', which no demo wrote. Choose another -o."
+            )
         emptied(place)
         try:
             _run(folder, scheme, device, console)
@@ -62,37 +73,79 @@ def _run(folder: Path, scheme: str, device: str, console: Console) -> None:
     original = load_causal_lm(source, where)
     plain = evaluate(original, windows)
     rows: list[dict[str, Any]] = [
-        {"recipe": "original", "scheme": "16 bit", "bytes": sum(f.stat().st_size for f in demo_model().glob("*.safetensors")), "bits": 16.0,
-         "seconds": 0.0, **plain.as_dict(), "sample": continue_text(original, tokenizer, _PROMPT, 48), "losses": []}
-    ]  # fmt: skip
+        {
+            "recipe": "original",
+            "scheme": "16 bit",
+            "bytes": sum(f.stat().st_size for f in demo_model().glob("*.safetensors")),
+            "bits": 16.0,
+            "seconds": 0.0,
+            **plain.as_dict(),
+            "sample": continue_text(original, tokenizer, _PROMPT, 48),
+            "losses": [],
+        }
+    ]
     for recipe in RECIPES:
-        console.print(f"\n{recipe}, {scheme}, {_SAMPLES} x {_LENGTH} tokens of this Python's standard library")
+        console.print(
+            f"\n{recipe}, {scheme}, {_SAMPLES} x {_LENGTH} tokens of this Python's standard library"
+        )
         with Progress(console) as progress:
             done = quantize(
-                source, scheme, recipe, out=folder / recipe, samples=_SAMPLES, length=_LENGTH, device=device,
-                settings=_LIGHTER[recipe], progress=progress, watch=progress.working,
+                source,
+                scheme,
+                recipe,
+                out=folder / recipe,
+                samples=_SAMPLES,
+                length=_LENGTH,
+                device=device,
+                settings=_LIGHTER[recipe],
+                progress=progress,
+                watch=progress.working,
             )
         loaded = load_causal_lm(str(folder / recipe), where)
         found = evaluate(loaded, windows, original)
         report = done.report
         rows.append(
-            {"recipe": recipe, "scheme": scheme, "bytes": report["size"]["after"], "bits": report["size"]["bits_per_weight"],
-             "seconds": sum(b["seconds"] for b in report["blocks"]), **found.as_dict(), "sample": continue_text(loaded, tokenizer, _PROMPT, 48),
-             "verified": done.verification.summary, "hash": report["hash"],
-             "losses": [(b["loss_before"], b["loss_after"]) for b in report["blocks"]]}
-        )  # fmt: skip
-    title = f"{windows.shape[0]} x {windows.shape[1]} tokens of held-out standard library sources, demo model"
+            {
+                "recipe": recipe,
+                "scheme": scheme,
+                "bytes": report["size"]["after"],
+                "bits": report["size"]["bits_per_weight"],
+                "seconds": sum(b["seconds"] for b in report["blocks"]),
+                **found.as_dict(),
+                "sample": continue_text(loaded, tokenizer, _PROMPT, 48),
+                "verified": done.verification.summary,
+                "hash": report["hash"],
+                "losses": [(b["loss_before"], b["loss_after"]) for b in report["blocks"]],
+            }
+        )
+    title = (
+        f"{windows.shape[0]} x {windows.shape[1]} tokens of held-out standard library sources, "
+        "demo model"
+    )
     _show(rows, title, console)
     with disk(folder):
         page = write_page(folder, rows, title)
-    console.print(f"\nreport: {page}\ncheck an artifact again: lowbit verify {shell(folder / 'tesseraq')}")
+    console.print(
+        f"\nreport: {page}\ncheck an artifact again: lowbit verify {shell(folder / 'tesseraq')}"
+    )
 
 
 def _show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
     for row in rows:
         console.print(f"\n[{row['recipe']}]\n{row['sample']}")
-    table = Table("recipe", "scheme", "bits", "size", "perplexity", "KL", "top-1", "time", title=title)
+    table = Table(
+        "recipe", "scheme", "bits", "size", "perplexity", "KL", "top-1", "time", title=title
+    )
     for r in rows:
         kl, top = ("-", "-") if r["kl"] is None else (f"{r['kl']:.4f}", f"{r['top1']:.1%}")
-        table.add_row(r["recipe"], r["scheme"], f"{r['bits']:.3f}", size(r["bytes"]), f"{r['perplexity']:.3f}", kl, top, duration(r["seconds"]))
+        table.add_row(
+            r["recipe"],
+            r["scheme"],
+            f"{r['bits']:.3f}",
+            size(r["bytes"]),
+            f"{r['perplexity']:.3f}",
+            kl,
+            top,
+            duration(r["seconds"]),
+        )
     console.print(table)

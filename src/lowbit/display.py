@@ -48,7 +48,9 @@ def duration(seconds: float) -> str:
 def _row(done: BlockDone, left: float) -> tuple[str, ...]:
     r = done.record
     linears = r["linears"]
-    bits = sum(8 * e["bytes"] for e in linears) / sum(e["shape"][0] * e["shape"][1] for e in linears)
+    bits = sum(8 * e["bytes"] for e in linears) / sum(
+        e["shape"][0] * e["shape"][1] for e in linears
+    )
     return (
         f"{done.index + 1}/{done.blocks}" + (" (resumed)" if done.resumed else ""),
         f"{len(linears)} linears",
@@ -65,13 +67,23 @@ _COLUMNS = ("block", "linear", "loss rtn -> tuned", "bits", "time", "memory", "l
 
 
 def _linear_rows(done: BlockDone) -> list[tuple[str, ...]]:
-    """The linears of a block, each with the relative error of its own output: tuning looks at the block's output only, so one
-    linear's may rise."""
+    """The linears of a block, each with the relative error of its own output: tuning looks at the
+    block's output only, so one linear's may rise.
+    """
     cut = len(done.record["name"]) + 1
     return [
-        ("", e["name"][cut:], f"{e['error_nearest']:.3g} -> {e['error']:.3g}", f"{e['bits_per_weight']:.3f}", "", "", "", "")
+        (
+            "",
+            e["name"][cut:],
+            f"{e['error_nearest']:.3g} -> {e['error']:.3g}",
+            f"{e['bits_per_weight']:.3f}",
+            "",
+            "",
+            "",
+            "",
+        )
         for e in done.record["linears"]
-    ]  # fmt: skip
+    ]
 
 
 class Progress:
@@ -86,7 +98,11 @@ class Progress:
         self._rows: list[tuple[str, ...]] = []
         self._last: list[tuple[str, ...]] = []
         self._now = ""
-        self._live = Live(self._table(), console=console, auto_refresh=False) if console.is_terminal else None
+        self._live = (
+            Live(self._table(), console=console, auto_refresh=False)
+            if console.is_terminal
+            else None
+        )
         self._spent: list[float] = []
 
     def __enter__(self) -> Progress:
@@ -94,7 +110,12 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live:
             self._now = ""
             self._live.update(self._table() if self._rows else "", refresh=True)
@@ -132,8 +153,15 @@ class Progress:
 
 @contextmanager
 def windows_bar(console: Console, what: str = "windows") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over evaluation windows on a terminal, nothing elsewhere; yields what to tell (done, in all)."""
-    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """A progress bar over evaluation windows on a terminal, nothing elsewhere; yields what to tell
+    (done, in all).
+    """
+    columns = (
+        TextColumn(what, markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
@@ -144,67 +172,161 @@ def analysis_tables(data: Mapping[str, Any]) -> list[Table]:
     width = data["grids"][0].split()[0]
     shown = [g for g in data["grids"] if g.startswith(width + " ")]
     heads = (g.removeprefix(width + " ").replace("CrossQuant", "cross") for g in shown)
-    each = Table("block", "input of", "zero", *heads, "largest", "channels", "tokens", ">= 6", title=data["title"])
+    each = Table(
+        "block",
+        "input of",
+        "zero",
+        *heads,
+        "largest",
+        "channels",
+        "tokens",
+        ">= 6",
+        title=data["title"],
+    )
     for s in data["sites"]:
         block, _, inside = s["linears"][0].partition("layers.")[2].partition(".")
-        name = ", ".join([inside.rpartition(".")[2], *(n.rpartition(".")[2] for n in s["linears"][1:])])
-        numbers = (f"{s['largest']:.3g}", f"{s['channel_spread']:.3g}", f"{s['token_spread']:.3g}", str(s["outlier_channels"]))
-        each.add_row(block, name, f"{s['zeros']:.1%}", *(f"{s['kernel'][g]:.2%}" for g in shown), *numbers)
+        name = ", ".join(
+            [inside.rpartition(".")[2], *(n.rpartition(".")[2] for n in s["linears"][1:])]
+        )
+        numbers = (
+            f"{s['largest']:.3g}",
+            f"{s['channel_spread']:.3g}",
+            f"{s['token_spread']:.3g}",
+            str(s["outlier_channels"]),
+        )
+        each.add_row(
+            block, name, f"{s['zeros']:.1%}", *(f"{s['kernel'][g]:.2%}" for g in shown), *numbers
+        )
     each.caption = (
-        f"at {width}, share of non-zero elements that become zero under each grid; channels, tokens: the largest maximum over the median one; "
+        f"at {width}, share of non-zero elements that become zero under each grid; channels, "
+        "tokens: the largest maximum over the median one; "
         ">= 6: channels that reach 6"
     )
-    means = Table("grid", "mean kernel share", "perplexity, weights in 8 bits", "with the kernel restored")
+    means = Table(
+        "grid", "mean kernel share", "perplexity, weights in 8 bits", "with the kernel restored"
+    )
     cost = {(r["grid"], r["kind"]): f"{r['perplexity']:.4f}" for r in data["removals"] if r["grid"]}
     for name, share in data["mean"].items():
-        means.add_row(name, f"{share:.3%}", cost.get((name, "quantized"), ""), cost.get((name, "restored"), ""))
+        means.add_row(
+            name,
+            f"{share:.3%}",
+            cost.get((name, "quantized"), ""),
+            cost.get((name, "restored"), ""),
+        )
     tables = [each, means]
     removed = [r for r in data["removals"] if r["grid"] is None and r["kind"] != "none"]
     if removed:
         base = next(r["perplexity"] for r in data["removals"] if r["kind"] == "none")
-        kinds, shares = list(dict.fromkeys(r["kind"] for r in removed)), list(dict.fromkeys(r["share"] for r in removed))
-        zeroed = Table("set to zero", *kinds, title=f"perplexity with a share of non-zero elements set to zero; {base:.4f} with none")
+        kinds, shares = (
+            list(dict.fromkeys(r["kind"] for r in removed)),
+            list(dict.fromkeys(r["share"] for r in removed)),
+        )
+        zeroed = Table(
+            "set to zero",
+            *kinds,
+            title=f"perplexity with a share of non-zero elements set to zero; {base:.4f} with none",
+        )
         for share in shares:
-            zeroed.add_row(f"{share:g}", *(f"{r['perplexity']:.4f}" for k in kinds for r in removed if (r["kind"], r["share"]) == (k, share)))
-        zeroed.add_row("1 % worse at", *("never here" if (at := data["knees"][k]) is None else f"{at:.3f}" for k in kinds))
+            zeroed.add_row(
+                f"{share:g}",
+                *(
+                    f"{r['perplexity']:.4f}"
+                    for k in kinds
+                    for r in removed
+                    if (r["kind"], r["share"]) == (k, share)
+                ),
+            )
+        zeroed.add_row(
+            "1 % worse at",
+            *("never here" if (at := data["knees"][k]) is None else f"{at:.3f}" for k in kinds),
+        )
         tables.append(zeroed)
     return tables
 
 
-def memory_rows(plan: Plan, device: torch.device, offload: str, folder: Path, room: Room | None = None) -> tuple[tuple[str, str], ...]:
-    """What a plan says of memory, with activations where ``offload`` says, files in ``folder`` and so much room on devices."""
+def memory_rows(
+    plan: Plan, device: torch.device, offload: str, folder: Path, room: Room | None = None
+) -> tuple[tuple[str, str], ...]:
+    """What a plan says of memory, with activations where ``offload`` says, files in ``folder`` and
+    so much room on devices.
+    """
     m, gib = plan.memory, 2**30
     free = (room or free_memory)(device)
     steps = ", ".join(f"{name} {most / gib:.3g}" for name, most in m.steps.items())
     try:
-        placed = f"--offload {offload} puts them here on the {m.placed(offload, device, folder, room).used}"
+        placed = (
+            f"--offload {offload} puts them here on the "
+            f"{m.placed(offload, device, folder, room).used}"
+        )
     except LowbitError as e:
         placed = str(e)
     there = "" if free is None else f"; {free / gib:.3g} are free there"
     peak = "peak memory" if m.processes == 1 else f"peak memory of each of {m.processes}"
     return (
-        (peak, f"{m.peak / gib:.3g} GiB: a block {m.block / gib:.3g}, embeddings and head {m.outer / gib:.3g}, activations "
-         f"{m.streams / gib:.3g}" + (f", libraries {m.process / gib:.2g}" if m.process else "") + there),
+        (
+            peak,
+            f"{m.peak / gib:.3g} GiB: a block {m.block / gib:.3g}, embeddings and head "
+            f"{m.outer / gib:.3g}, activations "
+            f"{m.streams / gib:.3g}"
+            + (f", libraries {m.process / gib:.2g}" if m.process else "")
+            + there,
+        ),
         ("of a block", f"GiB by step: {steps}; below {m.least / gib:.3g} it cannot be done"),
         ("activations", f"{m.copies} x {m.stream / gib:.3g} GiB; {placed}"),
-        ("closing check", f"about {plan.check_memory / gib:.3g} GiB, in a process of its own that loads the whole model"),
-    )  # fmt: skip
+        (
+            "closing check",
+            f"about {plan.check_memory / gib:.3g} GiB, in a process of its own that loads the "
+            "whole model",
+        ),
+    )
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """All cells of a comparison, failures included."""
     tasks = any(r.get("tasks") for r in rows)
-    table = Table("scheme", "recipe", "bits", "size", "perplexity", "KL", "top-1", *(("mean acc",) if tasks else ()), "time", title=title)
+    table = Table(
+        "scheme",
+        "recipe",
+        "bits",
+        "size",
+        "perplexity",
+        "KL",
+        "top-1",
+        *(("mean acc",) if tasks else ()),
+        "time",
+        title=title,
+    )
     for r in rows:
         if "error" in r:
-            table.add_row(r["scheme"], r["recipe"], "", "", "failed", *("",) * (4 if tasks else 3), style="red")
+            table.add_row(
+                r["scheme"],
+                r["recipe"],
+                "",
+                "",
+                "failed",
+                *("",) * (4 if tasks else 3),
+                style="red",
+            )
             continue
         bits = "" if r["bits"] is None else f"{r['bits']:.3f}"
-        accuracy = (f"{r['tasks']['mean_acc']:.3f}",) if tasks and r["tasks"]["mean_acc"] is not None else ("",) if tasks else ()
+        accuracy = (
+            (f"{r['tasks']['mean_acc']:.3f}",)
+            if tasks and r["tasks"]["mean_acc"] is not None
+            else ("",)
+            if tasks
+            else ()
+        )
         table.add_row(
-            r["scheme"], r["recipe"], bits, size(r["bytes"]), f"{r['perplexity']:.4g}", f"{r['kl']:.4f}", f"{r['top1']:.1%}", *accuracy,
+            r["scheme"],
+            r["recipe"],
+            bits,
+            size(r["bytes"]),
+            f"{r['perplexity']:.4g}",
+            f"{r['kl']:.4f}",
+            f"{r['top1']:.1%}",
+            *accuracy,
             duration(r["seconds"]) if r["seconds"] else "",
-        )  # fmt: skip
+        )
     return table
 
 
@@ -220,7 +342,13 @@ def runtimes_table(verdicts: Sequence[Verdict]) -> Table:
 def runtime_table(v: Verdict) -> Table:
     """What one runtime says that accepts a plan."""
     table = Table(show_header=False)
-    rows = [("runtime", v.runtime), ("needs", v.requires), ("format", v.format), ("weights", v.weights), ("export", _made(v))]
+    rows = [
+        ("runtime", v.runtime),
+        ("needs", v.requires),
+        ("format", v.format),
+        ("weights", v.weights),
+        ("export", _made(v)),
+    ]
     for row in [*rows, *(("note", n) for n in v.notes)]:
         table.add_row(*row)
     return table
@@ -231,18 +359,29 @@ def _made(v: Verdict) -> str:
 
 
 def remarks_of(report: Mapping[str, Any]) -> list[str]:
-    """What a person should know of an artifact's source, and of what became of its tensors and files; older reports have none."""
+    """What a person should know of an artifact's source, and of what became of its tensors and
+    files; older reports have none.
+    """
     lines = list(report.get("remarks", ()))
     copied, left = report.get("copied", {}), report.get("left_out", {})
     if copied:
-        lines.append(f"{len(copied)} tensors that the model's class does not know were copied as they are: {_some(copied)}")
-    odd = [f"{name} ({why})" for name, why in left.items() if name not in _USUALLY_LEFT and not name.startswith(".")]
+        lines.append(
+            f"{len(copied)} tensors that the model's class does not know were copied as they are: "
+            f"{_some(copied)}"
+        )
+    odd = [
+        f"{name} ({why})"
+        for name, why in left.items()
+        if name not in _USUALLY_LEFT and not name.startswith(".")
+    ]
     return lines + [f"left out: {line}" for line in odd]
 
 
 def _some(names: Iterable[str], shown: int = 3) -> str:
     listed = list(names)
-    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")
+    return ", ".join(listed[:shown]) + (
+        f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    )
 
 
 def summary(result: Result) -> str:
@@ -251,7 +390,8 @@ def summary(result: Result) -> str:
     s, folder = report["size"], result.folder
     lines = [
         "already made by an earlier run of this command; verified again" if result.repeated else "",
-        f"{size(s['before'])} -> {size(s['after'])} on disk; {s['bits_per_weight']:.3f} bits per quantized weight, "
+        f"{size(s['before'])} -> {size(s['after'])} on disk; {s['bits_per_weight']:.3f} bits per "
+        "quantized weight, "
         f"{s['model_bits_per_weight']:.3f} over all parameters",
     ]
     lines += [f"note: {remark}" for remark in remarks_of(report)]
@@ -261,12 +401,15 @@ def summary(result: Result) -> str:
     q = report["quality"]
     if q:
         lines.append(
-            f"{q['text']}, {q['quantized']['windows']} x {q['quantized']['length']} tokens: perplexity {q['float']['perplexity']:.4g} -> "
-            f"{q['quantized']['perplexity']:.4g}, KL {q['quantized']['kl']:.4g}, top-1 {q['quantized']['top1']:.1%}"
+            f"{q['text']}, {q['quantized']['windows']} x {q['quantized']['length']} tokens: "
+            f"perplexity {q['float']['perplexity']:.4g} -> "
+            f"{q['quantized']['perplexity']:.4g}, KL {q['quantized']['kl']:.4g}, top-1 "
+            f"{q['quantized']['top1']:.1%}"
         )
     lines += [
         f"verified: {result.verification.summary}",
-        f"hash {report['hash'][:16]}, {duration(report['seconds'])}, report in {folder / 'report.json'}",
+        f"hash {report['hash'][:16]}, {duration(report['seconds'])}, report in "
+        f"{folder / 'report.json'}",
         "",
         *_use(folder, report),
         f"evaluate  lowbit eval {shell(folder)} --text stdlib --reference {shell(report['model'])}",
@@ -279,11 +422,16 @@ def summary(result: Result) -> str:
 def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
     if report["format"] == "lowbit":
         return [
-            f"load      import lowbit; AutoModelForCausalLM.from_pretrained({literal(folder)})    (runs in transformers, after import lowbit)",
-            f"serve     no server reads this format, chosen for {report.get('beyond_compressed_tensors', 'what compressed-tensors cannot carry')}",
-            f"          if vLLM can run it all the same, this makes a copy for it, or says why not: lowbit export {shell(folder)} -o DIR",
+            f"load      import lowbit; AutoModelForCausalLM.from_pretrained({literal(folder)})    "
+            "(runs in transformers, after import lowbit)",
+            "serve     no server reads this format, chosen for "
+            f"{report.get('beyond_compressed_tensors', 'what compressed-tensors cannot carry')}",
+            "          if vLLM can run it all the same, this makes a copy for it, or says why "
+            f"not: lowbit export {shell(folder)} -o DIR",
         ]
     return [
-        f"load      AutoModelForCausalLM.from_pretrained({literal(folder)})    (plain transformers with compressed-tensors)",
-        f"serve     vllm serve {shell(folder)}    (which versions: lowbit plan {shell(report['model'])} --scheme {report['recipe']['scheme']})",
+        f"load      AutoModelForCausalLM.from_pretrained({literal(folder)})    (plain "
+        "transformers with compressed-tensors)",
+        f"serve     vllm serve {shell(folder)}    (which versions: lowbit plan "
+        f"{shell(report['model'])} --scheme {report['recipe']['scheme']})",
     ]

@@ -1,4 +1,6 @@
-"""The errors a user can meet. They carry one or two sentences: what is wrong, where, and what to do next."""
+"""The errors a user can meet. They carry one or two sentences: what is wrong, where, and what to do
+next.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,21 @@ from collections.abc import Iterable
 
 
 class LowbitError(Exception):
-    """Bad input or an environment that cannot do what was asked. The command line prints it and exits with code 2."""
+    """Bad input or an environment that cannot do what was asked. The command line prints it and
+    exits with code 2.
+    """
 
 
 class VerificationError(LowbitError):
-    """An artifact that is not what its report says it is. The command line prints it and exits with code 1."""
+    """An artifact that is not what its report says it is. The command line prints it and exits with
+    code 1.
+    """
 
 
 class DiskFull(LowbitError):
-    """No space is left where something was to be written. Who knows what is kept adds a sentence."""
+    """No space is left where something was to be written. Who knows what is kept adds a
+    sentence.
+    """
 
 
 class Interrupted(KeyboardInterrupt):
@@ -23,11 +31,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class ToldElsewhere(LowbitError):
-    """An error of which another rank of the run tells the user. The command line prints nothing and exits with code 2."""
+    """An error of which another rank of the run tells the user. The command line prints nothing and
+    exits with code 2.
+    """
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> LowbitError:
-    """A LowbitError for a name that does not exist, with the nearest one that does, or the whole list."""
+    """A LowbitError for a name that does not exist, with the nearest one that does, or the whole
+    list.
+    """
     names = sorted(known)
     near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}."

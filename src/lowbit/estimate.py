@@ -1,7 +1,8 @@
 """How long a run takes: work counted from shapes, over what this device was measured to sustain.
 
-Counted are matrix products and the bytes of the passes over activations, weights and logits. Left out: launching kernels, which is what small models
-and column loops (GPTQ, CLAQ) wait for on a GPU; reading, packing, hashing and the closing check. So an estimate is low where those count.
+Counted are matrix products and the bytes of the passes over activations, weights and logits. Left
+out: launching kernels, which is what small models and column loops (GPTQ, CLAQ) wait for on a GPU;
+reading, packing, hashing and the closing check. So an estimate is low where those count.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _STEP = 36  # a step of soft rounding: the weights made, and their variables mov
 _HARDEN = 80  # a phase of it: distances, bins, histogram, masks
 _CANDIDATE = 60  # a scale of AWQ's search: scaled and rounded in float64
 _SHRINK = 40  # a range of its clip search
-_LOGITS = 44  # for every logit of a step: the softmax of both models in float32, the divergence and its gradient
+# for every logit of a step: the softmax of both models in float32, the divergence and its gradient
+_LOGITS = 44
 _JUDGED = 32  # rows on which losses that decide are computed
 _SEARCHED = 1024  # tokens after which a CPU looks at a candidate of AWQ's search
 
@@ -36,7 +38,8 @@ class Speed:
     """What a device sustains.
 
     Attributes:
-        half: FLOP/s of a matrix product in bfloat16. single: in float32. copies: bytes/s of memory, reads and writes together.
+        half: FLOP/s of a matrix product in bfloat16. single: in float32. copies: bytes/s of memory,
+            reads and writes together.
     """
 
     half: float
@@ -63,7 +66,7 @@ class Work:
         return self.half / speed.half + self.single / speed.single + self.moved / speed.copies
 
 
-# --- work ------------------------------------------------------------------------------------------------------------------
+# --- work -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Shapes:
     """What the work depends on.
 
     Attributes:
-        layer: sizes. sites: linears that read the same input, in order. held_out: rows that pass and teach nothing.
+        layer: sizes. sites: linears that read the same input, in order. held_out: rows that pass
+            and teach nothing.
         rows: calibration rows of the run, those held out not included.
         device: which computes. compute: dtype of forward passes there.
     """
@@ -94,9 +98,12 @@ class Shapes:
         return Work(half=flops) if half else Work(single=flops)
 
     def forward(self, rows: float, half: bool | None = None) -> Work:
-        """So many rows through a block: attention's own products included, activations written once and read once."""
+        """So many rows through a block: attention's own products included, activations written once
+        and read once.
+        """
         layer, tokens = self.layer, rows * self.rows.length
-        wide = sum(a + b for a, b in layer.linears.values()) + 10 * layer.hidden + 2 * layer.widest  # numbers a token, as memory.py has them
+        # Numbers a token, as memory.py has them.
+        wide = sum(a + b for a, b in layer.linears.values()) + 10 * layer.hidden + 2 * layer.widest
         flops = tokens * (2.0 * layer.weights + 4.0 * self.rows.length * layer.hidden)
         return self.products(flops, half) + Work(moved=2.0 * tokens * self.rows.compute * wide)
 
@@ -104,7 +111,8 @@ class Shapes:
 def run_work(recipe: Recipe, shapes: Shapes, blocks: int) -> Work:
     """The work of a run, all blocks, of one process."""
     rows = shapes.rows
-    passing = 2 * rows.mine(rows.count + shapes.held_out) + 2 * min(_JUDGED, rows.mine(rows.count))  # target, next input; two losses
+    # Target, next input; two losses.
+    passing = 2 * rows.mine(rows.count + shapes.held_out) + 2 * min(_JUDGED, rows.mine(rows.count))
     each = shapes.forward(passing)
     for method in recipe.methods:
         each += _of_method(method, recipe, shapes)
@@ -135,16 +143,25 @@ def _awq(method: AWQ, recipe: Recipe, shapes: Shapes) -> Work:
         # A CPU leaves a candidate once it has lost: all are begun, about two are finished.
         begun = min(1.0, _SEARCHED / tokens) if shapes.device.type == "cpu" else 1.0
         tried = method.exponents * begun + 2 * (1 - begun)
-        wide = shapes.widths[-1]  # the last site is judged through its Gram matrix, the others by running their part of the block
-        judged = 2.0 * (layer.weights - sum(a * b for n, (a, b) in layer.linears.items() if n in shapes.sites[-1]))
+        # The last site is judged through its Gram matrix, the others by running their part.
+        wide = shapes.widths[-1]
+        judged = 2.0 * (
+            layer.weights
+            - sum(a * b for n, (a, b) in layer.linears.items() if n in shapes.sites[-1])
+        )
         total += shapes.products(judged * tokens * (1 + tried))
         outputs = sum(layer.linears[n][0] for n in shapes.sites[-1])
-        total += Work(single=2.0 * tokens * wide**2 + 2.0 * outputs * wide**2 * tried, moved=_CANDIDATE * layer.weights * method.exponents)
+        total += Work(
+            single=2.0 * tokens * wide**2 + 2.0 * outputs * wide**2 * tried,
+            moved=_CANDIDATE * layer.weights * method.exponents,
+        )
     if method.clip != "none" and not isinstance(recipe.grid, Codebook):
         size = recipe.grid.group_size
         seen = min(tokens, method.clip_tokens or tokens)
         moments = sum(2.0 * seen * width * (size or width) for width in shapes.widths)
-        searched = sum(2.0 * a * b * (size or b) for a, b in layer.linears.values()) * method.shrinks
+        searched = (
+            sum(2.0 * a * b * (size or b) for a, b in layer.linears.values()) * method.shrinks
+        )
         total += Work(single=moments + searched, moved=_SHRINK * layer.weights * method.shrinks)
     return total
 
@@ -153,7 +170,8 @@ def _columns(method: GPTQ | CLAQ, shapes: Shapes) -> Work:
     """Hessians, their factors, and the column loop; its launches are not counted."""
     rows = shapes.rows.mine(min(method.rows or shapes.rows.count, shapes.rows.count))
     tokens, widths = rows * shapes.rows.length, shapes.widths
-    passes = len(widths) / 2 if method.true_sequential else 1  # the part of the block from one site to the next
+    # The part of the block from one site to the next.
+    passes = len(widths) / 2 if method.true_sequential else 1
     square = sum(2.0 * tokens * n**2 + 2.0 * n**3 for n in widths)
     loop = sum(2.0 * a * b * b for a, b in shapes.layer.linears.values())
     return shapes.forward(rows) * passes + Work(single=square + loop)
@@ -161,32 +179,40 @@ def _columns(method: GPTQ | CLAQ, shapes: Shapes) -> Work:
 
 def _tesseraq(method: TesseraQ, shapes: Shapes) -> Work:
     layer, phases = shapes.layer, len(soft_shares(method.schedule)) * method.rounds
-    half = shapes.compute == torch.bfloat16 or method.in_bfloat16(shapes.device)  # none are made in float16
-    steps = shapes.forward(shapes.rows.mine(method.batch), half) * (3 * method.steps)  # forward, and twice that back
+    # None are made in float16.
+    half = shapes.compute == torch.bfloat16 or method.in_bfloat16(shapes.device)
+    # Forward, and twice that back.
+    steps = shapes.forward(shapes.rows.mine(method.batch), half) * (3 * method.steps)
     judged = shapes.forward(2 * min(_JUDGED, shapes.rows.mine(shapes.rows.count)))
     return steps + judged + Work(moved=(_STEP * method.steps + _HARDEN * phases) * layer.weights)
 
 
 def _last_block(recipe: Recipe, shapes: Shapes) -> Work:
-    """What tuning the last block on its logits adds: two products with the head forward, one back, and passes over the logits."""
+    """What tuning the last block on its logits adds: two products with the head forward, one back,
+    and passes over the logits.
+    """
     total = Work()
     for method in recipe.methods:
         if isinstance(method, TesseraQ) and method.objective == "logits":
             tokens = shapes.rows.mine(method.batch) * shapes.rows.length * method.steps
             logits = float(tokens) * shapes.layer.vocab
             # The readout has the precision of forward passes, whatever that of the steps.
-            total += shapes.products(6.0 * logits * shapes.layer.hidden) + Work(moved=_LOGITS * logits)
+            total += shapes.products(6.0 * logits * shapes.layer.hidden) + Work(
+                moved=_LOGITS * logits
+            )
     return total
 
 
-# --- speed -----------------------------------------------------------------------------------------------------------------
+# --- speed ----------------------------------------------------------------------------------------
 
 
 class Bench(Protocol):
     """Where rates are measured: a device and a clock."""
 
     def product(self, size: int, dtype: torch.dtype) -> Callable[[int], None]:
-        """Makes a function that computes so many (size, size) products and then waits for the device once."""
+        """Makes a function that computes so many (size, size) products and then waits for the
+        device once.
+        """
         ...
 
     def copy(self, numbers: int) -> Callable[[int], None]:
@@ -229,21 +255,28 @@ class _Device:
         return free_memory(self.device)
 
 
-_SIZES: Mapping[bool, tuple[int, ...]] = {True: (512, 1024, 2048), False: (1024, 2048, 4096, 8192)}  # of products: on a CPU, elsewhere
+# Of products: on a CPU, elsewhere.
+_SIZES: Mapping[bool, tuple[int, ...]] = {
+    True: (512, 1024, 2048),
+    False: (1024, 2048, 4096, 8192),
+}
 _NUMBERS: Mapping[bool, int] = {True: 1 << 23, False: 1 << 27}
 _AT_ONCE = 10  # before the device is waited for: its latency must not count as its rate
 _BUDGET = 0.25  # seconds that a repetition takes at most, as far as one product does not
 
 
 def measure_speed(device: torch.device, bench: Bench | None = None) -> Speed:
-    """What a device sustains: the best of a few sizes and repetitions, in about two seconds, one on a CPU.
+    """What a device sustains: the best of a few sizes and repetitions, in about two seconds, one on
+    a CPU.
 
     Args:
         bench: where to measure instead, for tests.
     """
     bench, cpu = bench or _Device(device), device.type == "cpu"
     single = _product_rate(bench, torch.float32, _SIZES[cpu])
-    half = _product_rate(bench, torch.bfloat16, _SIZES[cpu]) if multiplies_bfloat16(device) else single
+    half = (
+        _product_rate(bench, torch.bfloat16, _SIZES[cpu]) if multiplies_bfloat16(device) else single
+    )
     numbers = _NUMBERS[cpu]
     while numbers > 1 << 16 and not _fits(bench, 8 * numbers):
         numbers //= 4

@@ -1,7 +1,9 @@
-"""After `import lowbit`, from_pretrained just works on artifacts in the library's own format: `quantizer` is imported when it is needed.
+"""After `import lowbit`, from_pretrained just works on artifacts in the library's own format:
+`quantizer` is imported when it is needed.
 
-Weights on uniform grids are decoded at their first use and kept, those on codebooks stay packed; activation grids, online rotations and
-quantized keys and values are active in every forward pass, also in generation.
+Weights on uniform grids are decoded at their first use and kept, those on codebooks stay packed;
+activation grids, online rotations and quantized keys and values are active in every forward pass,
+also in generation.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ def register() -> None:
 
 
 class _WhenImported(MetaPathFinder, Loader):
-    """Registers the format right after transformers' quantizers are first imported: importing them costs seconds."""
+    """Registers the format right after transformers' quantizers are first imported: importing them
+    costs seconds.
+    """
 
     def __init__(self) -> None:
         self._loader: Any = None
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != _HOOKED:
             return None
         sys.meta_path.remove(self)

@@ -1,4 +1,6 @@
-"""What decides the bytes of a run: an interrupted one is continued by the same only, and ranks share one if all have the same."""
+"""What decides the bytes of a run: an interrupted one is continued by the same only, and ranks
+share one if all have the same.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class Original:
 
     Attributes:
         name: of the model, for errors. paths: name -> where the file lies. sizes: name -> bytes.
-        times: name -> when it was last changed, in nanoseconds. hashes: name -> sha256, empty until `hashed`.
+        times: name -> when it was last changed, in nanoseconds. hashes: name -> sha256, empty until
+            `hashed`.
     """
 
     name: str
@@ -40,7 +43,9 @@ class Original:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, files: SourceFiles | None = None) -> Original:
-        """Of a model, whose ``files`` are listed if they are not given. Raises LowbitError if one has gone."""
+        """Of a model, whose ``files`` are listed if they are not given. Raises LowbitError if one
+        has gone.
+        """
         names = ["config.json", *checkpoint.shards, *(files or source_files(checkpoint)).deciding]
         paths = {name: checkpoint.file(name) for name in names}
         gone = [n for n, p in paths.items() if p is None]
@@ -48,7 +53,12 @@ class Original:
             raise LowbitError(f"'{gone[0]}' is missing from '{checkpoint.name}'.")
         there = {n: p for n, p in paths.items() if p is not None}
         states = {n: p.stat() for n, p in there.items()}
-        return cls(checkpoint.name, there, {n: s.st_size for n, s in states.items()}, {n: s.st_mtime_ns for n, s in states.items()})
+        return cls(
+            checkpoint.name,
+            there,
+            {n: s.st_size for n, s in states.items()},
+            {n: s.st_mtime_ns for n, s in states.items()},
+        )
 
     def hashed(self, ranks: Ranks = ALONE) -> Original:
         """With the hash of every byte of every file, which rank 0 reads for all."""
@@ -75,14 +85,16 @@ class Original:
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raise LowbitError if a file has changed since it was hashed: what is read of it from now on is of another model.
+        """Raise LowbitError if a file has changed since it was hashed: what is read of it from now
+        on is of another model.
 
         Sizes and times are looked at, bytes only where a time differs.
         """
         for name, path in self.paths.items():
             if not self._is_as_hashed(name, path):
                 raise LowbitError(
-                    f"'{name}' of '{self.name}' has changed since this command began. Put it back and run the same command, or choose another -o "
+                    f"'{name}' of '{self.name}' has changed since this command began. Put it back "
+                    "and run the same command, or choose another -o "
                     "for the model as it is now."
                 )
 
@@ -96,37 +108,61 @@ class Original:
             return False
 
 
-def fingerprint(stream: ModelStream, original: Original, recipe: Recipe, rows: Rows, seed: int) -> dict[str, Any]:
-    """The model, the recipe with the files it names, the tokens, the seed, the arithmetic and the versions."""
+def fingerprint(
+    stream: ModelStream, original: Original, recipe: Recipe, rows: Rows, seed: int
+) -> dict[str, Any]:
+    """The model, the recipe with the files it names, the tokens, the seed, the arithmetic and the
+    versions.
+    """
     files = [m.clips for m in recipe.methods if isinstance(m, OmniQuant) and m.clips]
     return {
         "model": original.sha256,
-        "recipe": {k: v for k, v in recipe.as_dict().items() if k != "calibration"},  # its tokens count, not their path
+        # Its tokens count, not their path.
+        "recipe": {k: v for k, v in recipe.as_dict().items() if k != "calibration"},
         "files": {f: file_hash(Path(f)) for f in files},
-        "calibration": rows.sha256, "seed": seed, "compute": str(stream.compute), "versions": {"lowbit": own_version(), **versions()},
-        "bfloat16_steps": any(isinstance(m, TesseraQ) and m.in_bfloat16(stream.device) for m in recipe.methods),
-    }  # fmt: skip
+        "calibration": rows.sha256,
+        "seed": seed,
+        "compute": str(stream.compute),
+        "versions": {"lowbit": own_version(), **versions()},
+        "bfloat16_steps": any(
+            isinstance(m, TesseraQ) and m.in_bfloat16(stream.device) for m in recipe.methods
+        ),
+    }
 
 
 def check_source(folder: Path, model: str) -> str:
-    """Compare every byte of a model's files with what an artifact was made of; a sentence about what was compared.
+    """Compare every byte of a model's files with what an artifact was made of; a sentence about
+    what was compared.
 
     Raises:
-        LowbitError: no artifact, or no model. VerificationError: a file differs, is missing, or was not there.
+        LowbitError: no artifact, or no model. VerificationError: a file differs, is missing, or was
+            not there.
     """
     report = read_report(folder)
     if "original" not in report:
-        raise LowbitError(f"'{folder}' does not say which files it was made of: it comes from an older version, or is an export of one.")
+        raise LowbitError(
+            f"'{folder}' does not say which files it was made of: it comes from an older version, "
+            "or is an export of one."
+        )
     then, now = report["original"]["files"], Original.of(Checkpoint(model)).hashed().hashes
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name):
-            how = "is not there" if name not in now else "was not there" if name not in then else "has other bytes"
-            raise VerificationError(f"'{folder}' was not made of '{model}' as it is now: '{name}' {how}.")
+            how = (
+                "is not there"
+                if name not in now
+                else "was not there"
+                if name not in then
+                else "has other bytes"
+            )
+            raise VerificationError(
+                f"'{folder}' was not made of '{model}' as it is now: '{name}' {how}."
+            )
     return f"made of '{model}': {len(now)} files have the bytes that were quantized"
 
 
 def state_of(source: str) -> str | None:
-    """What tells a local text from a later state of it: a file's hash, or the names, sizes and times of a folder's files.
+    """What tells a local text from a later state of it: a file's hash, or the names, sizes and
+    times of a folder's files.
 
     None of a source that has a name alone.
     """
@@ -135,8 +171,12 @@ def state_of(source: str) -> str | None:
         return file_hash(path)
     if not path.is_dir():
         return None
-    found = [(p.relative_to(path).as_posix(), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
-    return hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, s in found]).encode()).hexdigest()
+    found = [
+        (p.relative_to(path).as_posix(), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()
+    ]
+    return hashlib.sha256(
+        repr([(n, s.st_size, s.st_mtime_ns) for n, s in found]).encode()
+    ).hexdigest()
 
 
 def own_version() -> str:
@@ -148,11 +188,16 @@ def own_version() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries that decide bytes."""
-    return {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "safetensors", "compressed-tensors")}}
+    return {
+        "python": platform.python_version(),
+        **{n: version(n) for n in ("torch", "transformers", "safetensors", "compressed-tensors")},
+    }
 
 
 def sources() -> str:
     """sha256 over this library's own modules: a working copy has one version and many states."""
     root = Path(__file__).parent
     files = sorted(p for kind in ("*.py", "*.c", "*.toml") for p in root.rglob(kind))
-    return hashlib.sha256("".join(f"{p.relative_to(root)} {file_hash(p)}\n" for p in files).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{p.relative_to(root)} {file_hash(p)}\n" for p in files).encode()
+    ).hexdigest()

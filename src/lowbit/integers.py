@@ -1,4 +1,6 @@
-"""A loaded artifact whose linears compute in integers, instead of with decoded weights and simulated activations."""
+"""A loaded artifact whose linears compute in integers, instead of with decoded weights and
+simulated activations.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class IntegerLinear(nn.Module):
     """A linear with an int8 weight and int32 sums.
 
     Args:
-        weight: on the device of the model. reading: of the input, its grid one of `PerToken` and `LLMInt8`. bias: (out,) or None.
+        weight: on the device of the model. reading: of the input, its grid one of `PerToken` and
+            `LLMInt8`. bias: (out,) or None.
     """
 
     bias: nn.Parameter | None
@@ -41,13 +44,15 @@ class IntegerLinear(nn.Module):
 def in_integers(model: Any, folder: Path) -> Any:
     """The model with every quantized linear replaced by an `IntegerLinear` on the artifact's codes.
 
-    Scales are used as stored; decoded weights are rounded to the model's dtype, so that outputs differ by that rounding.
+    Scales are used as stored; decoded weights are rounded to the model's dtype, so that outputs
+    differ by that rounding.
 
     Args:
         model: what transformers loaded from ``folder``, an artifact with quantized activations.
 
     Raises:
-        LowbitError: activations stay in floating point or have a scale per element, or weights are not on uniform grids.
+        LowbitError: activations stay in floating point or have a scale per element, or weights are
+            not on uniform grids.
     """
     config = json.loads((folder / "config.json").read_text()).get("quantization_config")
     if config is None or config.get("quant_method") not in (native.NAME, "compressed-tensors"):
@@ -59,15 +64,29 @@ def in_integers(model: Any, folder: Path) -> Any:
         for name in sorted({k.rpartition(".")[0] for k in held if k.endswith(".weight_shape")}):
             grid = native.grid_of(config, name)
             own = config["quant_method"] == native.NAME
-            reading = native.reading_of(config, name) if own else Reading(grid=activations_of(config, name))
+            reading = (
+                native.reading_of(config, name)
+                if own
+                else Reading(grid=activations_of(config, name))
+            )
             if reading.grid is None or isinstance(reading.grid, CrossQuant):
-                kind = "stay in floating point" if reading.grid is None else "have a scale for every element"
-                raise LowbitError(f"the activations of '{name}' {kind}: no integer product computes that.")
+                kind = (
+                    "stay in floating point"
+                    if reading.grid is None
+                    else "have a scale for every element"
+                )
+                raise LowbitError(
+                    f"the activations of '{name}' {kind}: no integer product computes that."
+                )
             assert grid is not None
             old = model.get_submodule(name)
             weight = IntegerWeight.of(unpack(local_tensors(held, name), grid, name), name)
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, IntegerLinear(_on(weight, model.device), reading, old.bias))
+            setattr(
+                model.get_submodule(parent),
+                last,
+                IntegerLinear(_on(weight, model.device), reading, old.bias),
+            )
             replaced += 1
     if not replaced:
         raise LowbitError(f"'{folder}' has no quantized linears.")
@@ -75,5 +94,7 @@ def in_integers(model: Any, folder: Path) -> Any:
 
 
 def _on(weight: IntegerWeight, device: Any) -> IntegerWeight:
-    codes, sums, zero_point, scale = (t.to(device) for t in (weight.codes, weight.sums, weight.zero_point, weight.scale))
+    codes, sums, zero_point, scale = (
+        t.to(device) for t in (weight.codes, weight.sums, weight.zero_point, weight.scale)
+    )
     return IntegerWeight(codes, sums, zero_point, scale, weight.group)

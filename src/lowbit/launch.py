@@ -1,7 +1,8 @@
-"""Several processes for one run, as torchrun starts them: how they find each other, and what the user hears when one of them ends.
+"""Several processes for one run, as torchrun starts them: how they find each other, and what the
+user hears when one of them ends.
 
-torchrun's key-value store outlives every rank. A rank that fails leaves word there; one that notices that another has ended looks
-there, and only one of all tells the user.
+torchrun's key-value store outlives every rank. A rank that fails leaves word there; one that
+notices that another has ended looks there, and only one of all tells the user.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from .model.ranks import ALONE, RankGone, Ranks
 Say = Callable[[str], None]
 
 _JOIN = timedelta(minutes=5)  # until all have started
-_ANSWER = timedelta(minutes=30)  # for sums: a rank that ends is noticed at once, this is for one that hangs or a network that is cut
+_ANSWER = timedelta(
+    minutes=30
+    # For sums: a rank that ends is noticed at once, this is for one that hangs or a cut network.
+)
 _PATIENCE = timedelta(days=7)  # while rank 0 writes and verifies
 _GRACE = 2.0  # seconds for the others to speak
 _KEPT = "The finished blocks are kept: run the same command to go on, with any number of ranks."
@@ -38,14 +42,17 @@ _KEPT = "The finished blocks are kept: run the same command to go on, with any n
 
 @contextmanager
 def joined(device: str, say: Say) -> Iterator[Ranks]:
-    """The processes that torchrun started with this one, by its environment variables; `ALONE` without them.
+    """The processes that torchrun started with this one, by its environment variables; `ALONE`
+    without them.
 
-    Communication is NCCL where each has a GPU of its own, and gloo on the CPU. What is raised within is raised again so that one
-    rank tells the user: a LowbitError there, `ToldElsewhere` on the others.
+    Communication is NCCL where each has a GPU of its own, and gloo on the CPU. What is raised
+    within is raised again so that one rank tells the user: a LowbitError there, `ToldElsewhere` on
+    the others.
 
     Args:
         device: as the user named it, see `lowbit.machine.pick_device`.
-        say: prints one sentence; called instead of raising when the process is told to end (torchrun ends all if one fails).
+        say: prints one sentence; called instead of raising when the process is told to end
+            (torchrun ends all if one fails).
 
     Raises:
         LowbitError: the others cannot be reached; one of them is gone; whatever is raised within.
@@ -67,11 +74,18 @@ def joined(device: str, say: Say) -> Iterator[Ranks]:
                     torch.cuda.set_device(where)
                 with _reached(rank, size):
                     kinds = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-                    dist.init_process_group(kinds, store=PrefixStore("torch", store), rank=rank, world_size=size, timeout=_ANSWER)
+                    dist.init_process_group(
+                        kinds,
+                        store=PrefixStore("torch", store),
+                        rank=rank,
+                        world_size=size,
+                        timeout=_ANSWER,
+                    )
                     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
                 yield Ranks(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)), group)
         except BaseException:
-            if group is not None and where.type == "cpu":  # closes the connections, which wakes the others; NCCL might wait for them
+            # Closes the connections, which wakes the others; NCCL might wait for them.
+            if group is not None and where.type == "cpu":
                 _leave()
             raise
         _leave()
@@ -87,12 +101,19 @@ def _reached(rank: int, size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as e:
-        raise LowbitError(f"rank {rank} of {size} cannot reach the others ({_brief(str(e))}). Have all been started?") from e
+        raise LowbitError(
+            f"rank {rank} of {size} cannot reach the others ({_brief(str(e))}). Have all been "
+            "started?"
+        ) from e
 
 
 def _brief(what: str) -> str:
     """An error of torch.distributed without the places in its source and what it advises."""
-    line = re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\]\s*|\s*\[[^\]]*\]:\d+", "", what.splitlines()[0] if what else "no answer")
+    line = re.sub(
+        r"\[[^\]]*\.(cc|cpp|h):\d+\]\s*|\s*\[[^\]]*\]:\d+",
+        "",
+        what.splitlines()[0] if what else "no answer",
+    )
     return re.split(r"\.\s|\. ?This may", line)[0].strip(" .")
 
 
@@ -109,7 +130,9 @@ class _Voices:
         self._first = threading.Lock()
 
     def _begins(self) -> bool:
-        """Whether the caller is the thread that speaks: what was raised, or what listens for the end, whichever comes first."""
+        """Whether the caller is the thread that speaks: what was raised, or what listens for the
+        end, whichever comes first.
+        """
         with self._first:
             before, self._ending = self._ending, True
         return not before
@@ -121,7 +144,8 @@ class _Voices:
             yield
         except Exception as e:
             if not self._begins():
-                time.sleep(2 * _GRACE)  # the listening thread is speaking, and ends the process when it has
+                # The listening thread is speaking, and ends the process when it has.
+                time.sleep(2 * _GRACE)
             self._say_again(e)
 
     def _say_again(self, raised: Exception) -> NoReturn:
@@ -133,7 +157,9 @@ class _Voices:
         except LowbitError as e:
             if not self._of_own(str(e)):
                 raise ToldElsewhere(str(e)) from e
-            raise (type(e)(f"rank {self._rank} of {self._size}: {e}") if self._rank else e) from None
+            raise (
+                type(e)(f"rank {self._rank} of {self._size}: {e}") if self._rank else e
+            ) from None
         except Exception as e:
             if not ran_out(e):
                 self._of_own(repr(e))
@@ -157,7 +183,9 @@ class _Voices:
             time.sleep(0.02)
 
     def _of_own(self, what: str) -> bool:
-        """Leave word of an error of this rank's; whether it tells the user. One that all have, rank 0 tells."""
+        """Leave word of an error of this rank's; whether it tells the user. One that all have, rank
+        0 tells.
+        """
         with suppress(RuntimeError):
             self._store.set(f"error/{self._rank}", what)
         if self._rank:
@@ -181,13 +209,18 @@ class _Voices:
 
     @contextmanager
     def until_ended(self) -> Iterator[None]:
-        """Within, SIGTERM ends the process after a word to the user, also while it waits for a device or another rank."""
+        """Within, SIGTERM ends the process after a word to the user, also while it waits for a
+        device or another rank.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         near, far = socket.socketpair()
         far.setblocking(False)
-        woken, handler = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False), signal.signal(signal.SIGTERM, lambda *_: None)
+        woken, handler = (
+            signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False),
+            signal.signal(signal.SIGTERM, lambda *_: None),
+        )
         threading.Thread(target=self._listen, args=(near,), daemon=True).start()
         try:
             yield

@@ -18,11 +18,18 @@ from .grid import Affine, Codebook, Grid, KQuant, Reading
 from .grid.bits import packed_words
 from .grid.packed import PackedColumns
 
-_UNGUARDED = ("numpy", "__array__", "__dlpack__")  # what these return shares memory and is no tensor
+# What these return shares memory and is no tensor.
+_UNGUARDED = (
+    "numpy",
+    "__array__",
+    "__dlpack__",
+)
 
 
 class ReadOnly(Tensor):
-    """A decoded weight to look at. Writing to it would be lost, or kept in memory and lost in the next file, so that is refused."""
+    """A decoded weight to look at. Writing to it would be lost, or kept in memory and lost in the
+    next file, so that is refused.
+    """
 
     owner: str
 
@@ -37,13 +44,18 @@ class ReadOnly(Tensor):
     def refusal(owner: str) -> LowbitError:
         """The error for whoever writes."""
         return LowbitError(
-            f"the weight of '{owner}' is packed: nothing can be written to it or merged into it. Keep adapters beside it, or call "
+            f"the weight of '{owner}' is packed: nothing can be written to it or merged into it. "
+            "Keep adapters beside it, or call "
             "model.dequantize() first, which makes a plain floating-point model."
         )
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Every operation on the plain tensor; what shares its memory is read-only too."""
         kwargs = dict(kwargs or {})
@@ -75,18 +87,24 @@ class ReadOnly(Tensor):
 
 
 def _writes(name: str) -> bool:
-    """Whether the function of this name changes its first argument: ``add_``, ``__iadd__``, ``__setitem__``, an attribute's ``__set__``."""
+    """Whether the function of this name changes its first argument: ``add_``, ``__iadd__``,
+    ``__setitem__``, an attribute's ``__set__``.
+    """
     if name.startswith("__"):
-        return name in ("__set__", "__setitem__") or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__"))
+        return name in ("__set__", "__setitem__") or (
+            name.startswith("__i")
+            and name not in ("__index__", "__int__", "__invert__", "__iter__")
+        )
     return name.endswith("_")
 
 
 class PackedLinear(nn.Linear):
-    """What both kinds share: the place in the model, the reading of the input, the bias, the packed tensors as buffers.
+    """What both kinds share: the place in the model, the reading of the input, the bias, the packed
+    tensors as buffers.
 
-    The packed tensors move with the model and are never cast with it: what is saved again is what was loaded. A gradient flows to
-    the input; the weight has none and cannot be written to. What is made of the tensors for computing is made again where they
-    change, and is not pickled.
+    The packed tensors move with the model and are never cast with it: what is saved again is what
+    was loaded. A gradient flows to the input; the weight has none and cannot be written to. What is
+    made of the tensors for computing is made again where they change, and is not pickled.
 
     Args:
         name: full name, for errors. linear: what it replaces; may be on the meta device.
@@ -94,14 +112,24 @@ class PackedLinear(nn.Linear):
         reading: what happens to the input. stored: dtype to which decoded weights are rounded.
     """
 
-    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear's type leaves out that it may have none
+    # nn.Linear's type leaves out that it may have none.
+    bias: nn.Parameter | None  # type: ignore[assignment]
     weight_shape: Tensor
 
-    def __init__(self, name: str, linear: nn.Linear, grid: Grid, outliers: int | None, reading: Reading, stored: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        linear: nn.Linear,
+        grid: Grid,
+        outliers: int | None,
+        reading: Reading,
+        stored: torch.dtype,
+    ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.name, self.grid, self.reading, self.stored = name, grid, reading, stored
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._is_hf_initialized = True  # else transformers decodes the weight while it loads, to see whether it wants initializing
+        # else transformers decodes the weight while it loads, to see whether it wants initializing
+        self._is_hf_initialized = True
         self._device = linear.weight.device
         self._made: Any = None
         self._hold("weight_shape", (2,), torch.int64)
@@ -119,7 +147,8 @@ class PackedLinear(nn.Linear):
         return {k: t for k, t in self.named_buffers() if k.startswith("weight_")}
 
     def decoded(self) -> Tensor:
-        """The (out, in) weight in the dtype of the model that was quantized, decoded anew, on the device of the packed tensors.
+        """The (out, in) weight in the dtype of the model that was quantized, decoded anew, on the
+        device of the packed tensors.
 
         Raises:
             LowbitError: a tensor is damaged.
@@ -132,7 +161,9 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # read-only on purpose
-        """As `decoded`, or what is kept of it on this device; whoever writes to it gets a LowbitError."""
+        """As `decoded`, or what is kept of it on this device; whoever writes to it gets a
+        LowbitError.
+        """
         return ReadOnly.of(self._looked_at(), self.name)
 
     def _looked_at(self) -> Tensor:
@@ -144,7 +175,9 @@ class PackedLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def plain(self, dtype: torch.dtype) -> nn.Linear:
-        """A linear without packed tensors that does the same to an input that is not quantized; an online rotation goes into its weight."""
+        """A linear without packed tensors that does the same to an input that is not quantized; an
+        online rotation goes into its weight.
+        """
         weight = self.decoded()
         if self.reading.rotation is not None:
             weight = self.reading.rotation.inverse(weight.float())
@@ -174,9 +207,19 @@ class PackedLinear(nn.Linear):
 
 
 class DecodedLinear(PackedLinear):
-    """A linear on a uniform grid or a K-quant; its weight is decoded at the first use and kept. Arguments as `PackedLinear`."""
+    """A linear on a uniform grid or a K-quant; its weight is decoded at the first use and kept.
+    Arguments as `PackedLinear`.
+    """
 
-    def __init__(self, name: str, linear: nn.Linear, grid: Affine | KQuant, outliers: int | None, reading: Reading, stored: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        linear: nn.Linear,
+        grid: Affine | KQuant,
+        outliers: int | None,
+        reading: Reading,
+        stored: torch.dtype,
+    ) -> None:
         super().__init__(name, linear, grid, outliers, reading, stored)
         rows, width = self.out_features, self.in_features
         if isinstance(grid, KQuant):
@@ -186,10 +229,14 @@ class DecodedLinear(PackedLinear):
             self._hold("weight_packed", (rows, packed_words(width, grid.bits)), torch.int32)
             self._hold("weight_scale", (rows, groups), stored)
             if not grid.symmetric:
-                self._hold("weight_zero_point", (packed_words(rows, grid.bits), groups), torch.int32)
+                self._hold(
+                    "weight_zero_point", (packed_words(rows, grid.bits), groups), torch.int32
+                )
 
     def _looked_at(self) -> Tensor:
-        """What is kept, if anything is. To look is no reason to keep it: who only asks for a dtype would fill the memory."""
+        """What is kept, if anything is. To look is no reason to keep it: who only asks for a dtype
+        would fill the memory.
+        """
         made: Tensor | None = self._made
         return self.decoded() if made is None or made.device != self.weight_shape.device else made
 
@@ -201,7 +248,10 @@ class DecodedLinear(PackedLinear):
         return made
 
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-        reason="packed weights are decoded at the first forward pass: let one pass before a full graph is compiled"
+        reason=(
+            "packed weights are decoded at the first forward pass: let one pass before a full "
+            "graph is compiled"
+        )
     )
     def _keep(self) -> None:
         self._made = self.decoded()
@@ -212,22 +262,36 @@ class DecodedLinear(PackedLinear):
 
 
 class CodebookLinear(PackedLinear):
-    """A linear on codebooks. Those of single columns stay packed in memory; shared ones are decoded for every product.
+    """A linear on codebooks. Those of single columns stay packed in memory; shared ones are decoded
+    for every product.
 
     Args:
         columns: bits -> number of columns, by rising bits. Others as `PackedLinear`.
     """
 
     def __init__(
-        self, name: str, linear: nn.Linear, grid: Codebook, columns: Mapping[int, int], outliers: int | None, reading: Reading, stored: torch.dtype
+        self,
+        name: str,
+        linear: nn.Linear,
+        grid: Codebook,
+        columns: Mapping[int, int],
+        outliers: int | None,
+        reading: Reading,
+        stored: torch.dtype,
     ) -> None:
         super().__init__(name, linear, grid, outliers, reading, stored)
         books = grid.books(self.out_features, self.in_features)
         if len(columns) > 1:
             self._hold("weight_columns", (self.in_features,), layout.index_dtype(self.in_features))
         for bits, count in columns.items():
-            self._hold(f"weight_codes_{bits}", (packed_words(count, bits), self.out_features), torch.int32)
-            self._hold(f"weight_levels_{bits}", (count if len(columns) > 1 else books, 1 << bits), torch.float16)
+            self._hold(
+                f"weight_codes_{bits}", (packed_words(count, bits), self.out_features), torch.int32
+            )
+            self._hold(
+                f"weight_levels_{bits}",
+                (count if len(columns) > 1 else books, 1 << bits),
+                torch.float16,
+            )
         self.grid: Codebook = grid
 
     @property
@@ -251,7 +315,10 @@ class CodebookLinear(PackedLinear):
         return nn.functional.linear(x, self.decoded().to(x.dtype), self.bias)
 
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-        reason="weights on codebooks are multiplied by kernels that no graph can hold: compile without fullgraph=True"
+        reason=(
+            "weights on codebooks are multiplied by kernels that no graph can hold: compile "
+            "without fullgraph=True"
+        )
     )
     def _product(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.packed)

@@ -116,7 +116,10 @@ def _busy(folder: Path) -> str:
     who = f"lowbit {said['command']}" if "command" in said else "another command of lowbit"
     where = "" if said.get("host") in (None, socket.gethostname()) else f" on {said['host']}"
     process = f" (process {said['pid']}{where})" if "pid" in said else ""
-    return f"'{folder}' is in use: {who}{process} works in it. Wait until it ends, or choose another -o."
+    return (
+        f"'{folder}' is in use: {who}{process} works in it. Wait until it ends, or choose another "
+        "-o."
+    )
 
 
 def _warn(folder: Path, why: str) -> None:

@@ -28,17 +28,21 @@ SEEDS = 2**63  # torch takes one bit more, so that a method can count on from a 
 
 @dataclass(frozen=True)
 class Streams:
-    """Activations at a block boundary: as the float model has them and as the quantized prefix has them.
+    """Activations at a block boundary: as the float model has them and as the quantized prefix has
+    them.
 
-    At most three of their size are held at a time, whatever the depth: ``x`` and ``xq`` of a block and its target. When the block
-    is finished the target becomes the next ``x``, the next ``xq`` is written over this ``x``, and this ``xq`` is the room for the
-    next target.
+    At most three of their size are held at a time, whatever the depth: ``x`` and ``xq`` of a block
+    and its target. When the block is finished the target becomes the next ``x``, the next ``xq`` is
+    written over this ``x``, and this ``xq`` is the room for the next target.
 
     Attributes:
-        x, xq: (rows, length, hidden) in the model's dtype, this rank's rows; the same tensor before the first block.
-        tuned_rows: leading rows, of all ranks, that methods may learn from; the others are held out.
-        proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the quantized model's activations for
-            the artifact's proof, never rounded between blocks. None where no proof is made: not on this rank.
+        x, xq: (rows, length, hidden) in the model's dtype, this rank's rows; the same tensor before
+            the first block.
+        tuned_rows: leading rows, of all ranks, that methods may learn from; the others are held
+            out.
+        proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the
+            quantized model's activations for the artifact's proof, never rounded between blocks.
+            None where no proof is made: not on this rank.
         storage: where new ones are put; None puts them beside those that enter.
         room: a tensor like ``xq`` that the next target is written over, or None.
         ranks: the processes that share the rows.
@@ -54,14 +58,19 @@ class Streams:
 
 
 def prepared(stream: ModelStream, recipe: Recipe, seed: int) -> ModelStream:
-    """The model as the recipe's methods want to see it: in a rotated basis if one of them rotates the residual stream.
+    """The model as the recipe's methods want to see it: in a rotated basis if one of them rotates
+    the residual stream.
 
     Raises:
         LowbitError: a size that cannot be rotated, or a file that is not there.
     """
     for method in recipe.methods:
         if isinstance(method, QuaRot):
-            inner = stream.block_module(0).get_parameter(f"{stream.wiring.sites[-1].reads[0]}.weight").shape[1]
+            inner = (
+                stream.block_module(0)
+                .get_parameter(f"{stream.wiring.sites[-1].reads[0]}.weight")
+                .shape[1]
+            )
             method.check(stream.wiring, inner, recipe.kv is not None)
             stream = stream.rotated(seed) if method.residual else stream
         if isinstance(method, OmniQuant) and method.clips and not Path(method.clips).is_file():
@@ -73,46 +82,78 @@ def check_shared(ranks: Ranks, recipe: Recipe, wiring: Wiring, samples: int) -> 
     """Refuse what several processes cannot share.
 
     Raises:
-        LowbitError: fewer rows than processes, or an activation grid by which a row's numbers depend on the rows it comes with.
+        LowbitError: fewer rows than processes, or an activation grid by which a row's numbers
+            depend on the rows it comes with.
     """
     if ranks.size == 1:
         return
     if samples < ranks.size:
-        raise LowbitError(f"{ranks.size} processes cannot share {samples} calibration rows: use fewer, or more --samples.")
+        raise LowbitError(
+            f"{ranks.size} processes cannot share {samples} calibration rows: use fewer, or more "
+            "--samples."
+        )
     grid = recipe.activations
-    if (isinstance(grid, ColumnGrid) and (grid.columns == "call" or wiring.flat)) or isinstance(grid, LLMInt8):
-        kept = " --set activations.columns=sequence keeps rows apart." if isinstance(grid, ColumnGrid) and not wiring.flat else ""
-        raise LowbitError(f"{grid} quantizes a row by what the rows of its batch hold, which depends on how they are shared: use one process.{kept}")
+    if (isinstance(grid, ColumnGrid) and (grid.columns == "call" or wiring.flat)) or isinstance(
+        grid, LLMInt8
+    ):
+        kept = (
+            " --set activations.columns=sequence keeps rows apart."
+            if isinstance(grid, ColumnGrid) and not wiring.flat
+            else ""
+        )
+        raise LowbitError(
+            f"{grid} quantizes a row by what the rows of its batch hold, which depends on how they "
+            f"are shared: use one process.{kept}"
+        )
 
 
 def idle_ranks(recipe: Recipe, ranks: Ranks) -> list[str]:
     """Remarks on methods whose steps look at fewer rows than there are ranks."""
-    learners = [m for m in recipe.methods if isinstance(m, (TesseraQ, OmniQuant)) and m.batch < ranks.size]
-    return [f"{type(m).__name__.lower()} has {m.batch} rows a step: {ranks.size - m.batch} of {ranks.size} ranks wait in it" for m in learners]
+    learners = [
+        m for m in recipe.methods if isinstance(m, (TesseraQ, OmniQuant)) and m.batch < ranks.size
+    ]
+    return [
+        f"{type(m).__name__.lower()} has {m.batch} rows a step: {ranks.size - m.batch} of "
+        f"{ranks.size} ranks wait in it"
+        for m in learners
+    ]
 
 
 def ordered(
-    stream: ModelStream, recipe: Recipe, ids: Tensor, seed: int, announce: Announce = silent, storage: Storage | None = None,
+    stream: ModelStream,
+    recipe: Recipe,
+    ids: Tensor,
+    seed: int,
+    announce: Announce = silent,
+    storage: Storage | None = None,
     ranks: Ranks = ALONE,
-) -> ModelStream:  # fmt: skip
-    """The model with the channels of its residual stream by falling size, if the recipe folds CrossQuant's factors by groups.
+) -> ModelStream:
+    """The model with the channels of its residual stream by falling size, if the recipe folds
+    CrossQuant's factors by groups.
 
     One pass of the float model over the calibration rows ``ids``, also when a run is resumed.
 
     Raises:
         LowbitError: the family's channels cannot change places.
     """
-    method = next((m for m in recipe.methods if isinstance(m, CrossQuant) and m.fold == "group"), None)
+    method = next(
+        (m for m in recipe.methods if isinstance(m, CrossQuant) and m.fold == "group"), None
+    )
     if method is None:
         return stream
     stream.ordered(torch.arange(stream.config.hidden_size))  # refuses before the pass
     x = stream.embed(ids[ranks.rank :: ranks.size], storage=storage)
-    streams, kwargs = Streams(x, x, len(ids), storage=storage, ranks=ranks), stream.block_kwargs(ids.shape[1])
+    streams, kwargs = (
+        Streams(x, x, len(ids), storage=storage, ranks=ranks),
+        stream.block_kwargs(ids.shape[1]),
+    )
     del x
     total = torch.zeros(stream.config.hidden_size, dtype=torch.float64, device=stream.device)
     for i in range(len(stream)):
         announce(f"crossquant: sizes of the residual channels in block {i + 1} of {len(stream)}")
-        block = begin(stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed)
+        block = begin(
+            stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed
+        )
         total += method.residual_sizes(block)
         streams = replace(streams, x=block.target, xq=block.target)
         del block
@@ -121,11 +162,18 @@ def ordered(
 
 
 def surveyed(
-    stream: ModelStream, recipe: Recipe, streams: Streams, kwargs: Sequence[Mapping[str, Any]], seed: int, announce: Announce = silent
+    stream: ModelStream,
+    recipe: Recipe,
+    streams: Streams,
+    kwargs: Sequence[Mapping[str, Any]],
+    seed: int,
+    announce: Announce = silent,
 ) -> Recipe:
-    """The recipe with what a method wants to know of the whole model before its first block: CLAQ's price of a bit.
+    """The recipe with what a method wants to know of the whole model before its first block: CLAQ's
+    price of a bit.
 
-    One pass of the float model, block by block, also when a run is resumed; nothing is read where no method asks.
+    One pass of the float model, block by block, also when a run is resumed; nothing is read where
+    no method asks.
     """
     method = next((m for m in recipe.methods if isinstance(m, CLAQ) and m.needs_survey), None)
     if method is None:
@@ -133,27 +181,59 @@ def surveyed(
     found: list[tuple[Tensor, int]] = []
     for i in range(len(stream)):
         announce(f"claq: what a bit would gain in block {i + 1} of {len(stream)}")
-        block = begin(stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed)
+        block = begin(
+            stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed
+        )
         found += survey(block, method)
         streams = replace(streams, x=block.target, xq=block.target)
         del block
     gain = least_gain(found, recipe.grid.bits + method.adaptive_bits - min(2, recipe.grid.bits))
-    return replace(recipe, methods=tuple(replace(m, least_gain=gain) if m is method else m for m in recipe.methods))
+    return replace(
+        recipe,
+        methods=tuple(replace(m, least_gain=gain) if m is method else m for m in recipe.methods),
+    )
 
 
-def begin(stream: ModelStream, i: int, recipe: Recipe, streams: Streams, kwargs: Mapping[str, Any], seed: int, announce: Announce = silent) -> Block:
-    """Block i with its weights read, its inputs attached, its float target computed and its activations on their grids."""
+def begin(
+    stream: ModelStream,
+    i: int,
+    recipe: Recipe,
+    streams: Streams,
+    kwargs: Mapping[str, Any],
+    seed: int,
+    announce: Announce = silent,
+) -> Block:
+    """Block i with its weights read, its inputs attached, its float target computed and its
+    activations on their grids.
+    """
     name = stream.block_name(i)
     block = Block(
-        name=name, module=stream.block_module(i), wiring=stream.wiring, kwargs=kwargs, weights=stream.block_weights(i),
-        compute=stream.compute, stored=stream.dtype, dtypes=stream.block_dtypes(i),
+        name=name,
+        module=stream.block_module(i),
+        wiring=stream.wiring,
+        kwargs=kwargs,
+        weights=stream.block_weights(i),
+        compute=stream.compute,
+        stored=stream.dtype,
+        dtypes=stream.block_dtypes(i),
         grids={n: recipe.grid_of(f"{name}.{n}") for n in stream.wiring.linears},
-        x=streams.x, xq=streams.xq, target=streams.x, tuned_rows=streams.tuned_rows, seed=(seed * 1_000_003 + i) % SEEDS,
-        readout=stream.readout() if i == len(stream) - 1 else None, announce=announce, storage=streams.storage, ranks=streams.ranks,
-    )  # fmt: skip
+        x=streams.x,
+        xq=streams.xq,
+        target=streams.x,
+        tuned_rows=streams.tuned_rows,
+        seed=(seed * 1_000_003 + i) % SEEDS,
+        readout=stream.readout() if i == len(stream) - 1 else None,
+        announce=announce,
+        storage=streams.storage,
+        ranks=streams.ranks,
+    )
     target = block.run(streams.x, out=streams.room)
-    if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):  # as norms and losses take it
-        raise LowbitError(f"'{name}' of the float model gives activations whose squares are not finite: its weights or norms are too large.")
+    # As norms and losses take it.
+    if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):
+        raise LowbitError(
+            f"'{name}' of the float model gives activations whose squares are not finite: its "
+            "weights or norms are too large."
+        )
     return _gridded(replace(block, target=target), recipe)
 
 
@@ -164,7 +244,9 @@ def _gridded(block: Block, recipe: Recipe) -> Block:
 
 
 def as_read(block: Block, recipe: Recipe) -> Block:
-    """A block just begun with the online rotations that the recipe's methods give it, without doing their work on the weights."""
+    """A block just begun with the online rotations that the recipe's methods give it, without doing
+    their work on the weights.
+    """
     for method in recipe.methods:
         if isinstance(method, QuaRot):
             turned = method(block)
@@ -176,9 +258,20 @@ def readings_of(stream: ModelStream, recipe: Recipe) -> tuple[Mapping[str, Readi
     """How the finished model reads activations, keys and values, the same in every block."""
     empty = torch.empty(0, 1, 1)
     block = Block(
-        name=stream.block_name(0), module=stream.block_module(0), wiring=stream.wiring, kwargs={}, weights=stream.block_weights(0),
-        compute=stream.compute, stored=stream.dtype, grids={}, x=empty, xq=empty, target=empty, tuned_rows=0, seed=0,
-    )  # fmt: skip
+        name=stream.block_name(0),
+        module=stream.block_module(0),
+        wiring=stream.wiring,
+        kwargs={},
+        weights=stream.block_weights(0),
+        compute=stream.compute,
+        stored=stream.dtype,
+        grids={},
+        x=empty,
+        xq=empty,
+        target=empty,
+        tuned_rows=0,
+        seed=0,
+    )
     block = as_read(_gridded(block, recipe), recipe)
     return block.readings, block.kv
 
@@ -186,24 +279,31 @@ def readings_of(stream: ModelStream, recipe: Recipe) -> tuple[Mapping[str, Readi
 def apply_methods(block: Block, recipe: Recipe) -> Block:
     """All methods of the recipe in order, then nearest rounding for whatever is left.
 
-    Notes ``loss_before`` and ``loss_after``: the squared error of the block's output on the quantized prefix, summed over
-    hidden units and averaged over tokens, of plain nearest rounding and of the result.
+    Notes ``loss_before`` and ``loss_after``: the squared error of the block's output on the
+    quantized prefix, summed over hidden units and averaged over tokens, of plain nearest rounding
+    and of the result.
     """
     before = Reconstruction(block, batch=1).loss(RTN()(block).decoded())
     for method in (*recipe.methods, RTN()):
         block = method(block)
-    return block.noted(loss_before=before, loss_after=Reconstruction(block, batch=1).loss(block.decoded()))  # as it reads now
+    # As it reads now.
+    return block.noted(
+        loss_before=before, loss_after=Reconstruction(block, batch=1).loss(block.decoded())
+    )
 
 
 @torch.no_grad()
 def advance(block: Block, streams: Streams, proof_kwargs: Mapping[str, Any]) -> Streams:
-    """The streams after a finished block. Its ``x`` is written over, unless it is also its ``xq``: then it is the caller's."""
+    """The streams after a finished block. Its ``x`` is written over, unless it is also its ``xq``:
+    then it is the caller's.
+    """
     decoded = block.decoded()
     entry = block.x is block.xq
     proof = streams.proof
     if proof is not None:
         wide = torch.promote_types(block.compute, torch.float32)
-        alone = replace(block, kwargs=proof_kwargs, compute=wide)  # row by row, as loaders are asked: a grid may look at all rows
+        # Row by row, as loaders are asked: a grid may look at all rows.
+        alone = replace(block, kwargs=proof_kwargs, compute=wide)
         proof = torch.cat([alone.forward(row[None].to(block.device), decoded) for row in proof])
     xq = block.run(block.xq, decoded, out=None if entry else block.x)
     return replace(streams, x=block.target, xq=xq, proof=proof, room=None if entry else block.xq)
@@ -223,11 +323,13 @@ def run(
 
     Args:
         streams: the activations that enter block ``start``.
-        kwargs, proof_kwargs: what each block is called with, for the streams' and for the proof's rows (in float32).
+        kwargs, proof_kwargs: what each block is called with, for the streams' and for the proof's
+            rows (in float32).
         announce: told what a method is about to do.
 
     Yields:
-        each finished block with the streams that leave it; the point to write, to report and to resume from.
+        each finished block with the streams that leave it; the point to write, to report and to
+            resume from.
     """
     for i in range(start, len(stream)):
         block = apply_methods(begin(stream, i, recipe, streams, kwargs[i], seed, announce), recipe)

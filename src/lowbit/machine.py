@@ -14,27 +14,34 @@ from .errors import LowbitError
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory use of this process so far, in bytes: on the accelerator if there is one, else resident."""
+    """Largest memory use of this process so far, in bytes: on the accelerator if there is one, else
+    resident.
+    """
     if device.type != "cpu" and torch.accelerator.is_available():
         return int(torch.accelerator.max_memory_allocated(device))
     if sys.platform == "linux":  # its ru_maxrss starts from what the parent process held
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that could still be allocated, None where nobody tells.
 
-    On an accelerator what its driver calls free, and what torch has cached. In host memory what the kernel could hand out without
-    swapping (MemAvailable), or what is left to this process's control groups where that is less.
+    On an accelerator what its driver calls free, and what torch has cached. In host memory what the
+    kernel could hand out without swapping (MemAvailable), or what is left to this process's control
+    groups where that is less.
     """
     if device.type != "cpu":
         kind = getattr(torch, device.type, None)  # cuda, xpu
         if kind is None or not hasattr(kind, "mem_get_info"):
             return None
-        cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(
+            device
+        )
         return int(kind.mem_get_info(device)[0]) + cached
     found = re.search(r"MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")))
     if found is None:
@@ -42,11 +49,15 @@ def free_memory(device: torch.device) -> int | None:
     return min([int(found[1]) * 1024, *control_groups()])
 
 
-def control_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left to each control group this process is in that has a limit; cached files that can be dropped count as left.
+def control_groups(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """Bytes left to each control group this process is in that has a limit; cached files that can
+    be dropped count as left.
 
     Args:
-        membership: a file like /proc/self/cgroup. root: where the groups' file system is mounted, of version 1 or 2.
+        membership: a file like /proc/self/cgroup. root: where the groups' file system is mounted,
+            of version 1 or 2.
     """
     out = []
     names: tuple[str, ...]
@@ -54,16 +65,30 @@ def control_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = Pa
     for line in _text(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, names, cache = root, ("memory.max", "memory.current"), ("inactive_file", "active_file", "slab_reclaimable")
+            base, names, cache = (
+                root,
+                ("memory.max", "memory.current"),
+                ("inactive_file", "active_file", "slab_reclaimable"),
+            )
         elif "memory" in controllers.split(","):
-            base, names, cache = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("total_inactive_file", "total_active_file")
+            base, names, cache = (
+                root / "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+                ("total_inactive_file", "total_active_file"),
+            )
         else:
             continue
         group = base / path.lstrip("/")
-        for folder in (group, *(p for p in group.parents if p.is_relative_to(base))):  # a limit of a parent binds its children
+        # A limit of a parent binds its children.
+        for folder in (
+            group,
+            *(p for p in group.parents if p.is_relative_to(base)),
+        ):
             limit, used = (_text(folder / n).strip() for n in names)
             if limit.isdigit() and used.isdigit():
-                dropped = re.findall(rf"^(?:{'|'.join(cache)}) (\d+)$", _text(folder / "memory.stat"), re.M)
+                dropped = re.findall(
+                    rf"^(?:{'|'.join(cache)}) (\d+)$", _text(folder / "memory.stat"), re.M
+                )
                 out.append(max(0, int(limit) - int(used) + sum(map(int, dropped))))
     return out
 
@@ -76,7 +101,9 @@ def _text(path: Path) -> str:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps it, and the holes between steps and blocks would add up with depth."""
+    """Return freed memory to the system: glibc keeps it, and the holes between steps and blocks
+    would add up with depth.
+    """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
@@ -84,37 +111,56 @@ def give_back_memory() -> None:
 
 
 def device_of_rank(name: str, local: int) -> torch.device:
-    """The device of process number ``local`` on this machine, where several share a run: a GPU of its own, or the CPU for all.
+    """The device of process number ``local`` on this machine, where several share a run: a GPU of
+    its own, or the CPU for all.
 
     Raises:
-        LowbitError: there are fewer GPUs than processes, a single one was asked for, or another kind of device.
+        LowbitError: there are fewer GPUs than processes, a single one was asked for, or another
+            kind of device.
     """
     found = pick_device(name)
     if found.type == "cpu":
         return found
     if found.type != "cuda":
-        raise LowbitError(f"several processes can share a run on CUDA GPUs or on the CPU, not on '{found.type}'. Use --device cpu, or one process.")
+        raise LowbitError(
+            f"several processes can share a run on CUDA GPUs or on the CPU, not on '{found.type}'. "
+            "Use --device cpu, or one process."
+        )
     if found.index is not None:
-        raise LowbitError(f"--device {name} is one GPU for all processes: use --device cuda, which gives each its own.")
+        raise LowbitError(
+            f"--device {name} is one GPU for all processes: use --device cuda, which gives each "
+            "its own."
+        )
     if local >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise LowbitError(f"process {local + 1} on this machine has no GPU, there are {count}: give torchrun --nproc-per-node {count}.")
+        raise LowbitError(
+            f"process {local + 1} on this machine has no GPU, there are {count}: give torchrun "
+            f"--nproc-per-node {count}."
+        )
     return torch.device("cuda", local)
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is the accelerator if there is one (with float64), else the CPU.
+    """ "auto" is the accelerator if there is one (with float64), else the CPU.
 
     Raises:
         LowbitError: no such device here.
     """
     if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         return found if found and found.type != "mps" else torch.device("cpu")
     if name.startswith("mps"):
-        raise LowbitError("device 'mps' has no float64, which folding factors into 16-bit norms needs. Use --device cpu.")
+        raise LowbitError(
+            "device 'mps' has no float64, which folding factors into 16-bit norms needs. Use "
+            "--device cpu."
+        )
     try:
         torch.zeros(1, device=name).item()  # "meta" makes tensors too, but without numbers
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:
-        raise LowbitError(f"device '{name}' is not available here ({str(e).splitlines()[0]}). Use --device cpu or auto.") from e
+        raise LowbitError(
+            f"device '{name}' is not available here ({str(e).splitlines()[0]}). Use --device cpu "
+            "or auto."
+        ) from e

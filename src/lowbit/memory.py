@@ -1,7 +1,9 @@
-"""What a run holds in memory, counted from shapes: one block while a method works on it, the activation streams, and where those go.
+"""What a run holds in memory, counted from shapes: one block while a method works on it, the
+activation streams, and where those go.
 
-The numbers follow the methods' code: which tensors live together when most of them do. P is the weights of a block's linears, L those
-of its largest linear. Where a method's code changes, its line here has to; benchmarks/growth.py prints some beside measured peaks.
+The numbers follow the methods' code: which tensors live together when most of them do. P is the
+weights of a block's linears, L those of its largest linear. Where a method's code changes, its line
+here has to; benchmarks/growth.py prints some beside measured peaks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from .recipe import Recipe
 
 Room = Callable[[torch.device], int | None]
 
-PROCESS = 490 << 20  # resident before a model is opened: Python, torch, transformers and their libraries
+# Resident before a model is opened: Python, torch, transformers and their libraries.
+PROCESS = 490 << 20
 _STREAMS = 3  # x, xq and target of one block: `lowbit.loop.Streams`
 _OPTIMIZER = 80 << 20  # what torch loads (its compiler) when an optimizer takes its first step
 _HOLES = 1.1  # what allocators hold and cannot use: measured
@@ -37,7 +40,8 @@ class Layer:
 
     Attributes:
         linears: linear of one block -> (out, in). rest: parameters of a block outside its linears.
-        outside: parameters outside the blocks, tied ones once. hidden: width of the residual stream. vocab: of the head.
+        outside: parameters outside the blocks, tied ones once. hidden: width of the residual
+            stream. vocab: of the head.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -67,7 +71,8 @@ class Rows:
     """The calibration as it passes through a block.
 
     Attributes:
-        count: rows, held-out ones included. length: tokens each. stored, compute: bytes of a number in streams and in arithmetic.
+        count: rows, held-out ones included. length: tokens each. stored, compute: bytes of a number
+            in streams and in arithmetic.
         ranks: processes that share the rows.
     """
 
@@ -91,8 +96,8 @@ class Offload:
     """Where a run keeps its activation streams.
 
     Attributes:
-        asked: "device", "host", "disk", or "auto": the first of them that has room for the streams (and, as far as it works in the same
-            memory, for the hungriest step of a block).
+        asked: "device", "host", "disk", or "auto": the first of them that has room for the streams
+            (and, as far as it works in the same memory, for the hungriest step of a block).
         used: what it came to; on a CPU "device" is "host".
         bytes: of all streams together.
     """
@@ -107,13 +112,16 @@ class Needs:
     """Bytes of device memory that one block takes, and bytes of the streams.
 
     Attributes:
-        steps: most that is held while a method works, by its name, block and activations of a batch included; "passes" is what every
-            run does besides.
-        least: what the hungriest of them cannot do without, whatever its code: less memory than this is refused.
+        steps: most that is held while a method works, by its name, block and activations of a batch
+            included; "passes" is what every run does besides.
+        least: what the hungriest of them cannot do without, whatever its code: less memory than
+            this is refused.
         stream: one activation stream. copies: how many live at a time.
-        outer: embeddings, final norm and head as they compute, held with the last block (and alone at the start).
+        outer: embeddings, final norm and head as they compute, held with the last block (and alone
+            at the start).
         process: what the libraries take of the same memory: on a CPU.
-        processes: how many of the run's are on this machine. Every number here is of one; on a CPU all take from the same memory.
+        processes: how many of the run's are on this machine. Every number here is of one; on a CPU
+            all take from the same memory.
     """
 
     steps: Mapping[str, int]
@@ -146,7 +154,8 @@ class Needs:
             room: bytes free on a device; None asks the machine.
 
         Raises:
-            LowbitError: ``least``, for all processes that share it, is more than the device has free.
+            LowbitError: ``least``, for all processes that share it, is more than the device has
+                free.
         """
         free = (room or free_memory)(device)
         if _has(free, self.least * self._sharing(device)):
@@ -154,20 +163,29 @@ class Needs:
         hungry = max(self.steps, key=lambda k: self.steps[k])
         where = "this machine" if device.type == "cpu" else f"'{device}'"
         each = f" in each of {self.processes} processes" if self._sharing(device) > 1 else ""
-        lighter = {"gptq": "awq or rtn", "claq": "awq or rtn", "awq": "rtn", "passes": ""}.get(hungry, "gptq or awq or rtn")
+        lighter = {"gptq": "awq or rtn", "claq": "awq or rtn", "awq": "rtn", "passes": ""}.get(
+            hungry, "gptq or awq or rtn"
+        )
         helps = [f"a recipe that takes less (--recipe {lighter})"] if lighter else []
         helps += ["fewer processes"] if each else []
-        helps += [f"ending what else takes memory on {where}", "a device with more of it (--device)"]
+        helps += [
+            f"ending what else takes memory on {where}",
+            "a device with more of it (--device)",
+        ]
         raise LowbitError(
-            f"one block of this model does not fit {where}: it takes at least {in_bytes(self.least)}{each} (about {in_bytes(self.block)} "
-            f"in '{hungry}'), and {in_bytes(free or 0)} are free. What helps: {', '.join(helps[:-1])}, or {helps[-1]}."
+            f"one block of this model does not fit {where}: it takes at least "
+            f"{in_bytes(self.least)}{each} (about {in_bytes(self.block)} "
+            f"in '{hungry}'), and {in_bytes(free or 0)} are free. What helps: "
+            f"{', '.join(helps[:-1])}, or {helps[-1]}."
         )
 
     def _sharing(self, device: torch.device) -> int:
         """Processes that take from the same memory as this one."""
         return self.processes if device.type == "cpu" else 1
 
-    def placed(self, asked: str, device: torch.device, folder: Path, room: Room | None = None) -> Offload:
+    def placed(
+        self, asked: str, device: torch.device, folder: Path, room: Room | None = None
+    ) -> Offload:
         """Where the streams go.
 
         Args:
@@ -175,7 +193,8 @@ class Needs:
             folder: for files on disk; its nearest ancestor that exists says how much is free.
 
         Raises:
-            LowbitError: no such place, "auto" finds no room in any, or the one asked for certainly has not enough.
+            LowbitError: no such place, "auto" finds no room in any, or the one asked for certainly
+                has not enough.
         """
         room = room or free_memory
         known = ("auto", *get_args(Place))
@@ -195,17 +214,22 @@ class Needs:
             free = 0
         if not _has(free, wanted):
             raise LowbitError(
-                f"nowhere is room for the activations of {in_bytes(wanted)}: in memory {in_bytes(room(host) or 0)} are free "
-                f"(a block takes {in_bytes(self.block)} besides), in '{folder}' {in_bytes(free or 0)} on disk. Name a folder on another disk "
+                f"nowhere is room for the activations of {in_bytes(wanted)}: in memory "
+                f"{in_bytes(room(host) or 0)} are free "
+                f"(a block takes {in_bytes(self.block)} besides), in '{folder}' "
+                f"{in_bytes(free or 0)} on disk. Name a folder on another disk "
                 "(--offload-dir), or take fewer --samples."
             )
         return Offload(asked, "disk", self.streams)
 
     def _on_host(self, device: torch.device, besides: int) -> int:
-        """Host memory that the streams of all processes take there, on a CPU with what they work in."""
+        """Host memory that the streams of all processes take there, on a CPU with what they work
+        in.
+        """
         if device.type == "cpu":
             return (self.streams + besides) * self.processes
-        return self.copies * self.processes * (1 << max(0, self.stream - 1).bit_length())  # page-locked: torch takes powers of two
+        # Page-locked: torch takes powers of two.
+        return self.copies * self.processes * (1 << max(0, self.stream - 1).bit_length())
 
     def _check_place(self, place: Place, device: torch.device, folder: Path, room: Room) -> None:
         """Refuse a place that has less free than the streams and the least of a block take."""
@@ -214,11 +238,20 @@ class Needs:
         elif place == "device":
             free, wanted, where = room(device), self.streams + self.least, f"'{device}'"
         else:
-            free, wanted, where = room(torch.device("cpu")), self._on_host(device, self.least), "this machine's memory"
+            free, wanted, where = (
+                room(torch.device("cpu")),
+                self._on_host(device, self.least),
+                "this machine's memory",
+            )
         if not _has(free, wanted):
-            others = {"disk": "another disk (--offload-dir) or --offload host", "host": "--offload disk", "device": "--offload host or disk"}
+            others = {
+                "disk": "another disk (--offload-dir) or --offload host",
+                "host": "--offload disk",
+                "device": "--offload host or disk",
+            }
             raise LowbitError(
-                f"the activations do not fit {where}: {in_bytes(wanted)} are wanted there, {in_bytes(free or 0)} are free. "
+                f"the activations do not fit {where}: {in_bytes(wanted)} are wanted there, "
+                f"{in_bytes(free or 0)} are free. "
                 f"Take {others[place]}, or fewer --samples."
             )
 
@@ -230,16 +263,20 @@ def _has(free: int | None, wanted: int) -> bool:
 def disk_free(folder: Path) -> int | None:
     """Bytes free where a folder lies or would be made; None if that cannot be said."""
     try:
-        return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+        return shutil.disk_usage(
+            next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        ).free
     except (OSError, StopIteration):
         return None
 
 
 def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0, processes: int = 1) -> Needs:
-    """Count what a run of a recipe takes. Estimates are of the code as it is; see `Needs.least` for the bound.
+    """Count what a run of a recipe takes. Estimates are of the code as it is; see `Needs.least` for
+    the bound.
 
     Args:
-        process: bytes that the libraries take of the same memory. processes: how many of the run's are on this machine.
+        process: bytes that the libraries take of the same memory. processes: how many of the run's
+            are on this machine.
     """
     base = 4 * (layer.weights + layer.rest)
     passing = _passing(layer, rows)
@@ -255,14 +292,18 @@ def needs(layer: Layer, rows: Rows, recipe: Recipe, process: int = 0, processes:
     steps = {name: round(most * _HOLES) for name, most in steps.items()}
     if process and any(isinstance(m, OmniQuant) for m in recipe.methods):
         process += _OPTIMIZER
-    copies = _STREAMS + int(any(isinstance(m, OmniQuant) and _second(m, recipe) for m in recipe.methods))
+    copies = _STREAMS + int(
+        any(isinstance(m, OmniQuant) and _second(m, recipe) for m in recipe.methods)
+    )
     stream = rows.mine(rows.count) * rows.length * layer.hidden * rows.stored
     return Needs(steps, least, stream, copies, layer.outside * rows.compute, process, processes)
 
 
 def _second(method: OmniQuant, recipe: Recipe) -> bool:
     """Whether OmniQuant also keeps the float block's output on the quantized stream."""
-    return not method.clips and (method.second_loss == "on" or (method.second_loss == "auto" and recipe.grid.bits <= 2))
+    return not method.clips and (
+        method.second_loss == "on" or (method.second_loss == "auto" and recipe.grid.bits <= 2)
+    )
 
 
 def _cast(layer: Layer, rows: Rows) -> int:
@@ -271,8 +312,12 @@ def _cast(layer: Layer, rows: Rows) -> int:
 
 
 def _passing(layer: Layer, rows: Rows) -> int:
-    """Activations of a batch that passes without gradients: three as wide as the block gets, and the residual stream around them."""
-    return rows.tokens(TOKENS_PER_PASS) * rows.compute * (3 * layer.widest + 4 * layer.hidden) + _cast(layer, rows)
+    """Activations of a batch that passes without gradients: three as wide as the block gets, and
+    the residual stream around them.
+    """
+    return rows.tokens(TOKENS_PER_PASS) * rows.compute * (
+        3 * layer.widest + 4 * layer.hidden
+    ) + _cast(layer, rows)
 
 
 def _training(layer: Layer, rows: Rows, batch: int) -> int:
@@ -286,16 +331,21 @@ def _step(method: Method, grid: Grid, layer: Layer, rows: Rows, passing: int, ke
     weights, largest = layer.weights, layer.largest
     if isinstance(method, AWQ):
         tokens = rows.mine(method.rows or rows.count) * rows.length
-        seen = tokens * rows.compute * max(3 * layer.hidden, layer.widest) + 4 * layer.widest**2  # a site's inputs, their products
+        # A site's inputs, their products.
+        seen = tokens * rows.compute * max(3 * layer.hidden, layer.widest) + 4 * layer.widest**2
         scales = 4 * weights + seen + max(passing, 32 * largest) if method.scales else 0
-        clip = 8 * weights + kept + max(passing, 20 * largest) if method.clip != "none" else 0  # folded, and clipped
+        # Folded, and clipped.
+        clip = 8 * weights + kept + max(passing, 20 * largest) if method.clip != "none" else 0
         return max(scales, clip)
     if isinstance(method, TesseraQ):
-        # Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft weights and their gradients; codebooks
-        # hold both codes as indices and both levels. Then the readout of the last block, five times its logits.
+        # Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft
+        # weights and their gradients; codebooks hold both codes as indices and both levels. Then
+        # the readout of the last block, five times its logits.
         state = (56 if isinstance(grid, Codebook) else 18 + 2 * rows.compute) * weights
         read = 5 * 4 * layer.vocab if method.objective == "logits" else 0
-        stepping = _training(layer, rows, method.batch) + read * rows.mine(method.batch) * rows.length
+        stepping = (
+            _training(layer, rows, method.batch) + read * rows.mine(method.batch) * rows.length
+        )
         return kept + state + max(stepping, read * rows.tokens(JUDGED_TOKENS))
     if isinstance(method, OmniQuant):
         return kept + 40 * weights + _training(layer, rows, method.batch)
@@ -303,14 +353,21 @@ def _step(method: Method, grid: Grid, layer: Layer, rows: Rows, passing: int, ke
         square = 8 * layer.widest**2
         sites = {b for _, b in layer.linears.values()}
         waiting = 0 if method.true_sequential else sum(8 * b * b for b in sites)
-        return kept + 5 * weights + waiting + max(square + passing, 5 * square, 2 * square + 24 * largest)
+        return (
+            kept
+            + 5 * weights
+            + waiting
+            + max(square + passing, 5 * square, 2 * square + 24 * largest)
+        )
     if isinstance(method, (SmoothQuant, CrossQuant, QuaRot)):
         return 4 * weights + max(passing, 24 * largest)
     return weights + 12 * largest
 
 
 def _floor(method: Method, grid: Grid, layer: Layer, rows: Rows, kept: int) -> int:
-    """Bytes besides a block's float32 weights that live together while a method works, whatever the activations."""
+    """Bytes besides a block's float32 weights that live together while a method works, whatever the
+    activations.
+    """
     if isinstance(method, TesseraQ):  # as in `_step`, soft weights and their gradient in 16 bits
         return kept + (52 if isinstance(grid, Codebook) else 18 + 2 * 2) * layer.weights
     if isinstance(method, OmniQuant):

@@ -1,4 +1,6 @@
-"""What a model is called: by its hub repository, also where that lies in the hub's cache, else by its folder."""
+"""What a model is called: by its hub repository, also where that lies in the hub's cache, else by
+its folder.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 
 
 def hub_id(path: str | Path) -> str | None:
-    """The repository of a snapshot in the hub's cache, by its path alone: models--OWNER--NAME/snapshots/COMMIT, datasets alike.
+    """The repository of a snapshot in the hub's cache, by its path alone:
+    models--OWNER--NAME/snapshots/COMMIT, datasets alike.
 
     None for any other path.
     """
@@ -24,7 +27,8 @@ def hub_of(report: Mapping[str, Any]) -> str | None:
 
 
 def model_name(report: Mapping[str, Any]) -> str:
-    """The last part of the model's hub id, or of its path; empty where the path has none, as "." has.
+    """The last part of the model's hub id, or of its path; empty where the path has none, as "."
+    has.
 
     Args:
         report: report.json of an artifact or an export.

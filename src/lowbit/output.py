@@ -74,7 +74,12 @@ class Output:
 
 @contextmanager
 def claimed(
-    given: Path, command: str, *, finished: bool = False, resumes: tuple[str, ...] = (), writes: bool = True
+    given: Path,
+    command: str,
+    *,
+    finished: bool = False,
+    resumes: tuple[str, ...] = (),
+    writes: bool = True,
 ) -> Iterator[Output]:
     """A folder to be made, found possible and locked before any work.
 
@@ -96,7 +101,9 @@ def claimed(
     partial, lock, made = _taken(folder, command)
     if partial is None:
         if not (finished and (folder / REPORT).is_file()):
-            raise LowbitError(f"'{given}' exists and is not empty. Choose another -o, or remove it first.")
+            raise LowbitError(
+                f"'{given}' exists and is not empty. Choose another -o, or remove it first."
+            )
         yield Output(given, folder, folder / INSIDE)
         return
     output = Output(given, folder, partial, lock)
@@ -140,7 +147,9 @@ def _resolved(given: Path) -> Path:
             try:
                 folder = given.resolve()
             except RuntimeError as e:  # before Python 3.13, of links in a circle
-                raise LowbitError(f"cannot write '{given}': its symbolic links lead in a circle.") from e
+                raise LowbitError(
+                    f"cannot write '{given}': its symbolic links lead in a circle."
+                ) from e
         if folder.is_symlink():
             raise LowbitError(f"cannot write '{given}': its symbolic links lead in a circle.")
         if folder.exists() and not folder.is_dir():
@@ -164,7 +173,8 @@ def _meanwhile(folder: Path) -> Path | None:
         others = [n for n in found if n != INSIDE]
         if others and not (inside / MOVING).is_file():
             raise LowbitError(
-                f"'{folder}' holds '{others[0]}' besides an unfinished run ('{inside}'). Move it away, "
+                f"'{folder}' holds '{others[0]}' besides an unfinished run ('{inside}'). Move it "
+                "away, "
                 "or choose another -o."
             )
         return inside
@@ -176,17 +186,22 @@ def _meanwhile(folder: Path) -> Path | None:
 
 
 def _must_go_on(partial: Path, resumes: tuple[str, ...]) -> None:
-    """Refuse what lies where the work is to be done, unless it is an unfinished run of this command."""
+    """Refuse what lies where the work is to be done, unless it is an unfinished run of this
+    command.
+    """
     found = [n for n in entries(partial) if not n.endswith(".tmp")]
     if found and not any(fnmatch(n, pattern) for n in found for pattern in resumes):
         raise LowbitError(
-            f"'{partial}' holds files that no unfinished run of this command left there ('{found[0]}'). "
+            f"'{partial}' holds files that no unfinished run of this command left there "
+            f"('{found[0]}'). "
             "Remove it first, or choose another -o."
         )
 
 
 def _taken(folder: Path, command: str) -> tuple[Path | None, Lock | None, list[Path]]:
-    """Choose and lock the folder to work in; again if another process has finished there meanwhile."""
+    """Choose and lock the folder to work in; again if another process has finished there
+    meanwhile.
+    """
     while True:
         with disk(folder):
             partial = _meanwhile(folder)
@@ -203,7 +218,9 @@ def _taken(folder: Path, command: str) -> tuple[Path | None, Lock | None, list[P
 
 
 def _locked(folder: Path, command: str) -> tuple[Lock, list[Path]]:
-    """Make a folder with its parents and lock it; also the folders that were made, innermost first."""
+    """Make a folder with its parents and lock it; also the folders that were made, innermost
+    first.
+    """
     made: list[Path] = []
     for _ in range(_TRIES):
         for missing in _missing(folder):
@@ -211,7 +228,10 @@ def _locked(folder: Path, command: str) -> tuple[Lock, list[Path]]:
                 missing.mkdir()
                 made.insert(0, missing)
         if not folder.is_dir():
-            raise LowbitError(f"'{folder}' is needed as a folder, but it is a file. Move it away, or choose another -o.")
+            raise LowbitError(
+                f"'{folder}' is needed as a folder, but it is a file. Move it away, or choose "
+                "another -o."
+            )
         try:
             return Lock(folder, command), made
         except FileNotFoundError:

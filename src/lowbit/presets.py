@@ -20,30 +20,43 @@ else:
     import tomli as tomllib
 
 
-SHORT = {"fast": "tesseraq-fast", "default": "tesseraq", "best": "tesseraq-best"}  # one scale of effort, and what is behind it
+# One scale of effort, and what is behind it.
+SHORT = {
+    "fast": "tesseraq-fast",
+    "default": "tesseraq",
+    "best": "tesseraq-best",
+}
 
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the recipes that come with the package, without the short ones."""
     folder = resources.files(__package__) / "recipes"
-    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+    return tuple(
+        sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    )
 
 
 def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[str] = ()) -> Recipe:
-    """A named recipe (`SHORT` names too), several of them joined by "+", or one from a .toml file; for another scheme, with single options changed.
+    """A named recipe (`SHORT` names too), several of them joined by "+", or one from a .toml file;
+    for another scheme, with single options changed.
 
-    Of each part of a joined name the method that the part is called after is taken, with its options ("smoothquant+gptq",
-    "omniquant+tesseraq-best"); the scheme, how activations, keys and values are quantized and the calibration come from the last
-    part that says so.
+    Of each part of a joined name the method that the part is called after is taken, with its
+    options ("smoothquant+gptq", "omniquant+tesseraq-best"); the scheme, how activations, keys and
+    values are quantized and the calibration come from the last part that says so.
 
     Args:
-        settings: "method.option=value" or "overrides.PATTERN=SCHEME" strings, the value written as in TOML (quotes optional).
+        settings: "method.option=value" or "overrides.PATTERN=SCHEME" strings, the value written as
+            in TOML (quotes optional).
 
     Raises:
         LowbitError: no such recipe, file, method, option or value.
     """
     origin = name if name.endswith(".toml") else f"recipe '{name}'"
-    data = _joined(name) if "+" in name and not name.endswith(".toml") and name not in recipe_names() else _read(name, origin)
+    data = (
+        _joined(name)
+        if "+" in name and not name.endswith(".toml") and name not in recipe_names()
+        else _read(name, origin)
+    )
     for setting in settings:
         _apply(data, setting)
     if scheme is not None:
@@ -52,10 +65,16 @@ def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[s
     for key, grid in (("activations", recipe.activations), ("kv", recipe.kv)):
         given = next((x for x in settings if x.strip().startswith(f"{key}.")), None)
         if given is not None and grid is None:
-            raise LowbitError(f"--set {given} has no effect: scheme {recipe.scheme} leaves them in floating point.")
+            raise LowbitError(
+                f"--set {given} has no effect: scheme {recipe.scheme} leaves them in floating "
+                "point."
+            )
     own = data.get("activations", {})
     if recipe.activations is None and activation_grid(own) is not PerToken:
-        raise LowbitError(f"{origin} is about quantized activations, and scheme {recipe.scheme} leaves them in floating point: write A8 or A4 in it.")
+        raise LowbitError(
+            f"{origin} is about quantized activations, and scheme {recipe.scheme} leaves them in "
+            "floating point: write A8 or A4 in it."
+        )
     return recipe
 
 
@@ -68,9 +87,13 @@ def _read(name: str, origin: str) -> dict[str, Any]:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
-            raise LowbitError(f"recipe file '{name}' is not UTF-8 text (byte {e.start}). Convert it first.") from e
+            raise LowbitError(
+                f"recipe file '{name}' is not UTF-8 text (byte {e.start}). Convert it first."
+            ) from e
     elif name in recipe_names():
-        text = (resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+        text = (resources.files(__package__) / "recipes" / f"{name}.toml").read_text(
+            encoding="utf-8"
+        )
     else:
         raise unknown("recipe", name, (*recipe_names(), *SHORT))
     try:
@@ -83,7 +106,9 @@ def _joined(name: str) -> dict[str, Any]:
     out: dict[str, Any] = {"name": name, "methods": []}
     for part in name.split("+"):
         if part.endswith(".toml"):
-            raise LowbitError(f"recipe '{name}': files cannot be joined; write the methods into one file.")
+            raise LowbitError(
+                f"recipe '{name}': files cannot be joined; write the methods into one file."
+            )
         data, method = _read(part, f"recipe '{part}'"), SHORT.get(part, part).split("-")[0]
         if method in out["methods"]:
             raise LowbitError(f"recipe '{name}' has '{method}' twice.")
@@ -99,7 +124,9 @@ def _apply(data: dict[str, Any], setting: str) -> None:
     target, equals, text = setting.partition("=")
     section, dot, key = target.strip().partition(".")
     if not equals or not dot or not key:
-        raise LowbitError(f"--set takes METHOD.OPTION=VALUE, for example tesseraq.iters=100; got '{setting}'.")
+        raise LowbitError(
+            f"--set takes METHOD.OPTION=VALUE, for example tesseraq.iters=100; got '{setting}'."
+        )
     sections = ("overrides", "calibration", "activations", "kv", *METHODS)
     if section not in sections:
         raise unknown("section in --set", section, sections)

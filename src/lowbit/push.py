@@ -1,4 +1,6 @@
-"""Upload of a finished artifact or export to the Hugging Face Hub, verified before the first byte leaves."""
+"""Upload of a finished artifact or export to the Hugging Face Hub, verified before the first byte
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class Pushed:
     """What lies on the Hub now.
 
     Attributes:
-        url: of the repository, or of its branch. hash: the artifact's. tensors: number of tensors verified before the upload.
+        url: of the repository, or of its branch. hash: the artifact's. tensors: number of tensors
+            verified before the upload.
     """
 
     url: str
@@ -24,16 +27,26 @@ class Pushed:
     tensors: int
 
 
-def push(folder: Path, repo: str, *, private: bool = False, revision: str | None = None, token: str | None = None) -> Pushed:
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Pushed:
     """Upload a directory to a model repository, which is made if it is not there.
 
     Args:
-        folder: an artifact or an export; what else lies in it goes along. repo: "name" or "owner/name".
-        private: whether a new repository is private; says nothing to one that exists. revision: a branch, made if it is not there.
+        folder: an artifact or an export; what else lies in it goes along. repo: "name" or
+            "owner/name".
+        private: whether a new repository is private; says nothing to one that exists. revision: a
+            branch, made if it is not there.
         token: of the Hub; None takes the one that `hf auth login` stored, or HF_TOKEN.
 
     Raises:
-        LowbitError: not a finished artifact, a bad name, no network, no permission. VerificationError: the artifact has changed.
+        LowbitError: not a finished artifact, a bad name, no network, no permission.
+            VerificationError: the artifact has changed.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
@@ -42,10 +55,15 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     try:
         validate_repo_id(repo)
     except HFValidationError as e:
-        raise LowbitError(f"'{repo}' is no name of a repository: write owner/name in letters, digits, '-', '_' and '.' (not '--', not '..').") from e
+        raise LowbitError(
+            f"'{repo}' is no name of a repository: write owner/name in letters, digits, '-', '_' "
+            "and '.' (not '--', not '..')."
+        ) from e
     report = _finished(folder)
     if constants.HF_HUB_OFFLINE:
-        raise LowbitError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it and run the same command.")
+        raise LowbitError(
+            "HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it and run the same command."
+        )
     done = verify(folder, loader=False)
     api = HfApi(token=token, library_name="lowbit")
     try:
@@ -54,18 +72,36 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         message = f"{report['recipe']['scheme']}, {report['format']}, hash {report['hash'][:16]}"
-        api.upload_folder(folder_path=folder, repo_id=name, revision=revision, commit_message=message, ignore_patterns=list(NOTES))
-    except Exception as e:  # of requests, of what answers them, of the uploader: each has errors of its own
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=name,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=list(NOTES),
+        )
+    except (
+        Exception
+    ) as e:  # of requests, of what answers them, of the uploader: each has errors of its own
         raise _sentence(e, repo, api.endpoint, token) from e
-    return Pushed(f"{api.endpoint}/{name}" + (f"/tree/{revision}" if revision else ""), report["hash"], done.tensors)
+    return Pushed(
+        f"{api.endpoint}/{name}" + (f"/tree/{revision}" if revision else ""),
+        report["hash"],
+        done.tensors,
+    )
 
 
 def _finished(folder: Path) -> dict[str, Any]:
     if folder.resolve().name.endswith(".partial"):
-        raise LowbitError(f"'{folder}' is not finished: repeat the command that was making it, then push the directory without '.partial'.")
+        raise LowbitError(
+            f"'{folder}' is not finished: repeat the command that was making it, then push the "
+            "directory without '.partial'."
+        )
     report = read_report(folder)
     if "verification" not in report:
-        raise LowbitError(f"'{folder}' is not finished: its {REPORT} says of no verification. Repeat the command that was making it.")
+        raise LowbitError(
+            f"'{folder}' is not finished: its {REPORT} says of no verification. Repeat the command "
+            "that was making it."
+        )
     return report
 
 
@@ -74,15 +110,31 @@ def _sentence(e: Exception, repo: str, endpoint: str, token: str | None) -> Lowb
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError
 
-    text = (e.server_message if isinstance(e, HfHubHTTPError) else None) or str(e) or type(e).__name__
+    text = (
+        (e.server_message if isinstance(e, HfHubHTTPError) else None) or str(e) or type(e).__name__
+    )
     said = " ".join(text.split()).rstrip(".")
     status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
     if status == 401 and (token or get_token()) is None:
-        return LowbitError(f"{endpoint} wants to know who pushes to '{repo}': log in with `hf auth login`, set HF_TOKEN, or give --token.")
+        return LowbitError(
+            f"{endpoint} wants to know who pushes to '{repo}': log in with `hf auth login`, set "
+            "HF_TOKEN, or give --token."
+        )
     if status == 401:
-        return LowbitError(f"{endpoint} does not take the token for '{repo}': it is wrong or has expired. Make one that may write, and give --token.")
+        return LowbitError(
+            f"{endpoint} does not take the token for '{repo}': it is wrong or has expired. Make "
+            "one that may write, and give --token."
+        )
     if status == 403:
-        return LowbitError(f"the token may not write to '{repo}' on {endpoint} ({said}): take one that may, or a name of your own.")
+        return LowbitError(
+            f"the token may not write to '{repo}' on {endpoint} ({said}): take one that may, or a "
+            "name of your own."
+        )
     if status is not None or isinstance(e, ValueError):
-        return LowbitError(f"{endpoint} refuses '{repo}'{f' with status {status}' if status else ''}: {said}.")
-    return LowbitError(f"cannot reach {endpoint} to push '{repo}' ({type(e).__name__}: {said}). Check the network and HF_ENDPOINT, then repeat.")
+        return LowbitError(
+            f"{endpoint} refuses '{repo}'{f' with status {status}' if status else ''}: {said}."
+        )
+    return LowbitError(
+        f"cannot reach {endpoint} to push '{repo}' ({type(e).__name__}: {said}). Check the network "
+        "and HF_ENDPOINT, then repeat."
+    )

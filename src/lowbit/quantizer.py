@@ -1,4 +1,6 @@
-"""The quantizer by which transformers loads the library's own format. Importing this module registers it, and imports transformers."""
+"""The quantizer by which transformers loads the library's own format. Importing this module
+registers it, and imports transformers.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,19 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class QuantizeStates:
-    """A pre-hook of an attention module: its keys and values pass through a grid. Of this module, so that models can be pickled."""
+    """A pre-hook of an attention module: its keys and values pass through a grid. Of this module,
+    so that models can be pickled.
+    """
 
     kv: KVGrid
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        return args, {**kwargs, "past_key_values": QuantizedStates(self.kv, kwargs.get("past_key_values"))}
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        return args, {
+            **kwargs,
+            "past_key_values": QuantizedStates(self.kv, kwargs.get("past_key_values")),
+        }
 
 
 @register_quantizer(native.NAME)
@@ -59,7 +68,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         except LowbitError as e:
             raise ValueError(str(e)) from e
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         stored = None if checkpoint_files is None else _tensor_names(checkpoint_files)
         _replace_linears(model, self.quantization_config.to_dict(), stored)
 
@@ -68,15 +79,20 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if found is not None:
             kv, pattern = found
             matching = [m for n, m in model.named_modules() if fnmatchcase(n, pattern)]
-            self._hooks = [m.register_forward_pre_hook(QuantizeStates(kv), with_kwargs=True) for m in matching]
+            self._hooks = [
+                m.register_forward_pre_hook(QuantizeStates(kv), with_kwargs=True) for m in matching
+            ]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Plain linears in place of packed ones; activations, keys and values are no longer quantized."""
+        """Plain linears in place of packed ones; activations, keys and values are no longer
+        quantized.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         dtype = dtype or model.dtype
-        # Names only: a linear that is held keeps its packed tensors, and a decoded weight, until the last one is replaced.
+        # Names only: a linear that is held keeps its packed tensors, and a decoded weight, until
+        # the last one is replaced.
         for name in [n for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
             _replace(model, name, model.get_submodule(name).plain(dtype))
         for parameter in model.parameters():
@@ -103,15 +119,19 @@ def _tensor_names(files: Sequence[str]) -> set[str]:
 
 
 def _replace_linears(model: Any, config: Mapping[str, Any], stored: set[str] | None) -> None:
-    """Put packed linears where the artifact holds packed tensors; every other module is left as the model's class made it.
+    """Put packed linears where the artifact holds packed tensors; every other module is left as the
+    model's class made it.
 
     Args:
-        stored: names of the tensors in the files, by which a head that was never quantized is told apart; None if there are no files.
+        stored: names of the tensors in the files, by which a head that was never quantized is told
+            apart; None if there are no files.
 
     Raises:
-        LowbitError: the files lack a tensor of a linear that they hold otherwise, or the class names its blocks as no file does.
+        LowbitError: the files lack a tensor of a linear that they hold otherwise, or the class
+            names its blocks as no file does.
     """
-    # The config names linears as the model with its head does; AutoModel loads the same files without head and prefix.
+    # The config names linears as the model with its head does; AutoModel loads the same files
+    # without head and prefix.
     prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
     replaced = 0
     for name, module in list(model.named_modules()):
@@ -122,12 +142,16 @@ def _replace_linears(model: Any, config: Mapping[str, Any], stored: set[str] | N
                 continue
             for tensor in quantized.held():
                 if stored is not None and f"{full}.{tensor}" not in stored:
-                    raise LowbitError(f"the artifact has no tensor '{full}.{tensor}': make it again, or download it again.")
+                    raise LowbitError(
+                        f"the artifact has no tensor '{full}.{tensor}': make it again, or download "
+                        "it again."
+                    )
             _replace(model, name, quantized)
             replaced += 1
     if not replaced:
         raise LowbitError(
-            f"no linear of the artifact has a place in {type(model).__name__}, which names its blocks otherwise, so that all weights would be "
+            f"no linear of the artifact has a place in {type(model).__name__}, which names its "
+            "blocks otherwise, so that all weights would be "
             "made up: load it with AutoModel and put a head on that."
         )
 
@@ -136,8 +160,14 @@ def _quantized(name: str, linear: nn.Linear, config: Mapping[str, Any]) -> Packe
     grid, outliers = native.grid_of(config, name), native.outliers_of(config, name)
     reading, stored = native.reading_of(config, name), native.dtype_of(config)
     if isinstance(grid, Codebook):
-        return CodebookLinear(name, linear, grid, native.columns_of(config, name), outliers, reading, stored)
-    return DecodedLinear(name, linear, grid, outliers, reading, stored) if isinstance(grid, (Affine, KQuant)) else None
+        return CodebookLinear(
+            name, linear, grid, native.columns_of(config, name), outliers, reading, stored
+        )
+    return (
+        DecodedLinear(name, linear, grid, outliers, reading, stored)
+        if isinstance(grid, (Affine, KQuant))
+        else None
+    )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

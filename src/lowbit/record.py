@@ -1,4 +1,6 @@
-"""What report.json says of a run: where the model comes from, the command, and each block that has been quantized."""
+"""What report.json says of a run: where the model comes from, the command, and each block that has
+been quantized.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,17 @@ from .scheme import scheme_name
 
 
 def command_of(
-    model: str, recipe: str | Recipe, options: Mapping[str, Any], settings: Sequence[str], seed: int, device: str, plain: bool
+    model: str,
+    recipe: str | Recipe,
+    options: Mapping[str, Any],
+    settings: Sequence[str],
+    seed: int,
+    device: str,
+    plain: bool,
 ) -> list[str]:
-    """The words of a command that makes the same artifact. A recipe without a name is the recipe.toml that lies in it, whole."""
+    """The words of a command that makes the same artifact. A recipe without a name is the
+    recipe.toml that lies in it, whole.
+    """
     out = ["lowbit", "quantize", model]
     if isinstance(recipe, str) and not recipe.endswith(".toml"):
         out += ["--recipe", recipe]
@@ -38,18 +48,29 @@ def command_of(
             out += ["--set", setting]
     else:
         out += ["--recipe", RECIPE]
-    return [*out, "--seed", str(seed), *(["--device", device] if device else []), *(["--plain"] if plain else []), "-o", "OUT"]
+    return [
+        *out,
+        "--seed",
+        str(seed),
+        *(["--device", device] if device else []),
+        *(["--plain"] if plain else []),
+        "-o",
+        "OUT",
+    ]
 
 
 def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where the model comes from, as far as a model card tells: its hub id, also of a snapshot in the hub's cache, and its license if its
-    own card names one."""
+    """Where the model comes from, as far as a model card tells: its hub id, also of a snapshot in
+    the hub's cache, and its license if its own card names one.
+    """
     try:
         readme = checkpoint.file(CARD)
     except LowbitError:  # the model itself was reached: not worth stopping for
         readme = None
     folder = checkpoint.folder
-    hub = checkpoint.name if folder is None else hub_id(folder.absolute()) or hub_id(folder.resolve())
+    hub = (
+        checkpoint.name if folder is None else hub_id(folder.absolute()) or hub_id(folder.resolve())
+    )
     return {"hub": hub, "license": terms_of(readme)}
 
 
@@ -64,16 +85,30 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
         stored = sum(t.nbytes for t in local_tensors(tensors, f"{block.name}.{name}").values())
         error = errors[name]
         linears.append(
-            {"name": f"{block.name}.{name}", "scheme": scheme_name(q.grid), "shape": list(q.codes.shape), "bytes": stored,
-             "bits_per_weight": 8 * stored / q.codes.numel(), "moved": _moved(block, name, q), "error_nearest": error.nearest,
-             "error": error.tuned, **_parts(q)}
-        )  # fmt: skip
+            {
+                "name": f"{block.name}.{name}",
+                "scheme": scheme_name(q.grid),
+                "shape": list(q.codes.shape),
+                "bytes": stored,
+                "bits_per_weight": 8 * stored / q.codes.numel(),
+                "moved": _moved(block, name, q),
+                "error_nearest": error.nearest,
+                "error": error.tuned,
+                **_parts(q),
+            }
+        )
     return {
-        "name": block.name, "linears": linears, "seconds": round(seconds, 3), "peak_memory": _peak(block), **block.notes,
-    }  # fmt: skip
+        "name": block.name,
+        "linears": linears,
+        "seconds": round(seconds, 3),
+        "peak_memory": _peak(block),
+        **block.notes,
+    }
 
 
-def sizes(stored: Mapping[str, Stored], left_out: Container[str], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sizes(
+    stored: Mapping[str, Stored], left_out: Container[str], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Bytes of the model before and after, and bits per weight counted from them.
 
     Args:
@@ -81,12 +116,18 @@ def sizes(stored: Mapping[str, Stored], left_out: Container[str], records: Seque
         records: of the shards, that outside the blocks first.
     """
     linears = [e for r in records[1:] for e in r["linears"]]
-    after, kept = sum(r["bytes"] for r in records), [t for n, t in stored.items() if n not in left_out]
+    after, kept = (
+        sum(r["bytes"] for r in records),
+        [t for n, t in stored.items() if n not in left_out],
+    )
     return {
-        "before": sum(t.nbytes for t in stored.values()), "after": after,
-        "bits_per_weight": 8 * sum(e["bytes"] for e in linears) / sum(math.prod(e["shape"]) for e in linears),
+        "before": sum(t.nbytes for t in stored.values()),
+        "after": after,
+        "bits_per_weight": 8
+        * sum(e["bytes"] for e in linears)
+        / sum(math.prod(e["shape"]) for e in linears),
         "model_bits_per_weight": 8 * after / sum(t.numel for t in kept),
-    }  # fmt: skip
+    }
 
 
 def _peak(block: Block) -> int:
@@ -108,7 +149,10 @@ def _parts(q: QTensor) -> dict[str, Any]:
 
 
 def _moved(block: Block, linear: str, q: QTensor) -> float:
-    """The share of codes that are not the nearest ones to the weight on its range before scales were tuned."""
-    params = q.params if isinstance(q.grid, Codebook) else block.range_of(linear)  # levels have no others to compare with
+    """The share of codes that are not the nearest ones to the weight on its range before scales
+    were tuned.
+    """
+    # Levels have no others to compare with.
+    params = q.params if isinstance(q.grid, Codebook) else block.range_of(linear)
     nearest: Tensor = q.grid.encode(block.weight(linear), params)
     return float((q.codes != nearest).double().mean())

@@ -21,7 +21,9 @@ _NOT_OURS = ("lost+found",)  # in a mounted file system that is empty otherwise
 
 
 def entries(folder: Path) -> list[str]:
-    """Names of what lies in a folder, sorted, besides the lock and what a file system puts there itself."""
+    """Names of what lies in a folder, sorted, besides the lock and what a file system puts there
+    itself.
+    """
     with disk(folder):
         return sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, *_NOT_OURS))
 
@@ -74,9 +76,13 @@ def take_back(partial: Path, folder: Path) -> None:
 
 
 def _files(folder: Path, notes: tuple[str, ...]) -> Iterator[str]:
-    """Paths of all files in a folder, relative to it, but for those at its top that match a pattern."""
+    """Paths of all files in a folder, relative to it, but for those at its top that match a
+    pattern.
+    """
     for path in folder.rglob("*"):
-        if path.is_file() and not (path.parent == folder and any(fnmatch(path.name, n) for n in notes)):
+        if path.is_file() and not (
+            path.parent == folder and any(fnmatch(path.name, n) for n in notes)
+        ):
             yield path.relative_to(folder).as_posix()
 
 

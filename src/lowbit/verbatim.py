@@ -41,7 +41,9 @@ def code_block(language: str, *lines: str) -> str:
 
 
 def plotted(text: str) -> str:
-    """A label for matplotlib: no formula between dollar signs, no leading underscore, which would hide it from the legend."""
+    """A label for matplotlib: no formula between dollar signs, no leading underscore, which would
+    hide it from the legend.
+    """
     return re.sub(r"^_", " _", encodable(text).replace("$", r"\$"))
 
 

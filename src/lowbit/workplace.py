@@ -1,4 +1,6 @@
-"""The directory of a run in progress: written shard by shard, resumed from what is whole in it, published when complete."""
+"""The directory of a run in progress: written shard by shard, resumed from what is whole in it,
+published when complete.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
-from .artifact import CARD, NOTES, PROOF, REPORT, STATE, file_hash, read_shard, save_shard, shard_name, tensor_hash
+from .artifact import (
+    CARD,
+    NOTES,
+    PROOF,
+    REPORT,
+    STATE,
+    file_hash,
+    read_shard,
+    save_shard,
+    shard_name,
+    tensor_hash,
+)
 from .disk import copy_atomic, disk, write_atomic
 from .errors import LowbitError
 from .lock import LOCK
@@ -22,7 +35,8 @@ from .tree import MOVING, entries
 
 RESUMES = (STATE, "shard-*.json")  # what tells that a directory is an unfinished run
 _DIFFERENCES = {  # of a run's fingerprint, in words
-    "bfloat16_steps": "tuning steps in bfloat16: {} there, {} here (by the processor, where tesseraq.precision is auto)",
+    "bfloat16_steps": "tuning steps in bfloat16: {} there, {} here (by the processor, where "
+    "tesseraq.precision is auto)",
     "versions": "other versions of its libraries ({} there, {} here)",
     "compute": "arithmetic in {} where this machine's device has {}",
 }
@@ -39,28 +53,37 @@ class Workplace:
         output: the final directory and the one meanwhile, claimed by rank 0.
         fingerprint: everything that decides the bytes; a resume must match it.
         shards: number of shards, the one for the tensors outside the blocks included.
-        ranks: the processes that share the run. Rank 0 alone writes; all see the directory, and call what is here alike.
+        ranks: the processes that share the run. Rank 0 alone writes; all see the directory, and
+            call what is here alike.
 
     Raises:
-        LowbitError: the output holds something else, or another unfinished run; its file system refuses.
+        LowbitError: the output holds something else, or another unfinished run; its file system
+            refuses.
     """
 
-    def __init__(self, output: Output, fingerprint: Mapping[str, Any], shards: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, output: Output, fingerprint: Mapping[str, Any], shards: int, ranks: Ranks = ALONE
+    ) -> None:
         self.output, self.shards, self.ranks = output, shards, ranks
         self.partial = output.partial
         state = json.dumps(fingerprint, indent=1, sort_keys=True)
         self.run = hashlib.sha256(state.encode()).hexdigest()
         self.done: bool
-        self.done, self.partial = ranks.told((self._entered(state), output.partial) if ranks.first else None)
+        self.done, self.partial = ranks.told(
+            (self._entered(state), output.partial) if ranks.first else None
+        )
 
-    # --- found -----------------------------------------------------------------------------------------------------------
+    # --- found ------------------------------------------------------------------------------------
 
     def _entered(self, state: str) -> bool:
         """Find the directory as this run left it, or begin; whether the run is finished."""
         output = self.output
         if output.lock is None:
             if not self._is_finished(output.folder):
-                raise LowbitError(f"'{output.given}' exists and is not empty. Choose another -o, or remove it first.")
+                raise LowbitError(
+                    f"'{output.given}' exists and is not empty. Choose another -o, or remove it "
+                    "first."
+                )
             self._tidy()
             return True
         if output.is_moving and self._is_finished(self.partial):
@@ -85,24 +108,33 @@ class Workplace:
     def _must_match(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         different = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if different:
-            told = [_DIFFERENCES.get(k, f"another {k} than this one").format(old.get(k), new.get(k)) for k in different]
+            told = [
+                _DIFFERENCES.get(k, f"another {k} than this one").format(old.get(k), new.get(k))
+                for k in different
+            ]
             raise LowbitError(
-                f"'{self.partial}' holds an unfinished run with {', and '.join(told)}. Repeat that command, on such a machine, to finish it, "
+                f"'{self.partial}' holds an unfinished run with {', and '.join(told)}. Repeat that "
+                "command, on such a machine, to finish it, "
                 "or remove the directory to start anew."
             )
 
     def _must_be_own(self, state: Path) -> None:
-        """Refuse what was left without a readable fingerprint, unless its records say that this run left it."""
+        """Refuse what was left without a readable fingerprint, unless its records say that this run
+        left it.
+        """
         notes = [_read(p) for p in sorted(self.partial.glob("shard-*.json"))]
         runs = {note.get("run") for note in notes if note is not None}
-        others = [n for n in entries(self.partial) if n not in (STATE, MOVING) and not n.endswith(".tmp")]
+        others = [
+            n for n in entries(self.partial) if n not in (STATE, MOVING) and not n.endswith(".tmp")
+        ]
         if others and runs != {self.run}:
             raise LowbitError(
-                f"'{state}' is missing or damaged, and what else is there does not say that this run left it. Remove '{self.partial}' to "
+                f"'{state}' is missing or damaged, and what else is there does not say that this "
+                f"run left it. Remove '{self.partial}' to "
                 "start anew, or choose another -o."
             )
 
-    # --- shards ----------------------------------------------------------------------------------------------------------
+    # --- shards -----------------------------------------------------------------------------------
 
     def shard(self, number: int) -> Path:
         """Path of a shard: 0 is the one outside the blocks, i + 1 belongs to block i."""
@@ -112,8 +144,12 @@ class Workplace:
         return self.partial / f"shard-{number:05d}.json"
 
     def finished(self, number: int) -> dict[str, Any] | None:
-        """The record of a shard that an earlier run completed, its bytes checked; None if it has to be made."""
-        found: dict[str, Any] | None = self.ranks.told(self._finished(number) if self.ranks.first else None)
+        """The record of a shard that an earlier run completed, its bytes checked; None if it has to
+        be made.
+        """
+        found: dict[str, Any] | None = self.ranks.told(
+            self._finished(number) if self.ranks.first else None
+        )
         return found
 
     def _finished(self, number: int) -> dict[str, Any] | None:
@@ -124,17 +160,28 @@ class Workplace:
             return record if file_hash(self.shard(number)) == record["sha256"] else None
 
     def _noted(self, number: int) -> dict[str, Any] | None:
-        """The record of a shard as it was written by this run; None if there is none, or it is damaged."""
+        """The record of a shard as it was written by this run; None if there is none, or it is
+        damaged.
+        """
         note = _read(self._note(number))
-        if note is None or note.get("run") != self.run or note.get("sha256") != _digest(note.get("record")):
+        if (
+            note is None
+            or note.get("run") != self.run
+            or note.get("sha256") != _digest(note.get("record"))
+        ):
             return None
         record = note.get("record")
         return record if isinstance(record, dict) else None
 
     def finish(
-        self, number: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], check: Callable[[Mapping[str, Tensor]], None] | None = None
+        self,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        record: Mapping[str, Any],
+        check: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> dict[str, Any]:
-        """Write a shard, read it back, let ``check`` look at what was read, then write its record with the hashes.
+        """Write a shard, read it back, let ``check`` look at what was read, then write its record
+        with the hashes.
 
         Without its record a shard does not count as finished: a resume makes it again.
 
@@ -143,7 +190,11 @@ class Workplace:
         """
         if self.ranks.size > 1:
             made = {name: tensor_hash(t.cpu()) for name, t in tensors.items()}
-            self.ranks.agree(f"'{record['name']}' as tuned", made, "Do all have the same kind of device and the same libraries?")
+            self.ranks.agree(
+                f"'{record['name']}' as tuned",
+                made,
+                "Do all have the same kind of device and the same libraries?",
+            )
         if not self.ranks.first:
             return dict(record)
         path = self.shard(number)
@@ -152,8 +203,17 @@ class Workplace:
         if check:
             check(held)
         hashes = {k: tensor_hash(t) for k, t in held.items()}
-        full = {**record, "shard": path.name, "sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": hashes}
-        write_atomic(self._note(number), json.dumps({"run": self.run, "sha256": _digest(full), "record": full}).encode())
+        full = {
+            **record,
+            "shard": path.name,
+            "sha256": file_hash(path),
+            "bytes": path.stat().st_size,
+            "tensors": hashes,
+        }
+        write_atomic(
+            self._note(number),
+            json.dumps({"run": self.run, "sha256": _digest(full), "record": full}).encode(),
+        )
         return full
 
     def kept(self) -> str:
@@ -164,9 +224,12 @@ class Workplace:
         if not count:
             return "No block is finished yet: the same command starts again."
         blocks = self.shards - 1
-        return f"{count} of {blocks} blocks {'is' if count == 1 else 'are'} finished and kept in '{self.partial}': the same command continues."
+        return (
+            f"{count} of {blocks} blocks {'is' if count == 1 else 'are'} finished and kept in "
+            f"'{self.partial}': the same command continues."
+        )
 
-    # --- the rest --------------------------------------------------------------------------------------------------------
+    # --- the rest ---------------------------------------------------------------------------------
 
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file of the artifact."""
@@ -177,7 +240,9 @@ class Workplace:
         save_shard(self.partial / PROOF, tensors)
 
     def write_card(self, text: str) -> None:
-        """Write README.md, unless there is one: somebody else's words, or this text from a run that was stopped at its very end."""
+        """Write README.md, unless there is one: somebody else's words, or this text from a run that
+        was stopped at its very end.
+        """
         if not (self.partial / CARD).exists():
             write_atomic(self.partial / CARD, text.encode())
 
@@ -186,13 +251,18 @@ class Workplace:
         for name in names:
             path = checkpoint.file(name)
             if path is None:
-                raise LowbitError(f"'{name}' of '{checkpoint.name}' has gone while it was quantized. Put it back and run the same command.")
+                raise LowbitError(
+                    f"'{name}' of '{checkpoint.name}' has gone while it was quantized. Put it back "
+                    "and run the same command."
+                )
             with disk(self.partial / name):
                 (self.partial / name).parent.mkdir(exist_ok=True)
             copy_atomic(path, self.partial / name)
 
     def complete(self) -> None:
-        """Give the directory its final place, then drop the working notes: killed in between, it is finished all the same."""
+        """Give the directory its final place, then drop the working notes: killed in between, it is
+        finished all the same.
+        """
         self.output.publish(NOTES)
         self._tidy()
 

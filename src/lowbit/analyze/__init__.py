@@ -1,4 +1,6 @@
-"""What a model's activations look like to a quantizer: the share that becomes zero, outliers, and what losing those shares costs."""
+"""What a model's activations look like to a quantizer: the share that becomes zero, outliers, and
+what losing those shares costs.
+"""
 
 from .page import write_analysis as write_analysis
 from .study import study as study

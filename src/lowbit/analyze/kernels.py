@@ -1,13 +1,14 @@
 """Kernel shares: how many elements of each linear's input an activation grid turns into zero.
 
-The quantization kernel of CrossQuant (arXiv 2410.07505) is the set of elements that quantize to zero. Elements that are zero already
-(ReLU makes most of OPT's last inputs so) are counted apart and belong to no kernel here.
+The quantization kernel of CrossQuant (arXiv 2410.07505) is the set of elements that quantize to
+zero. Elements that are zero already (ReLU makes most of OPT's last inputs so) are counted apart and
+belong to no kernel here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ _OUTLIER = 6.0  # where LLM.int8() stops quantizing a channel
 
 @dataclass(frozen=True)
 class GridOn:
-    """An activation grid by a name for tables. A scale per column is CrossQuant with row exponent 0."""
+    """An activation grid by a name for tables. A scale per column is CrossQuant with row exponent
+    0.
+    """
 
     name: str
     grid: PerToken | CrossQuant
@@ -45,8 +48,11 @@ def grids_of(bits: Sequence[int], exponents: Sequence[float], columns: str) -> l
     try:
         for b in bits:
             found.append(GridOn(f"A{b} per token", PerToken(b, symmetric=True)))
-            found.append(GridOn(f"A{b} per column", CrossQuant(b, 0.0, columns)))  # type: ignore[arg-type]
-            found += [GridOn(f"A{b} CrossQuant {a:g}", CrossQuant(b, a, columns)) for a in exponents]  # type: ignore[arg-type]
+            per_column = CrossQuant(b, 0.0, columns)  # type: ignore[arg-type]
+            found.append(GridOn(f"A{b} per column", per_column))
+            for a in exponents:
+                crossed = replace(per_column, row_exponent=a)
+                found.append(GridOn(f"A{b} CrossQuant {a:g}", crossed))
     except ValueError as e:
         raise LowbitError(f"{e}.") from e
     return found
@@ -60,7 +66,8 @@ class Site:
         linears: full names of its readers.
         elements, zeros: numbers, of all and of those that are zero themselves.
         kernel: grid's name -> number of other elements that it turns into zero.
-        smaller: elements whose channel's maximum is below their token's, where a cross scale is finer than a token's.
+        smaller: elements whose channel's maximum is below their token's, where a cross scale is
+            finer than a token's.
         channels: (channels,) largest |x| of each. tokens: largest |x| of each token, in order.
     """
 
@@ -80,7 +87,10 @@ class Site:
         """
         x = x.float()
         if not bool(torch.isfinite(x).all()):
-            raise LowbitError(f"'{self.linears[0]}' gets activations that are not finite: check the model and its dtype.")
+            raise LowbitError(
+                f"'{self.linears[0]}' gets activations that are not finite: check the model and "
+                "its dtype."
+            )
         size = x.abs()
         self.elements += x.numel()
         nothing = x == 0
@@ -97,11 +107,17 @@ class Site:
         assert self.channels is not None
         tokens, rest = torch.cat(self.tokens), max(1, self.elements - self.zeros)
         return {
-            "linears": list(self.linears), "elements": self.elements, "zeros": self.zeros / self.elements,
-            "kernel": {k: n / rest for k, n in self.kernel.items()}, "smaller_channel": self.smaller / self.elements,
-            "largest": float(self.channels.max()), "channel_spread": _over_median(self.channels), "token_spread": _over_median(tokens),
-            "outlier_channels": int((self.channels >= _OUTLIER).sum()), "channels": len(self.channels),
-        }  # fmt: skip
+            "linears": list(self.linears),
+            "elements": self.elements,
+            "zeros": self.zeros / self.elements,
+            "kernel": {k: n / rest for k, n in self.kernel.items()},
+            "smaller_channel": self.smaller / self.elements,
+            "largest": float(self.channels.max()),
+            "channel_spread": _over_median(self.channels),
+            "token_spread": _over_median(tokens),
+            "outlier_channels": int((self.channels >= _OUTLIER).sum()),
+            "channels": len(self.channels),
+        }
 
 
 def _over_median(values: Tensor) -> float:
@@ -111,19 +127,31 @@ def _over_median(values: Tensor) -> float:
 
 
 def sites_of(model: Any, wiring: Wiring) -> list[tuple[str, ...]]:
-    """Full names of the linears of every site of every block, those that read the same activation together."""
+    """Full names of the linears of every site of every block, those that read the same activation
+    together.
+    """
     count = len(model.get_submodule(wiring.layers))
-    return [tuple(f"{wiring.layers}.{i}.{n}" for n in site.reads) for i in range(count) for site in wiring.sites]
+    return [
+        tuple(f"{wiring.layers}.{i}.{n}" for n in site.reads)
+        for i in range(count)
+        for site in wiring.sites
+    ]
 
 
 @torch.no_grad()
 def measure(
-    model: Any, wiring: Wiring, windows: Tensor, grids: Sequence[GridOn], batch: int = 8, progress: Callable[[int, int], None] | None = None
+    model: Any,
+    wiring: Wiring,
+    windows: Tensor,
+    grids: Sequence[GridOn],
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Site]:
     """Kernel shares and outliers of every linear's input while windows of tokens pass.
 
     Args:
-        model: as transformers loads it. windows: (n, length) int64. batch: windows that pass together.
+        model: as transformers loads it. windows: (n, length) int64. batch: windows that pass
+            together.
 
     Raises:
         LowbitError: an activation is not finite.
@@ -133,7 +161,9 @@ def measure(
     def hook_of(site: Site) -> Any:
         return lambda _, args: site.add(args[0], grids)
 
-    handles = [model.get_submodule(s.linears[0]).register_forward_pre_hook(hook_of(s)) for s in sites]
+    handles = [
+        model.get_submodule(s.linears[0]).register_forward_pre_hook(hook_of(s)) for s in sites
+    ]
     try:
         for at in range(0, len(windows), batch):
             model(windows[at : at + batch].to(model.device), use_cache=False)

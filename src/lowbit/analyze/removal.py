@@ -1,12 +1,15 @@
 """The remove-kernel experiment: is it the elements that become zero that cost the accuracy?
 
-Weights are rounded to 8 bits. Activations stay in floating point, but a share of each linear's non-zero inputs is set to zero; how they
-are picked is not said in CrossQuant (arXiv 2410.07505), so there are several readings and a control:
+Weights are rounded to 8 bits. Activations stay in floating point, but a share of each linear's
+non-zero inputs is set to zero; how they are picked is not said in CrossQuant (arXiv 2410.07505), so
+there are several readings and a control:
 
-    bound     those below theta times their token's maximum, as a per-token grid of any width would (R1)
+    bound     those below theta times their token's maximum, as a per-token grid of any width would
+    (R1)
     smallest  the smallest |x| of what passes together (R2)
     random    as many at random (R3, the control)
-    restored  everything is quantized per token, and what became zero gets its value back (R4: is the kernel needed for the loss?)
+    restored  everything is quantized per token, and what became zero gets its value back (R4: is
+    the kernel needed for the loss?)
 
 "quantized" is the plain grid, for the comparison.
 """
@@ -36,7 +39,8 @@ class Removal:
     """One run of the experiment.
 
     Attributes:
-        kind: see the module. share: of non-zero elements set to zero, for the first three kinds. on: the grid, for the last two.
+        kind: see the module. share: of non-zero elements set to zero, for the first three kinds.
+            on: the grid, for the last two.
     """
 
     kind: Kind
@@ -59,7 +63,11 @@ class Removal:
         if self.kind == "random":
             order = torch.rand(x.shape, generator=generator, device=x.device)
         else:
-            order = size / size.amax(-1, keepdim=True).clamp(min=1e-30) if self.kind == "bound" else size
+            order = (
+                size / size.amax(-1, keepdim=True).clamp(min=1e-30)
+                if self.kind == "bound"
+                else size
+            )
         there = size > 0
         found = order[there]
         count = round(self.share * len(found))
@@ -70,13 +78,16 @@ class Removal:
 
 
 def removals(shares: Sequence[float], grids: Sequence[GridOn]) -> list[Removal]:
-    """All runs: none, three kinds at every share, and each grid plain; per-token ones with the kernel restored, too.
+    """All runs: none, three kinds at every share, and each grid plain; per-token ones with the
+    kernel restored, too.
 
     Raises:
         LowbitError: a share outside (0, 1).
     """
     if any(not 0 < s < 1 for s in shares):
-        raise LowbitError(f"shares to remove must be in (0, 1), got {', '.join(f'{s:g}' for s in shares)}.")
+        raise LowbitError(
+            f"shares to remove must be in (0, 1), got {', '.join(f'{s:g}' for s in shares)}."
+        )
     kinds: tuple[Kind, ...] = ("bound", "smallest", "random")
     out = [Removal("none"), *(Removal(k, s) for k in kinds for s in sorted(shares))]
     for g in grids:
@@ -88,14 +99,21 @@ def removals(shares: Sequence[float], grids: Sequence[GridOn]) -> list[Removal]:
 
 @torch.no_grad()
 def run(
-    model: Any, wiring: Wiring, windows: Tensor, wanted: Sequence[Removal], batch: int = 8, weight_bits: int = 8,
+    model: Any,
+    wiring: Wiring,
+    windows: Tensor,
+    wanted: Sequence[Removal],
+    batch: int = 8,
+    weight_bits: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Removal, float]]:
-    """Perplexity of every removal; the model's weights are rounded to ``weight_bits``, one symmetric scale per output, while this runs.
+    """Perplexity of every removal; the model's weights are rounded to ``weight_bits``, one
+    symmetric scale per output, while this runs.
 
     Args:
-        model: as transformers loads it, with float weights. windows: (n, length) int64. batch: windows that pass together.
-    """  # fmt: skip
+        model: as transformers loads it, with float weights. windows: (n, length) int64. batch:
+            windows that pass together.
+    """
     sites = sites_of(model, wiring)
     with _rounded(model, [n for names in sites for n in names], weight_bits):
         for number, removal in enumerate(wanted):
@@ -124,7 +142,9 @@ def _rounded(model: Any, names: Sequence[str], bits: int) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(model: Any, sites: Sequence[tuple[str, ...]], removal: Removal, generator: torch.Generator) -> Iterator[None]:
+def _reading(
+    model: Any, sites: Sequence[tuple[str, ...]], removal: Removal, generator: torch.Generator
+) -> Iterator[None]:
     last: list[tuple[Tensor, Tensor]] = []  # readers of one activation get the same
 
     def hook(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -132,7 +152,9 @@ def _reading(model: Any, sites: Sequence[tuple[str, ...]], removal: Removal, gen
             last[:] = [(args[0], removal(args[0], generator))]
         return (last[0][1], *args[1:])
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(hook) for names in sites for n in names]
+    handles = [
+        model.get_submodule(n).register_forward_pre_hook(hook) for names in sites for n in names
+    ]
     try:
         yield
     finally:
@@ -140,8 +162,11 @@ def _reading(model: Any, sites: Sequence[tuple[str, ...]], removal: Removal, gen
             handle.remove()
 
 
-def knee(points: Sequence[tuple[float, float]], base: float, tolerance: float = 0.01) -> float | None:
-    """The share at which perplexity first exceeds ``base`` by more than ``tolerance`` of it, between two points linearly; None if never.
+def knee(
+    points: Sequence[tuple[float, float]], base: float, tolerance: float = 0.01
+) -> float | None:
+    """The share at which perplexity first exceeds ``base`` by more than ``tolerance`` of it,
+    between two points linearly; None if never.
 
     Args:
         points: (share, perplexity) by rising share.
@@ -150,6 +175,10 @@ def knee(points: Sequence[tuple[float, float]], base: float, tolerance: float = 
     for share, perplexity in points:
         if not perplexity <= limit:
             left, low = before
-            return left + (share - left) * max(0.0, limit - low) / (perplexity - low) if perplexity < float("inf") else left
+            return (
+                left + (share - left) * max(0.0, limit - low) / (perplexity - low)
+                if perplexity < float("inf")
+                else left
+            )
         before = (share, perplexity)
     return None

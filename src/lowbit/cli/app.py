@@ -1,4 +1,6 @@
-"""What the commands share: the app, the consoles, options that several have, and the files they write."""
+"""What the commands share: the app, the consoles, options that several have, and the files they
+write.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,64 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Make large language models small: 2 to 4 bit weights, accuracy kept, artifacts that carry their proof.",
+    help=(
+        "Make large language models small: 2 to 4 bit weights, accuracy kept, artifacts that "
+        "carry their proof."
+    ),
 )
 out = Console()
 
-Seed = Annotated[int, typer.Option(help="For everything random. Same seed, same machine: same bytes.", callback=numbers.seed)]
-Calib = Annotated[Optional[str], typer.Option(help="Calibration text: stdlib (this Python's own sources), a file (.txt, .json, .jsonl, .csv, .parquet, also compressed; conversations go through the model's chat template), a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, wikitext2 or c4 for those with 'claq' or '-paper' in their name, else stdlib.")]  # fmt: skip
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="For everything random. Same seed, same machine: same bytes.", callback=numbers.seed
+    ),
+]
+Calib = Annotated[
+    Optional[str],
+    typer.Option(
+        help=(
+            "Calibration text: stdlib (this Python's own sources), a file (.txt, .json, .jsonl, "
+            ".csv, .parquet, also compressed; conversations go through the model's chat template), "
+            "a folder or hub dataset, or wikitext2, c4, pile-val. Default: the recipe's, wikitext2 "
+            "or c4 for those with 'claq' or '-paper' in their name, else stdlib."
+        )
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
-Offload = Annotated[str, typer.Option(help="Where the activations between blocks live: on the device, on the host, on disk, or auto: the first of these that has the room. Changes no byte of the result.")]
-Python = Annotated[str, typer.Option(help="Interpreter that has the runtime, if this one has not: gptqmodel and optimum for GPTQ and AWQ, mlx-lm for MLX, llama-cpp-python for GGUF.", show_default=False)]
-_SCHEME = "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without g one scale per output channel. Or a K-quant of llama.cpp: gguf:q2_k, q3_k, q4_k, q6_k."
+Offload = Annotated[
+    str,
+    typer.Option(
+        help=(
+            "Where the activations between blocks live: on the device, on the host, on disk, or "
+            "auto: the first of these that has the room. Changes no byte of the result."
+        )
+    ),
+]
+Python = Annotated[
+    str,
+    typer.Option(
+        help=(
+            "Interpreter that has the runtime, if this one has not: gptqmodel and optimum for "
+            "GPTQ and AWQ, mlx-lm for MLX, llama-cpp-python for GGUF."
+        ),
+        show_default=False,
+    ),
+]
+_SCHEME = (
+    "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without "
+    "g one scale per output channel. Or a K-quant of llama.cpp: gguf:q2_k, q3_k, q4_k, q6_k."
+)
 Scheme = Annotated[str, typer.Option(help=_SCHEME)]
-OwnScheme = Annotated[Optional[str], typer.Option(help=_SCHEME + " Default: the recipe's, W4A16g128 if it has none.")]
+OwnScheme = Annotated[
+    Optional[str], typer.Option(help=_SCHEME + " Default: the recipe's, W4A16g128 if it has none.")
+]
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command with the libraries it calls kept quiet; told to end, say what is kept and exit with 130, or 143 of SIGTERM."""
+    """Run a command with the libraries it calls kept quiet; told to end, say what is kept and exit
+    with 130, or 143 of SIGTERM.
+    """
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -57,7 +101,9 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _terminable(told: list[signal.Signals]) -> Iterator[None]:
-    """Within, SIGTERM (of `docker stop`, of a batch system) ends a command like Ctrl-C, and is added to ``told``."""
+    """Within, SIGTERM (of `docker stop`, of a batch system) ends a command like Ctrl-C, and is
+    added to ``told``.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -22,16 +22,34 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
     from ..proof import read_report
 
     report = read_report(folder)
-    table = Table("linear", "scheme", "shape", "bytes", "bits/weight", "codes not nearest", "error, nearest -> tuned")
+    table = Table(
+        "linear",
+        "scheme",
+        "shape",
+        "bytes",
+        "bits/weight",
+        "codes not nearest",
+        "error, nearest -> tuned",
+    )
     for e in report["linears"]:
         if "skipped" in e:
             table.add_row(e["name"], "skipped", e["skipped"], "", "", "", "")
         else:
-            table.add_row(e["name"], e["scheme"], " x ".join(map(str, e["shape"])), size(e["bytes"]), f"{e['bits_per_weight']:.3f}", f"{e['moved']:.1%}",
-                          f"{e['error_nearest']:.3g} -> {e['error']:.3g}")
+            table.add_row(
+                e["name"],
+                e["scheme"],
+                " x ".join(map(str, e["shape"])),
+                size(e["bytes"]),
+                f"{e['bits_per_weight']:.3f}",
+                f"{e['moved']:.1%}",
+                f"{e['error_nearest']:.3g} -> {e['error']:.3g}",
+            )
     out.print(table)
     for b in report["blocks"]:
-        out.print(f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, {duration(b['seconds'])}")
+        out.print(
+            f"{b['name']}: loss {b['loss_before']:.4g} -> {b['loss_after']:.4g}, "
+            f"{duration(b['seconds'])}"
+        )
     for name, why in report.get("copied", {}).items():
         out.print(f"{name}: {why}")
     for name, why in report.get("left_out", {}).items():
@@ -41,18 +59,34 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Artifact folder.")]) ->
     out.print((folder / "recipe.toml").read_text(encoding="utf-8").strip())
     for name, shard in report["shards"].items():
         out.print(f"{name}  {size(shard['bytes'])}  sha256 {shard['sha256']}")
-    out.print(f"hash {report['hash']}, made by lowbit {report['lowbit']} from {report['model']}, seed {report['seed']}")
+    out.print(
+        f"hash {report['hash']}, made by lowbit {report['lowbit']} from {report['model']}, seed "
+        f"{report['seed']}"
+    )
 
 
 @app.command()
 @reported
 def verify(
     folder: Annotated[Path, typer.Argument(help="Artifact folder, also a copy that was moved.")],
-    loader: Annotated[bool, typer.Option(help="Also load it with its runtime and compare logits.")] = True,
-    source: Annotated[Optional[str], typer.Option(help="The model it was made of, folder or hub id: also compare every byte of its files with what was quantized.", show_default=False)] = None,
+    loader: Annotated[
+        bool, typer.Option(help="Also load it with its runtime and compare logits.")
+    ] = True,
+    source: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "The model it was made of, folder or hub id: also compare every byte of its files "
+                "with what was quantized."
+            ),
+            show_default=False,
+        ),
+    ] = None,
     python: Python = sys.executable,
 ) -> None:
-    """Compare every tensor and code with what was tuned, and the logits that its runtime computes with the tuned model's."""
+    """Compare every tensor and code with what was tuned, and the logits that its runtime computes
+    with the tuned model's.
+    """
     from ..identity import check_source
     from ..proof import verify as check
 
@@ -65,19 +99,58 @@ def verify(
 @reported
 def analyze(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for analysis.json and analysis.html.")],
-    text: Annotated[str, typer.Option(help="Text that passes: stdlib (its held-out side), a file, a folder or hub dataset, wikitext2, c4.")] = "stdlib",
-    length: Annotated[Optional[int], typer.Option(help="Window length; default 2048 or the model's context if shorter.", callback=whole(2))] = None,
-    windows: Annotated[Optional[int], typer.Option(help="Use only the first so many windows.", callback=whole())] = None,
-    batch: Annotated[int, typer.Option(help="Windows that pass together: over them a channel's maximum is taken with --columns call.", callback=whole())] = 8,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for analysis.json and analysis.html.")
+    ],
+    text: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "Text that passes: stdlib (its held-out side), a file, a folder or hub dataset, "
+                "wikitext2, c4."
+            )
+        ),
+    ] = "stdlib",
+    length: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Window length; default 2048 or the model's context if shorter.", callback=whole(2)
+        ),
+    ] = None,
+    windows: Annotated[
+        Optional[int], typer.Option(help="Use only the first so many windows.", callback=whole())
+    ] = None,
+    batch: Annotated[
+        int,
+        typer.Option(
+            help=(
+                "Windows that pass together: over them a channel's maximum is taken with "
+                "--columns call."
+            ),
+            callback=whole(),
+        ),
+    ] = 8,
     bits: Annotated[str, typer.Option(help="Widths of the activation grids, with commas.")] = "8,4",
-    exponents: Annotated[str, typer.Option(help="CrossQuant's row exponents, with commas.")] = "0.15,0.55",
-    columns: Annotated[str, typer.Option(help="Channel maxima over a call or a sequence.")] = "call",
-    shares: Annotated[str, typer.Option(help="Shares of non-zero elements to set to zero in the remove-kernel experiment.")] = "0.01,0.02,0.05,0.1,0.2,0.3,0.4,0.5",
-    remove: Annotated[bool, typer.Option(help="Run the remove-kernel experiment; its weights are in 8 bits.")] = True,
+    exponents: Annotated[
+        str, typer.Option(help="CrossQuant's row exponents, with commas.")
+    ] = "0.15,0.55",
+    columns: Annotated[
+        str, typer.Option(help="Channel maxima over a call or a sequence.")
+    ] = "call",
+    shares: Annotated[
+        str,
+        typer.Option(
+            help="Shares of non-zero elements to set to zero in the remove-kernel experiment."
+        ),
+    ] = "0.01,0.02,0.05,0.1,0.2,0.3,0.4,0.5",
+    remove: Annotated[
+        bool, typer.Option(help="Run the remove-kernel experiment; its weights are in 8 bits.")
+    ] = True,
     device: Device = "auto",
 ) -> None:
-    """Which activations a quantizer turns into zero, outliers of every linear's input, and what zeroing them costs."""
+    """Which activations a quantizer turns into zero, outliers of every linear's input, and what
+    zeroing them costs.
+    """
     from ..analyze import study, write_analysis
     from ..display import analysis_tables, windows_bar
     from ..machine import pick_device
@@ -85,10 +158,19 @@ def analyze(
 
     with working(output, "analyze"), windows_bar(out) as tell, windows_bar(out, "runs") as removing:
         data = study(
-            model, text, length=length, windows=windows, batch=batch, bits=_numbers(bits, int, "--bits"), columns=columns,
-            exponents=_numbers(exponents, float, "--exponents"), shares=_numbers(shares, float, "--shares") if remove else None,
-            device=str(pick_device(device)), progress=tell, removing=removing,
-        )  # fmt: skip
+            model,
+            text,
+            length=length,
+            windows=windows,
+            batch=batch,
+            bits=_numbers(bits, int, "--bits"),
+            columns=columns,
+            exponents=_numbers(exponents, float, "--exponents"),
+            shares=_numbers(shares, float, "--shares") if remove else None,
+            device=str(pick_device(device)),
+            progress=tell,
+            removing=removing,
+        )
         page = write_analysis(output, data)
     for table in analysis_tables(data):
         out.print(table)

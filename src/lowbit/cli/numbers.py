@@ -10,11 +10,14 @@ import typer
 from ..errors import LowbitError
 from .sentences import option_of
 
-MOST = 2**31 - 1  # of what is counted: what is more cannot be meant, and no tensor could have so many rows
+# Of what is counted: what is more cannot be meant, and no tensor could have so many rows.
+MOST = 2**31 - 1
 _SEEDS = 2**63 - 1  # torch takes one bit more, so that a method can count on from the seed
 
 
-def whole(least: int = 1, most: int = MOST) -> Callable[[typer.CallbackParam, Optional[int]], Optional[int]]:
+def whole(
+    least: int = 1, most: int = MOST
+) -> Callable[[typer.CallbackParam, Optional[int]], Optional[int]]:
     """A check that an option is a whole number in a range, ends included.
 
     Raises (when it is called):
@@ -23,7 +26,9 @@ def whole(least: int = 1, most: int = MOST) -> Callable[[typer.CallbackParam, Op
 
     def check(param: typer.CallbackParam, value: Optional[int]) -> Optional[int]:
         if value is not None and not least <= value <= most:
-            raise LowbitError(f"{option_of(param)} {value}: give a whole number from {least} to {most}.")
+            raise LowbitError(
+                f"{option_of(param)} {value}: give a whole number from {least} to {most}."
+            )
         return value
 
     return check
@@ -50,7 +55,10 @@ def real(
 
     def check(param: typer.CallbackParam, value: Optional[float]) -> Optional[float]:
         if value is not None and not least <= value <= most and not (zero and value == 0):
-            range_ = f"{'0, or ' if zero else ''}a number{unit and ' ' + unit} from {least:g} to {most:g}"
+            range_ = (
+                f"{'0, or ' if zero else ''}a number{unit and ' ' + unit} from {least:g} to "
+                f"{most:g}"
+            )
             raise LowbitError(f"{option_of(param)} {value:g}: give {range_}.")
         return value
 

@@ -25,7 +25,9 @@ def json_file(param: typer.CallbackParam, value: Optional[Path]) -> Optional[Pat
         return None
     with _refused(value, param):
         if value.exists() and not value.is_file():
-            raise LowbitError(f"{option_of(param)} '{value}' is not a file: give the name of one, or a new one.")
+            raise LowbitError(
+                f"{option_of(param)} '{value}' is not a file: give the name of one, or a new one."
+            )
         with _made(value.parent):
             temporary = value.with_name(value.name + ".tmp")  # as write_atomic names it
             there = temporary.exists()
@@ -45,7 +47,9 @@ def out_folder(param: typer.CallbackParam, value: Optional[Path]) -> Optional[Pa
         return None
     with _refused(value, param):
         if value.exists() and not value.is_dir():
-            raise LowbitError(f"{option_of(param)} '{value}' is not a folder: give the name of one, or a new one.")
+            raise LowbitError(
+                f"{option_of(param)} '{value}' is not a folder: give the name of one, or a new one."
+            )
         with _made(value), tempfile.TemporaryFile(dir=value):
             pass
     return value
@@ -69,7 +73,10 @@ def _refused(path: Path, param: typer.CallbackParam) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise LowbitError(f"{option_of(param)} '{path}' cannot be written: {e.strerror or e}. Choose another place.") from e
+        raise LowbitError(
+            f"{option_of(param)} '{path}' cannot be written: {e.strerror or e}. Choose another "
+            "place."
+        ) from e
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

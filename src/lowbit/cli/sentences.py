@@ -29,7 +29,9 @@ def option_of(param: typer.CallbackParam) -> str:
 
 
 class Commands(TyperGroup):
-    """All commands, which say in a sentence what they refuse: their arguments, their input, and what the file system refuses them."""
+    """All commands, which say in a sentence what they refuse: their arguments, their input, and
+    what the file system refuses them.
+    """
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         """As typer has it."""
@@ -59,7 +61,10 @@ def _told() -> Iterator[None]:
         if "\n" in what:  # the help, where no command is given
             err.print(what)
         else:
-            complain(f"{what[:1].lower()}{what[1:].rstrip('.')}; '{_helped(e)} --help' lists what can be given.")
+            complain(
+                f"{what[:1].lower()}{what[1:].rstrip('.')}; '{_helped(e)} --help' lists what can "
+                "be given."
+            )
         raise typer.Exit(2) from e
     except OSError as e:
         if e.errno == errno.EPIPE:  # typer ends quietly where nobody reads on
@@ -75,7 +80,10 @@ def _refused(e: OSError) -> str:
         return f"'{path}' cannot be read or written: {said}."
     if e.errno is None:  # a library's own, which says what it is about
         return f"{said or type(e).__name__}."
-    return f"the system cannot read or write something: {said}. Mend that and run the same command again."
+    return (
+        f"the system cannot read or write something: {said}. Mend that and run the same command "
+        "again."
+    )
 
 
 def _helped(error: Any) -> str:

@@ -19,12 +19,19 @@ from .source import Source
 TARGETS = (ct.NAME, *folders.TARGETS, container.NAME)
 
 
-def export(folder: Path, out: Path, to: str = ct.NAME, *, embeddings: str | None = None, python: str = sys.executable) -> Verification:
+def export(
+    folder: Path,
+    out: Path,
+    to: str = ct.NAME,
+    *,
+    embeddings: str | None = None,
+    python: str = sys.executable,
+) -> Verification:
     """Rewrite an artifact for a runtime, and prove what was written.
 
     Args:
-        folder: an artifact, verified first. out: a directory that does not exist, or is empty. to: one of `TARGETS`;
-            "gguf:TYPE" asks for a block type.
+        folder: an artifact, verified first. out: a directory that does not exist, or is empty. to:
+            one of `TARGETS`; "gguf:TYPE" asks for a block type.
         embeddings: type of embeddings and head in GGUF; None keeps their numbers.
         python: interpreter that has the runtime, for the proof.
 
@@ -32,14 +39,19 @@ def export(folder: Path, out: Path, to: str = ct.NAME, *, embeddings: str | None
         what was checked; its ``loader`` says so where the runtime is not there.
 
     Raises:
-        LowbitError: not an artifact, or it holds something that the format cannot say; ``out`` holds something, or another process
-            works in it. VerificationError: a check failed. Interrupted: a KeyboardInterrupt. Nothing is left in either case.
+        LowbitError: not an artifact, or it holds something that the format cannot say; ``out``
+            holds something, or another process works in it. VerificationError: a check failed.
+            Interrupted: a KeyboardInterrupt. Nothing is left in either case.
     """
     target, colon, kind = to.partition(":")
     if target not in TARGETS or (colon and target != container.NAME):
-        raise LowbitError(f"cannot export to '{to}': choose one of {', '.join(TARGETS)}, or gguf:TYPE.")
+        raise LowbitError(
+            f"cannot export to '{to}': choose one of {', '.join(TARGETS)}, or gguf:TYPE."
+        )
     if embeddings is not None and target != container.NAME:
-        raise LowbitError("--embeddings is for --to gguf: other formats keep embeddings and head as they are.")
+        raise LowbitError(
+            "--embeddings is for --to gguf: other formats keep embeddings and head as they are."
+        )
     with claimed(out, "export") as output, _nothing_kept(output):
         source = Source.open(folder)
         verify(folder, loader=False)
@@ -57,7 +69,11 @@ def _nothing_kept(output: Output) -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        if isinstance(e, KeyboardInterrupt) and (output.folder / REPORT).is_file() and not output.is_moving:
+        if (
+            isinstance(e, KeyboardInterrupt)
+            and (output.folder / REPORT).is_file()
+            and not output.is_moving
+        ):
             raise Interrupted(f"The export is finished all the same: '{output.given}'.") from e
         with suppress(LowbitError):
             output.clear()

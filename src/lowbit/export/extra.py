@@ -7,7 +7,8 @@ from torch import Tensor
 from ..errors import VerificationError
 from ..grid import Affine, KQuant, QTensor
 
-Steps = tuple[Tensor, Tensor]  # scale and offset of each group, (out, groups) float64: weight = scale * code - offset
+# Scale and offset of each group, (out, groups) float64: weight = scale * code - offset.
+Steps = tuple[Tensor, Tensor]
 
 
 def steps_of(q: QTensor) -> Steps:
@@ -21,25 +22,34 @@ def steps_of(q: QTensor) -> Steps:
 
 
 def extra_error(tuned: QTensor, codes: Tensor, held: Steps, name: str) -> float:
-    """Mean square difference of the weights, as a share of scale^2 / 12, which rounding to the tuned grid costs on the average.
+    """Mean square difference of the weights, as a share of scale^2 / 12, which rounding to the
+    tuned grid costs on the average.
 
-    Codes are the same, so that sums over them are all that is needed, and not even those where no scale differs.
+    Codes are the same, so that sums over them are all that is needed, and not even those where no
+    scale differs.
 
     Args:
-        tuned: as quantized. codes: read back from the export, (out, in), in the terms of the tuned grid. held: what the export makes of
-            such codes; its groups divide the tuned ones, or the other way round. name: for errors.
+        tuned: as quantized. codes: read back from the export, (out, in), in the terms of the tuned
+            grid. held: what the export makes of such codes; its groups divide the tuned ones, or
+            the other way round. name: for errors.
 
     Raises:
         VerificationError: a code differs.
     """
     if not bool((tuned.codes == codes).all()):
-        raise VerificationError(f"'{name}': codes read back from the export differ from what was tuned.")
+        raise VerificationError(
+            f"'{name}': codes read back from the export differ from what was tuned."
+        )
     own = steps_of(tuned)
     groups = max(own[0].shape[1], held[0].shape[1])
-    (scale, offset), (scale_held, offset_held) = ([t.repeat_interleave(groups // t.shape[1], 1) for t in pair] for pair in (own, held))
+    (scale, offset), (scale_held, offset_held) = (
+        [t.repeat_interleave(groups // t.shape[1], 1) for t in pair] for pair in (own, held)
+    )
     ds, do = scale_held - scale, offset_held - offset
     total = do.square().sum() * (codes.shape[1] // groups)
     if bool(ds.any()):
-        c = codes.view(len(codes), groups, -1).float()  # sums of at most 2^16 times a group's length: exact
+        c = codes.view(
+            len(codes), groups, -1
+        ).float()  # sums of at most 2^16 times a group's length: exact
         total = total + (ds.square() * c.square().sum(-1) - 2 * ds * do * c.sum(-1)).sum()
     return max(0.0, float(total / codes.numel() / (scale.square().mean() / 12).clamp(min=1e-300)))

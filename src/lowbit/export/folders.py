@@ -23,16 +23,21 @@ def export(source: Source, target: str, output: Output, python: str) -> Verifica
     """Write the folder.
 
     Raises:
-        LowbitError: the artifact holds something that the format cannot say. VerificationError: a check failed.
+        LowbitError: the artifact holds something that the format cannot say. VerificationError: a
+            check failed.
     """
     layout = LAYOUTS[target]
     source.only_weights(target)
     grids = {n: g for n, g in source.grids.items() if isinstance(g, Affine)}
     if len(grids) < len(source.grids):
-        raise LowbitError(f"'{source.folder}' has weights on codebooks, which {target} cannot say: only the format of lowbit carries them.")
+        raise LowbitError(
+            f"'{source.folder}' has weights on codebooks, which {target} cannot say: only the "
+            "format of lowbit carries them."
+        )
     described = _described(source, target, grids)
     known: dict[str, dict[str, Any]] = {}
-    left = source.copied if target == mlx.NAME else {}  # mlx-lm refuses names that its class does not know
+    # Mlx-lm refuses names that its class does not know.
+    left = source.copied if target == mlx.NAME else {}
     with place(source, output) as made:
         made.leave_out(left, "mlx-lm loads no tensor that its class does not know")
         for name, coded, others in source.shards():
@@ -44,18 +49,29 @@ def export(source: Source, target: str, output: Output, python: str) -> Verifica
             for linear, q in coded.items():
                 stored = layout.local(held, linear)
                 known[linear] = {
-                    "bytes": (size := sum(t.nbytes for t in stored.values())), "bits_per_weight": 8 * size / q.codes.numel(),
-                    "extra_error": extra_error(q, (back := layout.read(held, linear, described)).codes, steps_of(back), linear),
-                }  # fmt: skip
+                    "bytes": (size := sum(t.nbytes for t in stored.values())),
+                    "bits_per_weight": 8 * size / q.codes.numel(),
+                    "extra_error": extra_error(
+                        q,
+                        (back := layout.read(held, linear, described)).codes,
+                        steps_of(back),
+                        linear,
+                    ),
+                }
         made.write_index()
-        made.write("config.json", {**{k: v for k, v in source.config.items() if k != "quantization_config"}, **described})
+        made.write(
+            "config.json",
+            {**{k: v for k, v in source.config.items() if k != "quantization_config"}, **described},
+        )
         if target in (gptq.V1, gptq.V2):
             made.write("quantize_config.json", described["quantization_config"])
         return made.close(target, known, python)
 
 
 def _described(source: Source, target: str, grids: dict[str, Affine]) -> dict[str, Any]:
-    """What config.json says of the weights, with its key; refuses what the format cannot say before anything is written."""
+    """What config.json says of the weights, with its key; refuses what the format cannot say before
+    anything is written.
+    """
     for name, (rows, columns) in source.shapes.items():
         if target in (gptq.V1, gptq.V2):
             gptq.check(grids[name], rows, columns, target, name)
@@ -67,4 +83,8 @@ def _described(source: Source, target: str, grids: dict[str, Affine]) -> dict[st
         return {"quantization": mlx.describe(grids, source.shapes)}
     if target == awq.NAME:
         return {"quantization_config": awq.describe(grids, source.skipped)}
-    return {"quantization_config": gptq.describe(grids, source.skipped, target, f"lowbit:{source.report['lowbit']}")}
+    return {
+        "quantization_config": gptq.describe(
+            grids, source.skipped, target, f"lowbit:{source.report['lowbit']}"
+        )
+    }

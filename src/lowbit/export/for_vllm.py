@@ -1,4 +1,6 @@
-"""compressed-tensors for vLLM, where transformers alone would compute something else: online rotations as a `transform_config`."""
+"""compressed-tensors for vLLM, where transformers alone would compute something else: online
+rotations as a `transform_config`.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +25,33 @@ _SHARD = "model-transforms.safetensors"
 def export(source: Source, output: Output) -> Verification:
     """Write an artifact in the format of lowbit as compressed-tensors.
 
-    The packed weights are copied. Before the directory gets its name, its logits are compared with the tuned model's, by transformers
-    with the rotations applied by compressed-tensors from what was written; transformers alone (5.23) ignores them. Quantized activations
-    are left out of that comparison.
+    The packed weights are copied. Before the directory gets its name, its logits are compared with
+    the tuned model's, by transformers with the rotations applied by compressed-tensors from what
+    was written; transformers alone (5.23) ignores them. Quantized activations are left out of that
+    comparison.
 
     Args:
         source: the artifact. output: the directory to be made, claimed.
 
     Raises:
-        LowbitError: it holds something that the format or vLLM cannot say. VerificationError: a check failed.
+        LowbitError: it holds something that the format or vLLM cannot say. VerificationError: a
+            check failed.
     """
     if not source.is_native:
-        raise LowbitError(f"'{source.folder}' is in the format {ct.NAME} already: vLLM loads it as it is.")
+        raise LowbitError(
+            f"'{source.folder}' is in the format {ct.NAME} already: vLLM loads it as it is."
+        )
     described, matrices = _described(source)
     with place(source, output) as made:
         made.report["online_rotations"] = bool(matrices)
         if described["config_groups"]["group_0"]["input_activations"] is not None:
-            # The largest value of a token lies between two codes of the full-range grid, so that summing a rotation in another order
-            # decides where it goes: weights and rotations are compared without that.
+            # The largest value of a token lies between two codes of the full-range grid, so that
+            # summing a rotation in another order decides where it goes: weights and rotations are
+            # compared without that.
             proof = read_shard(source.folder / PROOF)
-            logits = loader_logits(source.folder, proof["ids"], proof["logits"].shape[1], exact=True)
+            logits = loader_logits(
+                source.folder, proof["ids"], proof["logits"].shape[1], exact=True
+            )
             save_shard(made.partial / PROOF, {"ids": proof["ids"], "logits": logits})
             made.report["proof"] = EXACT
         for name in source.report["shards"]:
@@ -59,20 +68,31 @@ def _described(source: Source) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     linears = list(grids)
     affine = {n: g for n, g in grids.items() if isinstance(g, Affine)}
     if len(affine) < len(grids) or any(native.outliers_of(own, n) for n in linears):
-        raise LowbitError(f"'{folder}' has weights on codebooks or kept in floating point: only the format of lowbit carries them.")
+        raise LowbitError(
+            f"'{folder}' has weights on codebooks or kept in floating point: only the format of "
+            "lowbit carries them."
+        )
     if own["kv"] is not None:
-        raise LowbitError(f"'{folder}' quantizes keys and values, which vLLM does otherwise: quantize without KV in the scheme.")
+        raise LowbitError(
+            f"'{folder}' quantizes keys and values, which vLLM does otherwise: quantize without KV "
+            "in the scheme."
+        )
     readings = {n: native.reading_of(own, n) for n in linears}
     activations = next((r.grid for r in readings.values()), None)
     if not ct.carries(affine.values(), activations):
         raise LowbitError(
-            f"'{folder}' has activations on a grid that compressed-tensors does not carry: it takes 4 or 8 bits, symmetric weights, and "
-            "--set activations.symmetric=true --set activations.full_range=true --set activations.clip=1."
+            f"'{folder}' has activations on a grid that compressed-tensors does not carry: it "
+            "takes 4 or 8 bits, symmetric weights, and "
+            "--set activations.symmetric=true --set activations.full_range=true --set "
+            "activations.clip=1."
         )
     rotations = {n: r.rotation for n, r in readings.items() if r.rotation is not None}
     biased = [n for n in rotations if f"{n}.bias" in source.index["weight_map"]]
     if biased:
-        raise LowbitError(f"'{biased[0]}' has a bias and a rotated input, which vLLM refuses: quantize with --set quarot.online=false.")
+        raise LowbitError(
+            f"'{biased[0]}' has a bias and a rotated input, which vLLM refuses: quantize with "
+            "--set quarot.online=false."
+        )
     plain = ct.describe(affine, own["ignore"], activations)
     if not rotations:
         return plain, {}

@@ -1,4 +1,6 @@
-"""The directory of an export: made beside or inside its final place, published when everything is in it and verified."""
+"""The directory of an export: made beside or inside its final place, published when everything is
+in it and verified.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..artifact import CARD, INDEX, NOTES, PROOF, RECIPE, REPORT, file_hash, read_shard, save_shard, tensor_hash
+from ..artifact import (
+    CARD,
+    INDEX,
+    NOTES,
+    PROOF,
+    RECIPE,
+    REPORT,
+    file_hash,
+    read_shard,
+    save_shard,
+    tensor_hash,
+)
 from ..card import model_card
 from ..disk import copy_atomic, disk, write_atomic
 from ..formats.gguf import Reader
@@ -29,12 +42,14 @@ class Place:
     """What is being written.
 
     Attributes:
-        partial: the directory meanwhile. report: what becomes its report.json; that of the source to begin with.
+        partial: the directory meanwhile. report: what becomes its report.json; that of the source
+            to begin with.
     """
 
     def __init__(self, partial: Path, source: Source) -> None:
         self.partial = partial
-        kept = {k: v for k, v in source.report.items() if k not in ("run", "verification")}  # a run is what `quantize` would go on with
+        # A run is what `quantize` would go on with.
+        kept = {k: v for k, v in source.report.items() if k not in ("run", "verification")}
         self.report = {**kept, "shards": {}, "exported_from": source.report["hash"]}
         self._files: list[str] = []
         self._missing = 0  # parameters that are left out
@@ -58,18 +73,30 @@ class Place:
         path = self.partial / name
         reader = Reader(path)
         hashes = {k: tensor_hash(reader.raw(k)) for k in reader.entries}
-        self.report["shards"][name] = {"sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": hashes}
+        self.report["shards"][name] = {
+            "sha256": file_hash(path),
+            "bytes": path.stat().st_size,
+            "tensors": hashes,
+        }
 
     def _list(self, name: str, hashes: Mapping[str, str]) -> None:
         path = self.partial / name
-        self.report["shards"][name] = {"sha256": file_hash(path), "bytes": path.stat().st_size, "tensors": dict(hashes)}
+        self.report["shards"][name] = {
+            "sha256": file_hash(path),
+            "bytes": path.stat().st_size,
+            "tensors": dict(hashes),
+        }
         self._weight_map.update(dict.fromkeys(hashes, name))
 
     def leave_out(self, tensors: Mapping[str, Stored], why: str) -> None:
-        """Say of tensors that the source has a copy of that this export has none; its bits are counted without them."""
+        """Say of tensors that the source has a copy of that this export has none; its bits are
+        counted without them.
+        """
         gone = dict.fromkeys(tensors, why)
         self._missing += sum(t.numel for t in tensors.values())
-        self.report["copied"] = {n: r for n, r in self.report.get("copied", {}).items() if n not in gone}
+        self.report["copied"] = {
+            n: r for n, r in self.report.get("copied", {}).items() if n not in gone
+        }
         self.report["left_out"] = {**self.report.get("left_out", {}), **gone}
 
     def copy(self, source: Path, name: str) -> None:
@@ -88,24 +115,39 @@ class Place:
         total = sum(s["bytes"] for s in self.report["shards"].values())
         self.write(INDEX, {"metadata": {"total_size": total}, "weight_map": self._weight_map})
 
-    def close(self, format_: str, linears: Mapping[str, Mapping[str, Any]], python: str) -> Verification:
+    def close(
+        self, format_: str, linears: Mapping[str, Mapping[str, Any]], python: str
+    ) -> Verification:
         """Write the report, check the directory against it, and write the model card.
 
         Args:
-            linears: what is known of each linear in this format, by full name. python: interpreter that has the runtime.
+            linears: what is known of each linear in this format, by full name. python: interpreter
+                that has the runtime.
         """
         size, before = sum(s["bytes"] for s in self.report["shards"].values()), self.report["size"]
         entries = [{**e, **linears.get(e["name"], {})} for e in self.report["linears"]]
         packed = [e for e in entries if "skipped" not in e]
         parameters = round(8 * before["after"] / before["model_bits_per_weight"]) - self._missing
-        digest = hashlib.sha256("".join(s["sha256"] for s in self.report["shards"].values()).encode()).hexdigest()
+        digest = hashlib.sha256(
+            "".join(s["sha256"] for s in self.report["shards"].values()).encode()
+        ).hexdigest()
         self.report |= {
-            "format": format_, "hash": digest,
-            "size": {**before, "after": size, "model_bits_per_weight": 8 * size / parameters,
-                     "bits_per_weight": 8 * sum(e["bytes"] for e in packed) / sum(e["shape"][0] * e["shape"][1] for e in packed)},
-            "files": {n: file_hash(self.partial / n) for n in sorted({*self._files, RECIPE, PROOF.as_posix()})},
+            "format": format_,
+            "hash": digest,
+            "size": {
+                **before,
+                "after": size,
+                "model_bits_per_weight": 8 * size / parameters,
+                "bits_per_weight": 8
+                * sum(e["bytes"] for e in packed)
+                / sum(e["shape"][0] * e["shape"][1] for e in packed),
+            },
+            "files": {
+                n: file_hash(self.partial / n)
+                for n in sorted({*self._files, RECIPE, PROOF.as_posix()})
+            },
             "linears": entries,
-        }  # fmt: skip
+        }
         self._store()
         done = verify(self.partial, python=python)
         self.report["verification"] = done.as_dict()
@@ -133,12 +175,19 @@ def place(source: Source, output: Output, *, carry: bool = True) -> Iterator[Pla
     taken = (*_RUN, RECIPE, *source.report["shards"], *NOTES)
     carried = source.report.get("carried", [])
     inside = [n for n in carried if "/" in n and (source.folder / n).is_file()]
-    beside = [p.name for p in source.folder.iterdir() if p.is_file() and not any(fnmatch(p.name, n) for n in taken)]
+    beside = [
+        p.name
+        for p in source.folder.iterdir()
+        if p.is_file() and not any(fnmatch(p.name, n) for n in taken)
+    ]
     for name in sorted([*beside, *inside]) if carry else ():
         made.copy(source.folder, name)
     if not carry:
         made.report["carried"] = []
-        made.report["left_out"] = {**source.report.get("left_out", {}), **dict.fromkeys(carried, "no part of this format")}
+        made.report["left_out"] = {
+            **source.report.get("left_out", {}),
+            **dict.fromkeys(carried, "no part of this format"),
+        }
     with disk(output.partial):
         yield made
     output.publish()

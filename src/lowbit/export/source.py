@@ -1,4 +1,6 @@
-"""A finished artifact opened for export: its linears as QTensors, shard by shard, and everything else as it lies."""
+"""A finished artifact opened for export: its linears as QTensors, shard by shard, and everything
+else as it lies.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ class Source:
         """Raises LowbitError if the folder is not such an artifact."""
         report = read_report(folder)
         if "exported_from" in report:
-            raise LowbitError(f"'{folder}' is an export itself ({report['format']}): export from the artifact it was made of.")
+            raise LowbitError(
+                f"'{folder}' is an export itself ({report['format']}): export from the artifact it "
+                "was made of."
+            )
         config = json.loads((folder / "config.json").read_text())
         own = config.get("quantization_config")
         if own is None or own.get("quant_method") not in (ct.NAME, native.NAME):
@@ -68,14 +73,21 @@ class Source:
             if "skipped" not in entry:
                 grid = native.grid_of(self.own, entry["name"])
                 if grid is None:
-                    raise LowbitError(f"'{entry['name']}' is listed as quantized in '{self.folder}', but config.json gives it no scheme.")
+                    raise LowbitError(
+                        f"'{entry['name']}' is listed as quantized in '{self.folder}', but "
+                        "config.json gives it no scheme."
+                    )
                 out[entry["name"]] = grid
         return out
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full linear name -> (out, in)."""
-        return {e["name"]: (e["shape"][0], e["shape"][1]) for e in self.report["linears"] if "skipped" not in e}
+        return {
+            e["name"]: (e["shape"][0], e["shape"][1])
+            for e in self.report["linears"]
+            if "skipped" not in e
+        }
 
     @property
     def skipped(self) -> list[str]:
@@ -87,7 +99,9 @@ class Source:
         """Of the stored scales, and of the model that was quantized."""
         if self.is_native:
             return native.dtype_of(self.own)
-        named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").removeprefix("torch.")
+        named = str(
+            self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        ).removeprefix("torch.")
         found: torch.dtype = getattr(torch, named)
         return found
 
@@ -98,20 +112,31 @@ class Source:
         return {n: t for n, t in self.others().items() if n in names} if names else {}
 
     def only_weights(self, target: str) -> None:
-        """Raise LowbitError if anything but weights on grids would be lost in a format that says no more than that."""
+        """Raise LowbitError if anything but weights on grids would be lost in a format that says no
+        more than that.
+        """
         if self.report["recipe"].get("activations") is not None:
-            raise LowbitError(f"'{self.folder}' quantizes activations, which {target} cannot say: quantize with A16 in the scheme.")
+            raise LowbitError(
+                f"'{self.folder}' quantizes activations, which {target} cannot say: quantize with "
+                "A16 in the scheme."
+            )
         if not self.is_native:
             return
         if self.own["kv"] is not None:
-            raise LowbitError(f"'{self.folder}' quantizes keys and values, which {target} cannot say: quantize without KV in the scheme.")
+            raise LowbitError(
+                f"'{self.folder}' quantizes keys and values, which {target} cannot say: quantize "
+                "without KV in the scheme."
+            )
         if self.own["rotations"]:
             raise LowbitError(
-                f"'{self.folder}' rotates activations while it runs, which {target} cannot say: quantize with --set quarot.online=false."
+                f"'{self.folder}' rotates activations while it runs, which {target} cannot say: "
+                "quantize with --set quarot.online=false."
             )
         kept = [n for n in self.grids if native.outliers_of(self.own, n)]
         if kept:
-            raise LowbitError(f"'{kept[0]}' keeps weights in floating point, which {target} cannot say.")
+            raise LowbitError(
+                f"'{kept[0]}' keeps weights in floating point, which {target} cannot say."
+            )
 
     def shards(self) -> Iterator[tuple[str, dict[str, QTensor], dict[str, Tensor]]]:
         """(file name, its linears, its other tensors), one file in memory at a time."""
@@ -131,9 +156,17 @@ class Source:
         for name in self.report["shards"]:
             with safe_open(self.folder / name, framework="pt") as f:
                 keys = set(f.keys())
-                packed = {n for n in (k.removesuffix(".weight_shape") for k in keys if k.endswith(".weight_shape")) if n in self.grids}
+                packed = {
+                    n
+                    for n in (
+                        k.removesuffix(".weight_shape") for k in keys if k.endswith(".weight_shape")
+                    )
+                    if n in self.grids
+                }
                 for key in sorted(keys):
-                    if key.rpartition(".")[0] not in packed or not key.rpartition(".")[2].startswith("weight_"):
+                    if key.rpartition(".")[0] not in packed or not key.rpartition(".")[
+                        2
+                    ].startswith("weight_"):
                         part = f.get_slice(key)
                         out[key] = Stored(tuple(part.get_shape()), part.get_dtype())
         return out

@@ -1,7 +1,9 @@
-"""AWQ checkpoints in the GEMM layout: 4-bit weights with zero points, as vLLM, SGLang and GPTQModel load them.
+"""AWQ checkpoints in the GEMM layout: 4-bit weights with zero points, as vLLM, SGLang and GPTQModel
+load them.
 
-Per linear X: X.qweight int32 (in, out/8) packed along the outputs, X.qzeros int32 (groups, out/8) alike, X.scales float16
-(groups, out). The k-th nibble of a word, least significant first, holds output 8 j + ORDER[k].
+Per linear X: X.qweight int32 (in, out/8) packed along the outputs, X.qzeros int32 (groups, out/8)
+alike, X.scales float16 (groups, out). The k-th nibble of a word, least significant first, holds
+output 8 j + ORDER[k].
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def check(grid: Affine, rows: int, name: str) -> None:
 
 
 def pack(q: QTensor, name: str = "weight") -> dict[str, Tensor]:
-    """The tensors of one linear by their local names. Raises LowbitError if the format cannot say it."""
+    """The tensors of one linear by their local names. Raises LowbitError if the format cannot say
+    it.
+    """
     assert isinstance(q.grid, Affine)
     check(q.grid, q.codes.shape[0], name)
     return {
@@ -42,14 +46,19 @@ def pack(q: QTensor, name: str = "weight") -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> QTensor:
-    """The inverse of `pack`. Raises LowbitError if a tensor is missing or does not fit the others."""
+    """The inverse of `pack`. Raises LowbitError if a tensor is missing or does not fit the
+    others.
+    """
     try:
         rows, columns = tensors["scales"].shape[1], len(tensors["qweight"])
         codes = _straight(unpack_bits(tensors["qweight"], 4, rows)).T.contiguous()
         zero = _straight(unpack_bits(tensors["qzeros"], 4, rows)).T.float().contiguous()
         scale = tensors["scales"].float().T.contiguous()
         if scale.shape != (rows, columns // grid.group(columns)) or zero.shape != scale.shape:
-            raise ValueError(f"scales {tuple(scale.shape)}, zero points {tuple(zero.shape)} and codes {tuple(codes.shape)} do not belong together")
+            raise ValueError(
+                f"scales {tuple(scale.shape)}, zero points {tuple(zero.shape)} and codes "
+                f"{tuple(codes.shape)} do not belong together"
+            )
     except KeyError as e:
         raise LowbitError(f"'{name}' has no tensor {e} in this model.") from e
     except ValueError as e:
@@ -65,15 +74,24 @@ def describe(grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
     """
     kinds = sorted(set(grids.values()), key=str)
     if len(kinds) > 1:
-        raise LowbitError(f"AWQ's layout has one group size for the whole model, this one has {' and '.join(map(str, kinds))}.")
+        raise LowbitError(
+            "AWQ's layout has one group size for the whole model, this one has "
+            f"{' and '.join(map(str, kinds))}."
+        )
     return {
-        "quant_method": NAME, "bits": 4, "group_size": kinds[0].group_size or -1, "zero_point": True, "version": "gemm",
+        "quant_method": NAME,
+        "bits": 4,
+        "group_size": kinds[0].group_size or -1,
+        "zero_point": True,
+        "version": "gemm",
         "modules_to_not_convert": sorted(skipped) or None,
-    }  # fmt: skip
+    }
 
 
 def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
-    """The grid of a linear in a model with this `quantization_config`; None if it is not quantized."""
+    """The grid of a linear in a model with this `quantization_config`; None if it is not
+    quantized.
+    """
     if any(part in name for part in config.get("modules_to_not_convert") or ()):
         return None
     return Affine(4, None if config["group_size"] == -1 else config["group_size"])

@@ -1,11 +1,17 @@
-"""ggml's block types, as GGUF files hold weights: rows of blocks, each with its codes, scales and units together.
+"""ggml's block types, as GGUF files hold weights: rows of blocks, each with its codes, scales and
+units together.
 
-Source: the block structures of ggml. Codes of this library are kept; what they stand for is w = scale * (code - zero_point), with
+Source: the block structures of ggml. Codes of this library are kept; what they stand for is w =
+scale * (code - zero_point), with
 
-    Q4_0   32 inputs: d, then nibbles, input i beside input i + 16                                d * (q - 8)
-    Q4_1   32: d, m, nibbles as above                                                             d * q + m
-    Q8_0   32: d, int8                                                                            d * q
-    Q2_0   64: d, two bits each, four to a byte                                                   d * (q - 1); so d = -scale, q = 3 - code
+    Q4_0   32 inputs: d, then nibbles, input i beside input i + 16                                d
+    * (q - 8)
+    Q4_1   32: d, m, nibbles as above                                                             d
+    * q + m
+    Q8_0   32: d, int8                                                                            d
+    * q
+    Q2_0   64: d, two bits each, four to a byte                                                   d
+    * (q - 1); so d = -scale, q = 3 - code
     Q2_K, Q3_K, Q4_K, Q6_K   256: see `lowbit.grid.kquant`
 """
 
@@ -27,7 +33,8 @@ class BlockType:
     """How a file holds numbers.
 
     Attributes:
-        name: as ggml has it. number: in the file. size: inputs of a block. bytes: of a block. file_type: `general.file_type` of a model in it.
+        name: as ggml has it. number: in the file. size: inputs of a block. bytes: of a block.
+            file_type: `general.file_type` of a model in it.
     """
 
     name: str
@@ -44,12 +51,19 @@ class BlockType:
 BLOCKS = {
     b.name: b
     for b in (
-        BlockType("F32", 0, 1, 4, 0), BlockType("F16", 1, 1, 2, 1), BlockType("BF16", 30, 1, 2, 32),
-        BlockType("Q4_0", 2, 32, 18, 2), BlockType("Q4_1", 3, 32, 20, 3), BlockType("Q8_0", 8, 32, 34, 7), BlockType("Q2_0", 42, 64, 18, 41),
-        BlockType("Q2_K", 10, SUPER, 84, 10), BlockType("Q3_K", 11, SUPER, 110, 11), BlockType("Q4_K", 12, SUPER, 144, 14),
+        BlockType("F32", 0, 1, 4, 0),
+        BlockType("F16", 1, 1, 2, 1),
+        BlockType("BF16", 30, 1, 2, 32),
+        BlockType("Q4_0", 2, 32, 18, 2),
+        BlockType("Q4_1", 3, 32, 20, 3),
+        BlockType("Q8_0", 8, 32, 34, 7),
+        BlockType("Q2_0", 42, 64, 18, 41),
+        BlockType("Q2_K", 10, SUPER, 84, 10),
+        BlockType("Q3_K", 11, SUPER, 110, 11),
+        BlockType("Q4_K", 12, SUPER, 144, 14),
         BlockType("Q6_K", 14, SUPER, 210, 18),
     )
-}  # fmt: skip
+}
 BY_NUMBER = {b.number: b for b in BLOCKS.values()}
 
 
@@ -63,7 +77,7 @@ def _halves(b: Tensor) -> Tensor:
     return b.contiguous().view(torch.float16).squeeze(-1).float()
 
 
-# --- K-quants --------------------------------------------------------------------------------------------------------------
+# --- K-quants -------------------------------------------------------------------------------------
 
 
 def pack_k(q: QTensor) -> Tensor:
@@ -76,20 +90,36 @@ def pack_k(q: QTensor) -> Tensor:
     scale, least = (t.view(rows, n, subs).to(torch.int16) for t in (p.scale, p.min))
     d, dmin = _half_bytes(p.unit), _half_bytes(p.unit_min)
     if grid.kind == "q2_k":
-        return torch.cat([(scale | least << 4).to(torch.uint8), _planes(codes), d, dmin], -1).flatten(1)
+        return torch.cat(
+            [(scale | least << 4).to(torch.uint8), _planes(codes), d, dmin], -1
+        ).flatten(1)
     if grid.kind == "q3_k":
         high = (codes >> 2).view(rows, n, 8, 32)
         mask = torch.zeros(rows, n, 32, dtype=torch.uint8, device=codes.device)
         for i in range(8):
             mask |= high[:, :, i] << i
-        return torch.cat([mask, _planes(codes & 3), _six_bits((scale + 32).to(torch.uint8)), d], -1).flatten(1)
+        return torch.cat(
+            [mask, _planes(codes & 3), _six_bits((scale + 32).to(torch.uint8)), d], -1
+        ).flatten(1)
     if grid.kind == "q4_k":
         pairs = codes.view(rows, n, 4, 2, 32)
         nibbles = (pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4).flatten(2)
-        return torch.cat([d, dmin, _scales_and_minima(scale.to(torch.uint8), least.to(torch.uint8)), nibbles], -1).flatten(1)
+        return torch.cat(
+            [d, dmin, _scales_and_minima(scale.to(torch.uint8), least.to(torch.uint8)), nibbles], -1
+        ).flatten(1)
     c = codes.view(rows, n, 2, 4, 32)
-    low = torch.stack([(c[:, :, :, 0] & 15) | (c[:, :, :, 2] & 15) << 4, (c[:, :, :, 1] & 15) | (c[:, :, :, 3] & 15) << 4], 3).flatten(2)
-    high = ((c >> 4) << torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=c.device)[:, None]).sum(3, dtype=torch.uint8).flatten(2)
+    low = torch.stack(
+        [
+            (c[:, :, :, 0] & 15) | (c[:, :, :, 2] & 15) << 4,
+            (c[:, :, :, 1] & 15) | (c[:, :, :, 3] & 15) << 4,
+        ],
+        3,
+    ).flatten(2)
+    high = (
+        ((c >> 4) << torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=c.device)[:, None])
+        .sum(3, dtype=torch.uint8)
+        .flatten(2)
+    )
     return torch.cat([low, high, scale.to(torch.int8).view(torch.uint8), d], -1).flatten(1)
 
 
@@ -113,9 +143,19 @@ def unpack_k(blocks: Tensor, grid: KQuant) -> QTensor:
         nibbles = b[..., 16:].reshape(rows, n, 4, 1, 32)
         codes = torch.cat([nibbles & 15, nibbles >> 4], 3).flatten(2)
     else:
-        low, high = b[..., :128].reshape(rows, n, 2, 2, 32), b[..., 128:192].reshape(rows, n, 2, 1, 32)
-        quarters = [low[:, :, :, 0] & 15, low[:, :, :, 1] & 15, low[:, :, :, 0] >> 4, low[:, :, :, 1] >> 4]
-        codes = torch.stack([q | ((high[:, :, :, 0] >> 2 * i) & 3) << 4 for i, q in enumerate(quarters)], 3).flatten(2)
+        low, high = (
+            b[..., :128].reshape(rows, n, 2, 2, 32),
+            b[..., 128:192].reshape(rows, n, 2, 1, 32),
+        )
+        quarters = [
+            low[:, :, :, 0] & 15,
+            low[:, :, :, 1] & 15,
+            low[:, :, :, 0] >> 4,
+            low[:, :, :, 1] >> 4,
+        ]
+        codes = torch.stack(
+            [q | ((high[:, :, :, 0] >> 2 * i) & 3) << 4 for i, q in enumerate(quarters)], 3
+        ).flatten(2)
         scale, d = b[..., 192:208].contiguous().view(torch.int8), _halves(b[..., 208:210])
         dmin, least = torch.zeros_like(d), torch.zeros_like(scale)
     params = KQuantParams(d, scale.reshape(rows, -1).float(), dmin, least.reshape(rows, -1).float())
@@ -123,7 +163,9 @@ def unpack_k(blocks: Tensor, grid: KQuant) -> QTensor:
 
 
 def _planes(codes: Tensor) -> Tensor:
-    """(out, n, 256) two-bit codes -> (out, n, 64): byte l of a half holds inputs l, l + 32, l + 64 and l + 96 of it."""
+    """(out, n, 256) two-bit codes -> (out, n, 64): byte l of a half holds inputs l, l + 32, l + 64
+    and l + 96 of it.
+    """
     c = codes.reshape(*codes.shape[:2], 2, 4, 32)
     return (c[..., 0, :] | c[..., 1, :] << 2 | c[..., 2, :] << 4 | c[..., 3, :] << 6).flatten(2)
 
@@ -134,10 +176,14 @@ def _from_planes(b: Tensor) -> Tensor:
 
 
 def _six_bits(scale: Tensor) -> Tensor:
-    """(out, n, 16) six-bit numbers -> 12 bytes: low nibbles of the first and last eight, then the high pairs by fours."""
+    """(out, n, 16) six-bit numbers -> 12 bytes: low nibbles of the first and last eight, then the
+    high pairs by fours.
+    """
     low = (scale[..., :8] & 15) | (scale[..., 8:] & 15) << 4
     top = (scale >> 4).reshape(*scale.shape[:2], 4, 4)
-    return torch.cat([low, top[..., 0, :] | top[..., 1, :] << 2 | top[..., 2, :] << 4 | top[..., 3, :] << 6], -1)
+    return torch.cat(
+        [low, top[..., 0, :] | top[..., 1, :] << 2 | top[..., 2, :] << 4 | top[..., 3, :] << 6], -1
+    )
 
 
 def _from_six_bits(b: Tensor) -> Tensor:
@@ -147,7 +193,9 @@ def _from_six_bits(b: Tensor) -> Tensor:
 
 
 def _scales_and_minima(scale: Tensor, least: Tensor) -> Tensor:
-    """(out, n, 8) six-bit pairs -> 12 bytes: four scales, four minima, four nibble pairs whose high bits sit on top of the first eight."""
+    """(out, n, 8) six-bit pairs -> 12 bytes: four scales, four minima, four nibble pairs whose high
+    bits sit on top of the first eight.
+    """
     first = scale[..., :4] | (scale[..., 4:] >> 4) << 6
     second = least[..., :4] | (least[..., 4:] >> 4) << 6
     return torch.cat([first, second, (scale[..., 4:] & 15) | (least[..., 4:] & 15) << 4], -1)
@@ -159,11 +207,12 @@ def _from_scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
     return scale, torch.cat([second & 63, (rest >> 4) | (second >> 6) << 4], -1)
 
 
-# --- uniform grids ---------------------------------------------------------------------------------------------------------
+# --- uniform grids --------------------------------------------------------------------------------
 
 
 def pack_affine(q: QTensor, kind: BlockType, name: str = "weight") -> Tensor:
-    """(out, bytes of a row) uint8 of a weight on a uniform grid in Q4_0, Q4_1, Q8_0 or Q2_0, codes kept, scales repeated per block.
+    """(out, bytes of a row) uint8 of a weight on a uniform grid in Q4_0, Q4_1, Q8_0 or Q2_0, codes
+    kept, scales repeated per block.
 
     Raises:
         LowbitError: float16 does not hold a scale.
@@ -173,28 +222,42 @@ def pack_affine(q: QTensor, kind: BlockType, name: str = "weight") -> Tensor:
     rows, columns = q.codes.shape
     n, repeat = columns // kind.size, grid.group(columns) // kind.size
     scale = in_half(params.scale, name).repeat_interleave(repeat, 1)
-    shift = q.codes.view(rows, n, kind.size).to(torch.int16) - (1 << (grid.bits - 1) if grid.symmetric else 0)
+    shift = q.codes.view(rows, n, kind.size).to(torch.int16) - (
+        1 << (grid.bits - 1) if grid.symmetric else 0
+    )
     if kind.name == "Q2_0":
         codes = (1 - shift).to(torch.uint8).view(rows, n, -1, 4)
         packed = codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
         return torch.cat([_half_bytes(-scale), packed], -1).flatten(1)
     if kind.name == "Q8_0":
-        return torch.cat([_half_bytes(scale), shift.to(torch.int8).view(torch.uint8)], -1).flatten(1)
+        return torch.cat([_half_bytes(scale), shift.to(torch.int8).view(torch.uint8)], -1).flatten(
+            1
+        )
     if kind.name == "Q4_0":
         return torch.cat([_half_bytes(scale), _nibbles((shift + 8).to(torch.uint8))], -1).flatten(1)
     least = (-params.scale.double() * params.zero_point.double()).repeat_interleave(repeat, 1)
     if not bool((least.abs() <= torch.finfo(torch.float16).max).all()):
         raise LowbitError(f"'{name}' has zero points beyond float16.")
-    return torch.cat([_half_bytes(scale), _half_bytes(least), _nibbles(q.codes.view(rows, n, kind.size))], -1).flatten(1)
+    return torch.cat(
+        [_half_bytes(scale), _half_bytes(least), _nibbles(q.codes.view(rows, n, kind.size))], -1
+    ).flatten(1)
 
 
 def unpack_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> QTensor:
-    """The inverse of `pack_affine`: codes on the grid that was packed, scale and zero point of each block in float64."""
+    """The inverse of `pack_affine`: codes on the grid that was packed, scale and zero point of each
+    block in float64.
+    """
     rows = len(blocks)
     b = blocks.view(rows, -1, kind.bytes)
     d, half = _halves(b[..., :2]).double(), 1 << (grid.bits - 1)
     if kind.name == "Q2_0":
-        codes = half + 1 - torch.stack([(b[..., 2:] >> shift) & 3 for shift in (0, 2, 4, 6)], -1).flatten(2).to(torch.int16)
+        codes = (
+            half
+            + 1
+            - torch.stack([(b[..., 2:] >> shift) & 3 for shift in (0, 2, 4, 6)], -1)
+            .flatten(2)
+            .to(torch.int16)
+        )
         d, zero = -d, torch.full_like(d, half)
     elif kind.name == "Q8_0":
         codes = b[..., 2:].contiguous().view(torch.int8).to(torch.int16) + half
@@ -205,7 +268,11 @@ def unpack_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> QTensor:
     else:
         codes = _from_nibbles(b[..., 4:]).to(torch.int16)
         zero = -_halves(b[..., 2:4]).double() / d
-    return QTensor(Affine(grid.bits, kind.size, grid.symmetric), codes.reshape(rows, -1).to(torch.uint8), AffineParams(d, zero))
+    return QTensor(
+        Affine(grid.bits, kind.size, grid.symmetric),
+        codes.reshape(rows, -1).to(torch.uint8),
+        AffineParams(d, zero),
+    )
 
 
 def _nibbles(codes: Tensor) -> Tensor:

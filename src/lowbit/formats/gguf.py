@@ -1,7 +1,8 @@
 """The GGUF container, version 3: typed metadata, a table of tensors, their bytes.
 
-Tensors are written as bytes at places that are known beforehand, so that a model never has to be in memory as a whole. Source: the GGUF
-specification of ggml. Dimensions are listed fastest first there; here shapes are as in torch.
+Tensors are written as bytes at places that are known beforehand, so that a model never has to be in
+memory as a whole. Source: the GGUF specification of ggml. Dimensions are listed fastest first
+there; here shapes are as in torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ from .ggml import BY_NUMBER, BlockType
 
 NAME = "gguf"
 _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
@@ -52,7 +65,9 @@ def _text(value: str) -> bytes:
 
 
 def _value(value: Any) -> bytes:
-    """A type number and a value: str, bool, int (32 bits, unsigned), float (32 bits), or a list of str, int (signed) or float."""
+    """A type number and a value: str, bool, int (32 bits, unsigned), float (32 bits), or a list of
+    str, int (signed) or float.
+    """
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
     if isinstance(value, bool):
@@ -62,7 +77,11 @@ def _value(value: Any) -> bytes:
     if isinstance(value, float):
         return struct.pack("<If", _F32, value)
     kind = {str: _STRING, int: _I32, float: _F32}[type(value[0]) if value else str]
-    items = b"".join(map(_text, value)) if kind == _STRING else struct.pack(f"<{len(value)}{'i' if kind == _I32 else 'f'}", *value)
+    items = (
+        b"".join(map(_text, value))
+        if kind == _STRING
+        else struct.pack(f"<{len(value)}{'i' if kind == _I32 else 'f'}", *value)
+    )
     return struct.pack("<IIQ", _ARRAY, kind, len(value)) + items
 
 
@@ -70,7 +89,8 @@ class Writer:
     """A file being written; a context manager. Tensors come in any order.
 
     Args:
-        path: to be made. metadata: key -> value, see `_value`. entries: every tensor, in the order of the file.
+        path: to be made. metadata: key -> value, see `_value`. entries: every tensor, in the order
+            of the file.
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, Any], entries: Sequence[Entry]) -> None:
@@ -79,7 +99,12 @@ class Writer:
         head += [_text(key) + _value(value) for key, value in metadata.items()]
         at = 0
         for e in entries:
-            head.append(_text(e.name) + struct.pack(f"<I{len(e.shape)}QIQ", len(e.shape), *reversed(e.shape), e.kind.number, at))
+            head.append(
+                _text(e.name)
+                + struct.pack(
+                    f"<I{len(e.shape)}QIQ", len(e.shape), *reversed(e.shape), e.kind.number, at
+                )
+            )
             self._places[e.name] = (at, e)
             at += -(-e.bytes // _ALIGNMENT) * _ALIGNMENT
         raw = b"".join(head)
@@ -102,7 +127,12 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()
         if kind is None and self._missing:
             raise ValueError(f"'{min(self._missing)}' was never written")
@@ -169,7 +199,10 @@ class Reader:
                 number, offset = cursor.take("<IQ")
                 if number not in BY_NUMBER:
                     raise ValueError(f"tensor '{name}' has type {number}, which is not known")
-                self.entries[name], self._offsets[name] = Entry(name, shape, BY_NUMBER[number]), offset
+                self.entries[name], self._offsets[name] = (
+                    Entry(name, shape, BY_NUMBER[number]),
+                    offset,
+                )
             self._data = -(-cursor.at // _ALIGNMENT) * _ALIGNMENT
             for name, e in self.entries.items():
                 if self._data + self._offsets[name] + e.bytes > len(self._map):
@@ -181,4 +214,6 @@ class Reader:
         """The bytes of a tensor, (rows, bytes of a row) uint8, copied."""
         e = self.entries[name]
         at = self._data + self._offsets[name]
-        return torch.frombuffer(bytearray(self._map[at : at + e.bytes]), dtype=torch.uint8).view(-1, e.kind.row_bytes(e.shape[-1]))
+        return torch.frombuffer(bytearray(self._map[at : at + e.bytes]), dtype=torch.uint8).view(
+            -1, e.kind.row_bytes(e.shape[-1])
+        )

@@ -1,10 +1,11 @@
 """GPTQ checkpoints, version 1 and 2, as GPTQModel, transformers, SGLang and vLLM load them.
 
-Per linear X: X.qweight int32 (in*bits/32, out) packed along the inputs, X.qzeros int32 (groups, out*bits/32) packed along the
-outputs, X.scales float16 (groups, out), X.g_idx int32 (in,), the group of each input. The bit stream is the dense one of
-`lowbit.grid.bits`. Version 1 stores zero points less one, and its loaders add one to whole words: a zero point of 0 would borrow
-from its neighbour, so only symmetric weights, whose zero points are all 2**(bits-1), are written in it. Version 2 stores them as
-they are.
+Per linear X: X.qweight int32 (in*bits/32, out) packed along the inputs, X.qzeros int32 (groups,
+out*bits/32) packed along the outputs, X.scales float16 (groups, out), X.g_idx int32 (in,), the
+group of each input. The bit stream is the dense one of `lowbit.grid.bits`. Version 1 stores zero
+points less one, and its loaders add one to whole words: a zero point of 0 would borrow from its
+neighbour, so only symmetric weights, whose zero points are all 2**(bits-1), are written in it.
+Version 2 stores them as they are.
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ BITS = (2, 3, 4, 8)
 def check(grid: Affine, rows: int, columns: int, version: str, name: str) -> None:
     """Raise LowbitError if a linear cannot be said in this version of the format."""
     if grid.bits not in BITS:
-        raise LowbitError(f"'{name}' has {grid.bits}-bit weights; GPTQ takes {', '.join(map(str, BITS))} bits.")
+        raise LowbitError(
+            f"'{name}' has {grid.bits}-bit weights; GPTQ takes {', '.join(map(str, BITS))} bits."
+        )
     if version == V1 and not grid.symmetric:
         raise LowbitError(
-            f"'{name}' has asymmetric weights: loaders of GPTQ version 1 shift packed zero points by a borrow that runs into the neighbours. "
+            f"'{name}' has asymmetric weights: loaders of GPTQ version 1 shift packed zero points "
+            "by a borrow that runs into the neighbours. "
             "Export to gptq_v2, or quantize with a scheme that ends in 'sym'."
         )
     if columns % 32 or rows % 32:
-        raise LowbitError(f"'{name}' is {rows} x {columns}: GPTQ packs 32 weights at a time along both sides.")
+        raise LowbitError(
+            f"'{name}' is {rows} x {columns}: GPTQ packs 32 weights at a time along both sides."
+        )
 
 
 def pack(q: QTensor, version: str, name: str = "weight") -> dict[str, Tensor]:
@@ -61,7 +67,9 @@ def pack(q: QTensor, version: str, name: str = "weight") -> dict[str, Tensor]:
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], grid: Affine, version: str, name: str = "weight") -> QTensor:
+def unpack(
+    tensors: Mapping[str, Tensor], grid: Affine, version: str, name: str = "weight"
+) -> QTensor:
     """The inverse of `pack`; the scales are float16 numbers in float32.
 
     Raises:
@@ -75,8 +83,15 @@ def unpack(tensors: Mapping[str, Tensor], grid: Affine, version: str, name: str 
         codes = unpack_bits(tensors["qweight"].T.contiguous(), grid.bits, columns)
         zero = unpack_bits(tensors["qzeros"], grid.bits, rows) + (1 if version == V1 else 0)
         scale = tensors["scales"].float()
-        if scale.shape != (columns // group, rows) or zero.shape != scale.shape or codes.shape[0] != rows:
-            raise ValueError(f"scales {tuple(scale.shape)}, zero points {tuple(zero.shape)} and codes {tuple(codes.shape)} do not belong together")
+        if (
+            scale.shape != (columns // group, rows)
+            or zero.shape != scale.shape
+            or codes.shape[0] != rows
+        ):
+            raise ValueError(
+                f"scales {tuple(scale.shape)}, zero points {tuple(zero.shape)} and codes "
+                f"{tuple(codes.shape)} do not belong together"
+            )
     except KeyError as e:
         raise LowbitError(f"'{name}' has no tensor {e} in this model.") from e
     except ValueError as e:
@@ -84,24 +99,41 @@ def unpack(tensors: Mapping[str, Tensor], grid: Affine, version: str, name: str 
     return QTensor(grid, codes, AffineParams(scale.T.contiguous(), zero.T.float().contiguous()))
 
 
-def describe(grids: Mapping[str, Affine], skipped: list[str], version: str, maker: str) -> dict[str, Any]:
+def describe(
+    grids: Mapping[str, Affine], skipped: list[str], version: str, maker: str
+) -> dict[str, Any]:
     """`quantization_config` for config.json, also written as quantize_config.json.
 
     Args:
-        grids: full linear name -> grid. skipped: linears kept in floating point. maker: name and version of what wrote it.
+        grids: full linear name -> grid. skipped: linears kept in floating point. maker: name and
+            version of what wrote it.
     """
     common, others = most_common(grids)
     dynamic: dict[str, Any] = {f"-:^{re.escape(n)}$": {} for n in skipped if n != "lm_head"}
     for name, grid in others.items():
-        dynamic[f"+:^{re.escape(name)}$"] = {"bits": grid.bits, "group_size": grid.group_size or -1, "sym": grid.symmetric}
+        dynamic[f"+:^{re.escape(name)}$"] = {
+            "bits": grid.bits,
+            "group_size": grid.group_size or -1,
+            "sym": grid.symmetric,
+        }
     return {
-        "quant_method": "gptq", "bits": common.bits, "group_size": common.group_size or -1, "sym": common.symmetric, "desc_act": False,
-        "checkpoint_format": version, "pack_dtype": "int32", "lm_head": False, "dynamic": dynamic, "meta": {"quantizer": [maker]},
-    }  # fmt: skip
+        "quant_method": "gptq",
+        "bits": common.bits,
+        "group_size": common.group_size or -1,
+        "sym": common.symmetric,
+        "desc_act": False,
+        "checkpoint_format": version,
+        "pack_dtype": "int32",
+        "lm_head": False,
+        "dynamic": dynamic,
+        "meta": {"quantizer": [maker]},
+    }
 
 
 def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
-    """The grid of a linear in a model with this `quantization_config`; None if it is not quantized."""
+    """The grid of a linear in a model with this `quantization_config`; None if it is not
+    quantized.
+    """
     said: dict[str, Any] = dict(config)
     for rule, changes in config.get("dynamic", {}).items():
         if re.match(rule[2:], name):
@@ -111,7 +143,9 @@ def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
             break
     if name == "lm_head" and not config.get("lm_head"):
         return None
-    return Affine(said["bits"], None if said["group_size"] == -1 else said["group_size"], said["sym"])
+    return Affine(
+        said["bits"], None if said["group_size"] == -1 else said["group_size"], said["sym"]
+    )
 
 
 def most_common(grids: Mapping[str, Affine]) -> tuple[Affine, dict[str, Affine]]:

@@ -16,5 +16,8 @@ def in_half(scale: Tensor, name: str) -> Tensor:
     """
     half = scale.to(torch.float16).contiguous()
     if not bool((torch.isfinite(half) & (half > 0)).all()):
-        raise LowbitError(f"'{name}' has scales from {float(scale.min()):.3g} to {float(scale.max()):.3g}, which float16 does not hold.")
+        raise LowbitError(
+            f"'{name}' has scales from {float(scale.min()):.3g} to {float(scale.max()):.3g}, which "
+            "float16 does not hold."
+        )
     return half

@@ -1,4 +1,6 @@
-"""The layouts that keep every linear's codes as tensors of a safetensors model, by name: one pack / unpack pair each."""
+"""The layouts that keep every linear's codes as tensors of a safetensors model, by name: one pack /
+unpack pair each.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,13 @@ class Layout:
     """How a format stores linears.
 
     Attributes:
-        name: as in report.json. mark: local name of a tensor that quantized linears have and others do not. tensors: all local names.
+        name: as in report.json. mark: local name of a tensor that quantized linears have and others
+            do not. tensors: all local names.
         key: of config.json, where the format says what it holds.
-        pack: (weight, dtype of the model, full name) -> tensors by local names. unpack: (tensors, grid, full name) -> weight.
-        grid_of: (what config.json has under ``key``, full name) -> grid, or None if it says the linear is not quantized.
+        pack: (weight, dtype of the model, full name) -> tensors by local names. unpack: (tensors,
+            grid, full name) -> weight.
+        grid_of: (what config.json has under ``key``, full name) -> grid, or None if it says the
+            linear is not quantized.
     """
 
     name: str
@@ -58,13 +63,26 @@ class Layout:
 
 def _gptq(version: str) -> Layout:
     return Layout(
-        version, "qweight", ("qweight", "qzeros", "scales", "g_idx"), "quantization_config",
-        lambda q, _, name: gptq.pack(q, version, name), lambda tensors, grid, name: gptq.unpack(tensors, grid, version, name), gptq.grid_of,
-    )  # fmt: skip
+        version,
+        "qweight",
+        ("qweight", "qzeros", "scales", "g_idx"),
+        "quantization_config",
+        lambda q, _, name: gptq.pack(q, version, name),
+        lambda tensors, grid, name: gptq.unpack(tensors, grid, version, name),
+        gptq.grid_of,
+    )
 
 
 def _own(name: str) -> Layout:
-    return Layout(name, "weight_shape", (), "quantization_config", lambda q, dtype, _: packing.pack(q, dtype), packing.unpack, native.grid_of)
+    return Layout(
+        name,
+        "weight_shape",
+        (),
+        "quantization_config",
+        lambda q, dtype, _: packing.pack(q, dtype),
+        packing.unpack,
+        native.grid_of,
+    )
 
 
 LAYOUTS = {
@@ -75,9 +93,22 @@ LAYOUTS = {
         _gptq(gptq.V1),
         _gptq(gptq.V2),
         Layout(
-            awq.NAME, "qweight", ("qweight", "qzeros", "scales"), "quantization_config",
-            lambda q, _, name: awq.pack(q, name), awq.unpack, awq.grid_of,
+            awq.NAME,
+            "qweight",
+            ("qweight", "qzeros", "scales"),
+            "quantization_config",
+            lambda q, _, name: awq.pack(q, name),
+            awq.unpack,
+            awq.grid_of,
         ),
-        Layout(mlx.NAME, "scales", ("weight", "scales", "biases"), "quantization", mlx.pack, mlx.unpack, mlx.grid_of),
+        Layout(
+            mlx.NAME,
+            "scales",
+            ("weight", "scales", "biases"),
+            "quantization",
+            mlx.pack,
+            mlx.unpack,
+            mlx.grid_of,
+        ),
     )
 }

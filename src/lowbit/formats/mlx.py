@@ -1,7 +1,8 @@
 """MLX's affine layout, as mlx-lm loads it.
 
-Per linear X: X.weight uint32 (out, in*bits/32), the dense bit stream of `lowbit.grid.bits`; X.scales and X.biases (out, groups) in
-the model's dtype, w = scales * code + biases. So biases = -scale * zero_point, rounded to that dtype.
+Per linear X: X.weight uint32 (out, in*bits/32), the dense bit stream of `lowbit.grid.bits`;
+X.scales and X.biases (out, groups) in the model's dtype, w = scales * code + biases. So biases =
+-scale * zero_point, rounded to that dtype.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ GROUPS = (128, 64, 32)
 
 
 def group_of(grid: Affine, columns: int, name: str) -> int:
-    """The group size that the format will have: the grid's, or the largest of `GROUPS` that divides it, scales repeated.
+    """The group size that the format will have: the grid's, or the largest of `GROUPS` that divides
+    it, scales repeated.
 
     Raises:
         LowbitError: the format cannot say it.
     """
     if grid.bits not in BITS:
-        raise LowbitError(f"'{name}' has {grid.bits}-bit weights; MLX takes {', '.join(map(str, BITS))} bits.")
+        raise LowbitError(
+            f"'{name}' has {grid.bits}-bit weights; MLX takes {', '.join(map(str, BITS))} bits."
+        )
     for size in GROUPS:
         if grid.group(columns) % size == 0:
             return size
-    raise LowbitError(f"'{name}' has groups of {grid.group(columns)} inputs; MLX takes 32, 64 and 128, and multiples of them.")
+    raise LowbitError(
+        f"'{name}' has groups of {grid.group(columns)} inputs; MLX takes 32, 64 and 128, and "
+        "multiples of them."
+    )
 
 
 def pack(q: QTensor, dtype: torch.dtype, name: str = "weight") -> dict[str, Tensor]:
@@ -59,7 +66,8 @@ def pack(q: QTensor, dtype: torch.dtype, name: str = "weight") -> dict[str, Tens
 
 
 def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> QTensor:
-    """The inverse of `pack`, but for the rounding of biases: zero points are floats, what the file says in units of the scale.
+    """The inverse of `pack`, but for the rounding of biases: zero points are floats, what the file
+    says in units of the scale.
 
     Raises:
         LowbitError: a tensor is missing or does not fit the others.
@@ -70,7 +78,10 @@ def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") ->
         codes = unpack_bits(tensors["weight"].view(torch.int32), grid.bits, columns)
         size = group_of(grid, columns, name)
         if scales.shape != (len(codes), columns // size) or biases.shape != scales.shape:
-            raise ValueError(f"scales {tuple(scales.shape)}, biases {tuple(biases.shape)} and codes {tuple(codes.shape)} do not belong together")
+            raise ValueError(
+                f"scales {tuple(scales.shape)}, biases {tuple(biases.shape)} and codes "
+                f"{tuple(codes.shape)} do not belong together"
+            )
         scales, biases = (t.double()[:, :: grid.group(columns) // size] for t in (scales, biases))
     except KeyError as e:
         raise LowbitError(f"'{name}' has no tensor {e} in this model.") from e
@@ -83,12 +94,17 @@ def describe(grids: Mapping[str, Affine], shapes: Mapping[str, tuple[int, int]])
     """`quantization` for config.json.
 
     Args:
-        grids, shapes: of every quantized linear by full name; what is not among them has no scales and stays as it is.
+        grids, shapes: of every quantized linear by full name; what is not among them has no scales
+            and stays as it is.
     """
     common, others = most_common(grids)
 
     def said(name: str, grid: Affine) -> dict[str, Any]:
-        return {"group_size": group_of(grid, shapes[name][1], name), "bits": grid.bits, "mode": "affine"}
+        return {
+            "group_size": group_of(grid, shapes[name][1], name),
+            "bits": grid.bits,
+            "mode": "affine",
+        }
 
     first = next(n for n, g in grids.items() if g == common)
     base = said(first, common)

@@ -1,19 +1,27 @@
-"""The library's own `quantization_config`: what compressed-tensors cannot say about activations, keys, values and rotations.
+"""The library's own `quantization_config`: what compressed-tensors cannot say about activations,
+keys, values and rotations.
 
 Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The config adds
 
-    dtype        of the scales, to which decoded weights are rounded: quantized activations turn the smallest differences of
-                 weights into whole steps. Scales keep it whatever dtype the model is loaded in
-    activations  {bits, symmetric, clip, full_range} of every quantized linear's input, {bits, row_exponent, columns} for CrossQuant
-                 (version 3), {bits, threshold} for LLM.int8() (version 4), or null
+    dtype        of the scales, to which decoded weights are rounded: quantized activations turn the
+                 smallest differences of weights into whole steps. Scales keep it whatever dtype the
+                 model is loaded in
+    activations  {bits, symmetric, clip, full_range} of every quantized linear's input, {bits,
+                 row_exponent, columns} for CrossQuant (version 3), {bits, threshold} for LLM.int8()
+                 (version 4), or null
     rotations    pattern on linear names -> factors of an online rotation of its input
-    kv           {bits, symmetric, clip, full_range, attention: pattern on module names, rotation: factors or null}, or null
-    tables       size -> rows of +-1 of the Hadamard matrices that are not Sylvester's, one hexadecimal number a row
-    linears      full name -> what is not in config_groups: {codebook: {bits, per, group_size}, columns: bits -> count} for a weight
-                 on codebooks, stored as in `lowbit.formats.columns`; {outliers: count} for one with weights kept apart (version 2);
-                 {kquant: kind} for one in blocks of llama.cpp, stored as in `lowbit.formats.blocks` (version 5)
+    kv           {bits, symmetric, clip, full_range, attention: pattern on module names, rotation:
+    factors or null}, or null
+    tables       size -> rows of +-1 of the Hadamard matrices that are not Sylvester's, one
+    hexadecimal number a row
+    linears      full name -> what is not in config_groups: {codebook: {bits, per, group_size},
+                 columns: bits -> count} for a weight on codebooks, stored as in
+                 `lowbit.formats.columns`; {outliers: count} for one with weights kept apart
+                 (version 2); {kquant: kind} for one in blocks of llama.cpp, stored as in
+                 `lowbit.formats.blocks` (version 5)
 
-A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers quantizer in `lowbit.hf`.
+A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers
+quantizer in `lowbit.hf`.
 """
 
 from __future__ import annotations
@@ -27,7 +35,17 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, Codebook, Grid, KQuant, KVGrid, PerToken, Reading, Rotation, activation_grid
+from ..grid import (
+    Affine,
+    Codebook,
+    Grid,
+    KQuant,
+    KVGrid,
+    PerToken,
+    Reading,
+    Rotation,
+    activation_grid,
+)
 from ..grid.rotation import sylvester
 from . import compressed_tensors as ct
 
@@ -37,15 +55,23 @@ _READ = (1, 2, 3, 4, 5)
 
 
 def describe(
-    grids: Mapping[str, Grid], skipped: Sequence[str], dtype: torch.dtype, readings: Mapping[str, Reading], kv: KVGrid | None, attention: str,
-    columns: Mapping[str, Mapping[int, int]], outliers: Mapping[str, int],
+    grids: Mapping[str, Grid],
+    skipped: Sequence[str],
+    dtype: torch.dtype,
+    readings: Mapping[str, Reading],
+    kv: KVGrid | None,
+    attention: str,
+    columns: Mapping[str, Mapping[int, int]],
+    outliers: Mapping[str, int],
 ) -> dict[str, Any]:
     """`quantization_config` for config.json.
 
     Args:
-        grids: full linear name -> grid, for every quantized linear. skipped: linears kept in floating point.
+        grids: full linear name -> grid, for every quantized linear. skipped: linears kept in
+            floating point.
         dtype: of the stored scales.
-        readings: linear's name inside its block -> reading; the same in every block, one activation grid for all.
+        readings: linear's name inside its block -> reading; the same in every block, one activation
+            grid for all.
         attention: name of the attention module inside a block.
         columns: full linear name -> bits -> number of columns, for every weight on codebooks.
         outliers: full linear name -> number of weights kept apart, where there are any.
@@ -54,24 +80,39 @@ def describe(
     activations = {r.grid for r in readings.values() if r.grid is not None}
     if len(activations) > 1:
         raise LowbitError("linears of one model with different activation grids cannot be stored.")
-    linears: dict[str, dict[str, Any]] = {n: {"codebook": asdict(g), "columns": {str(b): c for b, c in columns[n].items()}}
-                                          for n, g in grids.items() if isinstance(g, Codebook)}
+    linears: dict[str, dict[str, Any]] = {
+        n: {"codebook": asdict(g), "columns": {str(b): c for b, c in columns[n].items()}}
+        for n, g in grids.items()
+        if isinstance(g, Codebook)
+    }
     linears |= {n: {"kquant": g.kind} for n, g in grids.items() if isinstance(g, KQuant)}
     for name, count in outliers.items():
         linears.setdefault(name, {})["outliers"] = count
     weights = ct.describe({n: g for n, g in grids.items() if isinstance(g, Affine)}, list(skipped))
     grid = next(iter(activations), None)
     return {
-        "quant_method": NAME, "version": VERSION, "format": weights["format"], "ignore": weights["ignore"],
-        "config_groups": weights["config_groups"], "dtype": str(dtype).removeprefix("torch."),
+        "quant_method": NAME,
+        "version": VERSION,
+        "format": weights["format"],
+        "ignore": weights["ignore"],
+        "config_groups": weights["config_groups"],
+        "dtype": str(dtype).removeprefix("torch."),
         "activations": None if grid is None else asdict(grid),
-        "rotations": {f"*.{n}": _factors(r.rotation, tables) for n, r in readings.items() if r.rotation is not None},
-        "kv": None if kv is None else {
-            **asdict(kv.grid), "attention": f"*.{attention}",
+        "rotations": {
+            f"*.{n}": _factors(r.rotation, tables)
+            for n, r in readings.items()
+            if r.rotation is not None
+        },
+        "kv": None
+        if kv is None
+        else {
+            **asdict(kv.grid),
+            "attention": f"*.{attention}",
             "rotation": None if kv.rotation is None else _factors(kv.rotation, tables),
         },
-        "tables": tables, "linears": linears,
-    }  # fmt: skip
+        "tables": tables,
+        "linears": linears,
+    }
 
 
 def _factors(rotation: Rotation, tables: dict[str, list[str]]) -> list[dict[str, int]]:
@@ -82,17 +123,24 @@ def _factors(rotation: Rotation, tables: dict[str, list[str]]) -> list[dict[str,
         elif torch.equal(factor, sylvester(len(factor))):
             out.append({"sylvester": len(factor)})
         else:
-            tables[str(len(factor))] = [hex(int("".join("1" if v > 0 else "0" for v in row), 2)) for row in factor.tolist()]
+            tables[str(len(factor))] = [
+                hex(int("".join("1" if v > 0 else "0" for v in row), 2)) for row in factor.tolist()
+            ]
             out.append({"table": len(factor)})
     return out
 
 
-def _rotation(factors: Sequence[Mapping[str, int]], tables: Mapping[str, Sequence[str]]) -> Rotation:
+def _rotation(
+    factors: Sequence[Mapping[str, int]], tables: Mapping[str, Sequence[str]]
+) -> Rotation:
     out: list[Tensor | int] = []
     for factor in factors:
         ((kind, size),) = factor.items()
         if kind == "table":
-            rows = [[1 if c == "1" else -1 for c in format(int(row, 16), f"0{size}b")] for row in tables[str(size)]]
+            rows = [
+                [1 if c == "1" else -1 for c in format(int(row, 16), f"0{size}b")]
+                for row in tables[str(size)]
+            ]
             out.append(torch.tensor(rows, dtype=torch.int8, device="cpu"))
         else:
             out.append(size if kind == "identity" else sylvester(size))
@@ -103,14 +151,20 @@ def check(config: Mapping[str, Any]) -> None:
     """Raise LowbitError if this version cannot read the config."""
     if config.get("quant_method") != NAME or config.get("version") not in _READ:
         raise LowbitError(
-            f"quantization_config is of '{config.get('quant_method')}' version {config.get('version')}; this version of lowbit reads "
-            f"'{NAME}' versions up to {VERSION}. Install the version of lowbit that made the artifact."
+            f"quantization_config is of '{config.get('quant_method')}' version "
+            f"{config.get('version')}; this version of lowbit reads "
+            f"'{NAME}' versions up to {VERSION}. Install the version of lowbit that made the "
+            "artifact."
         )
 
 
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype of the stored scales."""
-    found: torch.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config["dtype"]]
+    found: torch.dtype = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[config["dtype"]]
     return found
 
 
@@ -137,14 +191,20 @@ def reading_of(config: Mapping[str, Any], name: str) -> Reading:
     """What happens to the input of the linear with this full name."""
     given = config["activations"]
     grid = None if given is None else activation_grid(given)(**given)
-    factors = next((f for pattern, f in config["rotations"].items() if fnmatchcase(name, pattern)), None)
+    factors = next(
+        (f for pattern, f in config["rotations"].items() if fnmatchcase(name, pattern)), None
+    )
     return Reading(None if factors is None else _rotation(factors, config["tables"]), grid)
 
 
 def kv_of(config: Mapping[str, Any]) -> tuple[KVGrid, str] | None:
-    """The grid of keys and values and the pattern of the attention modules' names; None for floating point."""
+    """The grid of keys and values and the pattern of the attention modules' names; None for
+    floating point.
+    """
     kv = config["kv"]
     if kv is None:
         return None
     rotation = None if kv["rotation"] is None else _rotation(kv["rotation"], config["tables"])
-    return KVGrid(PerToken(kv["bits"], kv["symmetric"], kv["clip"], kv["full_range"]), rotation), kv["attention"]
+    return KVGrid(
+        PerToken(kv["bits"], kv["symmetric"], kv["clip"], kv["full_range"]), rotation
+    ), kv["attention"]

@@ -15,7 +15,8 @@ from . import compressed_tensors as ct
 
 
 def pack(q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one weight by their local names; see `compressed_tensors`, `columns` and `blocks`.
+    """The tensors of one weight by their local names; see `compressed_tensors`, `columns` and
+    `blocks`.
 
     Args:
         dtype: of stored scales.

@@ -1,4 +1,6 @@
-"""The uniform grid: w = (code - zero_point) * scale, one scale and zero point per group of consecutive inputs of one row."""
+"""The uniform grid: w = (code - zero_point) * scale, one scale and zero point per group of
+consecutive inputs of one row.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,14 @@ class Affine:
 
     Attributes:
         bits: 1 to 8.
-        group_size: consecutive input channels that share a scale; None means the whole row (per output channel).
-        symmetric: the zero point is fixed at 2**(bits-1), so the levels are -2**(bits-1) ... 2**(bits-1)-1 times the scale.
+        group_size: consecutive input channels that share a scale; None means the whole row (per
+            output channel).
+        symmetric: the zero point is fixed at 2**(bits-1), so the levels are -2**(bits-1) ...
+            2**(bits-1)-1 times the scale.
 
-    Source: TesseraQ's weight quantizer (asymmetric, integer zero point clamped to the code range). A group whose weights all
-    have one sign gets its range extended to zero, as in GPTQ; otherwise part of the code range would be lost.
+    Source: TesseraQ's weight quantizer (asymmetric, integer zero point clamped to the code range).
+    A group whose weights all have one sign gets its range extended to zero, as in GPTQ; otherwise
+    part of the code range would be lost.
     """
 
     bits: int
@@ -46,7 +51,10 @@ class Affine:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be 1 to 8, got {self.bits}")
         if self.symmetric and self.bits == 1:
-            raise ValueError("a symmetric grid needs at least 2 bits: with one, its only positive level would be missing")
+            raise ValueError(
+                "a symmetric grid needs at least 2 bits: with one, its only positive level would "
+                "be missing"
+            )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be positive, got {self.group_size}")
 
@@ -71,7 +79,8 @@ class Affine:
         return w.reshape(w.shape[0], -1, self.group(w.shape[1]))
 
     def fit(self, w: Tensor, clip: Tensor | float = 1.0) -> AffineParams:
-        """Scale and zero point from the minimum and maximum of each group, both multiplied by ``clip``.
+        """Scale and zero point from the minimum and maximum of each group, both multiplied by
+        ``clip``.
 
         Args:
             w: (out, in) float; the arithmetic is done in its dtype.
@@ -82,7 +91,9 @@ class Affine:
         return self.from_range(low, high)
 
     def from_range(self, low: Tensor, high: Tensor) -> AffineParams:
-        """Scale and zero point for given group minima (<= 0) and maxima (>= 0), each (out, groups)."""
+        """Scale and zero point for given group minima (<= 0) and maxima (>= 0), each (out,
+        groups).
+        """
         if self.symmetric:
             half = 2 ** (self.bits - 1)
             scale = torch.maximum(-low, high).clamp(min=_LEAST_RANGE) / (half - 1)
@@ -91,11 +102,15 @@ class Affine:
         return AffineParams(scale, (-(low / scale).round()).clamp(0, self.top))
 
     def position(self, w: Tensor, params: AffineParams) -> Tensor:
-        """Where each weight lies between the codes: w / scale + zero_point, (out, in), not clamped, not rounded."""
+        """Where each weight lies between the codes: w / scale + zero_point, (out, in), not clamped,
+        not rounded.
+        """
         return (self.grouped(w) / params.scale[..., None] + params.zero_point[..., None]).flatten(1)
 
     def encode(self, w: Tensor, params: AffineParams) -> Tensor:
-        """Nearest codes: round-half-even of w / scale, plus the zero point, clamped. (out, in) float -> (out, in) uint8."""
+        """Nearest codes: round-half-even of w / scale, plus the zero point, clamped. (out, in)
+        float -> (out, in) uint8.
+        """
         g = (self.grouped(w) / params.scale[..., None]).round() + params.zero_point[..., None]
         return g.clamp(0, self.top).to(torch.uint8).flatten(1)
 
@@ -105,17 +120,26 @@ class Affine:
         return ((g - params.zero_point[..., None]) * params.scale[..., None]).flatten(1)
 
     def stored(self, params: AffineParams, dtype: torch.dtype) -> AffineParams:
-        """The same parameters after a trip through the dtype in which an artifact stores its scales.
+        """The same parameters after a trip through the dtype in which an artifact stores its
+        scales.
 
-        Tuning with these, nothing is lost when the artifact is written. A scale that would vanish becomes the least normal
-        number of that dtype.
+        Tuning with these, nothing is lost when the artifact is written. A scale that would vanish
+        becomes the least normal number of that dtype.
         """
         scale = params.scale.to(dtype).clamp(min=torch.finfo(dtype).tiny).to(params.scale.dtype)
         return AffineParams(scale, params.zero_point)
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight of one layer: codes, scales and packed zero points (its few words of padding apart)."""
-        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.group(in_features)
+        """Stored bits per weight of one layer: codes, scales and packed zero points (its few words
+        of padding apart).
+        """
+        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.group(
+            in_features
+        )
 
     def __str__(self) -> str:
-        return f"W{self.bits}" + (f"g{self.group_size}" if self.group_size else "") + ("sym" if self.symmetric else "")
+        return (
+            f"W{self.bits}"
+            + (f"g{self.group_size}" if self.group_size else "")
+            + ("sym" if self.symmetric else "")
+        )

@@ -1,4 +1,6 @@
-"""QTensor: integer codes with the grid that gives them meaning. The currency between methods, formats and kernels."""
+"""QTensor: integer codes with the grid that gives them meaning. The currency between methods,
+formats and kernels.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Params:
 
 
 class Grid(Protocol):
-    """Which numbers a weight may take: `Affine`, `Codebook` and `KQuant` are the ones there are. A grid holds no tensors.
+    """Which numbers a weight may take: `Affine`, `Codebook` and `KQuant` are the ones there are. A
+    grid holds no tensors.
 
     What a grid needs besides codes are its `Params`, of a type of its own.
     """
@@ -77,7 +80,9 @@ class Outliers:
 
     def differing(self, other: Outliers | None) -> bool:
         """Whether anything is not equal."""
-        return other is None or not (torch.equal(self.index, other.index) and torch.equal(self.values, other.values))
+        return other is None or not (
+            torch.equal(self.index, other.index) and torch.equal(self.values, other.values)
+        )
 
     def to(self, device: torch.device) -> Outliers:
         """The same on a device."""
@@ -86,7 +91,8 @@ class Outliers:
 
 @dataclass(frozen=True)
 class QTensor:
-    """A weight as it will be stored. The codes are the product of this library: nothing ever re-derives them from floats.
+    """A weight as it will be stored. The codes are the product of this library: nothing ever
+    re-derives them from floats.
 
     Attributes:
         grid: which numbers the codes stand for.
@@ -104,12 +110,21 @@ class QTensor:
         """The (out, in) weight, computed in the params' dtype, then rounded to ``dtype``."""
         dense = self.grid.decode(self.codes, self.params).to(dtype)
         if self.outliers is not None:
-            dense = dense.flatten().index_copy(0, self.outliers.index, self.outliers.values.to(dtype)).view(self.codes.shape)
+            dense = (
+                dense.flatten()
+                .index_copy(0, self.outliers.index, self.outliers.values.to(dtype))
+                .view(self.codes.shape)
+            )
         return dense
 
     def to(self, device: torch.device) -> QTensor:
         """The same on a device."""
-        return QTensor(self.grid, self.codes.to(device), self.params.to(device), self.outliers and self.outliers.to(device))
+        return QTensor(
+            self.grid,
+            self.codes.to(device),
+            self.params.to(device),
+            self.outliers and self.outliers.to(device),
+        )
 
     def same_as(self, other: QTensor) -> str | None:
         """None if both are equal bit for bit, else which part differs."""
@@ -117,7 +132,9 @@ class QTensor:
             return f"grid ({self.grid} against {other.grid})"
         if not torch.equal(self.codes, other.codes):
             return "codes"
-        if (self.outliers or other.outliers) and (self.outliers is None or self.outliers.differing(other.outliers)):
+        if (self.outliers or other.outliers) and (
+            self.outliers is None or self.outliers.differing(other.outliers)
+        ):
             return "outliers"
         part: str | None = self.params.differing(other.params)
         return part

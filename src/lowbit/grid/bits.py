@@ -1,8 +1,10 @@
-"""Dense n-bit packing: a little-endian bit stream, code ``i`` in bits ``[i*b, i*b + b)``, as compressed-tensors >= 0.17 lays it out.
+"""Dense n-bit packing: a little-endian bit stream, code ``i`` in bits ``[i*b, i*b + b)``, as
+compressed-tensors >= 0.17 lays it out.
 
-Eight b-bit codes are exactly b bytes, for every b. So one 64-bit word that holds eight codes, a byte each, is squeezed in
-three shift-and-mask steps (8 -> 16 -> 32 -> 64-bit lanes) and its low b bytes are the stream. No per-width code, no loops over
-codes, and the same three steps backwards unpack it.
+Eight b-bit codes are exactly b bytes, for every b. So one 64-bit word that holds eight codes, a
+byte each, is squeezed in three shift-and-mask steps (8 -> 16 -> 32 -> 64-bit lanes) and its low b
+bytes are the stream. No per-width code, no loops over codes, and the same three steps backwards
+unpack it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ _CHUNK = 1 << 21  # codes squeezed at a time: the temporaries stay in cache
 
 
 def _lane_mask(width: int, lane: int, at: int = 0) -> int:
-    """A 64-bit mask (as a signed int) of ``width`` bits from bit ``at`` of every ``lane``-bit lane."""
+    """A 64-bit mask (as a signed int) of ``width`` bits from bit ``at`` of every ``lane``-bit
+    lane.
+    """
     mask = sum(((1 << width) - 1) << (start + at) for start in range(0, 64, lane))
     return mask - (1 << 64) if mask >> 63 else mask
 
@@ -59,7 +63,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ValueError: wrong dtype, rank or width, or a code that does not fit.
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2:
-        raise ValueError(f"pack takes a (rows, n) uint8 tensor, got {tuple(codes.shape)} {codes.dtype}")
+        raise ValueError(
+            f"pack takes a (rows, n) uint8 tensor, got {tuple(codes.shape)} {codes.dtype}"
+        )
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must be 1 to 8, got {bits}")
     if bits < 8 and codes.numel() and int(codes.max()) >> bits:
@@ -67,8 +73,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, n = codes.shape
     if n % 8:
         codes = torch.nn.functional.pad(codes, (0, 8 - n % 8))
-    # A single row may keep an odd stride and still count as contiguous: flatten before changing the element size.
-    octets = codes.reshape(-1).view(torch.int64).view(rows, -1)  # (rows, ceil(n/8)), eight codes a word
+    # A single row may keep an odd stride and still count as contiguous: flatten before changing the
+    # element size.
+    # (rows, ceil(n/8)), eight codes a word.
+    octets = codes.reshape(-1).view(torch.int64).view(rows, -1)
     stream = octets.new_empty((*octets.shape, bits), dtype=torch.uint8)
     step = max(1, _CHUNK // max(1, codes.shape[1]))
     for at in range(0, rows, step):
@@ -76,7 +84,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         stream[at : at + step] = squeezed.unsqueeze(-1).view(torch.uint8)[..., :bits]
     flat, size = stream.flatten(1), 4 * packed_words(n, bits)
     if flat.shape[1] != size:
-        flat = torch.nn.functional.pad(flat, (0, size - flat.shape[1])) if flat.shape[1] < size else flat[:, :size]
+        flat = (
+            torch.nn.functional.pad(flat, (0, size - flat.shape[1]))
+            if flat.shape[1] < size
+            else flat[:, :size]
+        )
     return flat.reshape(-1).view(torch.int32).view(rows, -1)
 
 
@@ -84,18 +96,29 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: (rows, ceil(count * bits / 32)) int32 -> (rows, count) uint8.
 
     Raises:
-        ValueError: wrong dtype, or a number of words that does not belong to ``count`` codes of this width.
+        ValueError: wrong dtype, or a number of words that does not belong to ``count`` codes of
+            this width.
     """
-    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != packed_words(count, bits):
+    if (
+        words.dtype != torch.int32
+        or words.dim() != 2
+        or words.shape[1] != packed_words(count, bits)
+    ):
         raise ValueError(
-            f"{count} codes of {bits} bits are {packed_words(count, bits)} int32 words a row, got {tuple(words.shape)} {words.dtype}"
+            f"{count} codes of {bits} bits are {packed_words(count, bits)} int32 words a row, got "
+            f"{tuple(words.shape)} {words.dtype}"
         )
     rows, octets = words.shape[0], -(-count // 8)
-    # A single column may keep an odd stride and still count as contiguous: flatten before changing the element size.
+    # A single column may keep an odd stride and still count as contiguous: flatten before changing
+    # the element size.
     stream = words.contiguous().reshape(-1).view(torch.uint8).view(rows, -1)
     size = octets * bits
     if stream.shape[1] != size:
-        stream = torch.nn.functional.pad(stream, (0, size - stream.shape[1])) if stream.shape[1] < size else stream[:, :size]
+        stream = (
+            torch.nn.functional.pad(stream, (0, size - stream.shape[1]))
+            if stream.shape[1] < size
+            else stream[:, :size]
+        )
     stream = stream.reshape(rows, octets, bits)
     codes = words.new_empty((rows, octets * 8), dtype=torch.uint8)
     step = max(1, _CHUNK // max(1, codes.shape[1]))
@@ -104,5 +127,9 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         wide = part.new_zeros((*part.shape[:2], 8))
         wide[..., :bits] = part
         spread = wide.view(torch.int64).squeeze(-1)
-        codes[at : at + step] = (spread if bits == 8 else _spread(spread, bits)).view(torch.uint8).view(part.shape[0], -1)
+        codes[at : at + step] = (
+            (spread if bits == 8 else _spread(spread, bits))
+            .view(torch.uint8)
+            .view(part.shape[0], -1)
+        )
     return codes[:, :count].contiguous() if codes.shape[1] != count else codes

@@ -1,4 +1,6 @@
-"""The codebook grid: a weight is one of 2**bits levels that were chosen for its column (or row, or matrix) by K-means."""
+"""The codebook grid: a weight is one of 2**bits levels that were chosen for its column (or row, or
+matrix) by K-means.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Codebook:
 
     Attributes:
         bits: 1 to 8; single books may be wider or narrower, see `CodebookParams`.
-        per: what shares a book: a column (an input channel, as in CLAQ), a row (an output channel) or the whole matrix.
+        per: what shares a book: a column (an input channel, as in CLAQ), a row (an output channel)
+            or the whole matrix.
         group_size: neighbouring columns that share a book, with ``per`` "column"; None for one.
     """
 
@@ -47,7 +50,10 @@ class Codebook:
         if self.per not in ("column", "row", "tensor"):
             raise ValueError(f"a codebook is per column, row or tensor, not per {self.per!r}")
         if self.group_size is not None and (self.group_size < 1 or self.per != "column"):
-            raise ValueError("group_size is the number of columns that share a book: at least 1, and only per column")
+            raise ValueError(
+                "group_size is the number of columns that share a book: at least 1, and only per "
+                "column"
+            )
 
     @property
     def top(self) -> int:
@@ -56,7 +62,9 @@ class Codebook:
 
     @property
     def scales_with_inputs(self) -> bool:
-        """Whether scaling an input channel scales its levels and nothing else, so that it changes no code."""
+        """Whether scaling an input channel scales its levels and nothing else, so that it changes
+        no code.
+        """
         return self.per == "column" and (self.group_size or 1) == 1
 
     def books(self, rows: int, columns: int) -> int:
@@ -79,9 +87,15 @@ class Codebook:
 
     def unlisted(self, lists: Tensor, rows: int) -> Tensor:
         """The inverse of `lists` for a weight of so many rows."""
-        return lists.reshape(-1, rows).T.contiguous() if self.per == "column" else lists.reshape(rows, -1)
+        return (
+            lists.reshape(-1, rows).T.contiguous()
+            if self.per == "column"
+            else lists.reshape(rows, -1)
+        )
 
-    def fit(self, w: Tensor, widths: Tensor | None = None, weights: Tensor | None = None) -> CodebookParams:
+    def fit(
+        self, w: Tensor, widths: Tensor | None = None, weights: Tensor | None = None
+    ) -> CodebookParams:
         """Levels by K-means.
 
         Args:
@@ -93,17 +107,27 @@ class Codebook:
         importance = None if weights is None else self.lists(weights)
         if widths is None:
             widths = torch.full((len(lists),), self.bits, dtype=torch.int64, device=w.device)
-        levels = torch.empty(len(lists), 1 << int(widths.max()), dtype=torch.float32, device=w.device)
+        levels = torch.empty(
+            len(lists), 1 << int(widths.max()), dtype=torch.float32, device=w.device
+        )
         for width in sorted(set(widths.tolist())):
             of = widths == width
             found, _ = kmeans(lists[of], 1 << width, None if importance is None else importance[of])
-            levels[of] = torch.cat([found, found[:, -1:].expand(-1, levels.shape[1] - found.shape[1])], 1)
-        return CodebookParams(levels.to(w.dtype if w.dtype.is_floating_point else torch.float32), widths)
+            levels[of] = torch.cat(
+                [found, found[:, -1:].expand(-1, levels.shape[1] - found.shape[1])], 1
+            )
+        return CodebookParams(
+            levels.to(w.dtype if w.dtype.is_floating_point else torch.float32), widths
+        )
 
     def encode(self, w: Tensor, params: CodebookParams) -> Tensor:
-        """Codes of the nearest levels, the lower one halfway. (out, in) float -> (out, in) uint8."""
+        """Codes of the nearest levels, the lower one halfway. (out, in) float -> (out, in)
+        uint8.
+        """
         middle = (params.levels[:, 1:] + params.levels[:, :-1]) / 2
-        codes = torch.searchsorted(middle.contiguous(), self.lists(w).to(middle.dtype).contiguous(), out_int32=True)
+        codes = torch.searchsorted(
+            middle.contiguous(), self.lists(w).to(middle.dtype).contiguous(), out_int32=True
+        )
         codes = torch.minimum(codes, (1 << params.widths[:, None]) - 1)
         return self.unlisted(codes.to(torch.uint8), len(w))
 
@@ -112,14 +136,18 @@ class Codebook:
         return self.unlisted(params.levels.gather(1, self.lists(codes).to(torch.int64)), len(codes))
 
     def stored(self, params: CodebookParams, dtype: torch.dtype) -> CodebookParams:
-        """The same levels after a trip through float16, in which artifacts store them, whatever the ``dtype`` of the model.
+        """The same levels after a trip through float16, in which artifacts store them, whatever the
+        ``dtype`` of the model.
 
         Raises:
             NotFiniteError: a level is beyond float16.
         """
         levels = params.levels.to(torch.float16)
         if not bool(torch.isfinite(levels).all()):
-            raise NotFiniteError(f"a level of {float(params.levels.abs().max()):g} does not fit in float16, in which codebooks are stored")
+            raise NotFiniteError(
+                f"a level of {float(params.levels.abs().max()):g} does not fit in float16, in "
+                "which codebooks are stored"
+            )
         return CodebookParams(levels.to(params.levels.dtype), params.widths)
 
     def __str__(self) -> str:

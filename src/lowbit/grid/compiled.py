@@ -1,7 +1,8 @@
-"""Plain C next to a module, compiled at first use with the machine's own compiler; None where there is none.
+"""Plain C next to a module, compiled at first use with the machine's own compiler; None where there
+is none.
 
-Nothing depends on it: every caller has a way in torch. The library lies in the user's cache under a name that says what it was
-made from, so it is built once per source and machine.
+Nothing depends on it: every caller has a way in torch. The library lies in the user's cache under a
+name that says what it was made from, so it is built once per source and machine.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Compilers avoid vectors of 512 bits where processors once slowed down at them; here they save a quarter of the time.
+# Compilers avoid vectors of 512 bits where processors once slowed down at them; here they save a
+# quarter of the time.
 _WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-_FLAGS = ("-O3", "-march=native", *_WIDE, "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=c11")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    *_WIDE,
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+    "-std=c11",
+)
 
 
 def cache_folder() -> Path:
@@ -34,19 +45,25 @@ def cache_folder() -> Path:
 
 @functools.cache
 def library(source: Path, fused: bool = False) -> ctypes.CDLL | None:
-    """The compiled form of a C file, or None if there is no compiler, or the one there is cannot build it.
+    """The compiled form of a C file, or None if there is no compiler, or the one there is cannot
+    build it.
 
     LOWBIT_NO_COMPILER=1 keeps to torch.
 
     Args:
-        fused: products may be added without being rounded; else results are those of separate operations, whatever the compiler.
+        fused: products may be added without being rounded; else results are those of separate
+            operations, whatever the compiler.
     """
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = (
+        shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    )
     if compiler is None or os.environ.get("LOWBIT_NO_COMPILER") == "1" or os.name != "posix":
         return None
     flags = (*_FLAGS, f"-ffp-contract={'fast' if fused else 'off'}")
     made_from = "\0".join([source.read_text(), *flags, compiler, platform.machine(), _processor()])
-    path = cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    path = (
+        cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    )
     try:
         if not path.is_file():
             _build(compiler, flags, source, path)
@@ -61,14 +78,21 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return next(
+        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
+    )
 
 
 def _build(compiler: str, flags: tuple[str, ...], source: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        subprocess.run([compiler, *flags, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            [compiler, *flags, str(source), "-o", str(made), "-lm"],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
         os.replace(made, path)
 
 

@@ -1,8 +1,10 @@
-"""K-means in one dimension, for many short lists of numbers at once. No seeds: the same numbers give the same levels.
+"""K-means in one dimension, for many short lists of numbers at once. No seeds: the same numbers
+give the same levels.
 
-On sorted numbers a clustering is a set of cuts, and dynamic programming finds the best ones. With cuts allowed at every rank that
-is the global optimum; with cuts allowed at some ranks, dense in the tails where single values matter, and Lloyd steps after it,
-it is within 0.3 % of that for up to 16 levels (measured; see docs/results.md) at a fraction of the time.
+On sorted numbers a clustering is a set of cuts, and dynamic programming finds the best ones. With
+cuts allowed at every rank that is the global optimum; with cuts allowed at some ranks, dense in the
+tails where single values matter, and Lloyd steps after it, it is within 0.3 % of that for up to 16
+levels (measured; see docs/results.md) at a fraction of the time.
 """
 
 from __future__ import annotations
@@ -30,24 +32,38 @@ class NotFiniteError(ValueError):
     """A number that is none, or beyond what is stored."""
 
 
-def kmeans(values: Tensor, levels: int, weights: Tensor | None = None, *, exact: bool = False, checked: bool = True) -> tuple[Tensor, Tensor]:
-    """Cluster each row of numbers so that the (weighted) sum of squared distances to the nearest level is least.
+def kmeans(
+    values: Tensor,
+    levels: int,
+    weights: Tensor | None = None,
+    *,
+    exact: bool = False,
+    checked: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Cluster each row of numbers so that the (weighted) sum of squared distances to the nearest
+    level is least.
 
     Args:
         values: (lists, n) float, finite.
-        levels: 1 to 256. A list with no more different numbers than that gets exactly those, the last one repeated.
+        levels: 1 to 256. A list with no more different numbers than that gets exactly those, the
+            last one repeated.
         weights: (lists, n) positive importance of each number, or None.
         exact: the global optimum, to rounding; otherwise close to it.
-        checked: False leaves it to the caller to see whether levels are finite, so that nothing waits for an accelerator.
+        checked: False leaves it to the caller to see whether levels are finite, so that nothing
+            waits for an accelerator.
 
     Returns:
-        (lists, levels) float32 ascending, and (lists,) float64 sums of squared distances (for levels before any rounding).
+        (lists, levels) float32 ascending, and (lists,) float64 sums of squared distances (for
+            levels before any rounding).
 
     Raises:
         ValueError: wrong shape or number of levels. NotFiniteError: values that are not finite.
     """
     if values.dim() != 2 or not values.shape[1] or not 1 <= levels <= 256:
-        raise ValueError(f"kmeans takes (lists, n) numbers and 1 to 256 levels, got {tuple(values.shape)} and {levels}")
+        raise ValueError(
+            f"kmeans takes (lists, n) numbers and 1 to 256 levels, got {tuple(values.shape)} and "
+            f"{levels}"
+        )
     values = values.detach().float()
     compiled = library(_SOURCE) if values.device.type == "cpu" else None
     if compiled is not None:
@@ -55,11 +71,21 @@ def kmeans(values: Tensor, levels: int, weights: Tensor | None = None, *, exact:
     parts = []
     step = max(1, _TABLE // (min(values.shape[1], values.shape[1] if exact else _CUTS) + 1) ** 2)
     for at in range(0, len(values), step):
-        parts.append(_batched(values[at : at + step], levels, None if weights is None else weights[at : at + step], exact, checked))
+        parts.append(
+            _batched(
+                values[at : at + step],
+                levels,
+                None if weights is None else weights[at : at + step],
+                exact,
+                checked,
+            )
+        )
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _compiled(compiled: ctypes.CDLL, values: Tensor, levels: int, weights: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def _compiled(
+    compiled: ctypes.CDLL, values: Tensor, levels: int, weights: Tensor | None, exact: bool
+) -> tuple[Tensor, Tensor]:
     lists, n = values.shape
     out = torch.empty(lists, levels, dtype=torch.float32)
     sse = torch.empty(lists, dtype=torch.float64)
@@ -68,14 +94,23 @@ def _compiled(compiled: ctypes.CDLL, values: Tensor, levels: int, weights: Tenso
         chosen = values[start:stop].contiguous()
         if weights is None and n >= _RADIX:
             ordered, w = torch.empty_like(chosen), None
-            if compiled.sort_rows(pointer(chosen), ctypes.c_int64(stop - start), ctypes.c_int32(n), pointer(ordered)):
+            if compiled.sort_rows(
+                pointer(chosen), ctypes.c_int64(stop - start), ctypes.c_int32(n), pointer(ordered)
+            ):
                 return 1
         else:
             ordered, w = _sorted(chosen, None if weights is None else weights[start:stop])
         failed: int = compiled.kmeans_sorted(
-            pointer(ordered), None if w is None else pointer(w), ctypes.c_int64(stop - start), ctypes.c_int32(n), ctypes.c_int(levels),
-            ctypes.c_int32(0 if exact else _CUTS), ctypes.c_int(0 if exact else _LLOYD), pointer(out[start:stop]), pointer(sse[start:stop]),
-        )  # fmt: skip
+            pointer(ordered),
+            None if w is None else pointer(w),
+            ctypes.c_int64(stop - start),
+            ctypes.c_int32(n),
+            ctypes.c_int(levels),
+            ctypes.c_int32(0 if exact else _CUTS),
+            ctypes.c_int(0 if exact else _LLOYD),
+            pointer(out[start:stop]),
+            pointer(sse[start:stop]),
+        )
         return failed
 
     workers = threads() if lists * n > 1 << 16 else 1
@@ -94,7 +129,9 @@ def _compiled(compiled: ctypes.CDLL, values: Tensor, levels: int, weights: Tenso
 
 
 def _sorted(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows in ascending order, their weights along. On the CPU numpy sorts several times as fast as torch."""
+    """Rows in ascending order, their weights along. On the CPU numpy sorts several times as fast as
+    torch.
+    """
     if values.device.type != "cpu":
         ordered, order = values.sort(1)
         return ordered, None if weights is None else weights.float().gather(1, order)
@@ -112,27 +149,35 @@ def _ranks(n: int, exact: bool, device: torch.device) -> Tensor:
     if exact or n <= _CUTS:
         return torch.arange(n + 1, device=device)
     u = torch.arange(_CUTS + 1, dtype=torch.float64) / _CUTS
-    low = torch.maximum((0.5 * (2 * torch.minimum(u, 1 - u)) ** 3 * n).round(), torch.minimum(u, 1 - u) * _CUTS)
+    low = torch.maximum(
+        (0.5 * (2 * torch.minimum(u, 1 - u)) ** 3 * n).round(), torch.minimum(u, 1 - u) * _CUTS
+    )
     ranks = torch.where(u <= 0.5, low, n - low).round().to(torch.int64).clamp(0, n)
     distinct: Tensor = torch.unique_consecutive(ranks)
     return distinct.to(device)
 
 
-def _batched(values: Tensor, levels: int, weights: Tensor | None, exact: bool, checked: bool = True) -> tuple[Tensor, Tensor]:
+def _batched(
+    values: Tensor, levels: int, weights: Tensor | None, exact: bool, checked: bool = True
+) -> tuple[Tensor, Tensor]:
     """The same in torch, for other devices and where there is no compiler."""
     ordered, w = _sorted(values, weights)
-    if checked and not bool(torch.isfinite(ordered[:, [0, -1]]).all()):  # sorted: what is not finite lies at an end
+    # Sorted: what is not finite lies at an end.
+    if checked and not bool(torch.isfinite(ordered[:, [0, -1]]).all()):
         raise NotFiniteError("kmeans takes finite numbers")
     x = ordered.double()
     m = torch.ones_like(x) if w is None else w.double()
     shift = (m * x).sum(1, keepdim=True) / m.sum(1, keepdim=True)
     x = x - shift
-    mass, first, second = (torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (m, m * x, m * x * x))
+    mass, first, second = (
+        torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (m, m * x, m * x * x)
+    )
     ranks = _ranks(x.shape[1], exact, x.device)
     cuts = _best_cuts(mass[:, ranks], first[:, ranks], second[:, ranks], levels)
     cuts = ranks[cuts]
     center, sse = _clusters(cuts, x, mass, first, second)
-    looked = 1 if x.device.type == "cpu" else _LOOKED  # a look at whether cuts still move waits for the device; steps that move none do no harm
+    # A look at whether cuts still move waits for the device; steps that move none do no harm.
+    looked = 1 if x.device.type == "cpu" else _LOOKED
     for i in range(0 if exact else _LLOYD):
         middle = ((center[:, 1:] + center[:, :-1]) / 2 + shift).float()
         inner = torch.searchsorted(ordered.contiguous(), middle.contiguous(), right=True)
@@ -146,9 +191,13 @@ def _batched(values: Tensor, levels: int, weights: Tensor | None, exact: bool, c
 
 
 def _best_cuts(mass: Tensor, first: Tensor, second: Tensor, levels: int) -> Tensor:
-    """(lists, levels + 1) numbers of the cuts, for prefix sums (lists, ranks) at the ranks where cuts are allowed."""
+    """(lists, levels + 1) numbers of the cuts, for prefix sums (lists, ranks) at the ranks where
+    cuts are allowed.
+    """
     m = (mass[:, None, :] - mass[:, :, None]).clamp(min=1e-300)
-    cost = (second[:, None, :] - second[:, :, None]) - (first[:, None, :] - first[:, :, None]).square() / m
+    cost = (second[:, None, :] - second[:, :, None]) - (
+        first[:, None, :] - first[:, :, None]
+    ).square() / m
     count = mass.shape[1]
     backwards = torch.ones(count, count, dtype=torch.bool, device=mass.device).tril(-1)
     cost = cost.clamp_(min=0).masked_fill_(backwards, float("inf"))  # (lists, from, to)
@@ -165,16 +214,24 @@ def _best_cuts(mass: Tensor, first: Tensor, second: Tensor, levels: int) -> Tens
     return torch.cat(cuts[::-1], 1)
 
 
-def _clusters(cuts: Tensor, x: Tensor, mass: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Means between cuts, (lists, levels), an empty cluster's being the value it starts at; and sums of squares (lists,)."""
+def _clusters(
+    cuts: Tensor, x: Tensor, mass: Tensor, first: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Means between cuts, (lists, levels), an empty cluster's being the value it starts at; and
+    sums of squares (lists,).
+    """
     m, s, q = (t.gather(1, cuts).diff(dim=1) for t in (mass, first, second))
     empty = m <= 0
-    center = torch.where(empty, x.gather(1, cuts[:, :-1].clamp(max=x.shape[1] - 1)), s / m.clamp(min=1e-300))
+    center = torch.where(
+        empty, x.gather(1, cuts[:, :-1].clamp(max=x.shape[1] - 1)), s / m.clamp(min=1e-300)
+    )
     return center, (q - s * s / m.clamp(min=1e-300)).masked_fill(empty, 0).clamp(min=0).sum(1)
 
 
 def _few(ordered: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Which lists have no more different values than levels; and the first ``levels`` different values of each, padded."""
+    """Which lists have no more different values than levels; and the first ``levels`` different
+    values of each, padded.
+    """
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     number = new.cumsum(1) - 1

@@ -11,7 +11,9 @@ import torch
 
 
 class Team(ctypes.Structure):
-    """Entries of an OpenMP runtime, for compiled code that shares its threads; all null where there is none."""
+    """Entries of an OpenMP runtime, for compiled code that shares its threads; all null where there
+    is none.
+    """
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("parallel", "number", "count")]
 
@@ -25,7 +27,11 @@ def team() -> Team:
     """The OpenMP runtime torch has loaded, on Linux."""
     torch.ones(1 << 16).add_(1)  # a parallel region, so that the runtime is surely there
     try:
-        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if _RUNTIMES.search(line)}
+        loaded = {
+            line.split()[-1]
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if _RUNTIMES.search(line)
+        }
     except OSError:
         return Team()
     torchs = {path for path in loaded if Path(path).is_relative_to(Path(torch.__file__).parent)}

@@ -1,4 +1,6 @@
-"""A weight on codebooks of its columns as it lies on disk and in a loaded model: packed, columns sorted by width, outliers apart."""
+"""A weight on codebooks of its columns as it lies on disk and in a loaded model: packed, columns
+sorted by width, outliers apart.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ class Segment:
     Attributes:
         bits: of their codes, 1 to 8.
         columns: (n,) int32, the input channel of each.
-        codes: (ceil(n * bits / 32), out) int32: per output a dense little-endian bit stream over the n columns, code i in bits
-            [i * bits, i * bits + bits). Outputs are contiguous: neighbouring lanes take neighbouring outputs.
+        codes: (ceil(n * bits / 32), out) int32: per output a dense little-endian bit stream over
+            the n columns, code i in bits [i * bits, i * bits + bits). Outputs are contiguous:
+            neighbouring lanes take neighbouring outputs.
         levels: (n, 2**bits) float16, ascending.
     """
 
@@ -33,7 +36,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sparse:
-    """Weights kept apart, by output row (CSR). They replace what the codes say, they are not added to it.
+    """Weights kept apart, by output row (CSR). They replace what the codes say, they are not added
+    to it.
 
     Attributes:
         starts: (out + 1,) int32; row r has entries starts[r] ... starts[r + 1] - 1.
@@ -54,7 +58,8 @@ class PackedColumns:
         shape: (out, in).
         segments: by rising width; every input channel is in exactly one of them.
         sparse: None without outliers.
-        dtype: to which levels and outliers are rounded when they are decoded, that of the checkpoint.
+        dtype: to which levels and outliers are rounded when they are decoded, that of the
+            checkpoint.
     """
 
     shape: tuple[int, int]
@@ -64,20 +69,24 @@ class PackedColumns:
 
 
 def check(packed: PackedColumns, name: str = "a packed weight", books: int | None = None) -> None:
-    """Refuse a weight that the kernels could not read: they follow its indices without looking. Once, when it is loaded.
+    """Refuse a weight that the kernels could not read: they follow its indices without looking.
+    Once, when it is loaded.
 
     Args:
         name: what to call it in the error.
         books: how many codebooks it has, if not one for every column.
 
     Raises:
-        LowbitError: what is wrong: a shape, dtype, device or layout, columns that are not a permutation, an index that is out of
-            range, rows of outliers that do not follow one another, levels that do not ascend.
+        LowbitError: what is wrong: a shape, dtype, device or layout, columns that are not a
+            permutation, an index that is out of range, rows of outliers that do not follow one
+            another, levels that do not ascend.
     """
     try:
         _check(packed, books)
     except _DamageError as e:
-        raise LowbitError(f"{name} is damaged: {e}. Make its artifact again, or download it again.") from e
+        raise LowbitError(
+            f"{name} is damaged: {e}. Make its artifact again, or download it again."
+        ) from e
 
 
 def check_sparse(sparse: Sparse, shape: tuple[int, int], name: str) -> None:
@@ -85,7 +94,9 @@ def check_sparse(sparse: Sparse, shape: tuple[int, int], name: str) -> None:
     try:
         _check_sparse(sparse, *shape)
     except _DamageError as e:
-        raise LowbitError(f"{name} is damaged: {e}. Make its artifact again, or download it again.") from e
+        raise LowbitError(
+            f"{name} is damaged: {e}. Make its artifact again, or download it again."
+        ) from e
 
 
 class _DamageError(Exception):
@@ -97,14 +108,23 @@ def _check(packed: PackedColumns, books: int | None) -> None:
     _demand(out > 0 and inputs > 0, f"its shape is {out} x {inputs}")
     _demand(packed.dtype in DTYPES, f"its dtype is {packed.dtype}")
     widths = [s.bits for s in packed.segments]
-    _demand(widths == sorted(set(widths)) and bool(widths), f"its segments have the widths {widths}, which must be some and rise")
+    _demand(
+        widths == sorted(set(widths)) and bool(widths),
+        f"its segments have the widths {widths}, which must be some and rise",
+    )
     for segment in packed.segments:
         _check_segment(segment, out, books)
     device = packed.segments[0].codes.device
-    _demand(all(t.device == device and t.is_contiguous() for t in _tensors(packed)), "its tensors are not contiguous on one device")
+    _demand(
+        all(t.device == device and t.is_contiguous() for t in _tensors(packed)),
+        "its tensors are not contiguous on one device",
+    )
     columns = torch.cat([s.columns for s in packed.segments]).sort().values
     everyone = torch.arange(inputs, dtype=torch.int32, device=device)
-    _demand(torch.equal(columns, everyone), f"the columns of its segments are not a permutation of the {inputs} inputs")
+    _demand(
+        torch.equal(columns, everyone),
+        f"the columns of its segments are not a permutation of the {inputs} inputs",
+    )
     if packed.sparse is not None:
         _check_sparse(packed.sparse, out, inputs)
 
@@ -116,11 +136,18 @@ def _demand(holds: bool, otherwise: str) -> None:
 
 def _tensors(packed: PackedColumns) -> list[Tensor]:
     parts = [t for s in packed.segments for t in (s.columns, s.codes, s.levels)]
-    return parts if packed.sparse is None else [*parts, packed.sparse.starts, packed.sparse.columns, packed.sparse.values]
+    return (
+        parts
+        if packed.sparse is None
+        else [*parts, packed.sparse.starts, packed.sparse.columns, packed.sparse.values]
+    )
 
 
 def _has(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
-    _demand(tuple(t.shape) == shape and t.dtype == dtype, f"{what} are {tuple(t.shape)} {t.dtype}, not {shape} {dtype}")
+    _demand(
+        tuple(t.shape) == shape and t.dtype == dtype,
+        f"{what} are {tuple(t.shape)} {t.dtype}, not {shape} {dtype}",
+    )
 
 
 def _check_segment(segment: Segment, out: int, books: int | None) -> None:
@@ -145,5 +172,8 @@ def _check_sparse(sparse: Sparse, out: int, inputs: int) -> None:
     inside = not n or (int(sparse.columns.min()) >= 0 and int(sparse.columns.max()) < inputs)
     _demand(inside, f"a column of its outliers is not one of the {inputs} inputs")
     rows = torch.repeat_interleave(torch.arange(out, device=counts.device), counts)
-    _demand(bool(((rows * inputs + sparse.columns).diff() > 0).all()), "the columns of its outliers do not ascend within a row")
+    _demand(
+        bool(((rows * inputs + sparse.columns).diff() > 0).all()),
+        "the columns of its outliers do not ascend within a row",
+    )
     _demand(bool(sparse.values.isfinite().all()), "its outliers are not finite")

@@ -1,4 +1,6 @@
-"""What happens to activations on their way into a product: on a linear's input, and on the keys and values of attention."""
+"""What happens to activations on their way into a product: on a linear's input, and on the keys and
+values of attention.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class Reading:
     Attributes:
         rotation: online rotation R; the weight holds W R, so that the product is unchanged.
         grid: quantizes what enters the product.
-        factor: (channels,) what a transform under trial would divide the activation by; None once it is folded.
+        factor: (channels,) what a transform under trial would divide the activation by; None once
+            it is folded.
     """
 
     rotation: Rotation | None = None
@@ -48,11 +51,13 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class KVGrid:
-    """Keys and values, (rows, heads, length, head width), as a quantized cache would give them back.
+    """Keys and values, (rows, heads, length, head width), as a quantized cache would give them
+    back.
 
     Attributes:
         grid: applied to each head of each token.
-        rotation: of a head, applied to keys before the grid and undone after it: what rotating queries and keys amounts to.
+        rotation: of a head, applied to keys before the grid and undone after it: what rotating
+            queries and keys amounts to.
     """
 
     grid: PerToken
@@ -74,13 +79,16 @@ class QuantizedStates:
     """Stands where an attention layer expects its cache, and quantizes what is put into it.
 
     Args:
-        kv: the grid. inner: the cache that keeps the states, None to keep nothing (a pass over whole rows).
+        kv: the grid. inner: the cache that keeps the states, None to keep nothing (a pass over
+            whole rows).
     """
 
     def __init__(self, kv: KVGrid, inner: Any = None) -> None:
         self._kv, self._inner = kv, inner
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Quantize new keys and values; give back all that attention should see."""
         key_states, value_states = self._kv.keys(key_states), self._kv.values(value_states)
         if self._inner is None:

@@ -1,7 +1,8 @@
 """Orthogonal Hadamard rotations as Kronecker products, applied to the last dimension of a tensor.
 
-A Hadamard matrix of size 2**m * K is the product of a Sylvester matrix and a tabulated K x K one (K = 1, 12, 20, 28, ...); the
-tables are those that come with compressed-tensors. An artifact stores the K x K matrix it was made with.
+A Hadamard matrix of size 2**m * K is the product of a Sylvester matrix and a tabulated K x K one (K
+= 1, 12, 20, 28, ...); the tables are those that come with compressed-tensors. An artifact stores
+the K x K matrix it was made with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _DENSE = 64  # Sylvester factors up to this size are applied as one matrix produ
 
 def sylvester(size: int) -> Tensor:
     """The (size, size) int8 matrix of +-1 for a power of two."""
-    h = torch.ones(1, 1, dtype=torch.int8, device="cpu")  # also while a loader builds on the meta device
+    # Also while a loader builds on the meta device.
+    h = torch.ones(1, 1, dtype=torch.int8, device="cpu")
     while len(h) < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h
@@ -64,7 +66,10 @@ def hadamard_factors(size: int, what: str) -> tuple[Tensor, ...]:
                 break
             k *= 2
         else:
-            raise LowbitError(f"{what} is {size} = {size // odd} x {odd}: no Hadamard matrix of that size is known here, so it cannot be rotated.")
+            raise LowbitError(
+                f"{what} is {size} = {size // odd} x {odd}: no Hadamard matrix of that size is "
+                "known here, so it cannot be rotated."
+            )
     while rest > 1:
         factors.insert(0, sylvester(min(rest, _DENSE)))
         rest //= min(rest, _DENSE)
@@ -76,11 +81,14 @@ class Rotation:
     """x -> x R with R = (F_1 kron ... kron F_n) / sqrt(size of the factors that are matrices).
 
     Attributes:
-        factors: matrices of +-1 with orthogonal rows, int8, or a number n for the identity of that size.
+        factors: matrices of +-1 with orthogonal rows, int8, or a number n for the identity of that
+            size.
     """
 
     factors: tuple[Tensor | int, ...]
-    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, ...]] = field(default_factory=dict, init=False, repr=False)
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, ...]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def hadamard(cls, size: int, what: str = "the dimension") -> Rotation:
@@ -104,11 +112,15 @@ class Rotation:
 
     @property
     def scale(self) -> float:
-        """1 / sqrt(size of the factors that are matrices), what their product of +-1 is multiplied by."""
+        """1 / sqrt(size of the factors that are matrices), what their product of +-1 is multiplied
+        by.
+        """
         return 1 / math.sqrt(math.prod([len(f) for f in self.factors if not isinstance(f, int)]))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size), in x's dtype, computed in float32 at least; differentiable."""
+        """(..., size) -> (..., size), in x's dtype, computed in float32 at least;
+        differentiable.
+        """
         return self._applied(x, inverse=False)
 
     def inverse(self, x: Tensor) -> Tensor:
@@ -116,7 +128,8 @@ class Rotation:
         return self._applied(x, inverse=True)
 
     def _applied(self, x: Tensor, inverse: bool) -> Tensor:
-        # 16 bits would round the scale (1/sqrt(28) by 0.24 % in bfloat16) and every sum between two factors; signs are exact in any.
+        # 16 bits would round the scale (1/sqrt(28) by 0.24 % in bfloat16) and every sum between two
+        # factors; signs are exact in any.
         wide = torch.promote_types(x.dtype, torch.float32)
         y = x.to(wide).reshape(*x.shape[:-1], *self.shape)
         for at, matrix in enumerate(self._placed(x.device, wide), x.dim() - 1):
@@ -125,12 +138,17 @@ class Rotation:
         return (y.reshape(x.shape) * self.scale).to(x.dtype)
 
     def _placed(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """The factors on a device in a floating-point dtype, None for an identity. Kept: a copy would make every pass wait for it."""
+        """The factors on a device in a floating-point dtype, None for an identity. Kept: a copy
+        would make every pass wait for it.
+        """
         kept = self._copies.get((device, dtype))
         if kept is None:
             with torch.inference_mode(False):  # else a later pass with gradients could not use them
-                kept = tuple(None if isinstance(f, int) else f.to(device, dtype) for f in self.factors)
-            if not torch.compiler.is_compiling():  # a tracer's tensors mean nothing outside of its graph
+                kept = tuple(
+                    None if isinstance(f, int) else f.to(device, dtype) for f in self.factors
+                )
+            # A tracer's tensors mean nothing outside of its graph.
+            if not torch.compiler.is_compiling():
                 self._copies[device, dtype] = kept
         return kept
 

@@ -1,7 +1,7 @@
 """Products with a weight on codebooks of its columns, which stays packed.
 
-One operation with a torch body (`reference`) and faster versions of it: compiled C on the CPU, Triton on CUDA. Nothing is compiled,
-and no accelerator is touched, before the first product.
+One operation with a torch body (`reference`) and faster versions of it: compiled C on the CPU,
+Triton on CUDA. Nothing is compiled, and no accelerator is touched, before the first product.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def linear(x: Tensor, packed: PackedColumns, backend: str | None = None) -> Tens
 
     Args:
         x: (..., in) float32, bfloat16 or float16.
-        packed: on x's device, and accepted by `check` when it was loaded: the indices in it are followed without another look.
+        packed: on x's device, and accepted by `check` when it was loaded: the indices in it are
+            followed without another look.
         backend: "reference", "cpu" or "triton"; None takes the fastest one there is.
 
     Returns:
@@ -37,12 +38,19 @@ def linear(x: Tensor, packed: PackedColumns, backend: str | None = None) -> Tens
         LowbitError: x does not fit the weight, or the backend is not available for it here.
     """
     if x.dtype not in DTYPES:
-        raise LowbitError(f"a packed weight is multiplied by float32, bfloat16 or float16, not {x.dtype}.")
+        raise LowbitError(
+            f"a packed weight is multiplied by float32, bfloat16 or float16, not {x.dtype}."
+        )
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
-        raise LowbitError(f"a packed weight of {packed.shape[0]} x {packed.shape[1]} cannot be multiplied by {tuple(x.shape)}.")
+        raise LowbitError(
+            f"a packed weight of {packed.shape[0]} x {packed.shape[1]} cannot be multiplied by "
+            f"{tuple(x.shape)}."
+        )
     where = packed.segments[0].codes.device
     if x.device != where:
-        raise LowbitError(f"a packed weight lies on {where}, its input on {x.device}. Move one of them.")
+        raise LowbitError(
+            f"a packed weight lies on {where}, its input on {x.device}. Move one of them."
+        )
     product = _BACKENDS.get(backend or _fastest(x))
     if product is None:
         raise unknown("backend", str(backend), _BACKENDS)
@@ -56,7 +64,12 @@ def linear(x: Tensor, packed: PackedColumns, backend: str | None = None) -> Tens
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedColumns, product: Callable[[Tensor, PackedColumns], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: PackedColumns,
+        product: Callable[[Tensor, PackedColumns], Tensor],
+    ) -> Tensor:
         ctx.packed = packed
         return product(x, packed)
 
@@ -79,20 +92,36 @@ def _has_triton() -> bool:
 def _on_cpu(x: Tensor, packed: PackedColumns) -> Tensor:
     code = cpu.library()
     if code is None:
-        raise LowbitError("backend 'cpu' found no C compiler (or LOWBIT_NO_COMPILER is set). Install gcc or clang, or use 'reference'.")
+        raise LowbitError(
+            "backend 'cpu' found no C compiler (or LOWBIT_NO_COMPILER is set). Install gcc or "
+            "clang, or use 'reference'."
+        )
     if x.device.type != "cpu":
-        raise LowbitError(f"backend 'cpu' was asked for a weight on {x.device}. Move both to the CPU, or use 'triton' or 'reference'.")
+        raise LowbitError(
+            f"backend 'cpu' was asked for a weight on {x.device}. Move both to the CPU, or use "
+            "'triton' or 'reference'."
+        )
     return cpu.product(x, packed, code)
 
 
 def _on_gpu(x: Tensor, packed: PackedColumns) -> Tensor:
     if not _has_triton():
-        raise LowbitError("backend 'triton' needs the package triton (pip install triton). Without it use 'reference'.")
+        raise LowbitError(
+            "backend 'triton' needs the package triton (pip install triton). Without it use "
+            "'reference'."
+        )
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise LowbitError(f"backend 'triton' was asked for a weight on {x.device}; it needs CUDA. Use 'reference' or 'cpu'.")
+        raise LowbitError(
+            f"backend 'triton' was asked for a weight on {x.device}; it needs CUDA. Use "
+            "'reference' or 'cpu'."
+        )
     from . import gpu
 
     return gpu.product(x, packed)
 
 
-_BACKENDS: dict[str, Callable[[Tensor, PackedColumns], Tensor]] = {"reference": reference.product, "cpu": _on_cpu, "triton": _on_gpu}
+_BACKENDS: dict[str, Callable[[Tensor, PackedColumns], Tensor]] = {
+    "reference": reference.product,
+    "cpu": _on_cpu,
+    "triton": _on_gpu,
+}

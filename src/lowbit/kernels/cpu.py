@@ -1,4 +1,6 @@
-"""The product on the CPU in compiled C (columns.c): for few tokens from the packed codes, for many through decoded tiles."""
+"""The product on the CPU in compiled C (columns.c): for few tokens from the packed codes, for many
+through decoded tiles.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from .reference import TILE as _TILE
 from .reference import tiles
 
 _SOURCE = Path(__file__).with_name("columns.c")
-_FEW = 32  # tokens up to which the codes are read again for each handful of them, rather than decoded for a matrix product
+# tokens up to which the codes are read again for each handful of them, rather than decoded for a
+# matrix product
+_FEW = 32
 
 
 class _Segment(ctypes.Structure):
@@ -61,7 +65,11 @@ def product(x: Tensor, packed: PackedColumns, code: ctypes.CDLL) -> Tensor:
     """
     given = x.float().contiguous()
     weight, _kept = _described(packed)
-    y = _from_codes(given, packed, code, weight) if 0 < len(x) <= _FEW else _from_tiles(given, packed, code, weight)
+    y = (
+        _from_codes(given, packed, code, weight)
+        if 0 < len(x) <= _FEW
+        else _from_tiles(given, packed, code, weight)
+    )
     return y.to(x.dtype)
 
 
@@ -70,7 +78,9 @@ def _described(packed: PackedColumns) -> tuple[_Weight, list[Tensor]]:
     kept = [_padded_levels(s.levels.to(packed.dtype).float(), s.bits) for s in packed.segments]
     parts = (_Segment * len(kept))(
         *(
-            _Segment(s.bits, s.columns.numel(), pointer(s.columns), pointer(s.codes), pointer(levels))
+            _Segment(
+                s.bits, s.columns.numel(), pointer(s.columns), pointer(s.codes), pointer(levels)
+            )
             for s, levels in zip(packed.segments, kept, strict=True)
         )
     )
@@ -89,18 +99,34 @@ def _padded_levels(levels: Tensor, bits: int) -> Tensor:
 
 def _from_codes(x: Tensor, packed: PackedColumns, code: ctypes.CDLL, weight: _Weight) -> Tensor:
     y = torch.empty(len(x), packed.shape[0])
-    if code.columns_product(ctypes.byref(weight), pointer(x), ctypes.c_int64(len(x)), pointer(y), ctypes.c_int64(threads())):
-        raise MemoryError(f"no memory for the product of {len(x)} tokens with a weight of {packed.shape[0]} x {packed.shape[1]}")
+    if code.columns_product(
+        ctypes.byref(weight),
+        pointer(x),
+        ctypes.c_int64(len(x)),
+        pointer(y),
+        ctypes.c_int64(threads()),
+    ):
+        raise MemoryError(
+            f"no memory for the product of {len(x)} tokens with a weight of {packed.shape[0]} x "
+            f"{packed.shape[1]}"
+        )
     return y
 
 
 def _from_tiles(x: Tensor, packed: PackedColumns, code: ctypes.CDLL, weight: _Weight) -> Tensor:
     y = torch.empty(len(x), packed.shape[0])
     spans = list(tiles(packed, _TILE))
-    memory = torch.empty(packed.shape[1] * spans[0].stop)  # taken once: new pages would cost more than the decoding
+    # Taken once: new pages would cost more than the decoding.
+    memory = torch.empty(packed.shape[1] * spans[0].stop)
     for rows in spans:
         count = rows.stop - rows.start
         w = memory[: packed.shape[1] * count].view(packed.shape[1], count)
-        code.columns_decode(ctypes.byref(weight), ctypes.c_int64(rows.start), ctypes.c_int64(count), pointer(w), ctypes.c_int64(threads()))
+        code.columns_decode(
+            ctypes.byref(weight),
+            ctypes.c_int64(rows.start),
+            ctypes.c_int64(count),
+            pointer(w),
+            ctypes.c_int64(threads()),
+        )
         y[:, rows] = x @ w
     return y

@@ -1,7 +1,8 @@
 """x W^T in integers: 8-bit codes on both sides, sums in int32, scales applied to the sums.
 
-With q the codes of x and p those of W, s, z and r, y their scales and zero points, the product is s r (q - z)(p - y)^T. The sum
-over int8 codes is `torch._int_mm`; zero points add what row sums tell. All of it is exact; only the scales are floating point.
+With q the codes of x and p those of W, s, z and r, y their scales and zero points, the product is s
+r (q - z)(p - y)^T. The sum over int8 codes is `torch._int_mm`; zero points add what row sums tell.
+All of it is exact; only the scales are floating point.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class IntegerWeight:
 
     Attributes:
         codes: (out, in) int8, 8-bit codes less 128. sums: (out, groups) int32, their sums.
-        zero_point: (out, groups) int32, less 128 likewise. scale: (out, groups) float32. group: inputs that share a scale.
+        zero_point: (out, groups) int32, less 128 likewise. scale: (out, groups) float32. group:
+            inputs that share a scale.
     """
 
     codes: Tensor
@@ -38,17 +40,24 @@ class IntegerWeight:
         """From codes and scales.
 
         Raises:
-            LowbitError: not a uniform grid, weights are kept apart, or it is too wide for 32-bit sums.
+            LowbitError: not a uniform grid, weights are kept apart, or it is too wide for 32-bit
+                sums.
         """
         if not isinstance(q.grid, Affine) or q.outliers is not None:
-            raise LowbitError(f"'{name}' is not on a uniform grid alone: it has no integer product.")
+            raise LowbitError(
+                f"'{name}' is not on a uniform grid alone: it has no integer product."
+            )
         group = q.grid.group(q.codes.shape[1])
         if group > _MOST_INPUTS:
-            raise LowbitError(f"'{name}' sums {group} products: more than {_MOST_INPUTS} can exceed 32 bits.")
+            raise LowbitError(
+                f"'{name}' sums {group} products: more than {_MOST_INPUTS} can exceed 32 bits."
+            )
         shift = 128 if q.grid.bits == 8 else 0
         codes = (q.codes.to(torch.int16) - shift).to(torch.int8)
         sums = codes.view(len(codes), -1, group).sum(-1, dtype=torch.int32)
-        return cls(codes, sums, q.params.zero_point.to(torch.int32) - shift, q.params.scale.float(), group)
+        return cls(
+            codes, sums, q.params.zero_point.to(torch.int32) - shift, q.params.scale.float(), group
+        )
 
     def accumulate(self, codes: Tensor, zero_point: Tensor, group: int) -> Tensor:
         """(q - z)(p - y)^T over one group of inputs, exact.
@@ -69,7 +78,8 @@ class IntegerWeight:
 
 
 def linear(x: Tensor, weight: IntegerWeight, grid: PerToken | LLMInt8) -> Tensor:
-    """x on its grid times W^T, in integers; channels that LLM.int8() keeps are multiplied in x's dtype.
+    """x on its grid times W^T, in integers; channels that LLM.int8() keeps are multiplied in x's
+    dtype.
 
     Args:
         x: (..., in) float.
@@ -96,7 +106,9 @@ def columns(weight: IntegerWeight, at: Tensor) -> Tensor:
 
 
 def quantized(x: Tensor, grid: PerToken) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, in) float -> codes (n, in) int8, scale (n, 1) float32, zero_point (n, 1) int32; 8-bit codes and their zero points less 128."""
+    """(n, in) float -> codes (n, in) int8, scale (n, 1) float32, zero_point (n, 1) int32; 8-bit
+    codes and their zero points less 128.
+    """
     codes, scale, zero_point = grid.codes(x)
     shift = 128 if grid.bits == 8 else 0
     return codes.sub_(shift).to(torch.int8), scale, zero_point.to(torch.int32) - shift

@@ -1,4 +1,6 @@
-"""What a weight on codebooks of its columns means, in plain torch on any device. The other backends are tested against it."""
+"""What a weight on codebooks of its columns means, in plain torch on any device. The other backends
+are tested against it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ TILE = 1 << 21  # weights decoded at a time
 
 
 def decode(packed: PackedColumns, rows: slice = slice(None)) -> Tensor:
-    """The weights of some outputs: levels looked up, outliers in their place, all rounded to ``packed.dtype``.
+    """The weights of some outputs: levels looked up, outliers in their place, all rounded to
+    ``packed.dtype``.
 
     Args:
         packed: as `check` accepts it.
@@ -28,12 +31,16 @@ def decode(packed: PackedColumns, rows: slice = slice(None)) -> Tensor:
     if not len(w):
         return w
     for segment in packed.segments:
-        w.index_copy_(1, segment.columns.long(), _looked_up(segment, slice(first, last), packed.dtype))
+        w.index_copy_(
+            1, segment.columns.long(), _looked_up(segment, slice(first, last), packed.dtype)
+        )
     if packed.sparse is not None:
         starts = packed.sparse.starts[first : last + 1].long()
         entries = slice(int(starts[0]), int(starts[-1]))
         of_entry = torch.repeat_interleave(torch.arange(len(w), device=w.device), starts.diff())
-        w[of_entry, packed.sparse.columns[entries].long()] = packed.sparse.values[entries].to(packed.dtype).float()
+        w[of_entry, packed.sparse.columns[entries].long()] = (
+            packed.sparse.values[entries].to(packed.dtype).float()
+        )
     return w
 
 
@@ -54,7 +61,8 @@ def tiles(packed: PackedColumns, weights: int = TILE) -> Iterator[slice]:
 def product(x: Tensor, packed: PackedColumns) -> Tensor:
     """x W^T, some outputs at a time.
 
-    In float32; on an accelerator in the dtype that x and the weight share, if they do: that loses nothing of the weight.
+    In float32; on an accelerator in the dtype that x and the weight share, if they do: that loses
+    nothing of the weight.
 
     Args:
         x: (tokens, in) float32, bfloat16 or float16.
@@ -71,7 +79,9 @@ def product(x: Tensor, packed: PackedColumns) -> Tensor:
 
 
 def transposed_product(y: Tensor, packed: PackedColumns) -> Tensor:
-    """y W, some outputs at a time: what a gradient needs. (tokens, out) -> (tokens, in) in y's dtype."""
+    """y W, some outputs at a time: what a gradient needs. (tokens, out) -> (tokens, in) in y's
+    dtype.
+    """
     x = torch.zeros(y.shape[0], packed.shape[1], device=y.device)
     for rows in tiles(packed):
         x += y[:, rows].float() @ decode(packed, rows)

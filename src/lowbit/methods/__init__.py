@@ -1,4 +1,6 @@
-"""One paper, one file. Every method is a frozen dataclass of that paper's knobs, called with a Block, returning a Block."""
+"""One paper, one file. Every method is a frozen dataclass of that paper's knobs, called with a
+Block, returning a Block.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,22 @@ from .smoothquant import SmoothQuant as SmoothQuant
 from .tesseraq import TesseraQ as TesseraQ
 
 Method = Union[QuaRot, SmoothQuant, CrossQuant, AWQ, OmniQuant, RTN, GPTQ, CLAQ, TesseraQ]
-SOLVERS = (RTN, GPTQ, CLAQ, TesseraQ)  # end on codes; what changes weights or ranges comes before them
+# End on codes; what changes weights or ranges comes before them.
+SOLVERS = (
+    RTN,
+    GPTQ,
+    CLAQ,
+    TesseraQ,
+)
 
 METHODS: dict[str, type[Method]] = {
-    "quarot": QuaRot, "smoothquant": SmoothQuant, "crossquant": CrossQuant, "awq": AWQ, "omniquant": OmniQuant,
-    "rtn": RTN, "gptq": GPTQ, "claq": CLAQ, "tesseraq": TesseraQ,
-}  # fmt: skip
+    "quarot": QuaRot,
+    "smoothquant": SmoothQuant,
+    "crossquant": CrossQuant,
+    "awq": AWQ,
+    "omniquant": OmniQuant,
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "claq": CLAQ,
+    "tesseraq": TesseraQ,
+}

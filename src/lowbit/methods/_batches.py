@@ -1,4 +1,6 @@
-"""Mini-batches over ranks: the rows that one rank would draw, fetched from whoever holds them, worked on in equal parts."""
+"""Mini-batches over ranks: the rows that one rank would draw, fetched from whoever holds them,
+worked on in equal parts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from ..model.ranks import Ranks
 
 
 def copied(stream: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """Rows of a stream on a device, each copied by itself: an index would have to be sent there first, and the host wait for it.
+    """Rows of a stream on a device, each copied by itself: an index would have to be sent there
+    first, and the host wait for it.
 
     Args:
         stream: (rows, length, hidden). rows: (n,) int64 on the CPU.
@@ -23,11 +26,14 @@ def copied(stream: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     return out
 
 
-def gathered(ranks: Ranks, rows: Tensor, streams: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def gathered(
+    ranks: Ranks, rows: Tensor, streams: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
     """Rows of some streams by their numbers over all ranks.
 
     Args:
-        rows: (n,) int64, the same on all ranks. streams: this rank's rows of each, (local rows, length, hidden), of one dtype.
+        rows: (n,) int64, the same on all ranks. streams: this rank's rows of each, (local rows,
+            length, hidden), of one dtype.
 
     Returns:
         (n, length, hidden) for each stream; on ``device`` if there are several ranks.
@@ -35,20 +41,29 @@ def gathered(ranks: Ranks, rows: Tensor, streams: Sequence[Tensor], device: torc
     if ranks.size == 1:
         return [s[rows] if device.type == "cpu" else copied(s, rows, device) for s in streams]
     own = (rows % ranks.size == ranks.rank).nonzero()[:, 0]
-    out = torch.zeros(len(streams), len(rows), *streams[0].shape[1:], dtype=streams[0].dtype, device=device)
+    out = torch.zeros(
+        len(streams), len(rows), *streams[0].shape[1:], dtype=streams[0].dtype, device=device
+    )
     for filled, stream in zip(out, streams, strict=True):
         filled[own.to(device)] = stream[rows[own] // ranks.size].to(device)
-    ranks.sum_(out.view(torch.uint8))  # one rank has the row and the others zeros: summed as bytes, nothing is rounded
+    # One rank has the row and the others zeros: summed as bytes, nothing is rounded.
+    ranks.sum_(out.view(torch.uint8))
     return list(out)
 
 
-def shared(ranks: Ranks, rows: Tensor, streams: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """This rank's contiguous part of `gathered` rows: the work is balanced whoever holds them. Empty if there are more ranks than rows."""
+def shared(
+    ranks: Ranks, rows: Tensor, streams: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """This rank's contiguous part of `gathered` rows: the work is balanced whoever holds them.
+    Empty if there are more ranks than rows.
+    """
     found = gathered(ranks, rows, streams, device)
     return found if ranks.size == 1 else [f[ranks.share(len(rows))] for f in found]
 
 
-def summed(block: Block, loss: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+def summed(
+    block: Block, loss: Tensor, gradients: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A loss and gradients added over ranks, in float32 at least."""
     if block.ranks.size == 1:
         return loss, tuple(gradients)

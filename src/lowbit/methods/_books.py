@@ -1,4 +1,6 @@
-"""Coding columns on codebooks, and keeping some weights of a column in floating point on the way."""
+"""Coding columns on codebooks, and keeping some weights of a column in floating point on the
+way.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class Reserve:
 
     Args:
         counts: how many of each column, in coding order.
-        two_sided: the count + 1 largest and the count smallest by signed value, as the published code does it, instead of the
-            count largest by magnitude.
+        two_sided: the count + 1 largest and the count smallest by signed value, as the published
+            code does it, instead of the count largest by magnitude.
     """
 
     def __init__(self, counts: Sequence[int], two_sided: bool) -> None:
@@ -43,8 +45,12 @@ class Reserve:
             kept |= values <= values.topk(count, largest=False).values[-1]
         return kept.nonzero()[:, 0]
 
-    def keep(self, column: int, rows: Tensor, values: Tensor, decoded: Tensor, stored: torch.dtype) -> None:
-        """Set these rows of a column aside in float16, and put into ``decoded`` what a loader of a model in ``stored`` sees there."""
+    def keep(
+        self, column: int, rows: Tensor, values: Tensor, decoded: Tensor, stored: torch.dtype
+    ) -> None:
+        """Set these rows of a column aside in float16, and put into ``decoded`` what a loader of a
+        model in ``stored`` sees there.
+        """
         held = values[rows].to(torch.float16)
         decoded[rows] = held.to(stored).to(decoded.dtype)
         self._columns.append(column)
@@ -77,19 +83,32 @@ class ColumnBooks:
         stored: the dtype of the model.
         reserve: picks what stays in floating point; None for nothing.
         cluster_reserved: whether the levels are chosen for what stays, too.
-        levels: "sequential" clusters the column as it has become (CLAQ), "precomputed" as it was, "refined" takes Lloyd steps
-            on the former from the latter.
+        levels: "sequential" clusters the column as it has become (CLAQ), "precomputed" as it was,
+            "refined" takes Lloyd steps on the former from the latter.
     """
 
     period = 1
 
     def __init__(
-        self, weight: Tensor, widths: Tensor, stored: torch.dtype, reserve: Reserve | None = None, *, cluster_reserved: bool = True,
+        self,
+        weight: Tensor,
+        widths: Tensor,
+        stored: torch.dtype,
+        reserve: Reserve | None = None,
+        *,
+        cluster_reserved: bool = True,
         levels: Levels = "sequential",
-    ) -> None:  # fmt: skip
-        self.stored, self.reserve, self.cluster_reserved, self.levels = stored, reserve, cluster_reserved, levels
+    ) -> None:
+        self.stored, self.reserve, self.cluster_reserved, self.levels = (
+            stored,
+            reserve,
+            cluster_reserved,
+            levels,
+        )
         self.widths: list[int] = widths.tolist()
-        self._table = torch.empty(len(self.widths), 1 << max(self.widths), dtype=torch.float32, device=weight.device)
+        self._table = torch.empty(
+            len(self.widths), 1 << max(self.widths), dtype=torch.float32, device=weight.device
+        )
         self._of_widths = widths
         if levels != "sequential":
             self._table.copy_(Codebook(max(self.widths)).fit(weight, widths).levels)
@@ -136,12 +155,15 @@ class SharedBooks:
     """A `Coder` on codebooks that several columns share, chosen before.
 
     Args:
-        grid, params: of the whole weight, inputs as they are. order: (in,) the inputs in coding order.
+        grid, params: of the whole weight, inputs as they are. order: (in,) the inputs in coding
+            order.
     """
 
     period = 1
 
-    def __init__(self, grid: Codebook, params: CodebookParams, order: Tensor, stored: torch.dtype) -> None:
+    def __init__(
+        self, grid: Codebook, params: CodebookParams, order: Tensor, stored: torch.dtype
+    ) -> None:
         self._inputs: list[int] = order.tolist()
         self._grid, self._params, self._stored = grid, params, stored
 
@@ -155,7 +177,9 @@ class SharedBooks:
 
 
 class Reserving:
-    """A `Coder` that lets another code a column, and keeps some of its weights in floating point."""
+    """A `Coder` that lets another code a column, and keeps some of its weights in floating
+    point.
+    """
 
     def __init__(self, coder: Coder, reserve: Reserve, stored: torch.dtype) -> None:
         self._coder, self._reserve, self._stored = coder, reserve, stored
@@ -166,5 +190,7 @@ class Reserving:
 
     def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
         codes, decoded = self._coder.code(column, values, current)
-        self._reserve.keep(column, self._reserve.pick(column, values), values, decoded, self._stored)
+        self._reserve.keep(
+            column, self._reserve.pick(column, values), values, decoded, self._stored
+        )
         return codes, decoded

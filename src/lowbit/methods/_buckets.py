@@ -1,7 +1,9 @@
-"""Soft weights of linears that share a layout, by kind of grid: how their variables make levels and move.
+"""Soft weights of linears that share a layout, by kind of grid: how their variables make levels and
+move.
 
-A bucket holds all of them in one matrix, so that the weights of a step are made in one pass over memory whatever the number of
-linears. What a weight is made of, and how rounding variables move, is `_rounding`'s.
+A bucket holds all of them in one matrix, so that the weights of a step are made in one pass over
+memory whatever the number of linears. What a weight is made of, and how rounding variables move, is
+`_rounding`'s.
 """
 
 from __future__ import annotations
@@ -18,14 +20,19 @@ from . import _rounding
 from ._rounding import FROZEN, Adam, inverse_rectified, moved, rectified, slope
 from ._sums import sums_by
 
-_LEAST_AIM, _MOST_AIM = 0.02, 0.2  # measured: 0.5 ends no better than without the round, 0.15 to 0.25 are alike
+# Measured: 0.5 ends no better than without the round, 0.15 to 0.25 are alike.
+_LEAST_AIM, _MOST_AIM = (
+    0.02,
+    0.2,
+)
 
 
 def aimed(gradient: Tensor, curvature: Tensor, unit: Tensor, outside: Tensor) -> Tensor:
-    """nu for a restart: h is half the weight's own Newton step in units of the way to its other value, kept small.
+    """nu for a restart: h is half the weight's own Newton step in units of the way to its other
+    value, kept small.
 
-    All weights start at once, and together the full steps overshoot by far. Where there is no other value, h makes the weight
-    freeze first.
+    All weights start at once, and together the full steps overshoot by far. Where there is no other
+    value, h makes the weight freeze first.
     """
     newton = (gradient / curvature.clamp(min=1e-30) / unit).abs()
     return inverse_rectified((0.5 * newton).clamp_(_LEAST_AIM, _MOST_AIM).masked_fill_(outside, 0))
@@ -58,7 +65,9 @@ class Bucket(Protocol):
         ...
 
     def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
-        """Move one linear's nu against its (rows, length) gradient by what `values` gave last, and note the gradient by v."""
+        """Move one linear's nu against its (rows, length) gradient by what `values` gave last, and
+        note the gradient by v.
+        """
         ...
 
     def retune(self, adam: Adam, decay: float) -> None:
@@ -70,7 +79,9 @@ class Bucket(Protocol):
         ...
 
     def aim(self, rows: slice, gradient: Tensor, curvature: Tensor) -> None:
-        """Let one linear's weights start again between their codes and the neighbours toward which the loss falls."""
+        """Let one linear's weights start again between their codes and the neighbours toward which
+        the loss falls.
+        """
         ...
 
 
@@ -103,16 +114,18 @@ class Room:
         return self._held
 
 
-# --- uniform grids ---------------------------------------------------------------------------------------------------------
+# --- uniform grids --------------------------------------------------------------------------------
 
 
 class AffineBucket:
-    """weight = (code + way * h(nu) - zero point) * stored(scale * phi(v)), phi(v) = 2 h(v): one row per group of weights.
+    """weight = (code + way * h(nu) - zero point) * stored(scale * phi(v)), phi(v) = 2 h(v): one row
+    per group of weights.
 
     ``way`` is +1, -1 or 0 (0: the other code lies outside the range).
 
     Args:
-        block: what is tuned. names: linears whose groups have the same length. from_codes: start on their codes, frozen.
+        block: what is tuned. names: linears whose groups have the same length. from_codes: start on
+            their codes, frozen.
     """
 
     def __init__(self, block: Block, names: Sequence[str], from_codes: bool) -> None:
@@ -125,16 +138,25 @@ class AffineBucket:
             assert isinstance(grid, Affine)
             params = block.coded[name].params if from_codes else block.range_of(name)
             self.group = grid.group(weight.shape[1])
-            scale, zero = params.scale.reshape(-1, 1).float(), params.zero_point.reshape(-1, 1).float()
+            scale, zero = (
+                params.scale.reshape(-1, 1).float(),
+                params.zero_point.reshape(-1, 1).float(),
+            )
             if from_codes:
                 code = block.coded[name].codes.reshape(-1, self.group)
-                start = torch.full(code.shape, -FROZEN, device=code.device), code, torch.zeros_like(code, dtype=torch.int8)
+                start = (
+                    torch.full(code.shape, -FROZEN, device=code.device),
+                    code,
+                    torch.zeros_like(code, dtype=torch.int8),
+                )
             else:
                 start = _around(weight.reshape(-1, self.group).float() / scale, zero, grid.top)
             parts.append((*start, scale, zero))
             self.grids.append((slice(at, at + len(scale)), grid))
             at += len(scale)
-        self.nu, self.code, self.way, self.scale, self.zero_point = (torch.cat(column) for column in zip(*parts, strict=True))
+        self.nu, self.code, self.way, self.scale, self.zero_point = (
+            torch.cat(column) for column in zip(*parts, strict=True)
+        )
         self.v = torch.zeros_like(self.scale)
         self._nu_moments, self._v_moments, self._room = Moments(self.nu), Moments(self.v), Room()
         self._by_scale = torch.zeros_like(self.scale)
@@ -152,13 +174,23 @@ class AffineBucket:
         return flat[rows].view(shape)
 
     def stored_scale(self) -> Tensor:
-        """The dequantization scale as the artifact will hold it; rounding is transparent to gradients."""
+        """The dequantization scale as the artifact will hold it; rounding is transparent to
+        gradients.
+        """
         scale = self.scale * (2 * rectified(self.v))
         return scale.to(self.stored).clamp(min=torch.finfo(self.stored).tiny).float()
 
     def values(self, dtype: torch.dtype) -> Tensor:
         self._now = self.stored_scale()
-        return _rounding.weights(self.nu, self.code, self.way, self.zero_point, self._now, None, self._room.like(self.nu, dtype))
+        return _rounding.weights(
+            self.nu,
+            self.code,
+            self.way,
+            self.zero_point,
+            self._now,
+            None,
+            self._room.like(self.nu, dtype),
+        )
 
     def start(self) -> None:
         self._nu_moments.reset()
@@ -167,17 +199,34 @@ class AffineBucket:
     def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
         m = self._nu_moments
         sums = _rounding.descend(
-            gradient, self.nu[rows], self.code[rows], self.way[rows], self.zero_point[rows], self._now[rows], m.first[rows], m.second[rows], adam
+            gradient,
+            self.nu[rows],
+            self.code[rows],
+            self.way[rows],
+            self.zero_point[rows],
+            self._now[rows],
+            m.first[rows],
+            m.second[rows],
+            adam,
         )
         self._by_scale[rows] = sums[:, :1]
 
     def retune(self, adam: Adam, decay: float) -> None:
         gradient = self._by_scale * self.scale * (2 * slope(self.v))
-        moved(self.v, gradient.add_(self.v, alpha=decay), self._v_moments.first, self._v_moments.second, adam)
+        moved(
+            self.v,
+            gradient.add_(self.v, alpha=decay),
+            self._v_moments.first,
+            self._v_moments.second,
+            adam,
+        )
 
     def coded(self, rows: slice, shape: torch.Size) -> QTensor:
         codes = (self.code[rows] + self.way[rows] * (self.nu[rows] > 0)).to(torch.uint8).view(shape)
-        params = AffineParams(self.stored_scale()[rows].reshape(shape[0], -1).clone(), self.zero_point[rows].reshape(shape[0], -1).clone())
+        params = AffineParams(
+            self.stored_scale()[rows].reshape(shape[0], -1).clone(),
+            self.zero_point[rows].reshape(shape[0], -1).clone(),
+        )
         return QTensor(self._grid(rows), codes, params)
 
     def aim(self, rows: slice, gradient: Tensor, curvature: Tensor) -> None:
@@ -201,14 +250,16 @@ def _around(ratio: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor, Tens
     return inverse_rectified(fraction), low.to(torch.uint8), (high - low).to(torch.int8)
 
 
-# --- codebooks -------------------------------------------------------------------------------------------------------------
+# --- codebooks ------------------------------------------------------------------------------------
 
 
 class BookBucket:
-    """weight = level[base] + h(nu) * (level[other] - level[base]), level = stored(level_0 + gap * (2 h(v) - 1)): a row per book.
+    """weight = level[base] + h(nu) * (level[other] - level[base]), level = stored(level_0 + gap *
+    (2 h(v) - 1)): a row per book.
 
-    ``base`` is a code and ``other`` a neighbouring one, or the same at the ends of a book. What dequantization-scale tuning is
-    to a group, v is to every level: it moves by up to the book's mean gap, and as fast as a scale does.
+    ``base`` is a code and ``other`` a neighbouring one, or the same at the ends of a book. What
+    dequantization-scale tuning is to a group, v is to every level: it moves by up to the book's
+    mean gap, and as fast as a scale does.
 
     Args:
         block: what is tuned. name: the linear. from_codes: start on its codes, frozen.
@@ -227,10 +278,15 @@ class BookBucket:
         self.v = torch.zeros_like(self.level)
         if from_codes:
             self.base = grid.lists(block.coded[name].codes).to(torch.int64)
-            self.other, self.nu = self.base.clone(), torch.full(self.base.shape, -FROZEN, device=weight.device)
+            self.other, self.nu = (
+                self.base.clone(),
+                torch.full(self.base.shape, -FROZEN, device=weight.device),
+            )
         else:
             lists = grid.lists(weight).float().contiguous()
-            self.base = (torch.searchsorted(self.level, lists, right=True) - 1).clamp(min=0).minimum(tops)
+            self.base = (
+                (torch.searchsorted(self.level, lists, right=True) - 1).clamp(min=0).minimum(tops)
+            )
             self.other = (self.base + 1).minimum(tops)
             low, high = self.level.gather(1, self.base), self.level.gather(1, self.other)
             fraction = ((lists - low) / (high - low).clamp(min=1e-30)).clamp(0, 1 - 2**-24)
@@ -264,22 +320,43 @@ class BookBucket:
         gradient = gradient.float()
         upper = gradient * rectified(self.nu)
         count = self.level.shape[1]
-        self._by_level = sums_by(self.other, upper, count).add_(sums_by(self.base, gradient - upper, count))
-        moved(self.nu, gradient * self.way * slope(self.nu), self._nu_moments.first, self._nu_moments.second, adam)
+        self._by_level = sums_by(self.other, upper, count).add_(
+            sums_by(self.base, gradient - upper, count)
+        )
+        moved(
+            self.nu,
+            gradient * self.way * slope(self.nu),
+            self._nu_moments.first,
+            self._nu_moments.second,
+            adam,
+        )
 
     def retune(self, adam: Adam, decay: float) -> None:
         gradient = self._by_level * self.gap * (2 * slope(self.v))
-        moved(self.v, gradient.add_(self.v, alpha=decay), self._v_moments.first, self._v_moments.second, adam)
+        moved(
+            self.v,
+            gradient.add_(self.v, alpha=decay),
+            self._v_moments.first,
+            self._v_moments.second,
+            adam,
+        )
 
     def coded(self, rows: slice, shape: torch.Size) -> QTensor:
         codes = torch.where(self.nu > 0, self.other, self.base)
-        # Levels that tuning has carried past each other change places, and so do their codes; repeated ones stay at the end.
+        # Levels that tuning has carried past each other change places, and so do their codes;
+        # repeated ones stay at the end.
         tops = (1 << self.widths[:, None]) - 1
         place = torch.arange(self.level.shape[1], device=codes.device)
-        ordered, order = self.levels().masked_fill(place > tops, float("inf")).sort(dim=1, stable=True)
+        ordered, order = (
+            self.levels().masked_fill(place > tops, float("inf")).sort(dim=1, stable=True)
+        )
         levels = torch.where(place > tops, ordered.gather(1, tops), ordered)
         codes = order.argsort(1).gather(1, codes)
-        return QTensor(self.grid, self.grid.unlisted(codes.to(torch.uint8), shape[0]), CodebookParams(levels, self.widths.clone()))
+        return QTensor(
+            self.grid,
+            self.grid.unlisted(codes.to(torch.uint8), shape[0]),
+            CodebookParams(levels, self.widths.clone()),
+        )
 
     def aim(self, rows: slice, gradient: Tensor, curvature: Tensor) -> None:
         hard = torch.where(self.nu > 0, self.other, self.base)

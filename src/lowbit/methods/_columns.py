@@ -1,6 +1,8 @@
-"""The column loop: weights are coded one input column at a time, and each column's error is made up for by the columns to come.
+"""The column loop: weights are coded one input column at a time, and each column's error is made up
+for by the columns to come.
 
-Shared by methods that solve argmin ||(W - Q) X||^2 greedily; what a column may be coded to is the coder's business.
+Shared by methods that solve argmin ||(W - Q) X||^2 greedily; what a column may be coded to is the
+coder's business.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ class Coder(Protocol):
     """Codes single columns, and may choose their levels when it first sees them.
 
     Attributes:
-        period: how many columns share levels: ``current`` is promised to be up to date for ``period`` columns from every
-            multiple of ``period`` on. 1 for a coder that looks at no column but its own.
+        period: how many columns share levels: ``current`` is promised to be up to date for
+            ``period`` columns from every multiple of ``period`` on. 1 for a coder that looks at no
+            column but its own.
     """
 
     @property
@@ -40,18 +43,21 @@ class Coder(Protocol):
         Args:
             column: its number in coding order.
             values: (rows,) the column with all earlier errors made up for.
-            current: (rows, columns) the weights so far, not to be kept: coded columns as they were when coded, the others
-                compensated (at a multiple of ``period``, fully so for the next ``period`` columns).
+            current: (rows, columns) the weights so far, not to be kept: coded columns as they were
+                when coded, the others compensated (at a multiple of ``period``, fully so for the
+                next ``period`` columns).
 
         Returns:
-            (rows,) uint8 codes, and (rows,) the values a loader will see, in the dtype of ``values``.
+            (rows,) uint8 codes, and (rows,) the values a loader will see, in the dtype of
+                ``values``.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Uniform levels for a run of columns: code * scale, codes counted from the zero point, clamped to 0 ... top.
+    """Uniform levels for a run of columns: code * scale, codes counted from the zero point, clamped
+    to 0 ... top.
 
     Attributes:
         scale, zero: (groups, rows) float32, contiguous.
@@ -66,7 +72,8 @@ class Steps:
 
 @runtime_checkable
 class UniformCoder(Protocol):
-    """A `Coder` whose levels are uniform and known when a run of columns starts, so that the loop can be compiled.
+    """A `Coder` whose levels are uniform and known when a run of columns starts, so that the loop
+    can be compiled.
 
     Attributes:
         stored: the dtype decoded weights are rounded to.
@@ -75,33 +82,40 @@ class UniformCoder(Protocol):
     stored: torch.dtype
 
     def steps(self, start: int, stop: int, current: Tensor) -> tuple[Steps, int]:
-        """Levels for the columns from ``start`` on, and the column before which they end, ``stop`` at the latest."""
+        """Levels for the columns from ``start`` on, and the column before which they end, ``stop``
+        at the latest.
+        """
         ...
 
 
 def inverse_factor(hessian: Tensor) -> Tensor | None:
-    """The upper triangular U with U^T U = hessian^-1, or None if the matrix is not positive definite to working precision.
+    """The upper triangular U with U^T U = hessian^-1, or None if the matrix is not positive
+    definite to working precision.
 
-    Row c of U, divided by its diagonal element, says how the columns after c answer an error in column c once all before it
-    are settled (GPTQ, section 3.3, step 3).
+    Row c of U, divided by its diagonal element, says how the columns after c answer an error in
+    column c once all before it are settled (GPTQ, section 3.3, step 3).
 
     Args:
         hessian: (columns, columns) symmetric, float64.
     """
-    # With the order of columns reversed, the Cholesky factor of H itself is U^-1: no inverse has to be formed and factored.
+    # With the order of columns reversed, the Cholesky factor of H itself is U^-1: no inverse has to
+    # be formed and factored.
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     noise = len(hessian) * torch.finfo(hessian.dtype).eps * hessian.diagonal().max()
     if int(failed) or not bool(lower.diagonal().square().min() > noise):
         return None
     upper = lower.flip(0, 1)
     del lower  # as large as the Hessian, which may be gigabytes
-    # Column by column of the identity only the leading part of the triangle matters: a third of the work of solving for all.
+    # Column by column of the identity only the leading part of the triangle matters: a third of the
+    # work of solving for all.
     factor = torch.zeros_like(upper)
     for start in range(0, len(upper), _SOLVED):
         stop = min(start + _SOLVED, len(upper))
         unit = torch.zeros(stop, stop - start, dtype=upper.dtype, device=upper.device)
         unit[start:].fill_diagonal_(1)
-        factor[:stop, start:stop] = torch.linalg.solve_triangular(upper[:stop, :stop], unit, upper=True)
+        factor[:stop, start:stop] = torch.linalg.solve_triangular(
+            upper[:stop, :stop], unit, upper=True
+        )
     return factor
 
 
@@ -109,16 +123,22 @@ def code_columns(weight: Tensor, factor: Tensor, coder: Coder, block_size: int) 
     """Code all columns from left to right (GPTQ, algorithm 1).
 
     Args:
-        weight: (rows, columns) float; the arithmetic is done in its dtype. Rows are independent of each other.
+        weight: (rows, columns) float; the arithmetic is done in its dtype. Rows are independent of
+            each other.
         factor: (columns, columns) from `inverse_factor`, in the same dtype.
-        block_size: columns whose errors reach the columns after them in one product. Changes speed and rounding noise only.
+        block_size: columns whose errors reach the columns after them in one product. Changes speed
+            and rounding noise only.
 
     Returns:
         (rows, columns) uint8 codes.
     """
     rest = weight.T.contiguous()  # (columns, rows): what a step reads and writes lies together
     codes = torch.empty_like(rest, dtype=torch.uint8)
-    compiled = library(_SOURCE) if rest.device.type == "cpu" and rest.dtype == factor.dtype == torch.float32 else None
+    compiled = (
+        library(_SOURCE)
+        if rest.device.type == "cpu" and rest.dtype == factor.dtype == torch.float32
+        else None
+    )
     if compiled is not None and isinstance(coder, UniformCoder) and coder.stored in _STORED:
         factor = factor.contiguous()
         for start, stop in _spans(len(rest), coder.period, block_size):
@@ -136,8 +156,18 @@ def code_columns(weight: Tensor, factor: Tensor, coder: Coder, block_size: int) 
     return codes.T.contiguous()
 
 
-def _coded_span(compiled: ctypes.CDLL, rest: Tensor, factor: Tensor, coder: UniformCoder, codes: Tensor, start: int, stop: int) -> Tensor:
-    """Code some columns in compiled code, which keeps a tile of rows in the cache. Returns their errors, (columns, rows)."""
+def _coded_span(
+    compiled: ctypes.CDLL,
+    rest: Tensor,
+    factor: Tensor,
+    coder: UniformCoder,
+    codes: Tensor,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """Code some columns in compiled code, which keeps a tile of rows in the cache. Returns their
+    errors, (columns, rows).
+    """
     columns, rows = rest.shape
     errors = torch.empty(stop - start, rows)
     at = start
@@ -145,13 +175,19 @@ def _coded_span(compiled: ctypes.CDLL, rest: Tensor, factor: Tensor, coder: Unif
         levels, until = coder.steps(at, stop, rest.T)
         sizes = (at, until, stop, start)
 
-        def rows_from(first: int, last: int, levels: Steps = levels, sizes: tuple[int, int, int, int] = sizes) -> None:
+        def rows_from(
+            first: int, last: int, levels: Steps = levels, sizes: tuple[int, int, int, int] = sizes
+        ) -> None:
             scratch = torch.empty(sizes[2] - sizes[0], _TILE)
             compiled.code_uniform(
-                *map(pointer, (rest, factor, levels.scale, levels.zero, levels.group, codes, errors)),
+                *map(
+                    pointer, (rest, factor, levels.scale, levels.zero, levels.group, codes, errors)
+                ),
                 *map(ctypes.c_int64, (columns, rows, first, last, *sizes)),
-                ctypes.c_float(levels.top), ctypes.c_int(_STORED[coder.stored]), pointer(scratch),
-            )  # fmt: skip
+                ctypes.c_float(levels.top),
+                ctypes.c_int(_STORED[coder.stored]),
+                pointer(scratch),
+            )
 
         _in_threads(rows_from, rows, rows * (stop - at) * (until - at))
         at = until
@@ -159,7 +195,9 @@ def _coded_span(compiled: ctypes.CDLL, rest: Tensor, factor: Tensor, coder: Unif
 
 
 def _in_threads(work: Callable[[int, int], object], count: int, size: int) -> list[object]:
-    """``work`` on (first, last) spans of ``count`` things, by as many threads as torch uses if ``size`` operations are worth it."""
+    """``work`` on (first, last) spans of ``count`` things, by as many threads as torch uses if
+    ``size`` operations are worth it.
+    """
     workers = threads() if size > 1 << 20 else 1
     step = max(1, -(-count // workers))
     spans = [(a, min(a + step, count)) for a in range(0, count, step)]
@@ -170,13 +208,15 @@ def _in_threads(work: Callable[[int, int], object], count: int, size: int) -> li
 
 
 def least_range(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor | None:
-    """Which of several ranges costs each group least when its weights are rounded to nearest, in sums of |error| ** 2.4.
+    """Which of several ranges costs each group least when its weights are rounded to nearest, in
+    sums of |error| ** 2.4.
 
     Args:
         weight: (groups, group) float32 on the CPU. scale, zero: (ranges, groups) float32.
 
     Returns:
-        (groups,) int64, the first of the best; None where nothing can be compiled, or groups are beyond what it takes.
+        (groups,) int64, the first of the best; None where nothing can be compiled, or groups are
+            beyond what it takes.
     """
     compiled = library(_SOURCE)
     if compiled is None:
@@ -185,20 +225,28 @@ def least_range(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor
     best = torch.empty(len(weight), dtype=torch.int32)
     failed = _in_threads(
         lambda first, last: compiled.least_range(
-            pointer(weight), pointer(scale), pointer(zero), pointer(best), *(ctypes.c_int64(n) for n in (*weight.shape, first, last, len(scale))),
+            pointer(weight),
+            pointer(scale),
+            pointer(zero),
+            pointer(best),
+            *(ctypes.c_int64(n) for n in (*weight.shape, first, last, len(scale))),
             ctypes.c_float(top),
         ),
-        len(weight), weight.numel() * len(scale),
-    )  # fmt: skip
+        len(weight),
+        weight.numel() * len(scale),
+    )
     return None if any(failed) else best.long()
 
 
-def code_in_order(weight: Tensor, factor: Tensor, order: Tensor, coder: Coder, block_size: int) -> Tensor:
+def code_in_order(
+    weight: Tensor, factor: Tensor, order: Tensor, coder: Coder, block_size: int
+) -> Tensor:
     """`code_columns` in an order of its own.
 
     Args:
         weight: (rows, columns) float, inputs as they are.
-        factor: (columns, columns) from `inverse_factor`, inputs in coding order, in any float dtype.
+        factor: (columns, columns) from `inverse_factor`, inputs in coding order, in any float
+            dtype.
         order: (columns,) int64, the inputs in coding order.
 
     Returns:
@@ -211,7 +259,9 @@ def code_in_order(weight: Tensor, factor: Tensor, order: Tensor, coder: Coder, b
 
 
 def _spans(columns: int, period: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of blocks that hold whole periods or lie inside one: only there is a period up to date when it starts."""
+    """(start, stop) of blocks that hold whole periods or lie inside one: only there is a period up
+    to date when it starts.
+    """
     outer = max(period, block_size // period * period)
     for start in range(0, columns, outer):
         end = min(start + outer, columns)

@@ -12,24 +12,36 @@ from ._batches import copied, gathered
 class Feed:
     """Rows of a block's quantized stream and target, step after step.
 
-    Where an accelerator computes, the next ones are copied meanwhile, on a stream of their own. From the device or from page-locked
-    memory nothing waits for the host; from a file the host copies, while the device works on what it was given before.
+    Where an accelerator computes, the next ones are copied meanwhile, on a stream of their own.
+    From the device or from page-locked memory nothing waits for the host; from a file the host
+    copies, while the device works on what it was given before.
     """
 
     def __init__(self, block: Block) -> None:
         self._block = block
-        self._side = torch.Stream(device=block.device) if block.device.type != "cpu" and block.ranks.size == 1 else None
+        self._side = (
+            torch.Stream(device=block.device)
+            if block.device.type != "cpu" and block.ranks.size == 1
+            else None
+        )
         self._ahead: tuple[Tensor, list[Tensor], torch.Event] | None = None
 
     def prepare(self, rows: Tensor) -> None:
         """Have these rows fetched: they come next."""
         b = self._block
-        own = rows if b.ranks.size == 1 else rows[rows % b.ranks.size == b.ranks.rank] // b.ranks.size
+        own = (
+            rows if b.ranks.size == 1 else rows[rows % b.ranks.size == b.ranks.rank] // b.ranks.size
+        )
         b.prefetch(own, b.xq, b.target)
         if self._side is not None:
-            self._side.wait_stream(torch.accelerator.current_stream(b.device))  # which may still be writing the streams
+            # Which may still be writing the streams.
+            self._side.wait_stream(torch.accelerator.current_stream(b.device))
             with self._side:
-                self._ahead = rows, [copied(s, rows, b.device) for s in (b.xq, b.target)], self._side.record_event()
+                self._ahead = (
+                    rows,
+                    [copied(s, rows, b.device) for s in (b.xq, b.target)],
+                    self._side.record_event(),
+                )
 
     def take(self, rows: Tensor) -> list[Tensor]:
         """(n, length, hidden) of both for all ranks' rows, see `gathered`."""

@@ -1,4 +1,6 @@
-"""Which per-channel factor of a site makes its quantized readers hurt least: what arrives there, and the error under a candidate."""
+"""Which per-channel factor of a site makes its quantized readers hurt least: what arrives there,
+and the error under a candidate.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Seen:
 
     Attributes:
         tokens: how many. size: (channels,) float64, the sum of |x| over them.
-        gram: (channels, channels), the sum of x x^T, where the site's probe is a linear that reads x in floating point; else None.
+        gram: (channels, channels), the sum of x x^T, where the site's probe is a linear that reads
+            x in floating point; else None.
         inputs: x, batch by batch, where the probe is a linear that reads x on a grid; else empty.
         calls: what the probe is called with, batch by batch, where it is a submodule; else empty.
     """
@@ -49,15 +52,22 @@ class Seen:
 
 @torch.no_grad()
 def seen_at(block: Block, sites: Sequence[Site], rows: int) -> dict[str, Seen]:
-    """What arrives at some sites on the first rows of the float stream, in one pass: a factor folded at one site changes nothing at another.
+    """What arrives at some sites on the first rows of the float stream, in one pass: a factor
+    folded at one site changes nothing at another.
 
     Returns:
         by each site's first reader.
     """
-    exact, seen, of = block.exact(), {}, {name: site for site in sites for name in (site.reads[0], site.probe)}
+    exact, seen, of = (
+        block.exact(),
+        {},
+        {name: site for site in sites for name in (site.reads[0], site.probe)},
+    )
     for site in sites:
         width = block.weight(site.reads[0]).shape[1]
-        seen[site.reads[0]] = Seen(0, torch.zeros(width, dtype=torch.float64, device=block.device), None, [], [])
+        seen[site.reads[0]] = Seen(
+            0, torch.zeros(width, dtype=torch.float64, device=block.device), None, [], []
+        )
 
     def visit(name: str, call: Call) -> None:
         site = of[name]
@@ -75,7 +85,8 @@ def seen_at(block: Block, sites: Sequence[Site], rows: int) -> dict[str, Seen]:
             flat = x.flatten(0, -2).to(block.weight(name).dtype)
             at.gram = flat.T @ flat if at.gram is None else at.gram.addmm_(flat.T, flat)
 
-    # Few rows at a time can be told apart sooner; but an activation grid may look at all rows of a pass.
+    # Few rows at a time can be told apart sooner; but an activation grid may look at all rows of a
+    # pass.
     whole = block.kv is not None or bool(block.readings) or block.device.type != "cpu"
     own = block.x[: block.ranks.count(rows)]
     step = rows if whole else max(1, _TOKENS // block.x.shape[1])
@@ -95,7 +106,11 @@ def _over_ranks(block: Block, site: Site, seen: Seen) -> None:
     ranks.sum_(seen.size)
     if site.probe in site.reads and not on_grid(block, site):
         width = len(seen.size)
-        seen.gram = torch.zeros(width, width, dtype=block.weight(site.probe).dtype, device=block.device) if seen.gram is None else seen.gram
+        seen.gram = (
+            torch.zeros(width, width, dtype=block.weight(site.probe).dtype, device=block.device)
+            if seen.gram is None
+            else seen.gram
+        )
         ranks.sum_(seen.gram)
 
 
@@ -107,7 +122,8 @@ def on_grid(block: Block, site: Site) -> bool:
 
 @torch.no_grad()
 def search_scale(block: Block, site: Site, seen: Seen, exponents: int) -> tuple[Tensor, float]:
-    """The per-channel factor mean|x| ** exponent, normalised, that makes the site's quantized readers hurt least.
+    """The per-channel factor mean|x| ** exponent, normalised, that makes the site's quantized
+    readers hurt least.
 
     Returns:
         (channels,) factor, and its exponent in [0, 1).
@@ -120,13 +136,21 @@ def search_scale(block: Block, site: Site, seen: Seen, exponents: int) -> tuple[
 
 
 @torch.no_grad()
-def least_harmful(block: Block, site: Site, seen: Seen, candidates: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, float]:
-    """Of the given per-channel factors, with a number each, the one under which the site's quantized readers hurt least, and its number.
+def least_harmful(
+    block: Block, site: Site, seen: Seen, candidates: Sequence[tuple[Tensor, float]]
+) -> tuple[Tensor, float]:
+    """Of the given per-channel factors, with a number each, the one under which the site's
+    quantized readers hurt least, and its number.
 
-    An error is a sum of squares over parts: once a candidate's has outgrown the least of those known, the rest of it need not be computed.
-    The most promising after one part go first. What is chosen is what computing everything would choose.
+    An error is a sum of squares over parts: once a candidate's has outgrown the least of those
+    known, the rest of it need not be computed. The most promising after one part go first. What is
+    chosen is what computing everything would choose.
     """
-    probe = _linear_probe(block, site, seen) if site.probe in site.reads else _module_probe(block, site, seen.calls)
+    probe = (
+        _linear_probe(block, site, seen)
+        if site.probe in site.reads
+        else _module_probe(block, site, seen.calls)
+    )
     reading = block.readings.get(site.reads[0])
 
     def under(factor: Tensor) -> tuple[dict[str, Tensor], dict[str, Reading]]:
@@ -134,21 +158,35 @@ def least_harmful(block: Block, site: Site, seen: Seen, candidates: Sequence[tup
         for name in site.reads:
             weight = block.weight(name)
             scaled = (weight.double() * factor).to(weight.dtype)
-            quantized[name] = (_rtn(scaled, block.grids[name], block.stored).double() / factor).to(weight.dtype)
-        return quantized, {} if reading is None else dict.fromkeys(site.reads, reading.with_factor(factor))
+            quantized[name] = (_rtn(scaled, block.grids[name], block.stored).double() / factor).to(
+                weight.dtype
+            )
+        return quantized, {} if reading is None else dict.fromkeys(
+            site.reads, reading.with_factor(factor)
+        )
 
     [parts] = block.ranks.stacked(torch.tensor([probe.parts])).amax(0).tolist()
 
     def error(quantized: Mapping[str, Tensor], read: Mapping[str, Reading], part: int) -> Tensor:
-        own = probe.error(quantized, read, part) if part < probe.parts else torch.zeros((), dtype=torch.float64, device=block.device)
+        own = (
+            probe.error(quantized, read, part)
+            if part < probe.parts
+            else torch.zeros((), dtype=torch.float64, device=block.device)
+        )
         if not probe.complete:
             block.ranks.sum_(own)
         return own
 
-    size = len(candidates) * sum(block.weight(n).numel() * block.weight(n).element_size() for n in site.reads)
+    size = len(candidates) * sum(
+        block.weight(n).numel() * block.weight(n).element_size() for n in site.reads
+    )
     made = [under(factor) if size <= _HELD else None for factor, _ in candidates]
-    first_errors = [error(*(held or under(factor)), 0) for held, (factor, _) in zip(made, candidates, strict=True)]
-    firsts = torch.stack(first_errors).nan_to_num(nan=float("inf")).tolist()  # in one go: an accelerator is waited for once
+    first_errors = [
+        error(*(held or under(factor)), 0)
+        for held, (factor, _) in zip(made, candidates, strict=True)
+    ]
+    # In one go: an accelerator is waited for once.
+    firsts = torch.stack(first_errors).nan_to_num(nan=float("inf")).tolist()
     best, least = -1, float("inf")
     for i in sorted(range(len(candidates)), key=lambda i: (firsts[i], i)):
         if firsts[i] > least or firsts[i] == float("inf"):
@@ -167,42 +205,64 @@ def least_harmful(block: Block, site: Site, seen: Seen, candidates: Sequence[tup
 
 
 class _linear_probe:
-    """Output error of a single linear, through its inputs' Gram matrix where they stay in floating point: exact, and free of
-    the number of tokens. Its parts are outputs then, else batches."""
+    """Output error of a single linear, through its inputs' Gram matrix where they stay in floating
+    point: exact, and free of the number of tokens. Its parts are outputs then, else batches.
+    """
 
     def __init__(self, block: Block, site: Site, seen: Seen) -> None:
         self.name, self.weight, self.seen = site.probe, block.weight(site.probe), seen
         self.parts = len(seen.inputs) if seen.gram is None else min(_PARTS, len(self.weight))
         self.complete = seen.gram is not None  # else an error is that of this rank's rows
 
-    def error(self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading], part: int) -> Tensor:
+    def error(
+        self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading], part: int
+    ) -> Tensor:
         weight, gram = quantized[self.name], self.seen.gram
         if gram is not None:
             rows = slice(part * len(weight) // self.parts, (part + 1) * len(weight) // self.parts)
             delta = weight[rows] - self.weight[rows]
             return ((delta @ gram) * delta).sum(dtype=torch.float64)
         x = self.seen.inputs[part]
-        delta = readings[self.name](x).to(weight.dtype) @ weight.T - x.to(weight.dtype) @ self.weight.T
+        delta = (
+            readings[self.name](x).to(weight.dtype) @ weight.T - x.to(weight.dtype) @ self.weight.T
+        )
         return delta.float().pow(2).sum(dtype=torch.float64)
 
 
 class _module_probe:
-    """Output error of a submodule (attention, MLP) on the calls it received, which are its parts."""
+    """Output error of a submodule (attention, MLP) on the calls it received, which are its
+    parts.
+    """
 
     def __init__(self, block: Block, site: Site, calls: list[Call]) -> None:
-        self.block, self.module, self.calls, self.prefix = block, block.module.get_submodule(site.probe), calls, site.probe + "."
+        self.block, self.module, self.calls, self.prefix = (
+            block,
+            block.module.get_submodule(site.probe),
+            calls,
+            site.probe + ".",
+        )
         self.compute, self.exact = block.compute, block.exact().readings
-        self.weights = {k[len(self.prefix) :]: v for k, v in block.weights.items() if k.startswith(self.prefix)}
+        self.weights = {
+            k[len(self.prefix) :]: v for k, v in block.weights.items() if k.startswith(self.prefix)
+        }
         self.expected = [self._run(call, self.weights, self.exact) for call in calls]
         self.parts = len(calls)
         self.complete = False
 
-    def _run(self, call: Call, weights: Mapping[str, Tensor], readings: Mapping[str, Reading]) -> Tensor:
+    def _run(
+        self, call: Call, weights: Mapping[str, Tensor], readings: Mapping[str, Reading]
+    ) -> Tensor:
         cast = {k: w.to(self.compute) for k, w in weights.items()}
         with self.block.reading(readings):
             return first(functional_call(self.module, cast, call.args, dict(call.kwargs)))
 
-    def error(self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading], part: int) -> Tensor:
-        weights = {**self.weights, **{f"{k[len(self.prefix) :]}.weight": v for k, v in quantized.items()}}
+    def error(
+        self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading], part: int
+    ) -> Tensor:
+        weights = {
+            **self.weights,
+            **{f"{k[len(self.prefix) :]}.weight": v for k, v in quantized.items()},
+        }
         y = self._run(self.calls[part], weights, {**self.exact, **readings})
-        return (y.float() - self.expected[part].float()).pow(2).sum(dtype=torch.float64)  # squares overflow 16 bits
+        # Squares overflow 16 bits.
+        return (y.float() - self.expected[part].float()).pow(2).sum(dtype=torch.float64)

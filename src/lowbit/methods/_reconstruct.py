@@ -26,15 +26,18 @@ def _none() -> None:
 
 
 class Reconstruction:
-    """Distance of a block's output on the quantized stream to the float block's output on the float stream.
+    """Distance of a block's output on the quantized stream to the float block's output on the float
+    stream.
 
-    The loss is the squared difference summed over hidden units and averaged over tokens, in float32.
+    The loss is the squared difference summed over hidden units and averaged over tokens, in
+    float32.
 
     Args:
         block: what to reconstruct; its tuned rows are used.
         batch: rows a step, drawn without replacement within a step.
-        objective: "logits" replaces the loss of the last block by the mean KL divergence per token to the float model's
-            next-token distribution: there is no later block for which the hidden state would have to be right.
+        objective: "logits" replaces the loss of the last block by the mean KL divergence per token
+            to the float model's next-token distribution: there is no later block for which the
+            hidden state would have to be right.
     """
 
     def __init__(self, block: Block, batch: int, objective: Objective = "block") -> None:
@@ -46,10 +49,16 @@ class Reconstruction:
         self._feed = Feed(block)
         self.remarks: list[str] = []  # what became of the batch where memory ran out
         self._parts = Parts(f"tuning '{block.name}'", self.batch, self.remarks.append)
-        self._judged = Parts(f"judging '{block.name}'", max(1, JUDGED_TOKENS // block.x.shape[1]), self.remarks.append)
+        self._judged = Parts(
+            f"judging '{block.name}'",
+            max(1, JUDGED_TOKENS // block.x.shape[1]),
+            self.remarks.append,
+        )
 
     def draw(self) -> Tensor:
-        """Row numbers of the next mini-batch, (batch,) int64. Those after it are drawn too, so that `gradients` can have them read."""
+        """Row numbers of the next mini-batch, (batch,) int64. Those after it are drawn too, so that
+        `gradients` can have them read.
+        """
         rows = self._fresh() if self._drawn is None else self._drawn
         self._drawn = self._fresh()
         return rows
@@ -57,7 +66,9 @@ class Reconstruction:
     def _fresh(self) -> Tensor:
         return torch.randperm(self.block.tuned_rows, generator=self._generator)[: self.batch]
 
-    def _output(self, weights: Mapping[str, Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _output(
+        self, weights: Mapping[str, Tensor], x: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
         b = self.block
         return b.forward(x.to(b.device, b.compute), weights).float(), target.to(b.device).float()
 
@@ -67,41 +78,60 @@ class Reconstruction:
             return (y - target).pow(2).sum()
         with torch.no_grad():
             expected = self._readout(target).log_softmax(-1)
-        return torch.nn.functional.kl_div(self._readout(y).log_softmax(-1), expected, reduction="sum", log_target=True)
+        return torch.nn.functional.kl_div(
+            self._readout(y).log_softmax(-1), expected, reduction="sum", log_target=True
+        )
 
     def _probe(self, y: Tensor, target: Tensor, chance: Tensor) -> Tensor:
-        """A random scalar whose squared derivatives average to the diagonal of the loss's Gauss-Newton matrix: random signs for the
-        squared error, next tokens drawn from the float model for the divergence.
+        """A random scalar whose squared derivatives average to the diagonal of the loss's
+        Gauss-Newton matrix: random signs for the squared error, next tokens drawn from the float
+        model for the divergence.
 
         Args:
-            chance: uniform in [0, 1), for every number of y, or for every token: what is drawn does not depend on how rows are divided.
+            chance: uniform in [0, 1), for every number of y, or for every token: what is drawn does
+                not depend on how rows are divided.
         """
         if self._readout is None:
             return torch.where(chance < 0.5, -y, y).sum() * 2**0.5
         with torch.no_grad():
             below = self._readout(target).softmax(-1).cumsum(-1)
-            drawn = torch.searchsorted(below, (chance * below[..., -1])[..., None], right=True).clamp_(max=below.shape[-1] - 1)
+            drawn = torch.searchsorted(
+                below, (chance * below[..., -1])[..., None], right=True
+            ).clamp_(max=below.shape[-1] - 1)
         return self._readout(y).log_softmax(-1).gather(-1, drawn).sum()
 
     def derivatives(
-        self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor, generator: torch.Generator
+        self,
+        weights: Mapping[str, Tensor],
+        trained: Sequence[str],
+        rows: Tensor,
+        generator: torch.Generator,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Gradients, on some rows of all ranks, of the loss summed over tokens and of `_probe`'s scalar. In parts where memory is small."""
+        """Gradients, on some rows of all ranks, of the loss summed over tokens and of `_probe`'s
+        scalar. In parts where memory is small.
+        """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
         b, part = self.block, self.block.ranks.share(len(rows))
         x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
         shape = (len(rows), *(x.shape[1:] if self._readout is None else x.shape[1:2]))
         chance = torch.rand(shape, generator=generator, device=b.device)[part]
-        x, target = (x[part], target[part]) if part.start < part.stop else (x[:1], target[:1])  # modules take no empty batch
+        # Modules take no empty batch.
+        x, target = (x[part], target[part]) if part.start < part.stop else (x[:1], target[:1])
 
         def add(total: tuple[Tensor, ...] | None, at: slice) -> tuple[Tensor, ...] | None:
             y, wanted = self._output({**weights, **leaves}, x[at], target[at])
             if part.start == part.stop:
                 y, wanted = y[:0], wanted[:0]
-            first = torch.autograd.grad(self.distance(y, wanted), list(leaves.values()), retain_graph=True)
+            first = torch.autograd.grad(
+                self.distance(y, wanted), list(leaves.values()), retain_graph=True
+            )
             second = torch.autograd.grad(self._probe(y, wanted, chance[at]), list(leaves.values()))
             found = tuple(g.float() for g in (*first, *second))
-            return found if total is None else tuple(t.add_(g) for t, g in zip(total, found, strict=True))
+            return (
+                found
+                if total is None
+                else tuple(t.add_(g) for t, g in zip(total, found, strict=True))
+            )
 
         found = self._parts.over(len(x), _none, add)
         assert found is not None
@@ -109,17 +139,27 @@ class Reconstruction:
         return found[: len(leaves)], found[len(leaves) :]
 
     def backward(
-        self, weights: Callable[[], Mapping[str, Tensor]], rows: Tensor, loss: Callable[[Tensor, Tensor, slice], Tensor], reset: Callable[[], None]
+        self,
+        weights: Callable[[], Mapping[str, Tensor]],
+        rows: Tensor,
+        loss: Callable[[Tensor, Tensor, slice], Tensor],
+        reset: Callable[[], None],
     ) -> None:
-        """Differentiate ``loss(output, target, part)``, summed over this rank's part of some rows, back into the leaves of ``weights()``.
+        """Differentiate ``loss(output, target, part)``, summed over this rank's part of some rows,
+        back into the leaves of ``weights()``.
 
         Args:
             rows: their numbers over all ranks.
-            loss: of (n, length, hidden) float32 each, and of which of this rank's part they are; n may be 0.
-            reset: forgets what the leaves have so far. Called first, and again where memory ran out and smaller parts follow.
+            loss: of (n, length, hidden) float32 each, and of which of this rank's part they are; n
+                may be 0.
+            reset: forgets what the leaves have so far. Called first, and again where memory ran out
+                and smaller parts follow.
         """
         b, part = self.block, self.block.ranks.share(len(rows))
-        x, target = (t[part] if part.start < part.stop else t[:1] for t in gathered(b.ranks, rows, (b.xq, b.target), b.device))
+        x, target = (
+            t[part] if part.start < part.stop else t[:1]
+            for t in gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        )
 
         def start() -> int:
             reset()
@@ -134,10 +174,13 @@ class Reconstruction:
 
         self._parts.over(len(x), start, add)
 
-    def gradients(self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def gradients(
+        self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss on some rows of all ranks and its gradients by the parameters named in ``trained``.
 
-        If the device's memory is too small for them, the rows go in parts, whose gradients are added up in float32.
+        If the device's memory is too small for them, the rows go in parts, whose gradients are
+        added up in float32.
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
         b, part = self.block, self.block.ranks.share(len(rows))
@@ -152,7 +195,9 @@ class Reconstruction:
             found = torch.autograd.grad(loss, list(leaves.values()))
             if total is None:
                 return loss.detach(), found
-            return total[0] + loss.detach(), tuple(t.float().add_(g) for t, g in zip(total[1], found, strict=True))
+            return total[0] + loss.detach(), tuple(
+                t.float().add_(g) for t, g in zip(total[1], found, strict=True)
+            )
 
         if part.start == part.stop:  # modules take no empty batch
             found = add(None, slice(0, 1))

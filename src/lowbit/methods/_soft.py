@@ -1,7 +1,8 @@
-"""Soft rounding: every weight between two neighbouring codes, its levels tunable, all linears of a block at once.
+"""Soft rounding: every weight between two neighbouring codes, its levels tunable, all linears of a
+block at once.
 
-The same form serves rounding between floor and ceiling and rounding between a code and either of its neighbours; the arithmetic
-is that of the grid, see `_buckets`.
+The same form serves rounding between floor and ceiling and rounding between a code and either of
+its neighbours; the arithmetic is that of the grid, see `_buckets`.
 """
 
 from __future__ import annotations
@@ -27,21 +28,28 @@ class _Place:
 
 
 class SoftBlock:
-    """The soft weights of a block's linears and their variables. Outliers of a solver before stay as they are.
+    """The soft weights of a block's linears and their variables. Outliers of a solver before stay
+    as they are.
 
     Args:
-        block: linears that are not coded yet become soft. If all are, by a solver before, they start from its codes, frozen
-            until `aim` gives each a neighbour.
+        block: linears that are not coded yet become soft. If all are, by a solver before, they
+            start from its codes, frozen until `aim` gives each a neighbour.
     """
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.names = [n for n in block.wiring.linears if n not in block.coded] or list(block.wiring.linears)
+        self.names = [n for n in block.wiring.linears if n not in block.coded] or list(
+            block.wiring.linears
+        )
         self.from_codes = self.names[0] in block.coded
         self.keys = [f"{n}.weight" for n in self.names]
         self.places: dict[str, _Place] = {}
         self.buckets: list[Bucket] = []
-        self.outliers = {n: block.coded[n].outliers for n in self.names if n in block.coded and block.coded[n].outliers}
+        self.outliers = {
+            n: block.coded[n].outliers
+            for n in self.names
+            if n in block.coded and block.coded[n].outliers
+        }
         by_group: dict[int | KQuant, list[str]] = {}
         for name in self.names:
             grid, weight = block.grids[name], block.weight(name)
@@ -53,15 +61,21 @@ class SoftBlock:
                 self.places[name] = _Place(len(self.buckets), slice(None), weight.shape)
                 self.buckets.append(BookBucket(block, name, self.from_codes))
         for kind, names in by_group.items():
-            shared = KQuantBucket(block, names, self.from_codes) if isinstance(kind, KQuant) else AffineBucket(block, names, self.from_codes)
+            shared = (
+                KQuantBucket(block, names, self.from_codes)
+                if isinstance(kind, KQuant)
+                else AffineBucket(block, names, self.from_codes)
+            )
             for name, rows in zip(names, shared.rows, strict=True):
                 self.places[name] = _Place(len(self.buckets), rows, block.weight(name).shape)
             self.buckets.append(shared)
 
-    # --- the weights -----------------------------------------------------------------------------------------------------
+    # --- the weights ------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
-        """The block's parameters with soft weights in place, in the compute dtype; good until the next call."""
+        """The block's parameters with soft weights in place, in the compute dtype; good until the
+        next call.
+        """
         flats = [b.values(self.block.compute) for b in self.buckets]
         out = dict(self.block.weights)
         for name in self.names:
@@ -88,7 +102,8 @@ class SoftBlock:
         """One step of Adam on nu, and on v with ``decay`` (L2) if that is given.
 
         Args:
-            gradients: by the weights that `weights` gave last, in the order of ``names``, (out, in) each in any float dtype.
+            gradients: by the weights that `weights` gave last, in the order of ``names``, (out, in)
+                each in any float dtype.
         """
         for name, g in zip(self.names, gradients, strict=True):
             kept, p = self.outliers.get(name), self.places[name]
@@ -99,11 +114,13 @@ class SoftBlock:
             for b in self.buckets:
                 b.retune(adam, decay)
 
-    # --- hardening -------------------------------------------------------------------------------------------------------
+    # --- hardening --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def harden(self, soft_share: float) -> None:
-        """Freeze, in each linear, all but the ``soft_share`` of its weights that lie nearest to the middle."""
+        """Freeze, in each linear, all but the ``soft_share`` of its weights that lie nearest to the
+        middle.
+        """
         for name in self.names:
             place = self.places[name]
             nu = self.buckets[place.bucket].nu[place.rows]
@@ -119,25 +136,33 @@ class SoftBlock:
 
     def soft_share(self) -> float:
         """The share of weights not frozen yet."""
-        return sum(int((b.nu.abs() < FROZEN).sum()) for b in self.buckets) / sum(b.nu.numel() for b in self.buckets)
+        return sum(int((b.nu.abs() < FROZEN).sum()) for b in self.buckets) / sum(
+            b.nu.numel() for b in self.buckets
+        )
 
-    # --- the result ------------------------------------------------------------------------------------------------------
+    # --- the result -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def codes(self) -> dict[str, QTensor]:
-        """Integer codes by the sign of nu, with the tuned scales or levels as they will be stored."""
+        """Integer codes by the sign of nu, with the tuned scales or levels as they will be
+        stored.
+        """
         out = {}
         for name in self.names:
             p = self.places[name]
-            out[name] = replace(self.buckets[p.bucket].coded(p.rows, p.shape), outliers=self.outliers.get(name))
+            out[name] = replace(
+                self.buckets[p.bucket].coded(p.rows, p.shape), outliers=self.outliers.get(name)
+            )
         return out
 
     @torch.no_grad()
     def aim(self, gradient: Mapping[str, Tensor], curvature: Mapping[str, Tensor]) -> None:
-        """Restart from the hard codes, each weight between its code and the neighbour toward which the loss falls.
+        """Restart from the hard codes, each weight between its code and the neighbour toward which
+        the loss falls.
 
         Args:
-            gradient, curvature: by parameter name, first and (positive) second derivative of the loss by the weight.
+            gradient, curvature: by parameter name, first and (positive) second derivative of the
+                loss by the weight.
         """
         for name, key in zip(self.names, self.keys, strict=True):
             p = self.places[name]
@@ -164,12 +189,15 @@ _BINS = 1 << 16
 
 
 def quantile(values: Tensor, q: float) -> Tensor:
-    """The q-quantile (linear interpolation, as numpy's default) of values in [0, 0.5], exact, without a full sort.
+    """The q-quantile (linear interpolation, as numpy's default) of values in [0, 0.5], exact,
+    without a full sort.
 
-    A histogram finds the bin that holds the wanted ranks; only that bin is sorted. Runs on the values' device.
+    A histogram finds the bin that holds the wanted ranks; only that bin is sorted. Runs on the
+    values' device.
     """
     flat = values.flatten()
-    # Exactly one half (every frozen weight) gets a bin of its own, so that the crowd there is never sorted.
+    # Exactly one half (every frozen weight) gets a bin of its own, so that the crowd there is never
+    # sorted.
     bins = (flat * (2 * _BINS)).to(torch.int32)
     below = torch.bincount(bins, minlength=_BINS + 1).cumsum(0)
     at = q * (len(flat) - 1)

@@ -7,9 +7,11 @@ from torch import Tensor
 
 
 def sums_by(index: Tensor, values: Tensor, count: int) -> Tensor:
-    """(rows, count) sums of (rows, length) values by their (rows, length) int64 index, each added up in one order.
+    """(rows, count) sums of (rows, length) values by their (rows, length) int64 index, each added
+    up in one order.
 
-    An accelerator's scatter adds in whatever order its threads arrive; the sum of a masked row has one order.
+    An accelerator's scatter adds in whatever order its threads arrive; the sum of a masked row has
+    one order.
     """
     if values.device.type == "cpu":
         return values.new_zeros(len(values), count).scatter_add_(1, index, values)

@@ -1,9 +1,12 @@
-"""CrossQuant (arXiv 2410.07505) in a form that runs: static column maxima, folded into what comes before each linear.
+"""CrossQuant (arXiv 2410.07505) in a form that runs: static column maxima, folded into what comes
+before each linear.
 
-The published scale of an activation, t**a * c**(1-a) with the row's and the column's maximum, is `lowbit.grid.CrossQuant`. Here the
-column's part becomes a constant of the model: c is measured on the calibration text, c**(1-a) is divided out of the activation by the
-norm or linear that makes it and multiplied into the weights that read it, before those are quantized. What is left of the scale is
-the row's own maximum after that, never above t**a while |x| <= c: an ordinary per-token grid, which integer kernels take.
+The published scale of an activation, t**a * c**(1-a) with the row's and the column's maximum, is
+`lowbit.grid.CrossQuant`. Here the column's part becomes a constant of the model: c is measured on
+the calibration text, c**(1-a) is divided out of the activation by the norm or linear that makes it
+and multiplied into the weights that read it, before those are quantized. What is left of the scale
+is the row's own maximum after that, never above t**a while |x| <= c: an ordinary per-token grid,
+which integer kernels take.
 """
 
 from __future__ import annotations
@@ -33,20 +36,25 @@ Fold = Literal["channel", "group"]
 
 @dataclass(frozen=True)
 class CrossQuant:
-    """The knobs of the folded form. The weights quantized are those after the fold, unlike in the published simulation.
+    """The knobs of the folded form. The weights quantized are those after the fold, unlike in the
+    published simulation.
 
     Attributes:
         row_exponent: a in [0, 1]; 0.15 is the paper's. 1 folds nothing.
-        search: try exponents from 0 to 1 at every site and take the one whose quantized outputs differ least; ``row_exponent`` is not used.
-        columns: a channel's calibrated size: its "max", or its "percentile" (what lies above gives its token a coarser scale).
+        search: try exponents from 0 to 1 at every site and take the one whose quantized outputs
+            differ least; ``row_exponent`` is not used.
+        columns: a channel's calibrated size: its "max", or its "percentile" (what lies above gives
+            its token a coarser scale).
         percentile: in percent.
-        skip_first: leave the first token of every row out of it: its few huge channels are no other token's.
+        skip_first: leave the first token of every row out of it: its few huge channels are no other
+            token's.
         rows: calibration rows used, at most; 0 means all.
         search_rows: of those, rows the search looks at.
-        fold: "channel" gives every channel its own factor. "group" sorts channels by size and gives those of one group of the weight's grid
-            the factor of their largest, so that it multiplies the group's scale and changes no code; for schemes with a group size.
-        isolate: with groups, a channel so many times as large as its group's median gets a factor of its own, and the others the
-            factor of the largest of the rest.
+        fold: "channel" gives every channel its own factor. "group" sorts channels by size and gives
+            those of one group of the weight's grid the factor of their largest, so that it
+            multiplies the group's scale and changes no code; for schemes with a group size.
+        isolate: with groups, a channel so many times as large as its group's median gets a factor
+            of its own, and the others the factor of the largest of the rest.
     """
 
     row_exponent: float = 0.15
@@ -60,11 +68,24 @@ class CrossQuant:
     isolate: float = 8.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.row_exponent <= 1 or not 0 < self.percentile <= 100 or self.rows < 0 or self.search_rows < 1 or not self.isolate > 1:
-            raise LowbitError("crossquant needs row_exponent in [0, 1], percentile in (0, 100], rows >= 0, search_rows >= 1 and isolate > 1.")
+        if (
+            not 0 <= self.row_exponent <= 1
+            or not 0 < self.percentile <= 100
+            or self.rows < 0
+            or self.search_rows < 1
+            or not self.isolate > 1
+        ):
+            raise LowbitError(
+                "crossquant needs row_exponent in [0, 1], percentile in (0, 100], rows >= 0, "
+                "search_rows >= 1 and isolate > 1."
+            )
 
     def __call__(self, block: Block) -> Block:
-        sites = [s for s in block.wiring.sites if foldable(block, s) and (s.source is not None or _shared(block, s) is not None)]
+        sites = [
+            s
+            for s in block.wiring.sites
+            if foldable(block, s) and (s.source is not None or _shared(block, s) is not None)
+        ]
         rows = min(self.rows or block.tuned_rows, block.tuned_rows)
         sizes = self.sizes(block, [s.reads[0] for s in sites], rows)
         chosen: dict[str, float] = {}
@@ -74,10 +95,13 @@ class CrossQuant:
             if self.fold == "group":
                 block, size = self._sorted(block, site, size)
             before = None
-            while before is None or not torch.equal(before, size):  # sharing by values and by groups may overlap: until both hold
+            # Sharing by values and by groups may overlap: until both hold.
+            while before is None or not torch.equal(before, size):
                 before = size
                 if heads is not None:  # channels that come from one value share its factor
-                    size = repeated(size.reshape(-1, times, heads.width).amax(1).flatten(), heads.width, times)
+                    size = repeated(
+                        size.reshape(-1, times, heads.width).amax(1).flatten(), heads.width, times
+                    )
                 if self.fold == "group":
                     size = self._by_group(block, site, size)
             factor, exponent = _factor(size, self.row_exponent), self.row_exponent
@@ -95,10 +119,11 @@ class CrossQuant:
         return block.noted(crossquant_exponents=chosen)
 
     def _sorted(self, block: Block, site: Site, size: Tensor) -> tuple[Block, Tensor]:
-        """The block and the sizes with the site's channels by falling size, where that stays inside the block.
+        """The block and the sizes with the site's channels by falling size, where that stays inside
+        the block.
 
-        The residual stream has an order of its own, the same for all blocks (`residual_sizes`), and attention's channels stay in their heads;
-        those that share values are left as they are.
+        The residual stream has an order of its own, the same for all blocks (`residual_sizes`), and
+        attention's channels stay in their heads; those that share values are left as they are.
         """
         if site.residual or site.source is None:
             return block, size
@@ -106,8 +131,12 @@ class CrossQuant:
         if heads is not None and site.reads == (heads.output,):
             if heads.norm is not None:
                 return block, size
-            inside = size.reshape(heads.count, heads.width).argsort(dim=1, descending=True, stable=True)
-            order = (inside + torch.arange(heads.count, device=size.device)[:, None] * heads.width).flatten()
+            inside = size.reshape(heads.count, heads.width).argsort(
+                dim=1, descending=True, stable=True
+            )
+            order = (
+                inside + torch.arange(heads.count, device=size.device)[:, None] * heads.width
+            ).flatten()
         else:
             order = size.argsort(descending=True, stable=True)
         return reorder(block, site, order), size[order]
@@ -117,34 +146,55 @@ class CrossQuant:
         groups = {block.affine(n, "crossquant.fold=group").group_size for n in site.reads}
         group = next(iter(groups))
         if group is None or len(groups) > 1:
-            raise LowbitError("crossquant.fold=group needs one group size for all linears, as in W4A8g128; or --set crossquant.fold=channel.")
+            raise LowbitError(
+                "crossquant.fold=group needs one group size for all linears, as in W4A8g128; or "
+                "--set crossquant.fold=channel."
+            )
         g = size.reshape(-1, group)
         alone = g > self.isolate * g.median(1, keepdim=True).values
         return torch.where(alone, g, g.masked_fill(alone, 0).amax(1, keepdim=True)).flatten()
 
     def residual_sizes(self, block: Block) -> Tensor:
-        """Sum over the sites that read the residual stream of the logarithm of each channel's size, (hidden,) float64."""
+        """Sum over the sites that read the residual stream of the logarithm of each channel's size,
+        (hidden,) float64.
+        """
         names = [s.reads[0] for s in block.wiring.sites if s.residual]
         found = self.sizes(block, names, min(self.rows or block.tuned_rows, block.tuned_rows))
-        return sum((c.clamp(min=1e-30).log() for c in found.values()), start=torch.zeros((), dtype=torch.float64, device=block.device))
+        return sum(
+            (c.clamp(min=1e-30).log() for c in found.values()),
+            start=torch.zeros((), dtype=torch.float64, device=block.device),
+        )
 
     @torch.no_grad()
     def sizes(self, block: Block, linears: list[str], rows: int) -> dict[str, Tensor]:
-        """Calibrated |x| of each input channel of some linears on the float stream, (channels,) float64.
+        """Calibrated |x| of each input channel of some linears on the float stream, (channels,)
+        float64.
 
         Raises:
-            LowbitError: an activation is not finite, or rows of one token while first tokens are skipped.
+            LowbitError: an activation is not finite, or rows of one token while first tokens are
+                skipped.
         """
         length, skipped = block.x.shape[1], int(self.skip_first)
         if length <= skipped:
-            raise LowbitError("crossquant: calibration rows of one token have nothing after their first: set crossquant.skip_first=false.")
-        keep = 1 if self.columns == "max" else max(1, math.floor(rows * (length - skipped) * (1 - self.percentile / 100)) + 1)
+            raise LowbitError(
+                "crossquant: calibration rows of one token have nothing after their first: set "
+                "crossquant.skip_first=false."
+            )
+        keep = (
+            1
+            if self.columns == "max"
+            else max(1, math.floor(rows * (length - skipped) * (1 - self.percentile / 100)) + 1)
+        )
         largest: dict[str, Tensor] = {}
 
         def visit(name: str, call: Call) -> None:
-            x = call.args[0].reshape(-1, length, call.args[0].shape[-1])  # OPT's MLP gets the tokens of all rows in one matrix
+            # OPT's MLP gets the tokens of all rows in one matrix.
+            x = call.args[0].reshape(-1, length, call.args[0].shape[-1])
             if not bool(torch.isfinite(x).all()):
-                raise LowbitError(f"'{block.name}.{name}' gets activations that are not finite: check the model and its dtype.")
+                raise LowbitError(
+                    f"'{block.name}.{name}' gets activations that are not finite: check the model "
+                    "and its dtype."
+                )
             size = x[:, skipped:].flatten(0, -2).abs().float()
             if name in largest:
                 size = torch.cat([largest[name], size])
@@ -158,7 +208,9 @@ class CrossQuant:
 
 
 def _over_ranks(block: Block, linear: str, found: Tensor | None, keep: int) -> Tensor:
-    """The ``keep`` largest sizes of each channel over all ranks, (keep, channels) float32, falling; some ranks may have fewer."""
+    """The ``keep`` largest sizes of each channel over all ranks, (keep, channels) float32, falling;
+    some ranks may have fewer.
+    """
     padded = torch.full((keep, block.weight(linear).shape[1]), -1.0, device=block.device)
     if found is not None:
         padded[: len(found)] = found
@@ -166,7 +218,9 @@ def _over_ranks(block: Block, linear: str, found: Tensor | None, keep: int) -> T
 
 
 def _factor(size: Tensor, exponent: float) -> Tensor:
-    """c**(1-a) over its geometric mean, so that the weights stay in the range of their dtype; 1 where nothing ever arrives."""
+    """c**(1-a) over its geometric mean, so that the weights stay in the range of their dtype; 1
+    where nothing ever arrives.
+    """
     dead = size <= 0
     if bool(dead.all()):
         return torch.ones_like(size)
@@ -180,9 +234,18 @@ def _candidates(size: Tensor) -> Iterator[tuple[Tensor, float]]:
 
 
 def _shared(block: Block, site: Site) -> Heads | None:
-    """The heads, where a site reads attention's output and several of its channels come from one value."""
+    """The heads, where a site reads attention's output and several of its channels come from one
+    value.
+    """
     heads = block.wiring.heads
-    return heads if site.source is None and heads is not None and heads.norm is None and site.reads == (heads.output,) else None
+    return (
+        heads
+        if site.source is None
+        and heads is not None
+        and heads.norm is None
+        and site.reads == (heads.output,)
+        else None
+    )
 
 
 def _times(block: Block, heads: Heads) -> int:

@@ -1,12 +1,14 @@
-"""OmniQuant (arXiv 2308.13137): learned clipping of the weights' ranges and learned equivalent scaling of activations.
+"""OmniQuant (arXiv 2308.13137): learned clipping of the weights' ranges and learned equivalent
+scaling of activations.
 
-Not included: the learned scale between queries and keys and the quantized inputs of attention's products, which the authors add
-where they quantize those.
+Not included: the learned scale between queries and keys and the quantized inputs of attention's
+products, which the authors add where they quantize those.
 
-Learnable weight clipping (LWC, section 3.2) shrinks both ends of every group's range by a sigmoid of a logit. Learnable
-equivalent transformation (LET, section 3.3) divides a site's activation by a learned factor per channel, after taking a
-learned shift off it where biases can carry it. Both are trained on the block's output, then folded away; the codes are the
-nearest ones unless a solver comes after.
+Learnable weight clipping (LWC, section 3.2) shrinks both ends of every group's range by a sigmoid
+of a logit. Learnable equivalent transformation (LET, section 3.3) divides a site's activation by a
+learned factor per channel, after taking a learned shift off it where biases can carry it. Both are
+trained on the block's output, then folded away; the codes are the nearest ones unless a solver
+comes after.
 """
 
 from __future__ import annotations
@@ -46,10 +48,12 @@ class OmniQuant:
         clip_lr, transform_lr: AdamW step sizes of the clipping logits and of the transformation.
         transform: LET; "auto" learns it where activations are quantized.
         alpha: LET starts from max|x|**alpha / max|w|**(1 - alpha).
-        second_loss: also pull toward the float block's output on the quantized stream; "auto" does so at 2 bits.
+        second_loss: also pull toward the float block's output on the quantized stream; "auto" does
+            so at 2 bits.
         batch: rows per step.
-        clips: a safetensors copy of the authors' `omni_parameters`, with keys "BLOCK.LINEAR.weight_quantizer.upbound_factor"
-            and "...lowbound_factor" holding logits: nothing is learned, these ranges are taken. "" learns them.
+        clips: a safetensors copy of the authors' `omni_parameters`, with keys
+            "BLOCK.LINEAR.weight_quantizer.upbound_factor" and "...lowbound_factor" holding logits:
+            nothing is learned, these ranges are taken. "" learns them.
     """
 
     epochs: int = 0
@@ -62,8 +66,17 @@ class OmniQuant:
     clips: str = ""
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch < 1 or not self.clip_lr > 0 or not self.transform_lr > 0 or not 0 <= self.alpha <= 1:
-            raise LowbitError("omniquant needs epochs >= 0, batch >= 1, clip_lr > 0, transform_lr > 0 and alpha in [0, 1].")
+        if (
+            self.epochs < 0
+            or self.batch < 1
+            or not self.clip_lr > 0
+            or not self.transform_lr > 0
+            or not 0 <= self.alpha <= 1
+        ):
+            raise LowbitError(
+                "omniquant needs epochs >= 0, batch >= 1, clip_lr > 0, transform_lr > 0 and alpha "
+                "in [0, 1]."
+            )
 
     def __call__(self, block: Block) -> Block:
         if self.clips:
@@ -72,7 +85,8 @@ class OmniQuant:
         learned = _Learned(block, self._sites(block), self.alpha)
         if not learned.clips() and not learned.transforms():
             raise LowbitError(
-                "omniquant has nothing to learn: all ranges are fixed by the methods before it, and activations stay in floating point. "
+                "omniquant has nothing to learn: all ranges are fixed by the methods before it, "
+                "and activations stay in floating point. "
                 "Leave it out, or put it first."
             )
         second = self.second_loss == "on" or (self.second_loss == "auto" and bits <= 2)
@@ -86,7 +100,9 @@ class OmniQuant:
         remarks += judge.remarks
         if not after < before:
             learned = _Learned(block, self._sites(block), self.alpha)
-            remarks.append(f"omniquant ended at loss {after:.4g} from {before:.4g}; kept what it started from")
+            remarks.append(
+                f"omniquant ended at loss {after:.4g} from {before:.4g}; kept what it started from"
+            )
         trouble = {"trouble": [*block.notes.get("trouble", []), *remarks]} if remarks else {}
         return learned.folded(block).noted(**notes, **trouble)
 
@@ -95,13 +111,23 @@ class OmniQuant:
         if self.transform == "off" or (self.transform == "auto" and not quantized):
             return ()
         able = [s for s in block.wiring.sites if s.source is not None and foldable(block, s)]
-        return tuple(s for s in able if s.source is not None and (s is not block.wiring.sites[-1] or s.source.kind == "norm"))
+        return tuple(
+            s
+            for s in able
+            if s.source is not None and (s is not block.wiring.sites[-1] or s.source.kind == "norm")
+        )
 
     def _train(self, block: Block, learned: _Learned, second: bool, epochs: int) -> list[str]:
         """Learn; what became of the batch where memory ran out."""
-        groups: list[dict[str, Any]] = [{"params": learned.clips(), "lr": self.clip_lr}, {"params": learned.transforms(), "lr": self.transform_lr}]
+        groups: list[dict[str, Any]] = [
+            {"params": learned.clips(), "lr": self.clip_lr},
+            {"params": learned.transforms(), "lr": self.transform_lr},
+        ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
-        job = Reconstruction(block.computing(torch.bfloat16) if block.compute == torch.float16 else block, self.batch)  # float16 loses gradients
+        # Float16 loses gradients.
+        job = Reconstruction(
+            block.computing(torch.bfloat16) if block.compute == torch.float16 else block, self.batch
+        )
         own = block.exact().run(block.xq) if second else None
         rows = torch.arange(block.tuned_rows)
         for epoch in range(epochs):
@@ -109,18 +135,28 @@ class OmniQuant:
             for picked in torch.split(rows, self.batch):
                 others = [] if own is None else shared(block.ranks, picked, (own,), block.device)
 
-                def loss(y: Tensor, target: Tensor, part: slice, others: list[Tensor] = others, rows: int = len(picked)) -> Tensor:
+                def loss(
+                    y: Tensor,
+                    target: Tensor,
+                    part: slice,
+                    others: list[Tensor] = others,
+                    rows: int = len(picked),
+                ) -> Tensor:
                     wanted = [target, *(t[part].to(y.device, y.dtype) for t in others)]
                     return torch.stack([_part_of_mean((y - t).pow(2), rows) for t in wanted]).sum()
 
                 job.backward(learned.weights, picked, loss, optimizer.zero_grad)
-                block.ranks.sum_(*(p.grad for g in groups for p in g["params"] if p.grad is not None))
+                block.ranks.sum_(
+                    *(p.grad for g in groups for p in g["params"] if p.grad is not None)
+                )
                 optimizer.step()
         return job.remarks
 
 
 def _part_of_mean(errors: Tensor, rows: int) -> Tensor:
-    """What this rank's part (n, length, hidden) of a batch adds to the mean over all its ``rows``; n may be 0."""
+    """What this rank's part (n, length, hidden) of a batch adds to the mean over all its ``rows``;
+    n may be 0.
+    """
     return errors.mean() * (len(errors) / rows) if len(errors) else errors.sum()
 
 
@@ -135,7 +171,10 @@ class _Learned:
             if name not in block.coded and name not in block.params:
                 rows, columns = block.weight(name).shape
                 shape = (rows, columns // block.affine(name, "omniquant").group(columns))
-                self.low[name], self.high[name] = (torch.full(shape, _START, device=block.device).requires_grad_() for _ in range(2))
+                self.low[name], self.high[name] = (
+                    torch.full(shape, _START, device=block.device).requires_grad_()
+                    for _ in range(2)
+                )
         self.factor: dict[str, Tensor] = {}
         self.shift: dict[str, Tensor] = {}
         ranges = channel_ranges(block, [s.reads[0] for s in sites], block.tuned_rows)
@@ -145,7 +184,11 @@ class _Learned:
                 self.shift[key] = ((low + high) / 2).float().requires_grad_()
                 low, high = low - (low + high) / 2, high - (low + high) / 2
             weights = torch.stack([block.weight(n).abs().amax(0) for n in site.reads]).amax(0)
-            start = smoothing(torch.maximum(-low, high), weights, alpha).float().clamp(min=_LEAST_FACTOR)
+            start = (
+                smoothing(torch.maximum(-low, high), weights, alpha)
+                .float()
+                .clamp(min=_LEAST_FACTOR)
+            )
             self.factor[key] = start.requires_grad_()
 
     def clips(self) -> list[Tensor]:
@@ -155,7 +198,9 @@ class _Learned:
         return [*self.factor.values(), *self.shift.values()]
 
     def _transformed(self) -> dict[str, Tensor]:
-        """The block's parameters after the transformation; differentiable. The same rewriting as `fold`."""
+        """The block's parameters after the transformation; differentiable. The same rewriting as
+        `fold`.
+        """
         out = dict(self.block.weights)
         offset = self.block.wiring.norm_offset
         for site in self.sites:
@@ -167,12 +212,18 @@ class _Learned:
             if source.kind == "norm":
                 out[key] = (out[key] + offset) / factor - offset
             else:
-                scale = torch.ones(len(out[key]), device=factor.device).index_put((torch.arange(len(out[key]), device=factor.device)[rows],), factor)
+                scale = torch.ones(len(out[key]), device=factor.device).index_put(
+                    (torch.arange(len(out[key]), device=factor.device)[rows],), factor
+                )
                 out[key] = out[key] / scale[:, None]
             if bias in out:
                 taken = 0.0 if shift is None else shift
                 part = (out[bias][rows] - taken) / factor
-                out[bias] = part if part.shape == out[bias].shape else torch.cat([out[bias][: rows.start], part, out[bias][rows.stop :]])
+                out[bias] = (
+                    part
+                    if part.shape == out[bias].shape
+                    else torch.cat([out[bias][: rows.start], part, out[bias][rows.stop :]])
+                )
             for name in site.reads:
                 if shift is not None:
                     out[f"{name}.bias"] = out[f"{name}.bias"] + out[f"{name}.weight"] @ shift
@@ -180,7 +231,9 @@ class _Learned:
         return out
 
     def weights(self) -> dict[str, Tensor]:
-        """The block's parameters, linears on their grids; straight-through where something is rounded."""
+        """The block's parameters, linears on their grids; straight-through where something is
+        rounded.
+        """
         out = self._transformed()
         for name in self.block.wiring.linears:
             key, grid = f"{name}.weight", self.block.affine(name, "omniquant")
@@ -191,7 +244,9 @@ class _Learned:
                 fixed = self.block.range_of(name)
                 scale, zero = fixed.scale, fixed.zero_point
             g = grid.grouped(out[key])
-            codes = (_straight(g / scale[..., None], (g / scale[..., None]).round()) + zero[..., None]).clamp(0, grid.top)
+            codes = (
+                _straight(g / scale[..., None], (g / scale[..., None]).round()) + zero[..., None]
+            ).clamp(0, grid.top)
             out[key] = ((codes - zero[..., None]) * scale[..., None]).flatten(1)
         return out
 
@@ -203,7 +258,9 @@ class _Learned:
             block = fold(block, site, self.factor[site.reads[0]].clamp(min=_LEAST_FACTOR), shift)
         params = {}
         for name, low in self.low.items():
-            scale, zero = clipped_range(block.weight(name), block.affine(name, "omniquant"), low, self.high[name])
+            scale, zero = clipped_range(
+                block.weight(name), block.affine(name, "omniquant"), low, self.high[name]
+            )
             params[name] = AffineParams(scale, zero)
         return block.ranged(params)
 
@@ -213,19 +270,25 @@ def _straight(smooth: Tensor, rounded: Tensor) -> Tensor:
 
 
 def shiftable(block: Block, site: Site) -> bool:
-    """Whether a shift can be taken off a site's activation: its source and all its readers have biases."""
+    """Whether a shift can be taken off a site's activation: its source and all its readers have
+    biases.
+    """
     assert site.source is not None
     return all(f"{n}.bias" in block.weights for n in (site.source.module, *site.reads))
 
 
 def clipped_range(weight: Tensor, grid: Affine, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, (out, groups) each, of the range [sigmoid(low) * min, sigmoid(high) * max]; differentiable.
+    """Scale and zero point, (out, groups) each, of the range [sigmoid(low) * min, sigmoid(high) *
+    max]; differentiable.
 
     Args:
         weight: (out, in). low, high: (out, groups) logits.
     """
     g = grid.grouped(weight)
-    bottom, top = g.amin(-1).clamp(max=0) * torch.sigmoid(low), g.amax(-1).clamp(min=0) * torch.sigmoid(high)
+    bottom, top = (
+        g.amin(-1).clamp(max=0) * torch.sigmoid(low),
+        g.amax(-1).clamp(min=0) * torch.sigmoid(high),
+    )
     if grid.symmetric:
         half = 2 ** (grid.bits - 1)
         scale = torch.maximum(-bottom, top).clamp(min=_LEAST_SCALE) / (half - 1)
@@ -247,7 +310,8 @@ def read_clips(block: Block, path: Path) -> Block:
     params: dict[str, AffineParams] = {}
     try:
         with safe_open(path, framework="pt") as f:
-            held: Mapping[str, Tensor] = {k: f.get_tensor(k) for k in f.keys() if k.startswith(f"{number}.")}  # noqa: SIM118
+            names = [k for k in f.keys() if k.startswith(f"{number}.")]  # noqa: SIM118
+            held: Mapping[str, Tensor] = {k: f.get_tensor(k) for k in names}
     except (OSError, SafetensorError) as e:
         raise LowbitError(f"omniquant.clips: '{path}' cannot be read as safetensors: {e}") from e
     for name in block.wiring.linears:
@@ -260,7 +324,8 @@ def read_clips(block: Block, path: Path) -> Block:
                 raise LowbitError(f"omniquant.clips: '{path}' has no tensor '{key}'.")
             if held[key].numel() != len(weight) * groups:
                 raise LowbitError(
-                    f"omniquant.clips: '{key}' has {held[key].numel()} values, {len(weight)} rows of {groups} groups need {len(weight) * groups}: "
+                    f"omniquant.clips: '{key}' has {held[key].numel()} values, {len(weight)} rows "
+                    f"of {groups} groups need {len(weight) * groups}: "
                     "it was learned for another scheme or model."
                 )
             logits.append(held[key].float().reshape(len(weight), groups).to(block.device))

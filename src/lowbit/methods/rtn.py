@@ -1,4 +1,6 @@
-"""Round to nearest: codes whatever is left, on fixed ranges where a clip has set them, on minimum and maximum elsewhere."""
+"""Round to nearest: codes whatever is left, on fixed ranges where a clip has set them, on minimum
+and maximum elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""TesseraQ (arXiv 2410.19103): progressive adaptive rounding with dequantization-scale tuning, block by block.
+"""TesseraQ (arXiv 2410.19103): progressive adaptive rounding with dequantization-scale tuning,
+block by block.
 
-Weights are rounded between the two codes around them; after a solver, between its code and a neighbour. Phase by phase the most
-decided ones are frozen, and Adam moves the rest, together with one scale factor per group, to bring the block's output on the
-quantized prefix back to the float one.
+Weights are rounded between the two codes around them; after a solver, between its code and a
+neighbour. Phase by phase the most decided ones are frozen, and Adam moves the rest, together with
+one scale factor per group, to bring the block's output on the quantized prefix back to the float
+one.
 """
 
 from __future__ import annotations
@@ -22,7 +24,28 @@ from ._soft import SoftBlock
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-_PAPER_20 = (0.80, 0.65, 0.50, 0.43, 0.38, 0.34, 0.30, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005)
+_PAPER_20 = (
+    0.80,
+    0.65,
+    0.50,
+    0.43,
+    0.38,
+    0.34,
+    0.30,
+    0.27,
+    0.24,
+    0.21,
+    0.18,
+    0.15,
+    0.12,
+    0.10,
+    0.08,
+    0.06,
+    0.04,
+    0.02,
+    0.01,
+    0.005,
+)
 _PAPER_10 = (0.75, 0.50, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
 _SCALE_DECAY = 1e-4  # L2 inside Adam on the scale variables, fixed in the published code
 _RETRIES = 3
@@ -40,7 +63,8 @@ def soft_shares(schedule: str) -> tuple[float, ...]:
     """The share of weights still soft after each phase's hardening.
 
     Args:
-        schedule: "handcrafted-20" or "handcrafted-10" as published, or "exponential-T-K" for exp(-T k / K), k = 1 ... K, K at most 10000.
+        schedule: "handcrafted-20" or "handcrafted-10" as published, or "exponential-T-K" for exp(-T
+            k / K), k = 1 ... K, K at most 10000.
 
     Raises:
         LowbitError: no such schedule.
@@ -51,35 +75,44 @@ def soft_shares(schedule: str) -> tuple[float, ...]:
         return _PAPER_10
     parts = schedule.split("-")
     try:
-        if parts[0] == "exponential" and len(parts) == 3 and 0 < float(parts[1]) < math.inf and 0 < int(parts[2]) <= _PHASES:
-            return tuple(math.exp(-float(parts[1]) * k / int(parts[2])) for k in range(1, int(parts[2]) + 1))
+        if (
+            parts[0] == "exponential"
+            and len(parts) == 3
+            and 0 < float(parts[1]) < math.inf
+            and 0 < int(parts[2]) <= _PHASES
+        ):
+            return tuple(
+                math.exp(-float(parts[1]) * k / int(parts[2])) for k in range(1, int(parts[2]) + 1)
+            )
     except ValueError:
         pass
     raise LowbitError(
-        f"unknown schedule '{schedule}': use handcrafted-20, handcrafted-10 or exponential-T-K (for example exponential-4-20; "
+        f"unknown schedule '{schedule}': use handcrafted-20, handcrafted-10 or exponential-T-K "
+        "(for example exponential-4-20; "
         f"K at most {_PHASES})."
     )
 
 
 @dataclass(frozen=True)
 class TesseraQ:
-    """The knobs of TesseraQ. The defaults are the preset `tesseraq`'s, in float32; the published ones are the preset `tesseraq-paper`.
+    """The knobs of TesseraQ. The defaults are the preset `tesseraq`'s, in float32; the published
+    ones are the preset `tesseraq-paper`.
 
     Attributes:
         schedule: hardening schedule, see `soft_shares`.
         iters: Adam steps per phase.
-        lr: step size of rounding and scale variables alike. lr * iters, the distance a variable can travel in a phase, is
-            what matters; 0.25 as published.
+        lr: step size of rounding and scale variables alike. lr * iters, the distance a variable can
+            travel in a phase, is what matters; 0.25 as published.
         batch: rows per step.
         tune_scale: dequantization-scale tuning.
-        rounds: every further one runs the phases again, each weight between its code and the neighbour toward which the loss
-            falls: so it may leave floor and ceiling behind.
-        objective: "logits" tunes the last block on the KL divergence of the next-token distribution instead of on its
-            hidden state, as published ("block").
+        rounds: every further one runs the phases again, each weight between its code and the
+            neighbour toward which the loss falls: so it may leave floor and ceiling behind.
+        objective: "logits" tunes the last block on the KL divergence of the next-token distribution
+            instead of on its hidden state, as published ("block").
         refit: steps on the scales alone after the last weight is frozen.
-        precision: of the steps' forward and backward passes on blocks that compute in float32 or float16: "float32", "bfloat16", or
-            "auto", which is bfloat16 where the processor multiplies it. Variables, gradients' sums, losses that decide and everything
-            else stay.
+        precision: of the steps' forward and backward passes on blocks that compute in float32 or
+            float16: "float32", "bfloat16", or "auto", which is bfloat16 where the processor
+            multiplies it. Variables, gradients' sums, losses that decide and everything else stay.
     """
 
     schedule: str = "exponential-5-50"
@@ -95,13 +128,17 @@ class TesseraQ:
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
         if self.iters < 1 or self.batch < 1 or self.rounds < 1 or not self.lr > 0 or self.refit < 0:
-            raise LowbitError("tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1 and refit >= 0.")
+            raise LowbitError(
+                "tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1 and refit >= 0."
+            )
         if self.precision not in get_args(Precision):
             raise unknown("precision for tesseraq", self.precision, get_args(Precision))
 
     def in_bfloat16(self, device: torch.device) -> bool:
         """Whether steps of a float32 block are made in bfloat16 on a device."""
-        return self.precision == "bfloat16" or (self.precision == "auto" and multiplies_bfloat16(device))
+        return self.precision == "bfloat16" or (
+            self.precision == "auto" and multiplies_bfloat16(device)
+        )
 
     @property
     def steps(self) -> int:
@@ -119,7 +156,10 @@ class TesseraQ:
                 self._restart(soft, job, round_)
             shares = soft_shares(self.schedule)
             for phase, share in enumerate(shares, 1):
-                block.announce(f"tesseraq: round {round_ + 1}, phase {phase} of {len(shares)}, {share:.1%} still soft")
+                block.announce(
+                    f"tesseraq: round {round_ + 1}, phase {phase} of {len(shares)}, {share:.1%} "
+                    "still soft"
+                )
                 soft.harden(share)
                 if not self._phase(soft, job, trouble):
                     break
@@ -129,23 +169,43 @@ class TesseraQ:
             self._refit(soft, job, trouble)
         after = judge.loss(soft.hard_weights())
         if not after < before:  # also when it is NaN: rather the start than something worse
-            trouble.append(f"tuning ended at loss {after:.4g}, above the {before:.4g} it started from; kept the start")
+            trouble.append(
+                f"tuning ended at loss {after:.4g}, above the {before:.4g} it started from; kept "
+                "the start"
+            )
             soft = SoftBlock(block)
             after = before
         trouble += job.remarks + judge.remarks
-        notes: dict[str, Any] = {"tesseraq": {"objective": job.objective, "steps": str(stepped.compute), "before": before, "after": after}}
+        notes: dict[str, Any] = {
+            "tesseraq": {
+                "objective": job.objective,
+                "steps": str(stepped.compute),
+                "before": before,
+                "after": after,
+            }
+        }
         if trouble:
             notes["trouble"] = [*block.notes.get("trouble", []), *trouble]
         return block.solved(soft.codes()).noted(**notes)
 
     def _stepped(self, block: Block) -> Block:
-        """The block with the precision of its steps. None is made in float16, where gradients vanish."""
+        """The block with the precision of its steps. None is made in float16, where gradients
+        vanish.
+        """
         if block.compute == torch.float16:
-            return block.computing(torch.bfloat16 if self.in_bfloat16(block.device) else torch.float32)
-        return block.computing(torch.bfloat16) if block.compute == torch.float32 and self.in_bfloat16(block.device) else block
+            return block.computing(
+                torch.bfloat16 if self.in_bfloat16(block.device) else torch.float32
+            )
+        return (
+            block.computing(torch.bfloat16)
+            if block.compute == torch.float32 and self.in_bfloat16(block.device)
+            else block
+        )
 
     def _phase(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> bool:
-        """Adam from fresh state. On a non-finite result: back to the phase's start with half the step size."""
+        """Adam from fresh state. On a non-finite result: back to the phase's start with half the
+        step size.
+        """
         saved = soft.snapshot()
         lr = self.lr
         for _ in range(_RETRIES):
@@ -163,10 +223,13 @@ class TesseraQ:
         total = torch.zeros((), device=soft.block.device)
         for _ in range(self.iters):
             adam = adam.next()
-            total += self._step(soft, job, adam, decay)  # stays on the device: no step waits for the host
+            # Stays on the device: no step waits for the host.
+            total += self._step(soft, job, adam, decay)
         return total
 
-    def _step(self, soft: SoftBlock, job: Reconstruction, adam: Adam, decay: float | None) -> Tensor:
+    def _step(
+        self, soft: SoftBlock, job: Reconstruction, adam: Adam, decay: float | None
+    ) -> Tensor:
         with torch.no_grad():
             weights = soft.weights()
         loss, gradients = job.gradients(weights, soft.keys, job.draw())
@@ -186,14 +249,18 @@ class TesseraQ:
             trouble.append("non-finite loss while refitting scales; kept those before it")
 
     def _restart(self, soft: SoftBlock, job: Reconstruction, round_: int) -> None:
-        """Prepare another round: first derivatives at the hard codes, second ones by random probes (Gauss-Newton)."""
+        """Prepare another round: first derivatives at the hard codes, second ones by random probes
+        (Gauss-Newton).
+        """
         hard = soft.hard_weights()
         gradient = {k: torch.zeros_like(hard[k]) for k in soft.keys}
         curvature = {k: torch.zeros_like(hard[k]) for k in soft.keys}
         generator = torch.Generator(soft.block.device).manual_seed(soft.block.seed + round_)
         for at in range(0, soft.block.tuned_rows, job.batch):
             rows = torch.arange(at, min(at + job.batch, soft.block.tuned_rows))
-            for key, first, second in zip(soft.keys, *job.derivatives(hard, soft.keys, rows, generator), strict=True):
+            for key, first, second in zip(
+                soft.keys, *job.derivatives(hard, soft.keys, rows, generator), strict=True
+            ):
                 gradient[key] += first
                 curvature[key] += second.pow(2)
         soft.aim(gradient, curvature)

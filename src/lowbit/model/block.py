@@ -1,4 +1,6 @@
-"""Block: one decoder layer as a value. A method takes one and returns another; nothing is mutated, patched or restored."""
+"""Block: one decoder layer as a value. A method takes one and returns another; nothing is mutated,
+patched or restored.
+"""
 
 from __future__ import annotations
 
@@ -58,28 +60,32 @@ class Call:
 class Block:
     """One decoder layer: module (forward only, no data), weights, grids, inputs, decisions.
 
-    A linear's weight goes free (in ``weights`` only) -> ranged (also in ``params``) -> coded (also in ``coded``). Changing a
-    coded weight raises.
+    A linear's weight goes free (in ``weights`` only) -> ranged (also in ``params``) -> coded (also
+    in ``coded``). Changing a coded weight raises.
 
     Attributes:
         name: prefix in the checkpoint, e.g. "model.layers.3".
         module: the transformers layer on the meta device.
         kwargs: what the layer is called with besides its input.
-        weights: every parameter by its name inside the block, in float32 (float64 if that is the compute dtype): methods
-            reason in it whatever the forward pass runs in.
+        weights: every parameter by its name inside the block, in float32 (float64 if that is the
+            compute dtype): methods reason in it whatever the forward pass runs in.
         compute: dtype of the forward pass.
-        stored: the dtype of most of the checkpoint's linears, in which scales and activation streams are kept.
+        stored: the dtype of most of the checkpoint's linears, in which scales and activation
+            streams are kept.
         dtypes: parameter -> dtype in the checkpoint, where it is not ``stored``.
         grids: linear -> grid.
-        x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them; this rank's rows of them.
+        x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them;
+            this rank's rows of them.
         target: the float block's output on ``x``, before anything was changed.
-        tuned_rows: how many leading rows of all ranks methods may learn from; later rows only pass through (held-out evaluation).
+        tuned_rows: how many leading rows of all ranks methods may learn from; later rows only pass
+            through (held-out evaluation).
         seed: for everything random in this block.
         readout: the last block's output -> logits, None for every other block.
         announce: told what a method is about to do, for whoever watches.
         storage: where streams made by `run` live; None puts them beside their input.
         ranks: the processes that share the rows.
-        readings: linear -> what happens to its input (activation grid, online rotation); nothing where it is missing.
+        readings: linear -> what happens to its input (activation grid, online rotation); nothing
+            where it is missing.
         kv: grid of keys and values, None for floating point.
         params: linear -> fixed grid parameters.
         coded: linear -> codes.
@@ -112,10 +118,12 @@ class Block:
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    # --- running -------------------------------------------------------------------------------------------------------
+    # --- running ----------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The layer's output for (n, length, hidden) inputs, in the compute dtype, with these weights or the block's own."""
+        """The layer's output for (n, length, hidden) inputs, in the compute dtype, with these
+        weights or the block's own.
+        """
         own = self.weights if weights is None else weights
         cast = {name: w.to(self.compute) for name, w in own.items()}
         kwargs = dict(self.kwargs)
@@ -128,7 +136,9 @@ class Block:
     def reading(self, readings: Mapping[str, Reading]) -> Iterator[None]:
         """Within, linears that run get their inputs through these readings."""
         handles = []
-        last: list[tuple[Tensor, Reading, Tensor]] = []  # linears of a site read the same tensor: prepare it once
+        last: list[
+            tuple[Tensor, Reading, Tensor]
+        ] = []  # linears of a site read the same tensor: prepare it once
 
         def hook_of(reading: Reading) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -140,7 +150,9 @@ class Block:
 
         try:
             for name, reading in readings.items():
-                handles.append(self.module.get_submodule(name).register_forward_pre_hook(hook_of(reading)))
+                handles.append(
+                    self.module.get_submodule(name).register_forward_pre_hook(hook_of(reading))
+                )
             yield
         finally:
             for handle in handles:
@@ -148,11 +160,17 @@ class Block:
 
     def exact(self) -> Block:
         """The block with activations, keys and values in floating point."""
-        return replace(self, readings={n: r.exact() for n, r in self.readings.items() if r.rotation is not None}, kv=None)
+        return replace(
+            self,
+            readings={n: r.exact() for n, r in self.readings.items() if r.rotation is not None},
+            kv=None,
+        )
 
     def computing(self, dtype: torch.dtype) -> Block:
         """The block with its forward pass in another dtype."""
-        return replace(self, compute=dtype, kwargs={k: _cast(v, dtype) for k, v in self.kwargs.items()})
+        return replace(
+            self, compute=dtype, kwargs={k: _cast(v, dtype) for k, v in self.kwargs.items()}
+        )
 
     def entering(self, linear: str, x: Tensor) -> Tensor:
         """What meets a linear's weight when ``x`` arrives at it."""
@@ -170,8 +188,9 @@ class Block:
             yield at, self.arriving(x[at : at + step])
 
     def arriving(self, rows: Tensor) -> Tensor:
-        """Rows of a stream as the layer takes them: moved, then cast, for streams are often half as wide. From page-locked memory nothing
-        waits for the copy."""
+        """Rows of a stream as the layer takes them: moved, then cast, for streams are often half as
+        wide. From page-locked memory nothing waits for the copy.
+        """
         return rows.to(self.device, non_blocking=True).to(self.compute)
 
     def prefetch(self, rows: Tensor | slice, *streams: Tensor) -> None:
@@ -181,10 +200,18 @@ class Block:
                 self.storage.prefetch(x, rows)
 
     @torch.no_grad()
-    def run(self, x: Tensor, weights: Mapping[str, Tensor] | None = None, out: Tensor | None = None) -> Tensor:
-        """The layer's output for a whole stream, in the stored dtype; written over ``out``, if there is one, not ``x`` itself."""
+    def run(
+        self, x: Tensor, weights: Mapping[str, Tensor] | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """The layer's output for a whole stream, in the stored dtype; written over ``out``, if
+        there is one, not ``x`` itself.
+        """
         if out is None:
-            out = torch.empty_like(x) if self.storage is None else self.storage.empty(x.shape, x.dtype)
+            out = (
+                torch.empty_like(x)
+                if self.storage is None
+                else self.storage.empty(x.shape, x.dtype)
+            )
         made = out
 
         def add(done: int, part: slice) -> int:
@@ -193,23 +220,31 @@ class Block:
             made[part] = y.to(made.device, made.dtype)
             return done + len(y)
 
-        Parts(f"running '{self.name}'", TOKENS_PER_PASS // x.shape[1], self.announce).over(len(x), int, add)  # no row depends on another
+        # No row depends on another.
+        Parts(f"running '{self.name}'", TOKENS_PER_PASS // x.shape[1], self.announce).over(
+            len(x), int, add
+        )
         return out
 
     def decoded(self) -> dict[str, Tensor]:
-        """All weights with the coded ones as a loader would decode them (rounded to the stored dtype)."""
+        """All weights with the coded ones as a loader would decode them (rounded to the stored
+        dtype).
+        """
         out = dict(self.weights)
         for name, q in self.coded.items():
             out[f"{name}.weight"] = q.decode(self.stored).to(self.weight(name).dtype)
         return out
 
     @torch.no_grad()
-    def observe(self, modules: Sequence[str], x: Tensor, rows: int, visit: Callable[[str, Call], None]) -> None:
-        """Tell ``visit`` what each of these submodules is called with when the first ``rows`` rows of ``x`` pass, of all ranks' rows those
-        that are here.
+    def observe(
+        self, modules: Sequence[str], x: Tensor, rows: int, visit: Callable[[str, Call], None]
+    ) -> None:
+        """Tell ``visit`` what each of these submodules is called with when the first ``rows`` rows
+        of ``x`` pass, of all ranks' rows those that are here.
 
-        A linear's input is shown as it arrives, before its reading; `entering` gives what meets the weight. ``visit`` is
-        called once per submodule and batch of rows, and need not keep what it sees. A pass ends where the last of them is called.
+        A linear's input is shown as it arrives, before its reading; `entering` gives what meets the
+        weight. ``visit`` is called once per submodule and batch of rows, and need not keep what it
+        sees. A pass ends where the last of them is called.
         """
         with self._watched(modules, visit) as left:
             for _, batch in self.passes(x[: self.ranks.count(rows)]):
@@ -218,18 +253,34 @@ class Block:
                     self.forward(batch)
 
     @torch.no_grad()
-    def observe_inside(self, part: str, calls: Sequence[Call], modules: Sequence[str], visit: Callable[[str, Call], None]) -> None:
+    def observe_inside(
+        self,
+        part: str,
+        calls: Sequence[Call],
+        modules: Sequence[str],
+        visit: Callable[[str, Call], None],
+    ) -> None:
         """The same for submodules of ``part``, run alone on calls that were kept of it."""
-        cast = {k.removeprefix(f"{part}."): w.to(self.compute) for k, w in self.weights.items() if k.startswith(f"{part}.")}
+        cast = {
+            k.removeprefix(f"{part}."): w.to(self.compute)
+            for k, w in self.weights.items()
+            if k.startswith(f"{part}.")
+        }
         with self._watched(modules, visit) as left:
             for call in calls:
                 left.update(modules)
                 with suppress(_Seen), self.reading(self.readings):
-                    functional_call(self.module.get_submodule(part), cast, call.args, dict(call.kwargs))
+                    functional_call(
+                        self.module.get_submodule(part), cast, call.args, dict(call.kwargs)
+                    )
 
     @contextmanager
-    def _watched(self, modules: Sequence[str], visit: Callable[[str, Call], None]) -> Iterator[set[str]]:
-        """Within, passes show their calls of some submodules, and end when the set given, the names still to come, is empty."""
+    def _watched(
+        self, modules: Sequence[str], visit: Callable[[str, Call], None]
+    ) -> Iterator[set[str]]:
+        """Within, passes show their calls of some submodules, and end when the set given, the names
+        still to come, is empty.
+        """
         handles: list[RemovableHandle] = []
         left: set[str] = set()
 
@@ -251,18 +302,24 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    # --- changing ------------------------------------------------------------------------------------------------------
+    # --- changing ---------------------------------------------------------------------------------
 
     def weight(self, linear: str) -> Tensor:
         """The (out, in) float weight of a linear."""
         return self.weights[f"{linear}.weight"]
 
     def kept(self, name: str) -> Tensor:
-        """A parameter that is not coded as an artifact stores it: bit for bit as the checkpoint does, if no method has changed it."""
+        """A parameter that is not coded as an artifact stores it: bit for bit as the checkpoint
+        does, if no method has changed it.
+        """
         value = self.weights[name]
         own = self.dtypes.get(name, self.stored)
         exact = value.to(own)
-        return exact if own == self.stored or torch.equal(exact.to(value.dtype), value) else value.to(torch.promote_types(own, self.stored))
+        return (
+            exact
+            if own == self.stored or torch.equal(exact.to(value.dtype), value)
+            else value.to(torch.promote_types(own, self.stored))
+        )
 
     def rewritten(self, changes: Mapping[str, Tensor]) -> Block:
         """The block with some parameters replaced.
@@ -275,19 +332,26 @@ class Block:
             if linear in self.coded or linear in self.params:
                 state = "coded" if linear in self.coded else "on a fixed range"
                 raise LowbitError(
-                    f"'{self.name}.{key}' is already {state} and cannot be changed: in a recipe transforms come before clips, and clips "
+                    f"'{self.name}.{key}' is already {state} and cannot be changed: in a recipe "
+                    "transforms come before clips, and clips "
                     "before solvers."
                 )
         return replace(self, weights={**self.weights, **changes})
 
     def clipped(self, weights: Mapping[str, Tensor], params: Mapping[str, Any]) -> Block:
-        """The block with some linears' weights clamped to a range, whose grid parameters are fixed thereby."""
+        """The block with some linears' weights clamped to a range, whose grid parameters are fixed
+        thereby.
+        """
         whole = {name: self.weight(name).to(self.stored) for name in weights}
-        changed = self.rewritten({f"{name}.weight": w for name, w in weights.items()}).ranged(params)
+        changed = self.rewritten({f"{name}.weight": w for name, w in weights.items()}).ranged(
+            params
+        )
         return replace(changed, whole={**self.whole, **whole})
 
     def ranged(self, params: Mapping[str, Any]) -> Block:
-        """The block with the grid parameters of some linears fixed, rounded as the artifact will hold them."""
+        """The block with the grid parameters of some linears fixed, rounded as the artifact will
+        hold them.
+        """
         fixed = {k: self._as_stored(k, p) for k, p in params.items()}
         return replace(self, params={**self.params, **fixed})
 
@@ -299,7 +363,10 @@ class Block:
         """
         grid = self.grids[linear]
         if not isinstance(grid, Affine):
-            raise LowbitError(f"{who} shapes the ranges of uniform grids, and '{self.name}.{linear}' has a {grid}: leave {who} out of the recipe.")
+            raise LowbitError(
+                f"{who} shapes the ranges of uniform grids, and '{self.name}.{linear}' has a "
+                f"{grid}: leave {who} out of the recipe."
+            )
         return grid
 
     def range_of(self, linear: str) -> Any:
@@ -312,7 +379,9 @@ class Block:
         try:
             return self.grids[linear].stored(params, self.stored)
         except NotFiniteError as e:
-            raise LowbitError(f"'{self.name}.{linear}' cannot be stored on a {self.grids[linear]}: {e}.") from e
+            raise LowbitError(
+                f"'{self.name}.{linear}' cannot be stored on a {self.grids[linear]}: {e}."
+            ) from e
 
     def read(self, readings: Mapping[str, Reading]) -> Block:
         """The block with some linears' inputs read in another way."""

@@ -1,4 +1,6 @@
-"""From text to rows of tokens: calibration samples as the papers draw them, and evaluation windows as they cut them."""
+"""From text to rows of tokens: calibration samples as the papers draw them, and evaluation windows
+as they cut them.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,14 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise LowbitError("calibration needs a text source (--calib): stdlib, a file, or a named corpus.")
+            raise LowbitError(
+                "calibration needs a text source (--calib): stdlib, a file, or a named corpus."
+            )
         if self.samples < 1 or self.length < 2:
-            raise LowbitError(f"calibration needs at least 1 sample of at least 2 tokens, got {self.samples} x {self.length}.")
+            raise LowbitError(
+                f"calibration needs at least 1 sample of at least 2 tokens, got {self.samples} x "
+                f"{self.length}."
+            )
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,9 @@ class Rows:
         calibration: (samples, length) int64.
         held_out: (m, length) int64 from text that is not calibrated on; m may be 0.
         source: where they come from.
-        tokens_available: tokens found on the calibration side: all of them, except for c4 and pile-val, whose documents are
-            read until there are rows enough (of pile-val only those that are short enough to be used).
+        tokens_available: tokens found on the calibration side: all of them, except for c4 and
+            pile-val, whose documents are read until there are rows enough (of pile-val only those
+            that are short enough to be used).
         conversations: documents among them that the model's chat template wrote out.
     """
 
@@ -73,43 +81,58 @@ class Rows:
 
 
 def draw_rows(calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16) -> Rows:
-    """Exactly ``calib.samples`` rows, drawn with the seed, and up to ``held_out`` rows of other text.
+    """Exactly ``calib.samples`` rows, drawn with the seed, and up to ``held_out`` rows of other
+    text.
 
-    wikitext2: random windows of the joined train split (as GPTQ). c4: a random window of random documents that are longer than a
-    row (as GPTQ, but no document twice). pile-val: documents of at most 512 tokens, shuffled and joined, cut into rows (as AWQ).
-    Everything else: documents joined, each with the special tokens that the tokenizer gives it (a conversation: those of the chat
+    wikitext2: random windows of the joined train split (as GPTQ). c4: a random window of random
+    documents that are longer than a row (as GPTQ, but no document twice). pile-val: documents of at
+    most 512 tokens, shuffled and joined, cut into rows (as AWQ). Everything else: documents joined,
+    each with the special tokens that the tokenizer gives it (a conversation: those of the chat
     template), cut into rows, of which some are drawn.
 
-    Held-out rows are the first windows of the evaluation side; where there is only one side (files, folders, pile-val), rows or
-    documents that were not drawn.
+    Held-out rows are the first windows of the evaluation side; where there is only one side (files,
+    folders, pile-val), rows or documents that were not drawn.
 
     Raises:
-        LowbitError: the source is missing, unreadable or too short; says how much there was. Conversations that the model has no
-            chat template for.
+        LowbitError: the source is missing, unreadable or too short; says how much there was.
+            Conversations that the model has no chat template for.
     """
     if held_out < 0:
         raise LowbitError(f"held-out rows cannot be negative, got {held_out}.")
     return _DRAWS.get(calib.source, _from_all)(calib, tokenizer, random.Random(seed), held_out)
 
 
-def evaluation_windows(source: str, tokenizer: Any, length: int, limit: int | None = None) -> Tensor:
-    """Non-overlapping windows (n, length) int64, the tail dropped; at most ``limit``, and at most 256 of c4.
+def evaluation_windows(
+    source: str, tokenizer: Any, length: int, limit: int | None = None
+) -> Tensor:
+    """Non-overlapping windows (n, length) int64, the tail dropped; at most ``limit``, and at most
+    256 of c4.
 
-    A single document (wikitext2, c4, a .txt file) is tokenised once; several documents are joined. Each has the special tokens
-    that the tokenizer gives it: with most, BOS at its start, with some none.
+    A single document (wikitext2, c4, a .txt file) is tokenised once; several documents are joined.
+    Each has the special tokens that the tokenizer gives it: with most, BOS at its start, with some
+    none.
 
     Raises:
-        LowbitError: the text is missing or shorter than one window; a length or limit that leaves nothing to predict.
+        LowbitError: the text is missing or shorter than one window; a length or limit that leaves
+            nothing to predict.
     """
     if length < 2 or (limit is not None and limit < 1):
-        raise LowbitError(f"evaluation needs at least 1 window of at least 2 tokens, got length {length}, windows {limit}.")
+        raise LowbitError(
+            f"evaluation needs at least 1 window of at least 2 tokens, got length {length}, "
+            f"windows {limit}."
+        )
     windows, tokens = _first_windows(source, tokenizer, length, limit)
     if not len(windows):
-        raise LowbitError(f"'{source}' has {tokens} tokens, too few for a window of {length}. Use a smaller --length or more text.")
+        raise LowbitError(
+            f"'{source}' has {tokens} tokens, too few for a window of {length}. Use a smaller "
+            "--length or more text."
+        )
     return windows
 
 
-def _first_windows(source: str, tokenizer: Any, length: int, limit: int | None) -> tuple[Tensor, int]:
+def _first_windows(
+    source: str, tokenizer: Any, length: int, limit: int | None
+) -> tuple[Tensor, int]:
     """The first windows of the evaluation side, and how many tokens were tokenized for them."""
     texts = iter_documents(source, "eval")
     if source == "c4":
@@ -119,7 +142,9 @@ def _first_windows(source: str, tokenizer: Any, length: int, limit: int | None) 
 
 
 def _joined(documents: Iterator[list[int]], enough: int | None = None) -> array[int]:
-    """Whole documents as one run of tokens, int32, until there are ``enough`` or no more documents."""
+    """Whole documents as one run of tokens, int32, until there are ``enough`` or no more
+    documents.
+    """
     out = array("i")  # a list takes nine times as much, and a source may have 1e9 tokens
     while enough is None or len(out) < enough:
         ids = next(documents, None)
@@ -138,14 +163,19 @@ def _cut(tokens: array[int], length: int) -> Tensor:
 
 
 def _spare(c: Calibration, tokenizer: Any, held_out: int) -> Tensor:
-    """Held-out rows from the evaluation side of a source that has one; none if it is too short for one."""
+    """Held-out rows from the evaluation side of a source that has one; none if it is too short for
+    one.
+    """
     if not held_out:
         return torch.empty(0, c.length, dtype=torch.int64)
     return _first_windows(c.source, tokenizer, c.length, held_out)[0]
 
 
 def _too_short(c: Calibration, rows: int, tokens: int) -> LowbitError:
-    there = f"'{c.source}' yields {rows} rows of {c.length} tokens ({tokens} tokens read), {c.samples} were asked for."
+    there = (
+        f"'{c.source}' yields {rows} rows of {c.length} tokens ({tokens} tokens read), {c.samples} "
+        "were asked for."
+    )
     if rows:
         return LowbitError(f"{there} Use --samples {rows}, a smaller --length, or more text.")
     return LowbitError(f"{there} Use a smaller --length or more text.")
@@ -195,8 +225,11 @@ def _from_long_documents(c: Calibration, tokenizer: Any, rng: random.Random, hel
     raise _too_short(c, len(rows), tokens)
 
 
-def _from_short_documents(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
-    texts = [t.strip() for t in iter_documents(c.source, "train") if isinstance(t, str)]  # all of them are
+def _from_short_documents(
+    c: Calibration, tokenizer: Any, rng: random.Random, held_out: int
+) -> Rows:
+    # All of them are.
+    texts = [t.strip() for t in iter_documents(c.source, "train") if isinstance(t, str)]
     rng.shuffle(texts)
     short = (ids for ids in token_ids(tokenizer, texts) if len(ids) <= _PILE_DOCUMENT)
     tokens = _joined(short, c.samples * c.length)

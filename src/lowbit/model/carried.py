@@ -1,4 +1,6 @@
-"""The files of a model besides its weights: which of them an artifact takes over, and why the others stay behind."""
+"""The files of a model besides its weights: which of them an artifact takes over, and why the
+others stay behind.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,54 @@ from pathlib import PurePosixPath
 from .checkpoint import TEMPLATES, Checkpoint
 
 _OWN = {"README.md", "report.json", "recipe.toml", "proof/", "model.safetensors.index.json"}
-_OF_QUANTIZERS = {"quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json"}
+_OF_QUANTIZERS = {
+    "quantize_config.json",
+    "quantization_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+}
 _OF_RUNS = ("run.json", "lowbit.lock", "moving.json", "shard-*.json", "*.tmp")
 _WEIGHTS = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
-    ".npy", ".ot", ".tflite", ".mlmodel", ".index", ".tar", ".zip", ".7z", ".gz", ".xz", ".bz2", ".zst",
-}  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".gguf",
+    ".ggml",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".npy",
+    ".ot",
+    ".tflite",
+    ".mlmodel",
+    ".index",
+    ".tar",
+    ".zip",
+    ".7z",
+    ".gz",
+    ".xz",
+    ".bz2",
+    ".zst",
+}
 _DECIDING = (  # of the carried ones: what loaders and tokenizers read
-    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    TEMPLATES + "*", "generation_config.json", "*processor_config.json", "*.py",
-)  # fmt: skip
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    TEMPLATES + "*",
+    "generation_config.json",
+    "*processor_config.json",
+    "*.py",
+)
 
 
 @dataclass(frozen=True)
@@ -36,15 +76,18 @@ class SourceFiles:
 
     @property
     def deciding(self) -> tuple[str, ...]:
-        """Those of the carried that decide what a loader makes of the model, or a tokenizer of a text; a log beside them does not."""
+        """Those of the carried that decide what a loader makes of the model, or a tokenizer of a
+        text; a log beside them does not.
+        """
         return tuple(n for n in self.carried if any(fnmatch(n, p) for p in _DECIDING))
 
 
 def source_files(checkpoint: Checkpoint) -> SourceFiles:
     """Sort the files of a model into those that an artifact takes over and those that stay.
 
-    Tokenizers, templates, generation settings, processors, licenses and code that comes with the model are taken over: everything
-    that is neither weights, nor written anew, nor in a folder of its own.
+    Tokenizers, templates, generation settings, processors, licenses and code that comes with the
+    model are taken over: everything that is neither weights, nor written anew, nor in a folder of
+    its own.
 
     Raises:
         LowbitError: the hub cannot be reached.
@@ -74,7 +117,10 @@ def _reason(name: str) -> str | None:
     if name.endswith("/"):
         return "a folder, from which nothing is loaded"
     if any(suffix in _WEIGHTS for suffix in PurePosixPath(name.lower()).suffixes):
-        return "weights that transformers does not read here, an archive, or a format that can run code"
+        return (
+            "weights that transformers does not read here, an archive, or a format that can run "
+            "code"
+        )
     if "/" in name and not name.startswith(TEMPLATES):
         return "in a folder, from which nothing is loaded"
     return None

@@ -1,4 +1,6 @@
-"""Documents through a tokenizer: plain texts as it marks them itself, conversations as its chat template writes them."""
+"""Documents through a tokenizer: plain texts as it marks them itself, conversations as its chat
+template writes them.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ _AT_ONCE = (
 def token_ids(tokenizer: Any, documents: Iterable[Document]) -> Iterator[list[int]]:
     """The token ids of each document, made as they are asked for.
 
-    A plain text gets the special tokens that the tokenizer puts around a text by itself, and no others: a
-    tokenizer may know a first token and add none. A conversation gets those that the chat template writes.
+    A plain text gets the special tokens that the tokenizer puts around a text by itself, and no
+    others: a tokenizer may know a first token and add none. A conversation gets those that the chat
+    template writes.
 
     Raises:
         LowbitError: see `written`.
@@ -33,14 +36,17 @@ def written(conversation: Conversation, tokenizer: Any) -> str:
     """A conversation as the tokenizer's chat template writes it, special tokens included.
 
     Raises:
-        LowbitError: there is no template, it does not take these messages, it leaves a tool, a call or a
-            message of another than the assistant out, or what it writes is no text that a tokenizer takes.
+        LowbitError: there is no template, it does not take these messages, it leaves a tool, a call
+            or a message of another than the assistant out, or what it writes is no text that a
+            tokenizer takes.
     """
     where = conversation.where
     if not tokenizer.chat_template:
         raise LowbitError(
-            f"{where} is a conversation, and the model's tokenizer has no chat template to write it with. Put the "
-            "chat_template.jinja of its instruct model beside tokenizer.json, or give plain texts (field 'text')."
+            f"{where} is a conversation, and the model's tokenizer has no chat template to write "
+            "it with. Put the "
+            "chat_template.jinja of its instruct model beside tokenizer.json, or give plain texts "
+            "(field 'text')."
         )
     messages = list(conversation.messages)
     try:
@@ -60,14 +66,16 @@ def written(conversation: Conversation, tokenizer: Any) -> str:
     lost = next((n for n in _functions(conversation) if n not in text), None)
     if lost is not None:
         raise LowbitError(
-            f"{where}: the model's chat template leaves the tool '{lost}' out. Give conversations without tools, or a "
+            f"{where}: the model's chat template leaves the tool '{lost}' out. Give conversations "
+            "without tools, or a "
             "model whose template writes them."
         )
     doubtful = _doubtful(messages, text)
     unread = next((m for m in doubtful if _is_unread(m, conversation, text, tokenizer)), None)
     if unread is not None:
         raise LowbitError(
-            f"{where}: the model's chat template leaves the message of role '{unread['role']}' out. "
+            f"{where}: the model's chat template leaves the message of role '{unread['role']}' "
+            "out. "
             "Give conversations without this role, or a model whose template writes it."
         )
     return text

@@ -1,4 +1,6 @@
-"""Tensors by name from a Hugging Face checkpoint: a local folder or a hub id, one file or sharded, safetensors only."""
+"""Tensors by name from a Hugging Face checkpoint: a local folder or a hub id, one file or sharded,
+safetensors only.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ _SINGLE = "model.safetensors"
 _NAMED = "transformers_weights"  # config.json may say which file holds the weights
 _ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates/"  # where transformers saves chat templates that have names
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what lowbit quantizes, as safetensors names it
+# What lowbit quantizes, as safetensors names it.
+FLOATS = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        bits = re.search(r"\d+", self.kind)  # of F8_E4M3 the first number; BOOL has none and is a byte
+        # Of F8_E4M3 the first number; BOOL has none and is a byte.
+        bits = re.search(r"\d+", self.kind)
         return self.numel * (int(bits[0]) if bits else 8) // 8
 
 
@@ -57,21 +65,34 @@ def config_at(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            path.parent if path.name == "config.json" else path, trust_remote_code=False
+        )
     except Exception as e:  # each family's config class fails in ways of its own
-        raise LowbitError(f"{path} cannot be read as a model config: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+        raise LowbitError(
+            f"{path} cannot be read as a model config: "
+            f"{(str(e) or type(e).__name__).splitlines()[0]}"
+        ) from e
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
-    """Download (or find in the cache) one file of a hub repository; None if the repository has no such file.
+    """Download (or find in the cache) one file of a hub repository; None if the repository has no
+    such file.
 
-    Without a network, a repository whose config.json is cached has the files that are cached and no others.
+    Without a network, a repository whose config.json is cached has the files that are cached and no
+    others.
 
     Raises:
         LowbitError: the repository cannot be reached or does not exist.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(model, name, revision=revision))
@@ -79,13 +100,16 @@ def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
         if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
             return None
         raise LowbitError(
-            f"'{model}' is not a local folder, and '{name}' of that hub repository is neither cached nor reachable. "
+            f"'{model}' is not a local folder, and '{name}' of that hub repository is neither "
+            "cached nor reachable. "
             "Check the path, or the network (HF_HUB_OFFLINE, HF_ENDPOINT)."
         ) from e
     except EntryNotFoundError:
         return None
     except (RepositoryNotFoundError, HFValidationError) as e:
-        raise LowbitError(f"'{model}' is neither a local folder nor a hub repository you can read.") from e
+        raise LowbitError(
+            f"'{model}' is neither a local folder nor a hub repository you can read."
+        ) from e
     except (HfHubHTTPError, OSError) as e:
         raise LowbitError(f"could not fetch '{name}' of '{model}' from the hub: {e}") from e
 
@@ -103,8 +127,12 @@ def hub_files(model: str, revision: str | None = None) -> list[str]:
         found = HfApi().model_info(model, revision=revision).siblings
         return [f.rfilename for f in found or ()]
     except (RepositoryNotFoundError, HFValidationError) as e:
-        raise LowbitError(f"'{model}' is neither a local folder nor a hub repository you can read.") from e
-    except Exception as e:  # of the hub, of the network, of offline mode: each has a family of its own
+        raise LowbitError(
+            f"'{model}' is neither a local folder nor a hub repository you can read."
+        ) from e
+    except (
+        Exception
+    ) as e:  # of the hub, of the network, of offline mode: each has a family of its own
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise LowbitError(f"the files of '{model}' on the hub cannot be listed: {e}") from e
@@ -113,16 +141,19 @@ def hub_files(model: str, revision: str | None = None) -> list[str]:
 
 
 class Checkpoint:
-    """Read-only access to a model's tensors. Opens files when they are needed and keeps none in memory.
+    """Read-only access to a model's tensors. Opens files when they are needed and keeps none in
+    memory.
 
-    Reads the files that transformers reads: the one that config.json names, else model.safetensors, else the shards of the index.
+    Reads the files that transformers reads: the one that config.json names, else model.safetensors,
+    else the shards of the index.
 
     Args:
         model: a local folder or a hub repository id.
         revision: hub branch, tag or commit.
 
     Raises:
-        LowbitError: no such folder or repository, no safetensors in it, or an adapter that belongs to the weights.
+        LowbitError: no such folder or repository, no safetensors in it, or an adapter that belongs
+            to the weights.
     """
 
     def __init__(self, model: str | Path, revision: str | None = None) -> None:
@@ -130,12 +161,18 @@ class Checkpoint:
         self.revision = revision
         self.folder = Path(model) if Path(model).is_dir() else None
         if self.folder is None and Path(model).exists():
-            raise LowbitError(f"'{model}' is a file: give the folder that holds config.json and the safetensors.")
-        if self.folder is None and (str(model).startswith((".", "/", "~")) or str(model).count("/") != 1):
+            raise LowbitError(
+                f"'{model}' is a file: give the folder that holds config.json and the safetensors."
+            )
+        if self.folder is None and (
+            str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
+        ):
             raise LowbitError(f"no such folder: '{model}'.")
         if self.file("config.json") is None:
             self._refuse_adapter(alone=True)
-            raise LowbitError(f"'{self.name}' has no config.json: is it a Hugging Face model folder?")
+            raise LowbitError(
+                f"'{self.name}' has no config.json: is it a Hugging Face model folder?"
+            )
         if self.folder is None:
             self.revision = self._commit()
         self.config_json = self._read_json("config.json")
@@ -144,14 +181,19 @@ class Checkpoint:
 
     @cached_property
     def _held(self) -> dict[str, tuple[str, Stored]]:
-        """Tensor -> its shard and how it lies there, from the shards' own headers, which are read when this is first asked for."""
+        """Tensor -> its shard and how it lies there, from the shards' own headers, which are read
+        when this is first asked for.
+        """
         found: dict[str, tuple[str, Stored]] = {}
         for shard in self.shards:
             with self._open(shard) as f:
                 for name in f.keys():  # noqa: SIM118
                     if name in found:
                         both = f"'{found[name][0]}' and '{shard}'"
-                        raise LowbitError(f"tensor '{name}' of '{self.name}' lies in {both}: remove the file that does not belong.")
+                        raise LowbitError(
+                            f"tensor '{name}' of '{self.name}' lies in {both}: remove the file "
+                            "that does not belong."
+                        )
                     part = f.get_slice(name)
                     found[name] = shard, Stored(tuple(part.get_shape()), part.get_dtype())
         return found
@@ -174,60 +216,99 @@ class Checkpoint:
         return data
 
     def _refuse_adapter(self, alone: bool) -> None:
-        """Raise LowbitError if an adapter is there: transformers would add it to the weights, which it is not part of."""
+        """Raise LowbitError if an adapter is there: transformers would add it to the weights, which
+        it is not part of.
+        """
         path = self.file(_ADAPTER)
         if path is None:
             return
         how = "merge it into the model first (peft: merge_and_unload, then save_pretrained)"
         if not alone:
-            raise LowbitError(f"{path} says that an adapter belongs to these weights: {how}, or move the adapter's files away.")
+            raise LowbitError(
+                f"{path} says that an adapter belongs to these weights: {how}, or move the "
+                "adapter's files away."
+            )
         base = self._read_json(_ADAPTER).get("base_model_name_or_path")
-        wanted = f"of '{base}'" if isinstance(base, str) and base else "of a base model that it does not name"
+        wanted = (
+            f"of '{base}'"
+            if isinstance(base, str) and base
+            else "of a base model that it does not name"
+        )
         raise LowbitError(f"'{self.name}' holds an adapter {wanted} and no model ({path}): {how}.")
 
     def _find_shards(self) -> tuple[str, ...]:
         """Names of the files that hold the weights, by transformers' own rule."""
         named = self.config_json.get(_NAMED)
-        if named is not None and (not isinstance(named, str) or ".." in Path(named).parts or Path(named).is_absolute()):
-            raise LowbitError(f"config.json of '{self.name}' has {_NAMED} = {named!r}, which is no file of this folder: remove the entry.")
+        if named is not None and (
+            not isinstance(named, str) or ".." in Path(named).parts or Path(named).is_absolute()
+        ):
+            raise LowbitError(
+                f"config.json of '{self.name}' has {_NAMED} = {named!r}, which is no file of this "
+                "folder: remove the entry."
+            )
         for name in (_SINGLE, _INDEX) if named is None else (named,):
             if self.file(name) is not None:
                 return self._listed(name) if name.endswith(".json") else (name,)
         unreached = "" if self.folder else " (or none is cached, and the hub was not reached)"
-        wanted = f"neither {_SINGLE} nor {_INDEX}" if named is None else f"no '{named}', which its config.json names as {_NAMED}"
+        wanted = (
+            f"neither {_SINGLE} nor {_INDEX}"
+            if named is None
+            else f"no '{named}', which its config.json names as {_NAMED}"
+        )
         raise LowbitError(
-            f"'{self.name}' has {wanted}{unreached}. Only safetensors are read; convert other formats with transformers' save_pretrained."
+            f"'{self.name}' has {wanted}{unreached}. Only safetensors are read; convert other "
+            "formats with transformers' save_pretrained."
         )
 
     def _listed(self, index: str) -> tuple[str, ...]:
         where = self._read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
-            raise LowbitError(f"{self.file(index)} is not a readable safetensors index (no weight_map). Download it again.")
+        if (
+            not isinstance(where, dict)
+            or not where
+            or not all(isinstance(v, str) for v in where.values())
+        ):
+            raise LowbitError(
+                f"{self.file(index)} is not a readable safetensors index (no weight_map). Download "
+                "it again."
+            )
         for shard in where.values():
             if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                raise LowbitError(f"{self.file(index)} names the shard '{shard}', which is no file of this folder.")
+                raise LowbitError(
+                    f"{self.file(index)} names the shard '{shard}', which is no file of this "
+                    "folder."
+                )
         return tuple(sorted(set(where.values())))
 
     def files(self) -> list[str]:
-        """Names of all files at the top and of the named chat templates, sorted; other folders by their names, which end in "/".
+        """Names of all files at the top and of the named chat templates, sorted; other folders by
+        their names, which end in "/".
 
         Raises:
             LowbitError: the hub cannot be reached.
         """
         if self.folder is not None:
             names = {p.name + "/" * p.is_dir() for p in self.folder.iterdir()}
-            names |= {TEMPLATES + p.name for p in (self.folder / TEMPLATES).glob("*") if p.is_file()}
+            names |= {
+                TEMPLATES + p.name for p in (self.folder / TEMPLATES).glob("*") if p.is_file()
+            }
         else:
             listed = hub_files(self.name, self.revision)
-            names = {n if "/" not in n or n.startswith(TEMPLATES) else n.partition("/")[0] + "/" for n in listed}
+            names = {
+                n if "/" not in n or n.startswith(TEMPLATES) else n.partition("/")[0] + "/"
+                for n in listed
+            }
         return sorted(names - {TEMPLATES})
 
     def is_regular(self, name: str) -> bool:
-        """Whether a listed name is a file with bytes, not a link that leads nowhere or a pipe; of a hub all are."""
+        """Whether a listed name is a file with bytes, not a link that leads nowhere or a pipe; of a
+        hub all are.
+        """
         return self.folder is None or (self.folder / name).is_file()
 
     def file(self, name: str) -> Path | None:
-        """Path of one file of the model, fetched from the hub if need be; None if the model has no such file."""
+        """Path of one file of the model, fetched from the hub if need be; None if the model has no
+        such file.
+        """
         if self.folder is None:
             return hub_file(self.name, name, self.revision)
         path = self.folder / name
@@ -236,11 +317,16 @@ class Checkpoint:
     def _open(self, shard: str) -> safe_open:
         path = self.file(shard)
         if path is None:
-            raise LowbitError(f"'{shard}', which {_INDEX} names, is missing from '{self.name}'. Download it again, or remove a stale index.")
+            raise LowbitError(
+                f"'{shard}', which {_INDEX} names, is missing from '{self.name}'. Download it "
+                "again, or remove a stale index."
+            )
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as e:
-            raise LowbitError(f"{path} is not a readable safetensors file (truncated download?): {e}") from e
+            raise LowbitError(
+                f"{path} is not a readable safetensors file (truncated download?): {e}"
+            ) from e
 
     def stored(self) -> dict[str, Stored]:
         """Shape and dtype of every tensor by its name, read from the headers alone."""
@@ -266,7 +352,10 @@ class Checkpoint:
         wanted: dict[str, list[str]] = {}
         for name in names:
             if name not in self._held:
-                raise LowbitError(f"tensor '{name}' is missing from '{self.name}': the checkpoint does not fit its config.json.")
+                raise LowbitError(
+                    f"tensor '{name}' is missing from '{self.name}': the checkpoint does not fit "
+                    "its config.json."
+                )
             wanted.setdefault(self._held[name][0], []).append(name)
         out: dict[str, Tensor] = {}
         for shard, keys in wanted.items():
@@ -275,12 +364,20 @@ class Checkpoint:
                     try:
                         tensor = f.get_tensor(key)
                     except (SafetensorError, OSError) as e:
-                        raise LowbitError(f"tensor '{key}' in shard '{shard}' of '{self.name}' cannot be read: {e}") from e
-                    if finite and tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                        raise LowbitError(
+                            f"tensor '{key}' in shard '{shard}' of '{self.name}' cannot be read: "
+                            f"{e}"
+                        ) from e
+                    if (
+                        finite
+                        and tensor.is_floating_point()
+                        and not torch.isfinite(tensor.sum(dtype=torch.float64))
+                    ):
                         bad = int((~torch.isfinite(tensor)).sum())
                         if bad:
                             raise LowbitError(
-                                f"tensor '{key}' of '{self.name}' holds {bad} NaN or infinite values. Repair or re-download the checkpoint."
+                                f"tensor '{key}' of '{self.name}' holds {bad} NaN or infinite "
+                                "values. Repair or re-download the checkpoint."
                             )
                     out[key] = tensor
         return out

@@ -1,4 +1,6 @@
-"""The text of a file as it is read, a stretch or a line at a time: unpacked, and decoded by its mark."""
+"""The text of a file as it is read, a stretch or a line at a time: unpacked, and decoded by its
+mark.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,20 @@ from ..errors import LowbitError
 
 _AT_ONCE = 1 << 20  # bytes: a file may be larger than the memory, its lines are not
 _MARKS = (  # the four bytes first: UTF-32's mark begins with UTF-16's
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _KINDS = (  # what a file that is no text begins with, and what to do about it
-    (b"\x1f\x8b", "gzip data: add .gz to its name"), (b"BZh", "bzip2 data: add .bz2 to its name"), (b"\xfd7zXZ", "xz data: add .xz to its name"),
-    (b"\x28\xb5\x2f\xfd", "zstd data: add .zst to its name"), (b"PAR1", "a Parquet table: add .parquet to its name"),
-    (b"PK\x03\x04", "a zip archive: unpack it"), (b"%PDF", "a PDF: extract its text"),
-)  # fmt: skip
+    (b"\x1f\x8b", "gzip data: add .gz to its name"),
+    (b"BZh", "bzip2 data: add .bz2 to its name"),
+    (b"\xfd7zXZ", "xz data: add .xz to its name"),
+    (b"\x28\xb5\x2f\xfd", "zstd data: add .zst to its name"),
+    (b"PAR1", "a Parquet table: add .parquet to its name"),
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (b"%PDF", "a PDF: extract its text"),
+)
 _POINTER = b"version https://git-lfs"
 
 
@@ -38,8 +47,11 @@ def _by_arrow(file: BinaryIO) -> _Readable:
 
 
 _UNPACKED: dict[str, Callable[[BinaryIO], _Readable]] = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _by_arrow,
-}  # fmt: skip
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _by_arrow,
+}
 COMPRESSED = tuple(_UNPACKED)
 
 
@@ -50,7 +62,8 @@ def read_text(path: Path, packed: str) -> str:
         packed: a suffix of `COMPRESSED`, or "".
 
     Raises:
-        LowbitError: the file cannot be read, is not whole, or is no text; names it and where it is bad.
+        LowbitError: the file cannot be read, is not whole, or is no text; names it and where it is
+            bad.
     """
     return "".join(_decoded(path, packed))
 
@@ -58,8 +71,8 @@ def read_text(path: Path, packed: str) -> str:
 def read_lines(path: Path, packed: str) -> Iterator[str]:
     r"""The lines of a file with their ends as they are: ``\n``, ``\r\n`` or ``\r``.
 
-    Only the line that is asked for is held, besides a stretch of the file. Other characters that end
-    lines, such as U+2028, do not: JSON strings may hold them as they are.
+    Only the line that is asked for is held, besides a stretch of the file. Other characters that
+    end lines, such as U+2028, do not: JSON strings may hold them as they are.
 
     Args:
         packed: a suffix of `COMPRESSED`, or "".
@@ -88,7 +101,8 @@ def check_fetched(path: Path) -> None:
     with path.open("rb") as f:
         if f.read(len(_POINTER)) == _POINTER:
             raise LowbitError(
-                f"'{path}' is a git-lfs pointer, not the file itself: run 'git lfs pull' in its folder, "
+                f"'{path}' is a git-lfs pointer, not the file itself: run 'git lfs pull' in its "
+                "folder, "
                 "or download it again."
             )
 
@@ -96,7 +110,8 @@ def check_fetched(path: Path) -> None:
 def needs_arrow(path: Path) -> LowbitError:
     """The refusal of a file that only pyarrow reads, where that is missing."""
     return LowbitError(
-        f"'{path}' is read through pyarrow: pip install 'lowbit[eval]', or give a .txt or .jsonl file."
+        f"'{path}' is read through pyarrow: pip install 'lowbit[eval]', or give a .txt or .jsonl "
+        "file."
     )
 
 
@@ -117,12 +132,15 @@ def _bytes(path: Path, packed: str) -> Iterator[bytes]:
             if not packed:
                 raise LowbitError(f"'{path}' cannot be read: {e}.") from e
             raise LowbitError(
-                f"'{path}' cannot be unpacked ({e}). Is it a whole {packed} file? Make or download it again."
+                f"'{path}' cannot be unpacked ({e}). Is it a whole {packed} file? Make or download "
+                "it again."
             ) from e
 
 
 def _decoded(path: Path, packed: str) -> Iterator[str]:
-    r"""UTF-8 with or without its mark, UTF-16 and UTF-32 with theirs; no stretch ends within a ``\r\n``."""
+    r"""UTF-8 with or without its mark, UTF-16 and UTF-32 with theirs; no stretch ends within a
+    ``\r\n``.
+    """
     stretches = _bytes(path, packed)
     some = next(stretches, b"")
     encoding = next((name for mark, name in _MARKS if some.startswith(mark)), "utf-8-sig")
@@ -158,7 +176,10 @@ def _undecodable(path: Path, encoding: str, at: int) -> LowbitError:
 
 
 def _binary(path: Path, known: str | None) -> LowbitError:
-    unclear = "binary data, or UTF-16 or UTF-32 without its mark: convert it to UTF-8 text first (iconv -t UTF-8)"
+    unclear = (
+        "binary data, or UTF-16 or UTF-32 without its mark: convert it to UTF-8 text first (iconv "
+        "-t UTF-8)"
+    )
     return LowbitError(
         f"'{path}' is {known}." if known else f"'{path}' holds NUL bytes: it is {unclear}."
     )

@@ -1,4 +1,6 @@
-"""The records of a local file, by its suffix: whole texts, JSON, tables, each perhaps compressed."""
+"""The records of a local file, by its suffix: whole texts, JSON, tables, each perhaps
+compressed.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,16 @@ def is_data(path: Path) -> bool:
 
 
 def read_records(path: Path) -> Records:
-    """The records of a file, read as they are asked for where it has lines, rows or batches: one whole text, or what is in its lines, list, or rows.
+    """The records of a file, read as they are asked for where it has lines, rows or batches: one
+    whole text, or what is in its lines, list, or rows.
 
-    .json holds a list, one object or an object a line; .jsonl and .ndjson an object or text a line; .csv and
-    .tsv begin with a line of names; .parquet. Other suffixes are taken as text. Each but .parquet may be
-    compressed and then ends with .gz, .bz2, .xz or .zst as well.
+    .json holds a list, one object or an object a line; .jsonl and .ndjson an object or text a line;
+    .csv and .tsv begin with a line of names; .parquet. Other suffixes are taken as text. Each but
+    .parquet may be compressed and then ends with .gz, .bz2, .xz or .zst as well.
 
     Raises:
-        LowbitError: the file cannot be read or is not what its suffix says; names the file and line, item or row.
+        LowbitError: the file cannot be read or is not what its suffix says; names the file and
+            line, item or row.
     """
     kind, packed = _kind(path)
     if kind in _ARCHIVES:
@@ -50,7 +54,8 @@ def read_records(path: Path) -> Records:
     if kind == ".parquet":
         if packed:
             raise LowbitError(
-                f"'{path}' is a compressed Parquet file: unpack it first (Parquet compresses its columns itself)."
+                f"'{path}' is a compressed Parquet file: unpack it first (Parquet compresses its "
+                "columns itself)."
             )
         return _parquet(path)
     if kind in _TABLES:
@@ -87,10 +92,10 @@ def _json(text: str, path: Path) -> Records:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as e:
-        if (
-            e.msg == "Extra data" and e.lineno > 1
-        ):  # one value has ended and another begins: an object a line
-            # Not splitlines(): it also cuts at U+2028 and others that JSON strings may hold as they are.
+        # One value has ended and another begins: an object a line.
+        if e.msg == "Extra data" and e.lineno > 1:
+            # Not splitlines(): it also cuts at U+2028 and others that JSON strings may hold as they
+            # are.
             return _lines(text.split("\n"), path)
         raise LowbitError(f"{path} is not valid JSON: {e}.") from e
     except (ValueError, RecursionError) as e:
@@ -104,7 +109,8 @@ def _json(text: str, path: Path) -> Records:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    # The csv module's limit, 131072 characters a field, is one for the process and shorter than many texts.
+    # The csv module's limit, 131072 characters a field, is one for the process and shorter than
+    # many texts.
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -125,7 +131,8 @@ def _table(path: Path, packed: str, separator: str) -> Records:
         where = f"{path}, row {n}"
         if None in row:
             raise LowbitError(
-                f"{where} (line {reader.line_num}) has more fields than the first line names. Quote its texts."
+                f"{where} (line {reader.line_num}) has more fields than the first line names. "
+                "Quote its texts."
             )
         yield {k: row[k] for k in columns}, where
 

@@ -1,4 +1,6 @@
-"""Which files of a folder are texts to read, and on which side, by the rules that the datasets library has for names."""
+"""Which files of a folder are texts to read, and on which side, by the rules that the datasets
+library has for names.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,11 @@ from ..errors import LowbitError
 from .files import is_data
 from .stdlib import Split
 
+# The first that there is.
 SIDES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "eval": ("test", "validation", "train"),
-}  # the first that there is
+}
 
 _WORDS = {
     "train": ("train", "training"),
@@ -34,16 +37,18 @@ _DESCRIPTIONS = (
 
 
 def folder_files(folder: Path, split: Split) -> list[Path]:
-    """The files of a folder and those below it that hold a side's texts, in order; none if the folder describes itself.
+    """The files of a folder and those below it that hold a side's texts, in order; none if the
+    folder describes itself.
 
-    Folders named train, test or such decide the side, else files named so, else everything is for training.
-    Where some are named for tests or validation and none for training, training takes the others.
-    Files of the form data/NAME-00000-of-00001 count alone where there are some. Hidden files, those about the
-    data and those of other kinds are left out. A folder whose README.md lists its files, or that holds
-    kinds which only the datasets library reads, is left to that.
+    Folders named train, test or such decide the side, else files named so, else everything is for
+    training. Where some are named for tests or validation and none for training, training takes the
+    others. Files of the form data/NAME-00000-of-00001 count alone where there are some. Hidden
+    files, those about the data and those of other kinds are left out. A folder whose README.md
+    lists its files, or that holds kinds which only the datasets library reads, is left to that.
 
     Raises:
-        LowbitError: every file is for tests or validation, and training was asked for; names the files.
+        LowbitError: every file is for tests or validation, and training was asked for; names the
+            files.
     """
     if _describes_itself(folder):
         return []
@@ -78,7 +83,8 @@ def _others(found: list[Path], folder: Path) -> list[Path]:
         shown = [f"'{p.relative_to(folder)}' ({held_out[p]})" for p in found[:6]]
         more = ", ..." if len(found) > len(shown) else ""
         raise LowbitError(
-            f"folder '{folder}' has no file to train or calibrate on: by their names, all are held out, "
+            f"folder '{folder}' has no file to train or calibrate on: by their names, all are held "
+            "out, "
             f"{', '.join(shown)}{more}. Give one of them as a file, or rename it."
         )
     return others
@@ -102,10 +108,10 @@ def _sides(files: list[Path], folder: Path, rule: Rule) -> dict[str, list[Path]]
     return {side: _ordered(files, folder, words, rule) for side, words in _WORDS.items()}
 
 
-def _ordered(
-    files: list[Path], folder: Path, words: tuple[str, ...], rule: Rule
-) -> list[Path]:
-    """The files that a rule finds one of the words in: by the word and where it stands, then by name."""
+def _ordered(files: list[Path], folder: Path, words: tuple[str, ...], rule: Rule) -> list[Path]:
+    """The files that a rule finds one of the words in: by the word and where it stands, then by
+    name.
+    """
     ranked: list[tuple[int, int, str]] = []
     for path in files:
         hits = [

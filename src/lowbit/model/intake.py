@@ -1,4 +1,6 @@
-"""What a checkpoint must be to be quantized: floats of a causal language model, all of them, and nothing quantized before."""
+"""What a checkpoint must be to be quantized: floats of a causal language model, all of them, and
+nothing quantized before.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +13,67 @@ import torch
 from ..errors import LowbitError
 from .checkpoint import FLOATS, Checkpoint, Stored
 
-# Last parts of names under which quantizers store codes, scales and tables, beside or in place of a weight.
+# Last parts of names under which quantizers store codes, scales and tables, beside or in place of a
+# weight.
 _OF_QUANTIZERS = {
-    "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_shape", "weight_scale", "weight_scale_inv", "weight_scale_2",
-    "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale", "biases", "absmax", "quant_map", "nested_absmax",
-    "quant_state", "SCB", "codebooks", "codes", "trellis", "suh", "svh", "mcg", "mul1", "_scale", "_blocks", "_scales",
-}  # fmt: skip
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "weight_packed",
+    "weight_shape",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_global_scale",
+    "input_scale",
+    "biases",
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "quant_state",
+    "SCB",
+    "codebooks",
+    "codes",
+    "trellis",
+    "suh",
+    "svh",
+    "mcg",
+    "mul1",
+    "_scale",
+    "_blocks",
+    "_scales",
+}
 _CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def check_source(checkpoint: Checkpoint) -> None:
-    """Refuse what is no source at all: an artifact, an export, or a model that is trained for something else than the next token.
+    """Refuse what is no source at all: an artifact, an export, or a model that is trained for
+    something else than the next token.
 
     Raises:
         LowbitError: naming what it is.
     """
     report = checkpoint.file("report.json") if checkpoint.folder is not None else None
-    if report is not None and '"lowbit"' in report.read_text(encoding="utf-8", errors="replace")[:4096]:
-        raise LowbitError(f"'{checkpoint.name}' is an artifact of lowbit ({report.name}) and quantized already: start from the model it was made of.")
+    if (
+        report is not None
+        and '"lowbit"' in report.read_text(encoding="utf-8", errors="replace")[:4096]
+    ):
+        raise LowbitError(
+            f"'{checkpoint.name}' is an artifact of lowbit ({report.name}) and quantized already: "
+            "start from the model it was made of."
+        )
     named = checkpoint.config_json.get("architectures")
     classes = named if isinstance(named, list) else []
     other = [c for c in classes if isinstance(c, str) and "For" in c and not c.endswith(_CAUSAL)]
     if other and len(other) == len(classes):
-        raise LowbitError(f"'{checkpoint.name}' is a {other[0]} (architectures in its config.json): lowbit quantizes causal language models.")
+        raise LowbitError(
+            f"'{checkpoint.name}' is a {other[0]} (architectures in its config.json): lowbit "
+            "quantizes causal language models."
+        )
 
 
 def quantized_by(config: Mapping[str, Any]) -> str | None:
@@ -52,7 +91,12 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in _CONFIG_KEYS}
 
 
-def check_floats(checkpoint: Checkpoint, stored: Mapping[str, Stored], wanted: Iterable[str], prefixes: Iterable[str]) -> tuple[str, ...]:
+def check_floats(
+    checkpoint: Checkpoint,
+    stored: Mapping[str, Stored],
+    wanted: Iterable[str],
+    prefixes: Iterable[str],
+) -> tuple[str, ...]:
     """Refuse a source of which anything that will be read is quantized.
 
     Args:
@@ -71,28 +115,46 @@ def check_floats(checkpoint: Checkpoint, stored: Mapping[str, Stored], wanted: I
     for name in wanted:
         kind = stored[name].kind if name in stored else "F32"  # what is missing is named elsewhere
         if kind not in FLOATS:
-            raise LowbitError(f"tensor '{name}' of '{checkpoint.name}' is stored as {kind}{by}: {_remedy(kind)}")
+            raise LowbitError(
+                f"tensor '{name}' of '{checkpoint.name}' is stored as {kind}{by}: {_remedy(kind)}"
+            )
     for name in stored:
         if name.startswith(inside) and is_of_quantizer(name):
-            raise LowbitError(f"'{checkpoint.name}' is quantized already{by}: it holds '{name}'. Start from the model in 16 or 32 bits.")
+            raise LowbitError(
+                f"'{checkpoint.name}' is quantized already{by}: it holds '{name}'. Start from the "
+                "model in 16 or 32 bits."
+            )
     method = (checkpoint.config_json.get("quantization_config") or {}).get("quant_method")
     if method == "bitnet":
         raise LowbitError(
-            f"'{checkpoint.name}' has float weights that transformers rounds to three values while it loads them ({said}): lowbit would "
-            "quantize other numbers than those. Remove the entry from its config.json if the weights are meant as they are."
+            f"'{checkpoint.name}' has float weights that transformers rounds to three values while "
+            f"it loads them ({said}): lowbit would "
+            "quantize other numbers than those. Remove the entry from its config.json if the "
+            "weights are meant as they are."
         )
-    return () if said is None else (f"config.json has a {said.replace(' says ', ' of ')}, but all weights are floats: it is left out",)
+    return (
+        ()
+        if said is None
+        else (
+            f"config.json has a {said.replace(' says ', ' of ')}, but all weights are floats: it "
+            "is left out",
+        )
+    )
 
 
 def is_leftover(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> bool:
-    """Whether config.json has a quantization_config which nothing in the checkpoint bears out: all tensors are plain floats."""
+    """Whether config.json has a quantization_config which nothing in the checkpoint bears out: all
+    tensors are plain floats.
+    """
     said = checkpoint.config_json.get("quantization_config")
     if not said or said.get("quant_method") == "bitnet":
         return False
     return all(t.kind in FLOATS and not is_of_quantizer(n) for n, t in stored.items())
 
 
-def check_read_as_floats(checkpoint: Checkpoint, stored: Mapping[str, Stored], unused: Container[str]) -> None:
+def check_read_as_floats(
+    checkpoint: Checkpoint, stored: Mapping[str, Stored], unused: Container[str]
+) -> None:
     """Refuse raw codes that a loader took for weights.
 
     Args:
@@ -102,20 +164,36 @@ def check_read_as_floats(checkpoint: Checkpoint, stored: Mapping[str, Stored], u
         LowbitError: naming the tensor and its dtype.
     """
     for name, t in stored.items():
-        if name.endswith((".weight", ".bias")) and t.kind not in (*FLOATS, "F64") and name not in unused:
-            raise LowbitError(f"tensor '{name}' of '{checkpoint.name}' is stored as {t.kind}: {_remedy(t.kind)}")
+        if (
+            name.endswith((".weight", ".bias"))
+            and t.kind not in (*FLOATS, "F64")
+            and name not in unused
+        ):
+            raise LowbitError(
+                f"tensor '{name}' of '{checkpoint.name}' is stored as {t.kind}: {_remedy(t.kind)}"
+            )
 
 
 def is_of_quantizer(name: str) -> bool:
     """Whether a tensor's name is one under which quantizers store codes, scales or tables."""
     last = name.rpartition(".")[2]
-    return last in _OF_QUANTIZERS or any(last.endswith(e) for e in _OF_QUANTIZERS if e.startswith("_")) or ".quant_state." in name
+    return (
+        last in _OF_QUANTIZERS
+        or any(last.endswith(e) for e in _OF_QUANTIZERS if e.startswith("_"))
+        or ".quant_state." in name
+    )
 
 
 def _remedy(kind: str) -> str:
     if kind == "F64":
-        return "lowbit reads F32, F16 and BF16. Save the model in one of these (model.float().save_pretrained)."
-    return "every weight must be F32, F16 or BF16, for scales of other types are not applied. Start from the model in 16 or 32 bits."
+        return (
+            "lowbit reads F32, F16 and BF16. Save the model in one of these "
+            "(model.float().save_pretrained)."
+        )
+    return (
+        "every weight must be F32, F16 or BF16, for scales of other types are not applied. Start "
+        "from the model in 16 or 32 bits."
+    )
 
 
 def dtype_of_most(stored: Mapping[str, Stored], linears: Iterable[str]) -> torch.dtype:

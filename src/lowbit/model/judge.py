@@ -14,7 +14,8 @@ _TOKENS = 256
 
 @dataclass(frozen=True)
 class LinearError:
-    """Squared error of a linear's output relative to the output's own square, both summed over tokens and outputs.
+    """Squared error of a linear's output relative to the output's own square, both summed over
+    tokens and outputs.
 
     Attributes:
         nearest: of plain nearest codes on the plain range.
@@ -27,10 +28,11 @@ class LinearError:
 
 @torch.no_grad()
 def linear_errors(block: Block) -> dict[str, LinearError]:
-    """The error of every coded linear on what reaches it in the finished block, at most 256 calibration tokens.
+    """The error of every coded linear on what reaches it in the finished block, at most 256
+    calibration tokens.
 
-    The linear it is compared with has the weight that transforms left, before any clip, and reads the same tokens with
-    activations in floating point.
+    The linear it is compared with has the weight that transforms left, before any clip, and reads
+    the same tokens with activations in floating point.
 
     Args:
         block: all linears coded.
@@ -38,7 +40,9 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
     exact = block.exact()
     read: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for site in block.wiring.sites:
-        none = torch.empty(0, block.weight(site.reads[0]).shape[1], device=block.device, dtype=block.compute)
+        none = torch.empty(
+            0, block.weight(site.reads[0]).shape[1], device=block.device, dtype=block.compute
+        )
         read[site.reads[0]] = [(none, none)]
     most = len(block.ranks.tokens(torch.arange(_TOKENS), block.xq.shape[1]))
 
@@ -52,7 +56,10 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
     replace(block, weights=block.decoded()).observe(list(read), block.xq, rows, visit)
     out: dict[str, LinearError] = {}
     for site in block.wiring.sites:
-        x, met = (torch.cat(parts).to(block.weight(site.reads[0]).dtype) for parts in zip(*read.pop(site.reads[0]), strict=True))
+        x, met = (
+            torch.cat(parts).to(block.weight(site.reads[0]).dtype)
+            for parts in zip(*read.pop(site.reads[0]), strict=True)
+        )
         for name in site.reads:
             if name not in block.coded:
                 continue
@@ -63,7 +70,10 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
             squares = [expected.square().sum(dtype=torch.float64)]
             squares += [
                 (met @ w.T - expected).square().sum(dtype=torch.float64)
-                for w in (grid.decode(grid.encode(whole, nearest), nearest), block.coded[name].decode(block.stored).to(weight.dtype))
+                for w in (
+                    grid.decode(grid.encode(whole, nearest), nearest),
+                    block.coded[name].decode(block.stored).to(weight.dtype),
+                )
             ]
             total = torch.stack(squares)
             block.ranks.sum_(total)

@@ -1,4 +1,6 @@
-"""The same model with the channels of its residual stream in another order, and blocks with those inside them reordered."""
+"""The same model with the channels of its residual stream in another order, and blocks with those
+inside them reordered.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,14 @@ from .wiring import Site, Wiring
 
 def check_order(wiring: Wiring, family: str) -> None:
     """Raise LowbitError if the channels of a family's residual stream cannot change places."""
-    if not wiring.writers or not any(s.residual for s in wiring.sites) or "project_out" in wiring.final:
+    if (
+        not wiring.writers
+        or not any(s.residual for s in wiring.sites)
+        or "project_out" in wiring.final
+    ):
         raise LowbitError(
-            f"the residual channels of this '{family}' model cannot be put in another order: it is normalised after each addition or "
+            f"the residual channels of this '{family}' model cannot be put in another order: it is "
+            "normalised after each addition or "
             "projected at its ends. Use --set crossquant.fold=channel."
         )
 
@@ -43,11 +50,18 @@ def order_block(weights: Mapping[str, Tensor], wiring: Wiring, order: Tensor) ->
     return out
 
 
-def order_outer(tensors: Mapping[str, Tensor], embeddings: tuple[str, ...], norm: str | None, head: str, order: Tensor) -> dict[str, Tensor]:
+def order_outer(
+    tensors: Mapping[str, Tensor],
+    embeddings: tuple[str, ...],
+    norm: str | None,
+    head: str,
+    order: Tensor,
+) -> dict[str, Tensor]:
     """The tensors outside the blocks, channels likewise; a head tied to the embedding stays so.
 
     Args:
-        tensors: by full name. embeddings: names of the embedding tensors. norm: the final norm's prefix or None. head: name of the head's weight.
+        tensors: by full name. embeddings: names of the embedding tensors. norm: the final norm's
+            prefix or None. head: name of the head's weight.
     """
     out = dict(tensors)
     for key in {*embeddings, head} & set(tensors):
@@ -59,12 +73,15 @@ def order_outer(tensors: Mapping[str, Tensor], embeddings: tuple[str, ...], norm
 
 
 def reorder(block: Block, site: Site, order: Tensor) -> Block:
-    """The block with the channels of one site in another order: its source's rows (or gain) and its readers' columns.
+    """The block with the channels of one site in another order: its source's rows (or gain) and its
+    readers' columns.
 
-    Linears that read what the source reads, such as a gate, have theirs moved along, unless the source is attention's values.
+    Linears that read what the source reads, such as a gate, have theirs moved along, unless the
+    source is attention's values.
 
     Args:
-        order: (channels,) int64, on the block's device; for attention's output it must stay within heads.
+        order: (channels,) int64, on the block's device; for attention's output it must stay within
+            heads.
     """
     source = site.source
     if source is None:
@@ -74,11 +91,16 @@ def reorder(block: Block, site: Site, order: Tensor) -> Block:
     if source.kind == "norm":
         moved.append((source.module, order))
     elif site.probe == (block.wiring.heads.output if block.wiring.heads else None):
-        moved.append((source.module, _all_rows(len(block.weight(source.module)), source.rows, order)))
+        moved.append(
+            (source.module, _all_rows(len(block.weight(source.module)), source.rows, order))
+        )
     makers = [s for s in block.wiring.sites if source.module in s.reads]
     if site is block.wiring.sites[-1]:
         makers = makers or [block.wiring.sites[-2]]  # behind a norm of its own, as BitNet's
-        moved += [(n, torch.cat([order + k for k in range(0, len(block.weight(n)), len(order))])) for n in makers[0].reads]
+        moved += [
+            (n, torch.cat([order + k for k in range(0, len(block.weight(n)), len(order))]))
+            for n in makers[0].reads
+        ]
     for module, rows in moved:
         for key in (f"{module}.weight", f"{module}.bias"):
             if key in block.weights:

@@ -1,4 +1,6 @@
-"""The tensors outside the blocks: which the checkpoint has, and whether the output head is the embedding."""
+"""The tensors outside the blocks: which the checkpoint has, and whether the output head is the
+embedding.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,18 @@ class Outer:
     remarks: tuple[str, ...] = ()
 
 
-def outer_of(checkpoint: Checkpoint, skeleton: Any, stored: Mapping[str, Stored], tied: bool) -> Outer:
-    """Find every parameter of a skeleton without blocks in a checkpoint, as transformers would load it.
+def outer_of(
+    checkpoint: Checkpoint, skeleton: Any, stored: Mapping[str, Stored], tied: bool
+) -> Outer:
+    """Find every parameter of a skeleton without blocks in a checkpoint, as transformers would load
+    it.
 
-    A tied head may lie under either name or under both. Where both are there and differ, transformers does not tie them.
+    A tied head may lie under either name or under both. Where both are there and differ,
+    transformers does not tie them.
 
     Args:
-        skeleton: the transformers model, its blocks taken out. stored: of the checkpoint. tied: what config.json says of the head.
+        skeleton: the transformers model, its blocks taken out. stored: of the checkpoint. tied:
+            what config.json says of the head.
 
     Raises:
         LowbitError: a tensor is missing, or has another shape than config.json wants.
@@ -58,7 +65,8 @@ def outer_of(checkpoint: Checkpoint, skeleton: Any, stored: Mapping[str, Stored]
         elif head in stored:
             tied, names[head] = False, head
             remarks.append(
-                f"config.json ties '{head}' to '{embedding}', but the checkpoint holds two matrices that differ: both are kept, as "
+                f"config.json ties '{head}' to '{embedding}', but the checkpoint holds two "
+                "matrices that differ: both are kept, as "
                 "transformers does, and the artifact's config.json says so"
             )
     for name, source in names.items():
@@ -69,9 +77,15 @@ def outer_of(checkpoint: Checkpoint, skeleton: Any, stored: Mapping[str, Stored]
 def check_stored(name: str, stored: Mapping[str, Stored], shape: Iterable[int], model: str) -> None:
     """Raise LowbitError if a tensor is missing or not of this shape."""
     if name not in stored:
-        raise LowbitError(f"tensor '{name}' is missing from '{model}': the checkpoint does not fit its config.json.")
+        raise LowbitError(
+            f"tensor '{name}' is missing from '{model}': the checkpoint does not fit its "
+            "config.json."
+        )
     if stored[name].shape != tuple(shape):
-        raise LowbitError(f"tensor '{name}' of '{model}' has shape {stored[name].shape}, config.json wants {tuple(shape)}.")
+        raise LowbitError(
+            f"tensor '{name}' of '{model}' has shape {stored[name].shape}, config.json wants "
+            f"{tuple(shape)}."
+        )
 
 
 def _name_of(skeleton: Any, module: Any) -> str:

@@ -14,7 +14,9 @@ T = TypeVar("T")
 
 def ran_out(e: BaseException) -> bool:
     """Whether an exception says that memory ran out. The CPU's allocator has none of its own."""
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e)
+    )
 
 
 class Parts:
@@ -30,8 +32,9 @@ class Parts:
         self._what, self._size, self._remark = what, max(1, most), remark
 
     def over(self, rows: int, start: Callable[[], T], add: Callable[[T, slice], T]) -> T:
-        """``add(total, part)`` for each part of ``rows`` rows in turn, beginning with ``start()``; all again in smaller parts if memory
-        runs out, so ``add`` must change nothing but its total, or nothing that doing it again does not mend.
+        """``add(total, part)`` for each part of ``rows`` rows in turn, beginning with ``start()``;
+        all again in smaller parts if memory runs out, so ``add`` must change nothing but its total,
+        or nothing that doing it again does not mend.
 
         Raises:
             LowbitError: a single row does not fit.
@@ -42,8 +45,12 @@ class Parts:
             self._size = min(self._size, rows)
             self._halve()
 
-    def _tried(self, rows: int, start: Callable[[], T], add: Callable[[T, slice], T]) -> Iterator[T]:
-        """The result, or nothing: outside the handler, as the exception holds on to what the failed attempt had allocated."""
+    def _tried(
+        self, rows: int, start: Callable[[], T], add: Callable[[T, slice], T]
+    ) -> Iterator[T]:
+        """The result, or nothing: outside the handler, as the exception holds on to what the failed
+        attempt had allocated.
+        """
         try:
             total = start()
             for part in self.of(rows):
@@ -64,8 +71,12 @@ class Parts:
             torch.accelerator.empty_cache()
         if self._size == 1:
             raise LowbitError(
-                f"the device ran out of memory while {self._what}, with a single row at a time: use a shorter --length, another --device, "
+                f"the device ran out of memory while {self._what}, with a single row at a time: "
+                "use a shorter --length, another --device, "
                 "or --offload host to keep activations off it."
             )
         before, self._size = self._size, (self._size + 1) // 2
-        self._remark(f"the device ran out of memory while {self._what} {before} rows at a time; {self._size} now, to the same result")
+        self._remark(
+            f"the device ran out of memory while {self._what} {before} rows at a time; "
+            f"{self._size} now, to the same result"
+        )

@@ -1,8 +1,9 @@
 """Ranks: the processes that share one run, each with its own part of the calibration rows.
 
-Row i of a stream belongs to rank i % size, so the first n rows, of which methods take statistics, are spread evenly whatever n is.
-What is summed over rows is summed over ranks; what follows from the sums is computed by all alike. Communication is
-torch.distributed's default group; nothing here starts it (`lowbit.launch` does).
+Row i of a stream belongs to rank i % size, so the first n rows, of which methods take statistics,
+are spread evenly whatever n is. What is summed over rows is summed over ranks; what follows from
+the sums is computed by all alike. Communication is torch.distributed's default group; nothing here
+starts it (`lowbit.launch` does).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class RankGone(LowbitError):
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """The one place where torch.distributed's errors (connection closed, timeout) become ours. Nothing else belongs inside."""
+    """The one place where torch.distributed's errors (connection closed, timeout) become ours.
+    Nothing else belongs inside.
+    """
     try:
         yield
     except RuntimeError as e:
@@ -46,8 +49,10 @@ class Ranks:
 
     Attributes:
         rank: of this process. size: how many there are.
-        local: number of this process on its machine, and of its accelerator. here: how many of the run's are on that machine.
-        patient: a CPU group for values and for waiting until rank 0 has written or verified, which may take hours.
+        local: number of this process on its machine, and of its accelerator. here: how many of the
+            run's are on that machine.
+        patient: a CPU group for values and for waiting until rank 0 has written or verified, which
+            may take hours.
 
     Raises:
         RankGone: from every method that communicates, if another rank has ended.
@@ -64,18 +69,21 @@ class Ranks:
         """Whether this is the rank that writes and speaks."""
         return self.rank == 0
 
-    # --- whose rows ------------------------------------------------------------------------------------------------------
+    # --- whose rows -------------------------------------------------------------------------------
 
     def mine(self, rows: int) -> range:
         """Numbers of this rank's rows among the first ``rows``."""
         return range(self.rank, rows, self.size)
 
     def count(self, rows: int) -> int:
-        """How many of the first ``rows`` rows are this rank's: the leading ones of what it holds."""
+        """How many of the first ``rows`` rows are this rank's: the leading ones of what it
+        holds.
+        """
         return len(self.mine(rows))
 
     def tokens(self, numbers: Tensor, length: int) -> Tensor:
-        """Those of the given tokens that are this rank's, by their numbers in what it holds; order kept.
+        """Those of the given tokens that are this rank's, by their numbers in what it holds; order
+        kept.
 
         Args:
             numbers: (n,) int64, row * length + position over all ranks' rows. length: tokens a row.
@@ -87,13 +95,17 @@ class Ranks:
         return (row[own] // self.size) * length + numbers[own] % length
 
     def share(self, count: int) -> slice:
-        """This rank's contiguous part of ``count`` things; sizes differ by one at most, some are empty if there are more ranks."""
+        """This rank's contiguous part of ``count`` things; sizes differ by one at most, some are
+        empty if there are more ranks.
+        """
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    # --- sums and maxima -------------------------------------------------------------------------------------------------
+    # --- sums and maxima --------------------------------------------------------------------------
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Sum tensors over ranks in place; the result has the same bits everywhere. Shapes and dtypes as on the other ranks."""
+        """Sum tensors over ranks in place; the result has the same bits everywhere. Shapes and
+        dtypes as on the other ranks.
+        """
         self._reduce(tensors, dist.ReduceOp.SUM)
 
     def max_(self, *tensors: Tensor) -> None:
@@ -103,14 +115,20 @@ class Ranks:
     def _reduce(self, tensors: Sequence[Tensor], operation: Any) -> None:
         if self.size == 1:
             return
-        alike = len({(t.dtype, t.device) for t in tensors}) == 1 and sum(t.nbytes for t in tensors) <= _TOGETHER
+        alike = (
+            len({(t.dtype, t.device) for t in tensors}) == 1
+            and sum(t.nbytes for t in tensors) <= _TOGETHER
+        )
         for batch in [tensors] if alike else [[t] for t in tensors]:
             alone = len(batch) == 1 and batch[0].is_contiguous()
-            flat = batch[0] if alone else torch.cat([t.reshape(-1) for t in batch])  # one message: small ones cost their latency
+            # One message: small ones cost their latency.
+            flat = batch[0] if alone else torch.cat([t.reshape(-1) for t in batch])
             with _answered():
                 dist.all_reduce(flat, operation)
             if not alone:
-                for t, part in zip(batch, torch.split(flat, [t.numel() for t in batch]), strict=True):
+                for t, part in zip(
+                    batch, torch.split(flat, [t.numel() for t in batch]), strict=True
+                ):
                     t.copy_(part.view(t.shape))
 
     def total(self, *numbers: float) -> list[float]:
@@ -126,13 +144,15 @@ class Ranks:
         """(size, ...): a tensor of every rank, of one shape and dtype."""
         if self.size == 1:
             return t[None]
-        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        parts = [
+            torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)
+        ]
         own = t.contiguous()
         with _answered():
             dist.all_gather(parts, own)
         return torch.stack(parts)
 
-    # --- values ----------------------------------------------------------------------------------------------------------
+    # --- values -----------------------------------------------------------------------------------
 
     def told(self, value: Any) -> Any:
         """Rank 0's value; the others' do not count, and they wait for it as long as it takes."""
@@ -147,7 +167,8 @@ class Ranks:
         """Compare something with the other ranks.
 
         Args:
-            what: that differs, for an error. value: strings, numbers, lists and mappings of them. remedy: a sentence, what to do then.
+            what: that differs, for an error. value: strings, numbers, lists and mappings of them.
+                remedy: a sentence, what to do then.
 
         Raises:
             LowbitError: on every rank, naming what differs and between which ranks.
@@ -161,11 +182,15 @@ class Ranks:
         keys = list(dict.fromkeys(k for f in flat for k in f))
         told = [
             f"{key} is {_said(flat[0].get(key))} on rank 0, {_said(flat[r].get(key))} on rank {r}"
-            for key in keys for r in range(1, self.size) if flat[r].get(key) != flat[0].get(key)
-        ]  # fmt: skip
+            for key in keys
+            for r in range(1, self.size)
+            if flat[r].get(key) != flat[0].get(key)
+        ]
         if told:
             more = f"; and {len(told) - _SHOWN} more differences" if len(told) > _SHOWN else ""
-            raise LowbitError(f"{what} differs between ranks: {'; '.join(told[:_SHOWN])}{more}. {remedy}")
+            raise LowbitError(
+                f"{what} differs between ranks: {'; '.join(told[:_SHOWN])}{more}. {remedy}"
+            )
 
 
 ALONE = Ranks()
@@ -186,4 +211,8 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _said(value: Any) -> str:
     text = "not there" if value is None else str(value)
-    return text[:12] + "..." if len(text) in (32, 64) and all(c in "0123456789abcdef" for c in text) else text
+    return (
+        text[:12] + "..."
+        if len(text) in (32, 64) and all(c in "0123456789abcdef" for c in text)
+        else text
+    )

@@ -1,4 +1,6 @@
-"""What a record of a data set holds: a plain text, or a conversation for the model's chat template."""
+"""What a record of a data set holds: a plain text, or a conversation for the model's chat
+template.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ class Conversation:
     """Messages that a chat template writes out; see `lowbit.model.chat`.
 
     Attributes:
-        messages: each with ``role`` and ``content``, a text; perhaps ``tool_calls``, whose arguments are
-            objects, and whatever else the record has.
+        messages: each with ``role`` and ``content``, a text; perhaps ``tool_calls``, whose
+            arguments are objects, and whatever else the record has.
         tools: descriptions of the functions that may be called; empty if there are none.
         where: file or data set, and record, as a refusal names it.
     """
@@ -34,27 +36,41 @@ Document = str | Conversation
 _CHATS = ("messages", "conversations", "conversation")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
 _BESIDE = ("input", "system", "tools")  # read where they are, besides the fields of a form
-_CONVERSATION = "'messages', 'conversations', 'prompt' with 'completion' or 'response', or 'instruction' with 'output'"
+_CONVERSATION = (
+    "'messages', 'conversations', 'prompt' with 'completion' or 'response', or 'instruction' with "
+    "'output'"
+)
 # ShareGPT's names, and those of its relatives.
 _ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "model": "assistant", "assistant": "assistant", "system": "system",
-    "tool": "tool", "function": "tool", "observation": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
 
 
 def document(record: Any, where: str) -> Document:
-    """The text or conversation in a record: a string, or an object with the fields of one of the forms.
+    """The text or conversation in a record: a string, or an object with the fields of one of the
+    forms.
 
-    The first form counts whose fields hold something: ``text``; ``messages`` or ``conversations``, a list
-    of role and content or of from and value; ``prompt`` and ``completion`` or ``response``, texts or lists
-    of messages; ``instruction``, perhaps ``input``, and ``output``. Lists may be written as JSON.
+    The first form counts whose fields hold something: ``text``; ``messages`` or ``conversations``,
+    a list of role and content or of from and value; ``prompt`` and ``completion`` or ``response``,
+    texts or lists of messages; ``instruction``, perhaps ``input``, and ``output``. Lists may be
+    written as JSON.
 
     Args:
         where: file or data set, and record, for a refusal.
 
     Raises:
-        LowbitError: none of the forms, or one that is not filled as it should be; names the fields found.
+        LowbitError: none of the forms, or one that is not filled as it should be; names the fields
+            found.
     """
     if isinstance(record, str):
         return _text(record, where)
@@ -107,7 +123,8 @@ def columns_of(there: Iterable[str], what: str) -> list[str]:
         return ["text"]
     if not chats:
         raise LowbitError(
-            f"{what} has no field 'text' (it has {', '.join(_shown(held))}), nor those of a conversation: {_CONVERSATION}."
+            f"{what} has no field 'text' (it has {', '.join(_shown(held))}), nor those of a "
+            f"conversation: {_CONVERSATION}."
         )
     known = ("text", *_CHATS, *(n for pair in _PAIRS for n in pair), *_BESIDE)
     return [n for n in held if n in known]
@@ -132,9 +149,14 @@ def _expected() -> str:
 
 def _kind(value: Any) -> str:
     kinds: dict[type, str] = {
-        dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number",
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
         type(None): "null",
-    }  # fmt: skip
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
@@ -143,7 +165,8 @@ def _text(value: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as e:
         raise LowbitError(
-            f"{where}: the text holds half of a surrogate pair, which no tokenizer takes. Repair or drop it."
+            f"{where}: the text holds half of a surrogate pair, which no tokenizer takes. Repair "
+            "or drop it."
         ) from e
     return value
 
@@ -211,7 +234,8 @@ def _message(item: dict[str, Any], where: str) -> Message:
         raise LowbitError(
             f"{where}: expected 'role' and 'content' or 'from' and 'value'; it has {names(item)}."
         )
-    # Tables fill in null for what a message of other messages' shape lacks; templates would print it.
+    # Tables fill in null for what a message of other messages' shape lacks; templates would print
+    # it.
     rest = {
         k: v
         for k, v in item.items()

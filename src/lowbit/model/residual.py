@@ -1,8 +1,10 @@
-"""The same model in another basis of the residual stream: x -> x Q with an orthogonal Q, norms reduced to bare normalisation.
+"""The same model in another basis of the residual stream: x -> x Q with an orthogonal Q, norms
+reduced to bare normalisation.
 
-Readers become W g Q (g the norm's gain), writers Q^T W, embeddings E Q, the head W g Q. All products are taken in float64.
-Models with LayerNorm stay models with LayerNorm: their writers and embeddings lose their mean over channels, which no reader
-sees, and Q is chosen to map the vector of ones to itself, so that what was centred stays centred.
+Readers become W g Q (g the norm's gain), writers Q^T W, embeddings E Q, the head W g Q. All
+products are taken in float64. Models with LayerNorm stay models with LayerNorm: their writers and
+embeddings lose their mean over channels, which no reader sees, and Q is chosen to map the vector of
+ones to itself, so that what was centred stays centred.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Basis:
     Attributes:
         rotation: a Hadamard rotation H of the hidden size.
         signs: (hidden,) of +-1, float64.
-        centred: LayerNorm: Q = H^T diag(signs) H, with the first sign +1, instead of Q = diag(signs) H.
+        centred: LayerNorm: Q = H^T diag(signs) H, with the first sign +1, instead of Q =
+            diag(signs) H.
     """
 
     rotation: Rotation
@@ -42,21 +45,34 @@ class Basis:
             LowbitError: the hidden size has no Hadamard matrix.
         """
         rotation = Rotation.hadamard(hidden, "the hidden size")
-        signs = torch.randint(0, 2, (hidden,), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+        signs = (
+            torch.randint(0, 2, (hidden,), generator=torch.Generator().manual_seed(seed)).double()
+            * 2
+            - 1
+        )
         if centred:
             signs[0] = 1
-            # The first row of every factor all +1: the vector of ones is then H's first row, the one whose sign is fixed.
-            rotation = Rotation(tuple(f if isinstance(f, int) else f * f[:1] for f in rotation.factors))
+            # The first row of every factor all +1: the vector of ones is then H's first row, the
+            # one whose sign is fixed.
+            rotation = Rotation(
+                tuple(f if isinstance(f, int) else f * f[:1] for f in rotation.factors)
+            )
         return cls(rotation, signs, centred)
 
     def rotate(self, x: Tensor) -> Tensor:
         """(..., hidden) -> x Q in float64."""
         x = x.double()
         signs = self.signs.to(x.device)
-        return self.rotation(self.rotation.inverse(x) * signs) if self.centred else self.rotation(x * signs)
+        return (
+            self.rotation(self.rotation.inverse(x) * signs)
+            if self.centred
+            else self.rotation(x * signs)
+        )
 
     def written(self, x: Tensor) -> Tensor:
-        """(..., hidden) -> x Q for what is added to the stream: without its mean if the norms remove that anyway."""
+        """(..., hidden) -> x Q for what is added to the stream: without its mean if the norms
+        remove that anyway.
+        """
         return self.rotate(x.double() - x.double().mean(-1, keepdim=True) if self.centred else x)
 
 
@@ -67,22 +83,28 @@ def basis_of(wiring: Wiring, hidden: int, centred: bool, family: str, seed: int)
         centred: the family's norms are LayerNorms.
 
     Raises:
-        LowbitError: the family's residual stream cannot be rotated, or the hidden size has no Hadamard matrix.
+        LowbitError: the family's residual stream cannot be rotated, or the hidden size has no
+            Hadamard matrix.
     """
     open_end = "project_out" in wiring.final or (centred and not wiring.final)
     if not wiring.writers or not any(site.residual for site in wiring.sites) or open_end:
         raise LowbitError(
-            f"the residual stream of this '{family}' model cannot be rotated: it is normalised after each addition or projected at "
+            f"the residual stream of this '{family}' model cannot be rotated: it is normalised "
+            "after each addition or projected at "
             "its ends. Use another recipe, or --set quarot.residual=false."
         )
     return Basis.random(hidden, centred, seed)
 
 
-def rotate_block(weights: Mapping[str, Tensor], wiring: Wiring, basis: Basis, stored: torch.dtype) -> dict[str, Tensor]:
-    """A block's parameters, by their names inside the block, in the new basis and in their own dtypes.
+def rotate_block(
+    weights: Mapping[str, Tensor], wiring: Wiring, basis: Basis, stored: torch.dtype
+) -> dict[str, Tensor]:
+    """A block's parameters, by their names inside the block, in the new basis and in their own
+    dtypes.
 
     Args:
-        stored: the artifact's dtype; what it keeps as it is (biases) is rounded to it, weights that will be coded are not.
+        stored: the artifact's dtype; what it keeps as it is (biases) is rounded to it, weights that
+            will be coded are not.
     """
     out = dict(weights)
     for site in wiring.sites:
@@ -100,7 +122,9 @@ def rotate_block(weights: Mapping[str, Tensor], wiring: Wiring, basis: Basis, st
 
 
 def _unit_norm(weights: Mapping[str, Tensor], site: Site, offset: float) -> dict[str, Tensor]:
-    """Move a norm's gain and bias into the linears that read it; float64 where the weights are to be rotated next."""
+    """Move a norm's gain and bias into the linears that read it; float64 where the weights are to
+    be rotated next.
+    """
     assert site.source is not None
     key, bias = f"{site.source.module}.weight", f"{site.source.module}.bias"
     gain = weights[key].double() + offset
@@ -111,21 +135,34 @@ def _unit_norm(weights: Mapping[str, Tensor], site: Site, offset: float) -> dict
         if bias in weights:
             own = f"{name}.bias"
             if own not in weights:
-                raise LowbitError(f"'{name}' has no bias that could take over the one of '{site.source.module}': the norm cannot be fused.")
-            out[own] = (weights[own].double() + weight @ weights[bias].double()).to(weights[own].dtype)
+                raise LowbitError(
+                    f"'{name}' has no bias that could take over the one of '{site.source.module}': "
+                    "the norm cannot be fused."
+                )
+            out[own] = (weights[own].double() + weight @ weights[bias].double()).to(
+                weights[own].dtype
+            )
     if bias in weights:
         out[bias] = torch.zeros_like(weights[bias])
     return out
 
 
 def rotate_outer(
-    tensors: Mapping[str, Tensor], embeddings: tuple[str, ...], norm: str | None, head: str, offset: float, basis: Basis
+    tensors: Mapping[str, Tensor],
+    embeddings: tuple[str, ...],
+    norm: str | None,
+    head: str,
+    offset: float,
+    basis: Basis,
 ) -> dict[str, Tensor]:
-    """The tensors outside the blocks in the new basis, in their own dtypes; the head gets a tensor of its own.
+    """The tensors outside the blocks in the new basis, in their own dtypes; the head gets a tensor
+    of its own.
 
     Args:
-        tensors: by full name, the head under ``head`` even where the checkpoint ties it to the embedding.
-        embeddings: names of the embedding tensors. norm: the final norm's prefix, None if there is none.
+        tensors: by full name, the head under ``head`` even where the checkpoint ties it to the
+            embedding.
+        embeddings: names of the embedding tensors. norm: the final norm's prefix, None if there is
+            none.
 
     Raises:
         LowbitError: a final norm whose bias cannot be carried over.
@@ -141,12 +178,17 @@ def rotate_outer(
         if bias in tensors:
             # The head has no bias to take it: it stays the norm's, expressed before the gain.
             if bool((gain == 0).any()):
-                raise LowbitError(f"'{norm}.weight' has a gain of zero, so its bias cannot be carried into the rotated basis.")
+                raise LowbitError(
+                    f"'{norm}.weight' has a gain of zero, so its bias cannot be carried into the "
+                    "rotated basis."
+                )
             out[bias] = basis.rotate(tensors[bias].double() / gain).to(tensors[bias].dtype)
     out[head] = _by_rows(lambda rows: basis.rotate(rows.double() * gain), tensors[head])
     return out
 
 
 def _by_rows(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Apply a function of rows some rows at a time: in float64 a whole vocabulary would be large."""
+    """Apply a function of rows some rows at a time: in float64 a whole vocabulary would be
+    large.
+    """
     return torch.cat([change(rows).to(tensor.dtype) for rows in torch.split(tensor, _ROWS)])

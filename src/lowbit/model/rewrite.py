@@ -9,13 +9,18 @@ from .block import Block
 from .wiring import Site, Source
 
 
-def _into_norm(block: Block, source: Source, factor: Tensor, shift: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Divide a norm's gain by ``factor`` as far as the stored dtype allows; also the factor that this really was."""
+def _into_norm(
+    block: Block, source: Source, factor: Tensor, shift: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Divide a norm's gain by ``factor`` as far as the stored dtype allows; also the factor that
+    this really was.
+    """
     key, offset = f"{source.module}.weight", block.wiring.norm_offset
     gain = block.weights[key].double() + offset
     stored = (gain / factor - offset).to(block.stored)
     effective = gain / (stored.double() + offset)
-    dead = ~torch.isfinite(effective) | (effective <= 0)  # a gain of zero, or one that rounding made zero
+    # A gain of zero, or one that rounding made zero.
+    dead = ~torch.isfinite(effective) | (effective <= 0)
     effective = torch.where(dead, torch.ones_like(effective), effective)
     changes = {key: torch.where(dead, block.weights[key], stored.to(block.weights[key].dtype))}
     bias = f"{source.module}.bias"
@@ -25,7 +30,9 @@ def _into_norm(block: Block, source: Source, factor: Tensor, shift: Tensor | Non
     return changes, effective
 
 
-def _into_rows(block: Block, source: Source, factor: Tensor, shift: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+def _into_rows(
+    block: Block, source: Source, factor: Tensor, shift: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
     """Divide a linear's output rows (and bias) by ``factor``."""
     key = f"{source.module}.weight"
     rows = slice(*source.rows) if source.rows else slice(None)
@@ -35,18 +42,24 @@ def _into_rows(block: Block, source: Source, factor: Tensor, shift: Tensor | Non
     bias = f"{source.module}.bias"
     if bias in block.weights:
         shifted = block.weights[bias].clone()
-        shifted[rows] = ((shifted[rows].double() - (0.0 if shift is None else shift)) / factor).to(block.stored).to(shifted.dtype)
+        shifted[rows] = (
+            ((shifted[rows].double() - (0.0 if shift is None else shift)) / factor)
+            .to(block.stored)
+            .to(shifted.dtype)
+        )
         changes[bias] = shifted
     return changes, factor
 
 
 def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) -> Block:
-    """Divide a site's activation by a positive per-channel factor and multiply its readers' columns by it.
+    """Divide a site's activation by a positive per-channel factor and multiply its readers' columns
+    by it.
 
-    With ``shift`` the activation x becomes (x - shift) / factor, and the readers' biases take what was taken off.
+    With ``shift`` the activation x becomes (x - shift) / factor, and the readers' biases take what
+    was taken off.
 
-    The factor that reaches the readers is the one the norm's gain could really take in the stored dtype, so the function is
-    preserved to float32 rounding even when the norm is kept in 16 bits.
+    The factor that reaches the readers is the one the norm's gain could really take in the stored
+    dtype, so the function is preserved to float32 rounding even when the norm is kept in 16 bits.
 
     Args:
         factor: (channels,) > 0.
@@ -55,19 +68,24 @@ def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) 
     if site.source is None:
         raise ValueError("this site has no source to fold a factor into")
     into = _into_norm if site.source.kind == "norm" else _into_rows
-    changes, effective = into(block, site.source, factor.double(), None if shift is None else shift.double())
+    changes, effective = into(
+        block, site.source, factor.double(), None if shift is None else shift.double()
+    )
     for name in site.reads:
         key, bias = f"{name}.weight", f"{name}.bias"
         weight = changes.get(key, block.weights[key])
         if shift is not None:
             held = changes.get(bias, block.weights[bias])
-            changes[bias] = (held.double() + weight.double() @ shift.double()).to(block.stored).to(held.dtype)
+            changes[bias] = (
+                (held.double() + weight.double() @ shift.double()).to(block.stored).to(held.dtype)
+            )
         changes[key] = (weight.double() * effective).to(weight.dtype)
     return block.rewritten(changes)
 
 
 def fold_values(block: Block, factor: Tensor) -> Block:
-    """Divide attention's values by a positive factor per channel and multiply the output linear's columns by it.
+    """Divide attention's values by a positive factor per channel and multiply the output linear's
+    columns by it.
 
     Unlike `fold`, also where several query heads share a head of keys and values.
 
@@ -81,10 +99,14 @@ def fold_values(block: Block, factor: Tensor) -> Block:
     changes, _ = _into_rows(block, heads.values, wide, None)
     key = f"{heads.output}.weight"
     shared = heads.count * heads.width // len(factor)
-    changes[key] = (block.weights[key].double() * repeated(wide, heads.width, shared)).to(block.weights[key].dtype)
+    changes[key] = (block.weights[key].double() * repeated(wide, heads.width, shared)).to(
+        block.weights[key].dtype
+    )
     return block.rewritten(changes)
 
 
 def repeated(values: Tensor, width: int, times: int) -> Tensor:
-    """(heads * width,) -> (heads * times * width,): what each head's channels become where ``times`` query heads share it."""
+    """(heads * width,) -> (heads * times * width,): what each head's channels become where
+    ``times`` query heads share it.
+    """
     return values.reshape(-1, 1, width).expand(-1, times, -1).reshape(-1)

@@ -13,7 +13,8 @@ def build_skeleton(config: Any, name: str, **options: Any) -> Any:
     """The causal language model of a config, on the meta device, in evaluation mode.
 
     Args:
-        config: of transformers. name: of the model, for errors. options: of ``AutoModelForCausalLM.from_config``.
+        config: of transformers. name: of the model, for errors. options: of
+            ``AutoModelForCausalLM.from_config``.
 
     Raises:
         LowbitError: transformers cannot build it.
@@ -25,14 +26,21 @@ def build_skeleton(config: Any, name: str, **options: Any) -> Any:
             return AutoModelForCausalLM.from_config(config, **options).eval()
     except Exception as e:  # each model class fails in ways of its own
         raise LowbitError(
-            f"config.json of '{name}' describes a '{config.model_type}' model that transformers cannot build: {reason_of(e)}"
+            f"config.json of '{name}' describes a '{config.model_type}' model that transformers "
+            f"cannot build: {reason_of(e)}"
         ) from e
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an exception says, with its kind where that alone would not be understood."""
+    """The first line of what an exception says, with its kind where that alone would not be
+    understood.
+    """
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     plain = type(error).__name__
     if not said:
         return plain
-    return f"{plain} {said}" if isinstance(error, (KeyError, AttributeError, TypeError, AssertionError)) else said
+    return (
+        f"{plain} {said}"
+        if isinstance(error, (KeyError, AttributeError, TypeError, AssertionError))
+        else said
+    )

@@ -1,4 +1,6 @@
-"""Where activation streams live: on the compute device, in host memory, or in a memory-mapped file that is gone with the run."""
+"""Where activation streams live: on the compute device, in host memory, or in a memory-mapped file
+that is gone with the run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ Place = Literal["device", "host", "disk"]
 _FULL = {
     errno.ENOSPC: "{} free. Free some",
     errno.EDQUOT: "more than your quota there leaves ({} free on the disk). Free some",
-    errno.EFBIG: "more than one file may have there (ulimit -f, or the file system; {} free). Raise the limit",
+    errno.EFBIG: (
+        "more than one file may have there (ulimit -f, or the file system; {} free). "
+        "Raise the limit"
+    ),
 }
 _WILLNEED = 3  # MADV_WILLNEED, the same number on Linux, macOS and the BSDs
 _ZEROS = 1 << 22
@@ -34,11 +39,13 @@ _ZEROS = 1 << 22
 
 @dataclass(frozen=True)
 class Storage:
-    """Makes the tensors that hold activation streams: plain ones, to be indexed, sliced and written like any other.
+    """Makes the tensors that hold activation streams: plain ones, to be indexed, sliced and written
+    like any other.
 
     Attributes:
-        place: "device" is the memory of the compute device. "host" is CPU memory, page-locked where the device is an accelerator (torch
-            rounds such an allocation up to a power of two). "disk" is a file in ``folder``, mapped into memory.
+        place: "device" is the memory of the compute device. "host" is CPU memory, page-locked where
+            the device is an accelerator (torch rounds such an allocation up to a power of two).
+            "disk" is a file in ``folder``, mapped into memory.
         device: where blocks are computed.
         folder: for the files; made if it is missing.
     """
@@ -48,10 +55,12 @@ class Storage:
     folder: Path | None = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with arbitrary contents. On disk its space is reserved now and given back when the tensor dies.
+        """A tensor with arbitrary contents. On disk its space is reserved now and given back when
+        the tensor dies.
 
         Raises:
-            LowbitError: the disk has not that much room, or cannot be written or mapped; memory cannot be page-locked.
+            LowbitError: the disk has not that much room, or cannot be written or mapped; memory
+                cannot be page-locked.
         """
         if self.place == "device":
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
@@ -61,7 +70,9 @@ class Storage:
         if not count:
             return torch.empty(tuple(shape), dtype=dtype)
         assert self.folder is not None
-        return torch.frombuffer(_mapped(self.folder, count * dtype.itemsize), dtype=dtype).view(tuple(shape))
+        return torch.frombuffer(_mapped(self.folder, count * dtype.itemsize), dtype=dtype).view(
+            tuple(shape)
+        )
 
     def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.device.type == "cpu":
@@ -71,12 +82,15 @@ class Storage:
         except RuntimeError as e:
             wanted = in_bytes(math.prod(shape) * dtype.itemsize)
             raise LowbitError(
-                f"no page-locked memory for a stream of activations ({wanted}: {str(e).splitlines()[0]}). Free some, raise 'ulimit -l', or keep "
-                "them in a file (--offload disk), and run the same command: it continues after the last finished block."
+                f"no page-locked memory for a stream of activations ({wanted}: "
+                f"{str(e).splitlines()[0]}). Free some, raise 'ulimit -l', or keep "
+                "them in a file (--offload disk), and run the same command: it continues after the "
+                "last finished block."
             ) from e
 
     def prefetch(self, x: Tensor, rows: slice | Tensor) -> None:
-        """Have the system start to read some rows of a stream from disk, if that is where it lives. A hint: nothing waits or fails.
+        """Have the system start to read some rows of a stream from disk, if that is where it lives.
+        A hint: nothing waits or fails.
 
         Args:
             x: (rows, ...) contiguous. rows: a slice of step 1, or (n,) int64 row numbers.
@@ -84,14 +98,20 @@ class Storage:
         if self.place != "disk" or not x.is_contiguous() or x.device.type != "cpu":
             return
         size = x[:1].nbytes
-        spans = [rows.indices(len(x))[:2]] if isinstance(rows, slice) else [(i, i + 1) for i in rows.tolist()]
+        spans = (
+            [rows.indices(len(x))[:2]]
+            if isinstance(rows, slice)
+            else [(i, i + 1) for i in rows.tolist()]
+        )
         for start, stop in spans:
             if stop > start:
                 _willneed(x.data_ptr() + start * size, (stop - start) * size)
 
 
 def _mapped(folder: Path, size: int) -> mmap.mmap:
-    """A shared mapping of a new file without a name: nothing of it is left however the process ends."""
+    """A shared mapping of a new file without a name: nothing of it is left however the process
+    ends.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix="streams-", suffix=".tmp", dir=folder)
@@ -109,12 +129,15 @@ def _mapped(folder: Path, size: int) -> mmap.mmap:
         if e.errno in _FULL:
             short = _FULL[e.errno].format(in_bytes(_free(folder)))
             raise LowbitError(
-                f"no room for a stream of activations in '{folder}': {in_bytes(size)} wanted, {short}, or name a "
-                "folder on another disk (--offload-dir), or keep them in memory (--offload host), and run the same command: it continues after "
+                f"no room for a stream of activations in '{folder}': {in_bytes(size)} wanted, "
+                f"{short}, or name a "
+                "folder on another disk (--offload-dir), or keep them in memory (--offload host), "
+                "and run the same command: it continues after "
                 "the last finished block. Fewer --samples take less, as a run of their own."
             ) from e
         raise LowbitError(
-            f"cannot keep activations in '{folder}': {e.strerror or e}. Name another folder (--offload-dir), or keep them in memory (--offload host)."
+            f"cannot keep activations in '{folder}': {e.strerror or e}. Name another folder "
+            "(--offload-dir), or keep them in memory (--offload host)."
         ) from e
     if left is not None:
         weakref.finalize(mapping, left.unlink, missing_ok=True)
@@ -131,7 +154,8 @@ def _unlinked(path: Path) -> Path | None:
 
 
 def lies_in_memory(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Whether files in a folder, which need not exist yet, take memory: on tmpfs and the like, as far as the system tells.
+    """Whether files in a folder, which need not exist yet, take memory: on tmpfs and the like, as
+    far as the system tells.
 
     Args:
         mounts: a file like /proc/self/mounts.
@@ -141,12 +165,20 @@ def lies_in_memory(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bo
     except OSError:
         return False
     at = folder.resolve()
-    over = [(len(Path(where).parts), kind) for _, where, kind, *_ in lines if at.is_relative_to(where)]
-    return bool(over) and max(reversed(over), key=lambda o: o[0])[1] in ("tmpfs", "ramfs")  # of several on one point the last one counts
+    over = [
+        (len(Path(where).parts), kind) for _, where, kind, *_ in lines if at.is_relative_to(where)
+    ]
+    # Of several on one point the last one counts.
+    return bool(over) and max(reversed(over), key=lambda o: o[0])[1] in (
+        "tmpfs",
+        "ramfs",
+    )
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Give a file its blocks on disk. A page that finds no room when it is written to is no error one can catch, but SIGBUS."""
+    """Give a file its blocks on disk. A page that finds no room when it is written to is no error
+    one can catch, but SIGBUS.
+    """
     if sys.platform != "darwin":
         os.posix_fallocate(handle, 0, size)
         return

@@ -1,4 +1,6 @@
-"""A model as a stream of blocks: a skeleton without data, and tensors read when a block is needed and dropped after it."""
+"""A model as a stream of blocks: a skeleton without data, and tensors read when a block is needed
+and dropped after it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 class _Recorder(nn.Module):
-    """Stands in the skeleton where a decoder block was: notes what the block would be called with, passes its input on."""
+    """Stands in the skeleton where a decoder block was: notes what the block would be called with,
+    passes its input on.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +53,8 @@ def _code_remarks(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.config_json.get("auto_map"):
         return ()
     return (
-        "the model brings code of its own (auto_map in config.json), which is carried along and was not run: what was quantized is "
+        "the model brings code of its own (auto_map in config.json), which is carried along and "
+        "was not run: what was quantized is "
         "transformers' own class",
     )
 
@@ -68,11 +73,16 @@ class ModelStream:
         revision: hub branch, tag or commit.
 
     Raises:
-        LowbitError: unsupported family, unreadable or incomplete checkpoint. Raised before any tensor data is read.
+        LowbitError: unsupported family, unreadable or incomplete checkpoint. Raised before any
+            tensor data is read.
     """
 
     def __init__(
-        self, model: str | Path, device: torch.device | str = "cpu", compute: torch.dtype | None = None, revision: str | None = None
+        self,
+        model: str | Path,
+        device: torch.device | str = "cpu",
+        compute: torch.dtype | None = None,
+        revision: str | None = None,
     ) -> None:
         self.checkpoint = Checkpoint(model, revision)
         check_source(self.checkpoint)
@@ -82,8 +92,17 @@ class ModelStream:
         self.device = torch.device(device)
         self._build_skeleton()
         leftover = self._check_blocks()
-        self.outer: Outer = outer_of(self.checkpoint, self.skeleton, self.stored, bool(getattr(self.config, "tie_word_embeddings", False)))
-        self._remarks: tuple[str, ...] = (*leftover, *self.outer.remarks, *_code_remarks(self.checkpoint))
+        self.outer: Outer = outer_of(
+            self.checkpoint,
+            self.skeleton,
+            self.stored,
+            bool(getattr(self.config, "tie_word_embeddings", False)),
+        )
+        self._remarks: tuple[str, ...] = (
+            *leftover,
+            *self.outer.remarks,
+            *_code_remarks(self.checkpoint),
+        )
         self.dtype = dtype_of_most(self.stored, (f"{n}.weight" for n in self.linear_shapes()))
         self.compute = compute or (torch.float32 if self.device.type == "cpu" else self.dtype)
         self._fixed: dict[str, Tensor] | None = None
@@ -100,33 +119,47 @@ class ModelStream:
         return out
 
     def rotated(self, seed: int) -> ModelStream:
-        """The same model in a random Hadamard basis of its residual stream, norms fused; see `lowbit.model.residual`.
+        """The same model in a random Hadamard basis of its residual stream, norms fused; see
+        `lowbit.model.residual`.
 
         Raises:
             LowbitError: the family or its hidden size does not allow it.
         """
         out = copy(self)
-        norms = [site.source.module for site in self.wiring.sites if site.residual and site.source is not None]
+        norms = [
+            site.source.module
+            for site in self.wiring.sites
+            if site.residual and site.source is not None
+        ]
         layer_norm = any(isinstance(self._blocks[0].get_submodule(n), nn.LayerNorm) for n in norms)
-        out._basis = basis_of(self.wiring, self.config.hidden_size, layer_norm, self.config.model_type, seed)
+        out._basis = basis_of(
+            self.wiring, self.config.hidden_size, layer_norm, self.config.model_type, seed
+        )
         out._fixed = None
         return out
 
     def ordered(self, order: Tensor) -> ModelStream:
-        """The same model with channel i of its residual stream the one that was ``order[i]``; see `lowbit.model.order`.
+        """The same model with channel i of its residual stream the one that was ``order[i]``; see
+        `lowbit.model.order`.
 
         Raises:
-            LowbitError: the family does not allow it, or the model is rotated, which mixes its channels.
+            LowbitError: the family does not allow it, or the model is rotated, which mixes its
+                channels.
         """
         if self._basis is not None:
-            raise LowbitError("crossquant.fold=group sorts channels that quarot has mixed: use --set crossquant.fold=channel, or leave quarot out.")
+            raise LowbitError(
+                "crossquant.fold=group sorts channels that quarot has mixed: use --set "
+                "crossquant.fold=channel, or leave quarot out."
+            )
         check_order(self.wiring, self.config.model_type)
         out = copy(self)
         out._order, out._fixed = order.cpu(), None
         return out
 
     def artifact_config(self) -> dict[str, Any]:
-        """What an artifact's config.json says, but for its quantization: the original's, and what is true of the tensors written."""
+        """What an artifact's config.json says, but for its quantization: the original's, and what
+        is true of the tensors written.
+        """
         said = without_quantization(self.checkpoint.config_json)
         if getattr(self.config, "tie_word_embeddings", False) and not self.tied:
             said["tie_word_embeddings"] = False
@@ -142,7 +175,8 @@ class ModelStream:
             return self._remarks
         return (
             *self._remarks,
-            f"the channels of the residual stream are no longer the original's, and tensors that are copied as they are ('{next(iter(copied))}') "
+            "the channels of the residual stream are no longer the original's, and tensors that "
+            f"are copied as they are ('{next(iter(copied))}') "
             "may read it: leave the rotation or the order out if they are to be used",
         )
 
@@ -152,12 +186,17 @@ class ModelStream:
         return self.outer.tied and self._basis is None
 
     def _build_skeleton(self) -> None:
-        self.skeleton: Any = build_skeleton(self.config, self.checkpoint.name, attn_implementation="sdpa")
+        self.skeleton: Any = build_skeleton(
+            self.config, self.checkpoint.name, attn_implementation="sdpa"
+        )
         self._trunk: Any = _submodule(self.skeleton, self.wiring.trunk)
-        self._blocks: list[nn.Module] = list(_submodule(self.skeleton, self.wiring.layers).children())
+        self._blocks: list[nn.Module] = list(
+            _submodule(self.skeleton, self.wiring.layers).children()
+        )
         self._recorders = [_Recorder() for _ in self._blocks]
         self._trunk.layers = nn.ModuleList(self._recorders)
-        # What is computed rather than stored (rotary frequencies, Gemma's embedding factor) must be real, not meta.
+        # What is computed rather than stored (rotary frequencies, Gemma's embedding factor) must be
+        # real, not meta.
         for module in self.skeleton.modules():
             loose = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
             if loose:
@@ -167,17 +206,34 @@ class ModelStream:
                     self.skeleton._init_weights(module)
 
     def _check_blocks(self) -> tuple[str, ...]:
-        """Refuse blocks that the wiring does not describe, or tensors that are missing, of other shapes or no floats; remarks."""
+        """Refuse blocks that the wiring does not describe, or tensors that are missing, of other
+        shapes or no floats; remarks.
+        """
         block, known = self._blocks[0], set(self.wiring.linears)
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and name not in known:
-                raise LowbitError(f"linear '{name}' of family '{self.config.model_type}' is not in the wiring table; nothing was written.")
+                raise LowbitError(
+                    f"linear '{name}' of family '{self.config.model_type}' is not in the wiring "
+                    "table; nothing was written."
+                )
         for name, parameter in block.named_parameters():
             if parameter.dim() > 2:
-                raise LowbitError(f"'{name}' is a {parameter.dim()}-D parameter (fused experts?), which is not supported; nothing was written.")
-        inside = {f"{self.block_name(i)}.{n}": p.shape for i, b in enumerate(self._blocks) for n, p in b.named_parameters()}
+                raise LowbitError(
+                    f"'{name}' is a {parameter.dim()}-D parameter (fused experts?), which is not "
+                    "supported; nothing was written."
+                )
+        inside = {
+            f"{self.block_name(i)}.{n}": p.shape
+            for i, b in enumerate(self._blocks)
+            for n, p in b.named_parameters()
+        }
         outside = [n for n, _ in self.skeleton.named_parameters(remove_duplicate=False)]
-        remarks = check_floats(self.checkpoint, self.stored, (*inside, *outside), (f"{self.block_name(i)}." for i in range(len(self))))
+        remarks = check_floats(
+            self.checkpoint,
+            self.stored,
+            (*inside, *outside),
+            (f"{self.block_name(i)}." for i in range(len(self))),
+        )
         for name, shape in inside.items():
             check_stored(name, self.stored, shape, self.checkpoint.name)
         return remarks
@@ -203,25 +259,40 @@ class ModelStream:
         return out
 
     def block_weights(self, i: int) -> dict[str, Tensor]:
-        """The block's tensors by their names inside the block, on the device, in float32 (float64 if that is the compute dtype)."""
+        """The block's tensors by their names inside the block, on the device, in float32 (float64
+        if that is the compute dtype).
+        """
         prefix = self.block_name(i) + "."
         names = [prefix + n for n, _ in self._blocks[i].named_parameters()]
         held = torch.promote_types(self.compute, torch.float32)
-        weights = {k[len(prefix) :]: v.to(self.device, held) for k, v in self.checkpoint.read(names).items()}
+        weights = {
+            k[len(prefix) :]: v.to(self.device, held)
+            for k, v in self.checkpoint.read(names).items()
+        }
         if self._order is not None:
             weights = order_block(weights, self.wiring, self._order)
-        return weights if self._basis is None else rotate_block(weights, self.wiring, self._basis, self.dtype)
+        return (
+            weights
+            if self._basis is None
+            else rotate_block(weights, self.wiring, self._basis, self.dtype)
+        )
 
     def _ready(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)
 
     def block_dtypes(self, i: int) -> dict[str, torch.dtype]:
-        """The dtypes in which the checkpoint stores a block's tensors, by their names inside the block."""
+        """The dtypes in which the checkpoint stores a block's tensors, by their names inside the
+        block.
+        """
         prefix = self.block_name(i) + "."
-        return {n: FLOATS[self.stored[prefix + n].kind] for n, _ in self._blocks[i].named_parameters()}
+        return {
+            n: FLOATS[self.stored[prefix + n].kind] for n, _ in self._blocks[i].named_parameters()
+        }
 
     def outer_tensors(self) -> dict[str, Tensor]:
-        """The tensors outside the blocks as an artifact stores them: by name, in the checkpoint's dtypes."""
+        """The tensors outside the blocks as an artifact stores them: by name, in the checkpoint's
+        dtypes.
+        """
         names = self.outer.names
         read = self.checkpoint.read(names.values())
         tensors = {name: read[source] for name, source in names.items()}
@@ -236,21 +307,34 @@ class ModelStream:
         return rotate_outer(tensors, embeddings, norm, head, self.wiring.norm_offset, self._basis)
 
     def copied_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the checkpoint that the model's class does not know, bit for bit as they are stored."""
+        """Tensors of the checkpoint that the model's class does not know, bit for bit as they are
+        stored.
+        """
         return self.checkpoint.read(self.copied(), finite=False)
 
     def copied(self) -> dict[str, str]:
         """Names of these tensors -> why they are not quantized."""
         used = {*self.outer.names.values(), *self.outer.left_out}
-        used |= {f"{self.block_name(i)}.{n}" for i, b in enumerate(self._blocks) for n, _ in b.named_parameters()}
-        return {n: "not a parameter of the model's class in transformers, copied bit for bit" for n in sorted(set(self.stored) - used)}
+        used |= {
+            f"{self.block_name(i)}.{n}"
+            for i, b in enumerate(self._blocks)
+            for n, _ in b.named_parameters()
+        }
+        return {
+            n: "not a parameter of the model's class in transformers, copied bit for bit"
+            for n in sorted(set(self.stored) - used)
+        }
 
     def skipped_linears(self) -> dict[str, str]:
         """Linears outside the blocks, with the reason why they are not quantized."""
-        reason = "output head, kept in the model's dtype" + (" (tied to the embedding)" if self.tied else "")
+        reason = "output head, kept in the model's dtype" + (
+            " (tied to the embedding)" if self.tied else ""
+        )
         head = self.skeleton.get_output_embeddings()
         return {
-            name: reason if module is head else "outside the decoder blocks, kept in the model's dtype"
+            name: reason
+            if module is head
+            else "outside the decoder blocks, kept in the model's dtype"
             for name, module in self.skeleton.named_modules()
             if isinstance(module, nn.Linear)
         }
@@ -270,11 +354,16 @@ class ModelStream:
         self._fixed = None
 
     def _under(self, prefix: str) -> dict[str, Tensor]:
-        return {k[len(prefix) + 1 :]: v for k, v in self._outer().items() if k.startswith(prefix + ".")}
+        return {
+            k[len(prefix) + 1 :]: v for k, v in self._outer().items() if k.startswith(prefix + ".")
+        }
 
     @torch.no_grad()
-    def embed(self, ids: Tensor, dtype: torch.dtype | None = None, storage: Storage | None = None) -> Tensor:
-        """Token ids (n, length) int64 -> the first block's input (n, length, hidden) in ``dtype``, by default the model's.
+    def embed(
+        self, ids: Tensor, dtype: torch.dtype | None = None, storage: Storage | None = None
+    ) -> Tensor:
+        """Token ids (n, length) int64 -> the first block's input (n, length, hidden) in ``dtype``,
+        by default the model's.
 
         Args:
             storage: where it is put; None means on the device.
@@ -283,13 +372,20 @@ class ModelStream:
         for at, row in enumerate(ids):
             x = self._enter(row[None]).to(dtype or self.dtype)
             if out is None:
-                out = (storage or Storage("device", self.device)).empty((len(ids), *x.shape[1:]), x.dtype)
+                out = (storage or Storage("device", self.device)).empty(
+                    (len(ids), *x.shape[1:]), x.dtype
+                )
             out[at] = x[0]
         assert out is not None  # rows are at least one
         return out
 
     def _enter(self, ids: Tensor) -> Tensor:
-        functional_call(self._trunk, self._under(self.wiring.trunk), (ids.to(self.device),), {"use_cache": False})
+        functional_call(
+            self._trunk,
+            self._under(self.wiring.trunk),
+            (ids.to(self.device),),
+            {"use_cache": False},
+        )
         seen = self._recorders[0].seen
         assert seen is not None
         return seen[0]
@@ -298,8 +394,8 @@ class ModelStream:
     def block_kwargs(self, length: int) -> list[dict[str, Any]]:
         """What each block is called with besides its input, for unpadded rows of ``length`` tokens.
 
-        Captured per block, since hybrid models give different masks and rotary tables to different layers. Batch dimensions
-        are 1 and broadcast.
+        Captured per block, since hybrid models give different masks and rotary tables to different
+        layers. Batch dimensions are 1 and broadcast.
         """
         self._enter(torch.zeros(1, length, dtype=torch.int64))
         out = []
@@ -312,9 +408,14 @@ class ModelStream:
         return out
 
     def readout(self) -> Callable[[Tensor], Tensor]:
-        """The last block's output (n, length, hidden) -> logits (n, length, vocab) float32; differentiable by its input."""
+        """The last block's output (n, length, hidden) -> logits (n, length, vocab) float32;
+        differentiable by its input.
+        """
         head = self.outer.head.removesuffix(".weight")
-        steps = [(_submodule(self._trunk, n), self._under(f"{self.wiring.trunk}.{n}")) for n in self.wiring.final]
+        steps = [
+            (_submodule(self._trunk, n), self._under(f"{self.wiring.trunk}.{n}"))
+            for n in self.wiring.final
+        ]
         steps.append((self.skeleton.get_submodule(head), self._under(head)))
 
         def logits(x: Tensor) -> Tensor:

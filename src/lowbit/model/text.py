@@ -1,4 +1,6 @@
-"""Where text comes from: the standard library, a local file or folder, a named corpus, any dataset of the hub."""
+"""Where text comes from: the standard library, a local file or folder, a named corpus, any dataset
+of the hub.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Corpus:
         repo, config: hub dataset and its configuration.
         split: split name for calibration and for evaluation.
         files: data files for calibration and for evaluation, where only some shards are used.
-        joined: rows are joined by blank lines into one document (wikitext2); otherwise each row is a document.
+        joined: rows are joined by blank lines into one document (wikitext2); otherwise each row is
+            a document.
         limit: rows of the evaluation side that are used, joined by spaces into one document.
     """
 
@@ -35,13 +38,23 @@ class Corpus:
 
 
 CORPORA = {
-    "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "eval": "test"}, joined=True),
-    "c4": Corpus(
-        "allenai/c4", None, {"train": "train", "eval": "validation"},
-        {"train": "en/c4-train.00000-of-01024.json.gz", "eval": "en/c4-validation.00000-of-00008.json.gz"}, limit=1100,
+    "wikitext2": Corpus(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "eval": "test"}, joined=True
     ),
-    "pile-val": Corpus("mit-han-lab/pile-val-backup", None, {"train": "validation", "eval": "validation"}),
-}  # fmt: skip
+    "c4": Corpus(
+        "allenai/c4",
+        None,
+        {"train": "train", "eval": "validation"},
+        {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "eval": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        limit=1100,
+    ),
+    "pile-val": Corpus(
+        "mit-han-lab/pile-val-backup", None, {"train": "validation", "eval": "validation"}
+    ),
+}
 
 
 def documents(source: str, split: Split) -> list[Document]:
@@ -50,17 +63,20 @@ def documents(source: str, split: Split) -> list[Document]:
 
 
 def iter_documents(source: str, split: Split) -> Iterator[Document]:
-    """The documents of a source: texts, and conversations where records hold those (`lowbit.model.records.document`).
+    """The documents of a source: texts, and conversations where records hold those
+    (`lowbit.model.records.document`).
 
     Local files are read as the documents are asked for: they may be larger than the memory.
 
     Args:
-        source: "stdlib", a name in `CORPORA`, a local file (`lowbit.model.files.read_records`), a local folder of
-            such files, or a folder or hub id that `datasets.load_dataset` reads; ":SPLIT" after a hub id names its split.
+        source: "stdlib", a name in `CORPORA`, a local file (`lowbit.model.files.read_records`), a
+            local folder of such files, or a folder or hub id that `datasets.load_dataset` reads;
+            ":SPLIT" after a hub id names its split.
         split: "train" to calibrate, "eval" to evaluate; files have only one side.
 
     Raises:
-        LowbitError: nothing there, nothing in it, or not readable; names the file and its line, item or row.
+        LowbitError: nothing there, nothing in it, or not readable; names the file and its line,
+            item or row.
     """
     if source == "stdlib":
         try:
@@ -100,7 +116,12 @@ def _local(source: str) -> tuple[Path, str]:
 
 def _is_hub_id(source: str) -> bool:
     parts = source.split("/")
-    return len(parts) == 2 and all(parts) and source[0] not in ".~" and Path(source).suffix.lower() not in SUFFIXES
+    return (
+        len(parts) == 2
+        and all(parts)
+        and source[0] not in ".~"
+        and Path(source).suffix.lower() not in SUFFIXES
+    )
 
 
 def _folder_options(folder: Path) -> dict[str, Any]:
@@ -110,14 +131,20 @@ def _folder_options(folder: Path) -> dict[str, Any]:
 
 
 def named_documents(corpus: Corpus, split: Split, repo: str | None = None) -> list[str]:
-    """The documents of a named corpus; ``repo`` replaces its hub repository, by a local copy for instance.
+    """The documents of a named corpus; ``repo`` replaces its hub repository, by a local copy for
+    instance.
 
     Raises:
         LowbitError: the datasets library is missing, or the repository cannot be reached or read.
     """
     where = corpus.split[split]
-    # One shard of many: the sizes that the repository announces for the whole split do not hold, so they are not checked.
-    files = {"data_files": {where: corpus.files[split]}, "verification_mode": "no_checks"} if corpus.files else {}
+    # One shard of many: the sizes that the repository announces for the whole split do not hold, so
+    # they are not checked.
+    files = (
+        {"data_files": {where: corpus.files[split]}, "verification_mode": "no_checks"}
+        if corpus.files
+        else {}
+    )
     name = repo or corpus.repo
     rows = _texts(name, _load(name, corpus.config, where, files))
     if corpus.joined:
@@ -132,26 +159,37 @@ def _load(repo: str, config: str | None, split: str, options: dict[str, Any]) ->
         import datasets
     except ImportError as e:
         raise LowbitError(
-            f"'{repo}' is read through the datasets library: pip install 'lowbit[eval]', or give a local text file, or stdlib."
+            f"'{repo}' is read through the datasets library: pip install 'lowbit[eval]', or give a "
+            "local text file, or stdlib."
         ) from e
     try:
         return datasets.load_dataset(repo, config, split=split, **options)
-    except Exception as e:  # the library lets errors of a dozen kinds through, network ones among them
+    except (
+        Exception
+    ) as e:  # the library lets errors of a dozen kinds through, network ones among them
         reason = (next(iter(str(e).splitlines()), "") or type(e).__name__).rstrip(".")
-        said = f"dataset '{repo}' (split {split}) cannot be loaded: {reason}. A local text file works too. So does stdlib, offline."
+        said = (
+            f"dataset '{repo}' (split {split}) cannot be loaded: {reason}. A local text file works "
+            "too. So does stdlib, offline."
+        )
         raise LowbitError(said) from e
 
 
 def _texts(name: str, data: Any) -> list[str]:
     if "text" not in data.column_names:
-        raise LowbitError(f"dataset '{name}' has no field 'text' (it has {', '.join(data.column_names)}).")
+        raise LowbitError(
+            f"dataset '{name}' has no field 'text' (it has {', '.join(data.column_names)})."
+        )
     return [t or "" for t in data.select_columns(["text"])[:]["text"]]
 
 
 def _rows(name: str, data: Any) -> list[Document]:
     columns = columns_of(data.column_names, name)
     held = data.select_columns(columns)[:]
-    found = (dict(zip(columns, row, strict=True)) for row in zip(*(held[c] for c in columns), strict=True))
+    found = (
+        dict(zip(columns, row, strict=True))
+        for row in zip(*(held[c] for c in columns), strict=True)
+    )
     return [document(row, f"{name}, row {n}") for n, row in enumerate(found, 1)]
 
 
@@ -162,16 +200,21 @@ def _hub_documents(repo: str, sides: Sequence[str]) -> list[Document]:
     except LowbitError as e:
         if not isinstance(e.__cause__, ValueError):
             raise
-        raise LowbitError(f"{e} A split of another name is given after a colon: {repo}:SPLIT.") from e
+        raise LowbitError(
+            f"{e} A split of another name is given after a colon: {repo}:SPLIT."
+        ) from e
 
 
-def _dataset_documents(source: str, sides: Sequence[str], options: dict[str, Any]) -> list[Document]:
+def _dataset_documents(
+    source: str, sides: Sequence[str], options: dict[str, Any]
+) -> list[Document]:
     tried: list[LowbitError] = []
     for side in sides:
         try:
             data = _load(source, None, side, options)
         except LowbitError as e:
-            if not isinstance(e.__cause__, ValueError):  # not a split that is missing: the next one fails the same way, slowly
+            # Not a split that is missing: the next one fails the same way, slowly.
+            if not isinstance(e.__cause__, ValueError):
                 raise
             tried.append(e)
             continue

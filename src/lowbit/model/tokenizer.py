@@ -11,12 +11,13 @@ from ..errors import LowbitError
 from .checkpoint import Checkpoint
 from .decoded import check_fetched
 
+# One of them must be there.
 _CHOSEN = (
     "tokenizer_config.json",
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
-)  # one of them must be there
+)
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
 
 
@@ -30,7 +31,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     folder = next((p.parent for p in found[: len(_CHOSEN)] if p), None)
     if folder is None:
         raise LowbitError(
-            f"'{checkpoint.name}' has no tokenizer files. Copy tokenizer.json and tokenizer_config.json into it."
+            f"'{checkpoint.name}' has no tokenizer files. Copy tokenizer.json and "
+            "tokenizer_config.json into it."
         )
     return tokenizer_at(folder)
 
@@ -39,7 +41,8 @@ def tokenizer_at(folder: Path) -> Any:
     """The tokenizer in a folder, without running any code that comes with it.
 
     Raises:
-        LowbitError: it cannot be loaded, or loads and takes no text; names the file that is to blame.
+        LowbitError: it cannot be loaded, or loads and takes no text; names the file that is to
+            blame.
     """
     from transformers import AutoTokenizer
 
@@ -62,12 +65,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _failed(e: BaseException) -> bool:
-    """Whether the tokenizer is at fault: a panic of the Rust library is no Exception, nor is Ctrl-C."""
+    """Whether the tokenizer is at fault: a panic of the Rust library is no Exception, nor is
+    Ctrl-C.
+    """
     return isinstance(e, Exception) or type(e).__name__ == "PanicException"
 
 
 def _refusal(folder: Path, failure: BaseException) -> LowbitError:
-    """Why a folder gave no tokenizer: a file that cannot be read, else what transformers says of the likeliest one."""
+    """Why a folder gave no tokenizer: a file that cannot be read, else what transformers says of
+    the likeliest one.
+    """
     there = _files(folder)
     for path in there:
         wrong = _unreadable(path)
@@ -81,18 +88,21 @@ def _refusal(folder: Path, failure: BaseException) -> LowbitError:
         missing = [n for n in ("sentencepiece", "tiktoken") if find_spec(n) is None]
         more = f"; to convert its other files pip install {' '.join(missing)}" if missing else ""
         return LowbitError(
-            f"'{folder}' has no tokenizer.json, and transformers cannot make a tokenizer of {', '.join(p.name for p in there)} "
+            f"'{folder}' has no tokenizer.json, and transformers cannot make a tokenizer of "
+            f"{', '.join(p.name for p in there)} "
             f"({reason}). Copy the tokenizer.json of the same model into it{more}."
         )
     broken = _broken(whole)
     if broken:
         return LowbitError(
-            f"'{whole}' is no tokenizer that the installed tokenizers library knows ({broken}). Download it again; if it is of a "
+            f"'{whole}' is no tokenizer that the installed tokenizers library knows ({broken}). "
+            "Download it again; if it is of a "
             "newer kind: pip install -U tokenizers transformers."
         )
     blamed = there[0]  # tokenizer_config.json where there is one
     return LowbitError(
-        f"transformers cannot load the tokenizer that '{blamed}' describes: {reason}. Compare it with the original's."
+        f"transformers cannot load the tokenizer that '{blamed}' describes: {reason}. Compare it "
+        "with the original's."
     )
 
 

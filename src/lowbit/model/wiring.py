@@ -1,4 +1,6 @@
-"""What reads what inside a decoder block, as data: one function of the config per model family, shared by every method."""
+"""What reads what inside a decoder block, as data: one function of the config per model family,
+shared by every method.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,15 @@ from ..errors import LowbitError
 
 @dataclass(frozen=True)
 class Source:
-    """What produces a site's activation, channel by channel, so that a per-channel factor can be folded into it.
+    """What produces a site's activation, channel by channel, so that a per-channel factor can be
+    folded into it.
 
     Attributes:
         module: name inside the block.
-        kind: "norm" (gain, and bias if there is one) or "linear" (output rows, and bias if there is one).
-        rows: the linear's output rows that make the activation, as (start, stop); None means all of them.
+        kind: "norm" (gain, and bias if there is one) or "linear" (output rows, and bias if there is
+            one).
+        rows: the linear's output rows that make the activation, as (start, stop); None means all of
+            them.
     """
 
     module: str
@@ -31,7 +36,8 @@ class Site:
     Attributes:
         reads: names of the linears inside the block; they see the same input.
         source: where a per-channel factor may be folded, or None if nowhere.
-        probe: the module whose output tells how much an error in ``reads`` hurts (AWQ's inspected module).
+        probe: the module whose output tells how much an error in ``reads`` hurts (AWQ's inspected
+            module).
         residual: the activation is the residual stream after the source norm.
     """
 
@@ -67,7 +73,8 @@ class Wiring:
         trunk: attribute path of the module that holds the layers (and embeds and normalises).
         sites: the block's reading sites in the order of the forward pass.
         norm_offset: what the family adds to a norm's stored gain before it multiplies (Gemma: 1).
-        unclipped: linear -> number of its first output rows that produce queries and keys; clip searches leave them alone.
+        unclipped: linear -> number of its first output rows that produce queries and keys; clip
+            searches leave them alone.
         final: trunk modules applied after the last block, in order.
         writers: linears whose output is added to the residual stream.
         heads: attention's values.
@@ -115,14 +122,25 @@ def _attention(config: Any, values: Source, output: str, norm: str | None = None
 def _llama(config: Any, *, norm_offset: float = 0.0) -> Wiring:
     queries, keys, _ = _heads(config)
     attention, mlp = "self_attn", "mlp"
-    # With grouped queries a value channel feeds several o_proj inputs: no per-channel factor can be folded there.
+    # With grouped queries a value channel feeds several o_proj inputs: no per-channel factor can be
+    # folded there.
     value = Source(f"{attention}.v_proj", "linear") if queries == keys else None
     return Wiring(
         trunk="model",
         sites=(
-            Site(tuple(f"{attention}.{n}_proj" for n in "qkv"), Source("input_layernorm", "norm"), attention, residual=True),
+            Site(
+                tuple(f"{attention}.{n}_proj" for n in "qkv"),
+                Source("input_layernorm", "norm"),
+                attention,
+                residual=True,
+            ),
             Site((f"{attention}.o_proj",), value, f"{attention}.o_proj"),
-            Site((f"{mlp}.gate_proj", f"{mlp}.up_proj"), Source("post_attention_layernorm", "norm"), mlp, residual=True),
+            Site(
+                (f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+                Source("post_attention_layernorm", "norm"),
+                mlp,
+                residual=True,
+            ),
             Site((f"{mlp}.down_proj",), Source(f"{mlp}.up_proj", "linear"), f"{mlp}.down_proj"),
         ),
         norm_offset=norm_offset,
@@ -141,14 +159,31 @@ def _bitnet(config: Any) -> Wiring:
     return Wiring(
         trunk="model",
         sites=(
-            Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), Source("input_layernorm", "norm"), "self_attn", residual=True),
-            Site(("self_attn.o_proj",), Source("self_attn.attn_sub_norm", "norm"), "self_attn.o_proj"),
-            Site(("mlp.gate_proj", "mlp.up_proj"), Source("post_attention_layernorm", "norm"), "mlp", residual=True),
+            Site(
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                Source("input_layernorm", "norm"),
+                "self_attn",
+                residual=True,
+            ),
+            Site(
+                ("self_attn.o_proj",), Source("self_attn.attn_sub_norm", "norm"), "self_attn.o_proj"
+            ),
+            Site(
+                ("mlp.gate_proj", "mlp.up_proj"),
+                Source("post_attention_layernorm", "norm"),
+                "mlp",
+                residual=True,
+            ),
             Site(("mlp.down_proj",), Source("mlp.ffn_sub_norm", "norm"), "mlp.down_proj"),
         ),
         unclipped=(("self_attn.q_proj", queries), ("self_attn.k_proj", keys)),
         writers=("self_attn.o_proj", "mlp.down_proj"),
-        heads=_attention(config, Source("self_attn.v_proj", "linear"), "self_attn.o_proj", "self_attn.attn_sub_norm"),
+        heads=_attention(
+            config,
+            Source("self_attn.v_proj", "linear"),
+            "self_attn.o_proj",
+            "self_attn.attn_sub_norm",
+        ),
     )
 
 
@@ -160,10 +195,24 @@ def _phi3(config: Any) -> Wiring:
     return Wiring(
         trunk="model",
         sites=(
-            Site(("self_attn.qkv_proj",), Source("input_layernorm", "norm"), "self_attn", residual=True),
+            Site(
+                ("self_attn.qkv_proj",),
+                Source("input_layernorm", "norm"),
+                "self_attn",
+                residual=True,
+            ),
             Site(("self_attn.o_proj",), value, "self_attn.o_proj"),
-            Site(("mlp.gate_up_proj",), Source("post_attention_layernorm", "norm"), "mlp", residual=True),
-            Site(("mlp.down_proj",), Source("mlp.gate_up_proj", "linear", (inner, 2 * inner)), "mlp.down_proj"),
+            Site(
+                ("mlp.gate_up_proj",),
+                Source("post_attention_layernorm", "norm"),
+                "mlp",
+                residual=True,
+            ),
+            Site(
+                ("mlp.down_proj",),
+                Source("mlp.gate_up_proj", "linear", (inner, 2 * inner)),
+                "mlp.down_proj",
+            ),
         ),
         unclipped=(("self_attn.qkv_proj", queries + keys),),
         writers=("self_attn.o_proj", "mlp.down_proj"),
@@ -172,13 +221,16 @@ def _phi3(config: Any) -> Wiring:
 
 
 def _opt(config: Any) -> Wiring:
-    # Post-norm variants (opt-350m) have the residual itself as input: there is no norm whose gain could take a factor.
-    # fc1's factor passes ReLU unchanged because it is positive; other activations would not allow it.
+    # Post-norm variants (opt-350m) have the residual itself as input: there is no norm whose gain
+    # could take a factor. fc1's factor passes ReLU unchanged because it is positive; other
+    # activations would not allow it.
     before = config.do_layer_norm_before and config.layer_norm_elementwise_affine
     fold_fc1 = Source("fc1", "linear") if config.activation_function == "relu" else None
-    final = (("final_layer_norm",) if config.do_layer_norm_before and not config._remove_final_layer_norm else ()) + (
-        ("project_out",) if config.word_embed_proj_dim != config.hidden_size else ()
-    )
+    final = (
+        ("final_layer_norm",)
+        if config.do_layer_norm_before and not config._remove_final_layer_norm
+        else ()
+    ) + (("project_out",) if config.word_embed_proj_dim != config.hidden_size else ())
     return Wiring(
         trunk="model.decoder",
         sites=(
@@ -188,11 +240,21 @@ def _opt(config: Any) -> Wiring:
                 "self_attn",
                 residual=before,
             ),
-            Site(("self_attn.out_proj",), Source("self_attn.v_proj", "linear"), "self_attn.out_proj"),
-            Site(("fc1",), Source("final_layer_norm", "norm") if before else None, "fc1", residual=before),
+            Site(
+                ("self_attn.out_proj",), Source("self_attn.v_proj", "linear"), "self_attn.out_proj"
+            ),
+            Site(
+                ("fc1",),
+                Source("final_layer_norm", "norm") if before else None,
+                "fc1",
+                residual=before,
+            ),
             Site(("fc2",), fold_fc1, "fc2"),
         ),
-        unclipped=(("self_attn.q_proj", config.hidden_size), ("self_attn.k_proj", config.hidden_size)),
+        unclipped=(
+            ("self_attn.q_proj", config.hidden_size),
+            ("self_attn.k_proj", config.hidden_size),
+        ),
         final=final,
         writers=("self_attn.out_proj", "fc2"),
         heads=_attention(config, Source("self_attn.v_proj", "linear"), "self_attn.out_proj"),
@@ -220,14 +282,22 @@ def wiring_of(config: Any) -> Wiring:
         LowbitError: the family is not in the table, or its experts are fused 3-D parameters.
     """
     family = config.model_type
-    if any(getattr(config, key, None) for key in ("num_local_experts", "n_routed_experts", "num_experts")):
+    if any(
+        getattr(config, key, None)
+        for key in ("num_local_experts", "n_routed_experts", "num_experts")
+    ):
         raise LowbitError(
-            f"'{family}' is a mixture of experts: transformers keeps its experts as fused 3-D parameters, which are not "
+            f"'{family}' is a mixture of experts: transformers keeps its experts as fused 3-D "
+            "parameters, which are not "
             "supported yet. Nothing was written."
         )
     if family not in FAMILIES:  # no guess at what was meant: the name is read from config.json
-        raise LowbitError(f"model family '{family}' is not supported; these are: {', '.join(sorted(FAMILIES))}.")
+        raise LowbitError(
+            f"model family '{family}' is not supported; these are: {', '.join(sorted(FAMILIES))}."
+        )
     try:
         return FAMILIES[family](config)
     except (AttributeError, TypeError, ZeroDivisionError) as e:
-        raise LowbitError(f"config.json does not describe a '{family}' model: {type(e).__name__} {e}.") from e
+        raise LowbitError(
+            f"config.json does not describe a '{family}' model: {type(e).__name__} {e}."
+        ) from e

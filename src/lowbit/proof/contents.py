@@ -28,7 +28,9 @@ def read_report(folder: Path) -> dict[str, Any]:
     except ValueError as e:
         raise VerificationError(f"'{path}' is not readable JSON: {e}") from e
     if not isinstance(data, dict) or not {"files", "shards", "linears", "blocks"} <= set(data):
-        raise VerificationError(f"'{path}' is not a complete report: damaged, or made by another version of lowbit.")
+        raise VerificationError(
+            f"'{path}' is not a complete report: damaged, or made by another version of lowbit."
+        )
     return data
 
 
@@ -39,7 +41,8 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
         number of tensors, number of linears.
 
     Raises:
-        VerificationError: naming the tensor that differs, or the file that is missing or unreadable.
+        VerificationError: naming the tensor that differs, or the file that is missing or
+            unreadable.
     """
     for name, digest in report["files"].items():
         path = folder / name
@@ -58,9 +61,13 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
         for name, digest in record["tensors"].items():
             tensors += 1
             if tensor_hash(held[name]) != digest:
-                raise VerificationError(f"tensor '{name}' in '{path}' is not what was written: its bytes have changed.")
+                raise VerificationError(
+                    f"tensor '{name}' in '{path}' is not what was written: its bytes have changed."
+                )
         if file_hash(path) != record["sha256"]:
-            raise VerificationError(f"the header of '{path}' is not what was written, though its tensors are.")
+            raise VerificationError(
+                f"the header of '{path}' is not what was written, though its tensors are."
+            )
         for linear in layout.linears(held):
             linears += 1
             try:
@@ -68,13 +75,17 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
             except LowbitError as e:
                 raise VerificationError(str(e)) from e
     if linears != sum(1 for entry in report["linears"] if "skipped" not in entry):
-        raise VerificationError(f"'{folder}' holds {linears} packed linears, its report lists another number.")
+        raise VerificationError(
+            f"'{folder}' holds {linears} packed linears, its report lists another number."
+        )
     return tensors, linears
 
 
 def _same_names(path: Path, listed: set[str], held: set[str]) -> None:
     for name in sorted(listed ^ held):
-        raise VerificationError(f"tensor '{name}' is {'missing from' if name in listed else 'unexpected in'} '{path}'.")
+        raise VerificationError(
+            f"tensor '{name}' is {'missing from' if name in listed else 'unexpected in'} '{path}'."
+        )
 
 
 def _check_gguf(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
@@ -87,9 +98,13 @@ def _check_gguf(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
     _same_names(path, set(record["tensors"]), set(reader.entries))
     for tensor, digest in record["tensors"].items():
         if tensor_hash(reader.raw(tensor)) != digest:
-            raise VerificationError(f"tensor '{tensor}' in '{path}' is not what was written: its bytes have changed.")
+            raise VerificationError(
+                f"tensor '{tensor}' in '{path}' is not what was written: its bytes have changed."
+            )
     if file_hash(path) != record["sha256"]:
-        raise VerificationError(f"the header of '{path}' is not what was written, though its tensors are.")
+        raise VerificationError(
+            f"the header of '{path}' is not what was written, though its tensors are."
+        )
     packed = [e for e in report["linears"] if "skipped" not in e]
     for entry in packed:
         found = reader.entries.get(entry["tensor"])

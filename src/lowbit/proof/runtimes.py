@@ -1,4 +1,6 @@
-"""Runtimes in processes of their own: who opens a format, and how far its logits may be from the proof's."""
+"""Runtimes in processes of their own: who opens a format, and how far its logits may be from the
+proof's.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from ..formats import awq, gguf, gptq, mlx, native
 from ..formats import compressed_tensors as ct
 
 _SCRIPTS = Path(__file__).parent.parent / "readers"
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # torchrun's: a reader is no rank of it
+# Torchrun's: a reader is no rank of it.
+_LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+)
 _MISSING, _REFUSED, _UNABLE = 3, 4, 5  # exit statuses of a script, see `lowbit.readers`
 
 
@@ -29,7 +40,8 @@ class Reader:
 
     Attributes:
         script: file in `lowbit.readers`. name: of the runtime, for people.
-        within: greatest difference of its logits to the proof's, relative to their spread: what its arithmetic may add.
+        within: greatest difference of its logits to the proof's, relative to their spread: what its
+            arithmetic may add.
     """
 
     script: str
@@ -38,40 +50,79 @@ class Reader:
 
 
 WITHIN = 2e-2  # rounding of the weight to its 16-bit dtype, which a float32 loader does not do
-_GPTQMODEL, _MLX = 3e-2, 6e-2  # all in bfloat16: 0.007 to 0.017 and 0.032 to 0.040 on models of 4 and 5 blocks, docs/results.md
+# All in bfloat16: 0.007 to 0.017 and 0.032 to 0.040 on models of 4 and 5 blocks, docs/results.md.
+_GPTQMODEL, _MLX = (
+    3e-2,
+    6e-2,
+)
 _LLAMACPP = 6e-2  # it rounds activations to 8 bits on CPUs: 0.01 to 0.03, docs/results.md
-GGUF_DECODER = Reader("with_transformers.py", "transformers and gguf", WITHIN)  # all of the file but for what llama.cpp computes of it
+# All of the file but for what llama.cpp computes of it.
+GGUF_DECODER = Reader("with_transformers.py", "transformers and gguf", WITHIN)
 READERS = {
-    **{name: Reader("with_transformers.py", "transformers", WITHIN) for name in (ct.NAME, native.NAME)},
-    **{name: Reader("with_transformers.py", "transformers and GPTQModel", _GPTQMODEL) for name in (gptq.V1, gptq.V2, awq.NAME)},
+    **{
+        name: Reader("with_transformers.py", "transformers", WITHIN)
+        for name in (ct.NAME, native.NAME)
+    },
+    **{
+        name: Reader("with_transformers.py", "transformers and GPTQModel", _GPTQMODEL)
+        for name in (gptq.V1, gptq.V2, awq.NAME)
+    },
     mlx.NAME: Reader("with_mlx.py", "mlx-lm", _MLX),
     gguf.NAME: Reader("with_llamacpp.py", "llama.cpp", _LLAMACPP),
 }
 
 
 def runtime_logits(
-    folder: Path, ids: Tensor, format_: str, last: int, *, exact: bool = False, python: str = sys.executable, reader: Reader | None = None
+    folder: Path,
+    ids: Tensor,
+    format_: str,
+    last: int,
+    *,
+    exact: bool = False,
+    python: str = sys.executable,
+    reader: Reader | None = None,
 ) -> dict[str, Tensor] | str:
     """What the runtime of a format computes from a model, in a process of its own.
 
     Args:
-        ids: (n, length) int64. last: how many positions of each row are wanted, from its end. exact: do not quantize activations.
+        ids: (n, length) int64. last: how many positions of each row are wanted, from its end.
+            exact: do not quantize activations.
         python: interpreter that has the runtime. reader: None for the format's own.
 
     Returns:
-        "logits", and from some also "decoded", see `lowbit.readers`, each (n, last, vocab) float32; or the packages that are missing.
+        "logits", and from some also "decoded", see `lowbit.readers`, each (n, last, vocab) float32;
+            or the packages that are missing.
 
     Raises:
-        VerificationError: the runtime cannot read the model. LowbitError: it could not do its work here, whatever the model is.
+        VerificationError: the runtime cannot read the model. LowbitError: it could not do its work
+            here, whatever the model is.
     """
     reader = reader or READERS[format_]
     own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
-    environment = {**own, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                   "GPTQMODEL_CPU_WORKERS": "2"}  # fmt: skip
+    environment = {
+        **own,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "GPTQMODEL_CPU_WORKERS": "2",
+    }
     method = "gptq" if format_ in (gptq.V1, gptq.V2) else format_
-    command = [python, str(_SCRIPTS / reader.script), str(folder), method, "exact" if exact else "as stored", str(last)]
+    command = [
+        python,
+        str(_SCRIPTS / reader.script),
+        str(folder),
+        method,
+        "exact" if exact else "as stored",
+        str(last),
+    ]
     try:
-        done = subprocess.run(command, input=bytes(save({"ids": ids.contiguous()})), capture_output=True, env=environment, check=False)
+        done = subprocess.run(
+            command,
+            input=bytes(save({"ids": ids.contiguous()})),
+            capture_output=True,
+            env=environment,
+            check=False,
+        )
     except OSError as e:
         raise LowbitError(f"cannot run '{python}': {e.strerror}.") from e
     if done.returncode == 0:
@@ -86,7 +137,8 @@ def runtime_logits(
     if done.returncode == _REFUSED:
         raise VerificationError(f"{reader.name} cannot load '{folder}': {said}")
     raise LowbitError(
-        f"{reader.name} could not be run on '{folder}': {_reason(done)}. Nothing was found out about the model: mend that and repeat the command."
+        f"{reader.name} could not be run on '{folder}': {_reason(done)}. Nothing was found out "
+        "about the model: mend that and repeat the command."
     )
 
 
@@ -96,7 +148,8 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
         return done.stdout.decode(errors="replace").strip().rstrip(".")
     if done.returncode < 0:
         number = -done.returncode
-        named = next((s.name for s in signal.Signals if s == number), f"signal {number}")  # real-time signals have no names
+        # Real-time signals have no names.
+        named = next((s.name for s in signal.Signals if s == number), f"signal {number}")
         memory = ", as the system does where memory runs out" if number == signal.SIGKILL else ""
         return f"its process was ended by {named}{memory}"
     lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
@@ -104,7 +157,9 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def loader_logits(folder: Path, ids: Tensor, last: int, *, exact: bool = False) -> Tensor:
-    """Logits (n, last, vocab) float32 that transformers computes from an artifact for the last positions. Raises as `runtime_logits`."""
+    """Logits (n, last, vocab) float32 that transformers computes from an artifact for the last
+    positions. Raises as `runtime_logits`.
+    """
     method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
     found = runtime_logits(folder, ids, method, last, exact=exact)
     assert not isinstance(found, str)

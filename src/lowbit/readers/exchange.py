@@ -1,6 +1,8 @@
-"""How a reader talks to the process that started it: ids through standard input, logits through standard output, no file between.
+"""How a reader talks to the process that started it: ids through standard input, logits through
+standard output, no file between.
 
-Needs nothing but numpy, since a runtime may come without torch and safetensors: both are written and read here.
+Needs nothing but numpy, since a runtime may come without torch and safetensors: both are written
+and read here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from typing import Any, BinaryIO, NoReturn
 
 MISSING, REFUSED, UNABLE = 3, 4, 5  # exit statuses, see `lowbit.readers`
 _TYPES = {"F32": "<f4", "I64": "<i8"}
-_OF_THE_MODEL = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # of a path in its folder; any other error there is the machine's
+# Of a path in its folder; any other error there is the machine's.
+_OF_THE_MODEL = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 
 Read = Callable[[Path, Mapping[str, Any], Sequence[str]], Mapping[str, Any]]
 
@@ -32,7 +39,9 @@ def decoded(raw: bytes) -> dict[str, Any]:
     out = {}
     for name, entry in json.loads(raw[8 : 8 + size]).items():
         start, stop = entry["data_offsets"]
-        out[name] = np.frombuffer(raw[8 + size + start : 8 + size + stop], _TYPES[entry["dtype"]]).reshape(entry["shape"])
+        out[name] = np.frombuffer(
+            raw[8 + size + start : 8 + size + stop], _TYPES[entry["dtype"]]
+        ).reshape(entry["shape"])
     return out
 
 
@@ -42,18 +51,27 @@ def encoded(tensors: Mapping[str, Any]) -> list[bytes]:
 
     header, at, kinds = {}, 0, {np.dtype(v): k for k, v in _TYPES.items()}
     for name, t in tensors.items():
-        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        header[name] = {
+            "dtype": kinds[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [at, at + t.nbytes],
+        }
         at += t.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)), text, *(np.ascontiguousarray(t).tobytes() for t in tensors.values())]
+    return [
+        struct.pack("<Q", len(text)),
+        text,
+        *(np.ascontiguousarray(t).tobytes() for t in tensors.values()),
+    ]
 
 
 def run(packages: Sequence[str], read: Read) -> None:
     """Be a reader: check that the packages are there, read, and send what was found.
 
     Args:
-        packages: names of modules that are needed. read: (folder, {"ids": rows}, arguments that follow the folder) -> name -> array.
+        packages: names of modules that are needed. read: (folder, {"ids": rows}, arguments that
+            follow the folder) -> name -> array.
     """
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)  # libraries print as they like; what they print is not the answer
@@ -90,14 +108,19 @@ def _leave(out: BinaryIO, status: int, sentence: str) -> NoReturn:
 
 
 def _is_the_machines(e: BaseException, folder: Path) -> bool:
-    """Whether an exception tells of the machine rather than of the model: memory, space, files, modules."""
+    """Whether an exception tells of the machine rather than of the model: memory, space, files,
+    modules.
+    """
     if isinstance(e, (MemoryError, ImportError, KeyboardInterrupt)):
         return True
     text = str(e)
     if type(e).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return True
-    inner = re.search(r"\(os error (\d+)\)", text)  # as Rust's libraries write it into errors of other types
-    number = int(inner[1]) if inner else getattr(e, "errno", None) if isinstance(e, OSError) else None
+    # As Rust's libraries write it into errors of other types.
+    inner = re.search(r"\(os error (\d+)\)", text)
+    number = (
+        int(inner[1]) if inner else getattr(e, "errno", None) if isinstance(e, OSError) else None
+    )
     if number is not None:
         named = getattr(e, "filename", None)
         inside = isinstance(named, str) and Path(named).absolute().is_relative_to(folder.absolute())

@@ -17,7 +17,14 @@ def read(folder, given, arguments):
     length = rows.shape[1]
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     model = llama_cpp.Llama(
-        str(file), n_ctx=length, n_batch=length, n_ubatch=length, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
+        str(file),
+        n_ctx=length,
+        n_batch=length,
+        n_ubatch=length,
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=True,
+        verbose=False,
     )
     logits = []
     for row in rows:
@@ -27,7 +34,9 @@ def read(folder, given, arguments):
     found = {"logits": np.stack(logits)}
     samples = json.loads((folder / "proof" / "tokens.json").read_text())
     for i, text in enumerate(samples):
-        found[f"tokens.{i}"] = np.array(model.tokenize(text.encode(), add_bos=True, special=False), dtype=np.int64)
+        found[f"tokens.{i}"] = np.array(
+            model.tokenize(text.encode(), add_bos=True, special=False), dtype=np.int64
+        )
     model.close()
     return found
 

@@ -14,10 +14,17 @@ def read(folder, given, arguments):
     rows = mx.array(given["ids"])
 
     def passed():
-        return np.concatenate([np.array(model(row[None])[:, -last:].astype(mx.float32)) for row in rows])
+        return np.concatenate(
+            [np.array(model(row[None])[:, -last:].astype(mx.float32)) for row in rows]
+        )
 
     found = {"logits": passed()}
-    model.update(tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+    model.update(
+        tree_map(
+            lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p,
+            model.parameters(),
+        )
+    )
     return {**found, "decoded": passed()}
 
 

@@ -1,4 +1,6 @@
-"""Logits by transformers: compressed-tensors, the format of lowbit, and GPTQ or AWQ through GPTQModel, GGUF through the gguf package."""
+"""Logits by transformers: compressed-tensors, the format of lowbit, and GPTQ or AWQ through
+GPTQModel, GGUF through the gguf package.
+"""
 
 import json
 import sys
@@ -12,7 +14,12 @@ _NEEDED = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum"), "g
 def passed(model, rows, last):
     import torch
 
-    return torch.cat([model(row[None], use_cache=False, logits_to_keep=last).logits[:, -last:].float() for row in rows]).numpy()
+    return torch.cat(
+        [
+            model(row[None], use_cache=False, logits_to_keep=last).logits[:, -last:].float()
+            for row in rows
+        ]
+    ).numpy()
 
 
 def with_transforms(model, transforms, folder):
@@ -37,23 +44,30 @@ def with_transforms(model, transforms, folder):
 def in_float32(model, folder, exact):
     import torch
 
-    model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)  # some loaders decode their weights at the first pass
+    # Some loaders decode their weights at the first pass.
+    model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
-            module.quantization_scheme.weights = None  # decoded by now; rounding them again would be in another dtype
+            module.quantization_scheme.weights = (
+                None  # decoded by now; rounding them again would be in another dtype
+            )
             if exact:
                 module.quantization_scheme.input_activations = None
         if exact and hasattr(module, "reading"):
             module.reading = module.reading.exact()
     torch.nn.Module.float(model)  # weights as users get them, arithmetic as in tuning
-    transforms = json.loads(Path(folder, "config.json").read_text())["quantization_config"].get("transform_config")
+    transforms = json.loads(Path(folder, "config.json").read_text())["quantization_config"].get(
+        "transform_config"
+    )
     if transforms is not None:
         with_transforms(model, transforms, folder)
     return model
 
 
 def decoded(model):
-    """The model with the weights that GPTQModel itself decodes, as plain linears in float32; None if a kernel has laid them out anew."""
+    """The model with the weights that GPTQModel itself decodes, as plain linears in float32; None
+    if a kernel has laid them out anew.
+    """
     import torch
 
     for name in [n for n, m in model.named_modules() if hasattr(m, "dequantize_weight")]:
@@ -71,16 +85,27 @@ def decoded(model):
 
 
 def of_gguf(folder):
-    """The model as transformers makes it of the file alone, every weight decoded by the gguf package, in float32."""
+    """The model as transformers makes it of the file alone, every weight decoded by the gguf
+    package, in float32.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     (file,) = sorted(Path(folder).glob("*.gguf"))
-    config, own = AutoConfig.from_pretrained(folder, gguf_file=file.name), AutoConfig.from_pretrained(Path(folder, "proof"))
-    for key in ("head_dim", "rope_parameters"):  # in the file too, but transformers (5.23) does not look for them in all families
+    config, own = (
+        AutoConfig.from_pretrained(folder, gguf_file=file.name),
+        AutoConfig.from_pretrained(Path(folder, "proof")),
+    )
+    # In the file too, but transformers (5.23) does not look for them in all families.
+    for key in (
+        "head_dim",
+        "rope_parameters",
+    ):
         if getattr(own, key, None) is not None:
             setattr(config, key, getattr(own, key))
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, config=config, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, config=config, dtype=torch.float32
+    ).eval()
 
 
 def read(folder, given, arguments):
@@ -97,7 +122,9 @@ def read(folder, given, arguments):
             import lowbit  # noqa: F401
         narrow = method in _NEEDED
         # GPTQModel's CPU kernels take bfloat16, and not all of them float32.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if narrow else "auto", trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if narrow else "auto", trust_remote_code=False
+        ).eval()
         assert ("lowbit" in sys.modules) == (method == "lowbit")
         if not narrow:
             return {"logits": passed(in_float32(model, folder, proof == "exact"), rows, last)}

@@ -1,4 +1,6 @@
-"""Which runtime will load what a run would make, in which format, and from which version on: one file per runtime, no work done."""
+"""Which runtime will load what a run would make, in which format, and from which version on: one
+file per runtime, no work done.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _PARALLEL = ("vllm", "sglang")
 
 
 def verdicts(planned: Planned) -> tuple[Verdict, ...]:
-    """What every runtime says; the number of devices counts for those that share linears among them."""
+    """What every runtime says; the number of devices counts for those that share linears among
+    them.
+    """
     return tuple(judge(planned) for judge in TARGETS.values())
 
 
@@ -34,7 +38,9 @@ def check_target(name: str, tensor_parallel: int = 1) -> str:
     if target not in TARGETS:
         raise unknown("target", name, TARGETS)
     if tensor_parallel > 1 and target not in _PARALLEL:
-        raise LowbitError(f"--tensor-parallel is about vLLM and SGLang; leave it out for '{target}'.")
+        raise LowbitError(
+            f"--tensor-parallel is about vLLM and SGLang; leave it out for '{target}'."
+        )
     return target
 
 

@@ -14,7 +14,8 @@ from ..methods import CLAQ
 from ..model.wiring import Wiring
 from ..recipe import Recipe
 
-WORD = 32  # packed codes lie in words of this many bits, and a device's share of them must end with a word
+# packed codes lie in words of this many bits, and a device's share of them must end with a word
+WORD = 32
 _DEGREES = (1, 2, 4, 8, 16)
 
 
@@ -23,8 +24,10 @@ class Planned:
     """The artifact that a run would make, and on how many devices it would be served.
 
     Attributes:
-        shapes: full linear name -> (out, in), of every linear to be quantized. config: the model's, of transformers.
-        beyond: what compressed-tensors cannot carry of it, so that `quantize` writes the format of lowbit; None if it carries it all.
+        shapes: full linear name -> (out, in), of every linear to be quantized. config: the model's,
+            of transformers.
+        beyond: what compressed-tensors cannot carry of it, so that `quantize` writes the format of
+            lowbit; None if it carries it all.
         biased: linears with a bias, by their names inside a block.
         tensor_parallel: number of devices that share every linear.
     """
@@ -44,7 +47,9 @@ class Planned:
 
     @cached_property
     def affine(self) -> dict[str, Affine]:
-        """The linears on uniform grids: all of them, where a runtime that needs that has not refused."""
+        """The linears on uniform grids: all of them, where a runtime that needs that has not
+        refused.
+        """
         return {n: g for n, g in self.grids.items() if isinstance(g, Affine)}
 
     def local(self, name: str) -> str:
@@ -58,8 +63,9 @@ class Verdict:
 
     Attributes:
         runtime: its name; in lower case, the value of --target.
-        format: what it reads. weights: bits and grouping, as it holds them. export: the command that makes it from the artifact OUT; empty
-            if the artifact is that already. requires: the oldest version known to take it. All four are empty if it refuses.
+        format: what it reads. weights: bits and grouping, as it holds them. export: the command
+            that makes it from the artifact OUT; empty if the artifact is that already. requires:
+            the oldest version known to take it. All four are empty if it refuses.
         reasons: sentences that say what does not fit and what to do; empty if it accepts.
         notes: what else to know before choosing it.
     """
@@ -88,23 +94,30 @@ def export_to(target: str) -> str:
 def tally(words: Iterable[str]) -> str:
     """What linears are, in words, each with the number of linears if there are several."""
     counts = Counter(words).most_common()
-    return counts[0][0] if len(counts) == 1 else "; ".join(f"{word} in {n} linears" for word, n in counts)
+    return (
+        counts[0][0]
+        if len(counts) == 1
+        else "; ".join(f"{word} in {n} linears" for word, n in counts)
+    )
 
 
 def said(grid: Affine) -> str:
     """A uniform grid in words."""
     kind = "symmetric" if grid.symmetric else "asymmetric"
-    return f"{grid.bits}-bit {kind}, " + (f"groups of {grid.group_size}" if grid.group_size else "one scale per output")
+    return f"{grid.bits}-bit {kind}, " + (
+        f"groups of {grid.group_size}" if grid.group_size else "one scale per output"
+    )
 
 
-# --- rules ---------------------------------------------------------------------------------------------------------------
+# --- rules ----------------------------------------------------------------------------------------
 
 
 def misfits(p: Planned, check: Callable[[Grid, int, int, str], object]) -> list[str]:
     """The first complaint about every grid.
 
     Args:
-        check: called with a linear's grid, outputs, inputs and full name; raises LowbitError if the runtime cannot have it.
+        check: called with a linear's grid, outputs, inputs and full name; raises LowbitError if the
+            runtime cannot have it.
     """
     found: dict[Grid, str] = {}
     for name, grid in p.grids.items():
@@ -124,7 +137,10 @@ def uniform(grid: Grid, name: str, runtime: str) -> Affine:
     """
     if isinstance(grid, Affine):
         return grid
-    raise LowbitError(f"'{name}' is on {grid}, which {runtime} does not read: choose a recipe and a scheme for uniform weights, such as W4A16g128.")
+    raise LowbitError(
+        f"'{name}' is on {grid}, which {runtime} does not read: choose a recipe and a scheme for "
+        "uniform weights, such as W4A16g128."
+    )
 
 
 def only_weights(p: Planned, runtime: str) -> list[str | None]:
@@ -136,26 +152,40 @@ def kept(p: Planned, runtime: str) -> str | None:
     """Weights kept in floating point."""
     if not any(isinstance(m, CLAQ) and m.outlier_bits for m in p.recipe.methods):
         return None
-    return f"Weights kept in floating point have no place in what {runtime} reads: --set claq.outlier_bits=0 leaves them out."
+    return (
+        f"Weights kept in floating point have no place in what {runtime} reads: --set "
+        "claq.outlier_bits=0 leaves them out."
+    )
 
 
 def cache(p: Planned, runtime: str) -> str | None:
     """Quantized keys and values."""
     if p.recipe.kv is None:
         return None
-    return f"{runtime} does not read how keys and values are quantized here: leave KV{p.recipe.kv.bits} out of the scheme."
+    return (
+        f"{runtime} does not read how keys and values are quantized here: leave "
+        f"KV{p.recipe.kv.bits} out of the scheme."
+    )
 
 
 def activations(p: Planned, runtime: str) -> str | None:
     """Quantized activations."""
     if p.recipe.activations is None:
         return None
-    return f"{runtime} reads no quantized activations in this format: write A16 instead of A{p.recipe.activations.bits} in the scheme."
+    return (
+        f"{runtime} reads no quantized activations in this format: write A16 instead of "
+        f"A{p.recipe.activations.bits} in the scheme."
+    )
 
 
 def rotations(p: Planned, runtime: str) -> str | None:
     """Activations rotated while the model runs."""
-    return f"{runtime} does not rotate activations while it runs: --set quarot.online=false leaves that out." if p.recipe.rotates_online else None
+    return (
+        f"{runtime} does not rotate activations while it runs: --set quarot.online=false leaves "
+        "that out."
+        if p.recipe.rotates_online
+        else None
+    )
 
 
 def fused(p: Planned) -> Iterable[tuple[str, ...]]:
@@ -173,7 +203,8 @@ def unlike(p: Planned, runtime: str) -> str | None:
             if p.grids[name] != p.grids[names[0]]:
                 joined = ", ".join(n.rpartition(".")[2] for n in names)
                 return (
-                    f"'{names[0]}' is {p.grids[names[0]]} and '{name}' {p.grids[name]}, and {runtime} makes one layer of {joined}: "
+                    f"'{names[0]}' is {p.grids[names[0]]} and '{name}' {p.grids[name]}, and "
+                    f"{runtime} makes one layer of {joined}: "
                     "give these the same scheme in the overrides."
                 )
     return None
@@ -197,9 +228,11 @@ def degrees(p: Planned, packs_outputs: Callable[[Affine], bool]) -> list[int]:
 
 
 def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Affine], bool]) -> str | None:
-    """What does not divide among that many devices: heads, inputs of what writes to the residual stream, outputs of what reads it.
+    """What does not divide among that many devices: heads, inputs of what writes to the residual
+    stream, outputs of what reads it.
 
-    Source: vLLM and SGLang split attention by heads and the MLP by its inner channels; key and value heads fewer than devices are repeated.
+    Source: vLLM and SGLang split attention by heads and the MLP by its inner channels; key and
+    value heads fewer than devices are repeated.
     """
     if degree == 1:
         return None
@@ -213,26 +246,44 @@ def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Affine], bool])
         columns = p.shapes[name][1]
         if p.local(name) in p.wiring.writers:
             if columns % degree or (columns // degree) % (grid.group_size or 1):
-                groups = f", which groups of {grid.group_size} do not divide" if grid.group_size else ""
-                return f"Each of {degree} devices gets {columns / degree:g} of the {columns} inputs of '{name}'{groups}"
+                groups = (
+                    f", which groups of {grid.group_size} do not divide" if grid.group_size else ""
+                )
+                return (
+                    f"Each of {degree} devices gets {columns / degree:g} of the {columns} inputs "
+                    f"of '{name}'{groups}"
+                )
             if columns // degree * grid.bits % WORD:
                 share = f"{columns // degree} of the {columns} inputs"
-                return f"Each of {degree} devices gets {share} of '{name}', whose {grid.bits}-bit codes end inside a word"
+                return (
+                    f"Each of {degree} devices gets {share} of '{name}', whose {grid.bits}-bit "
+                    "codes end inside a word"
+                )
     for name, grid in p.affine.items():
-        shares = [s for s in _outputs(p, name, degree, heads, kv) if s * grid.bits % WORD] if packs_outputs(grid) else []
+        shares = (
+            [s for s in _outputs(p, name, degree, heads, kv) if s * grid.bits % WORD]
+            if packs_outputs(grid)
+            else []
+        )
         if shares:
-            return f"Each of {degree} devices gets {shares[0]} outputs of '{name}', whose {grid.bits}-bit zero points end inside a word"
+            return (
+                f"Each of {degree} devices gets {shares[0]} outputs of '{name}', whose "
+                f"{grid.bits}-bit zero points end inside a word"
+            )
     return None
 
 
 def _outputs(p: Planned, name: str, degree: int, heads: int, kv: int) -> tuple[int, ...]:
-    """A device's outputs of a linear, in parts that are packed one after the other; none if it gets all."""
+    """A device's outputs of a linear, in parts that are packed one after the other; none if it gets
+    all.
+    """
     if p.local(name) in p.wiring.writers:
         return ()
     if p.local(name) in p.wiring.sites[0].reads:
         assert p.wiring.heads is not None
         width, rows = p.wiring.heads.width, p.shapes[name][0]
         parts = {heads * width: (heads // degree,), kv * width: (max(1, kv // degree),)}
-        return tuple(n * width for n in parts.get(rows, (heads // degree, max(1, kv // degree))))  # else all three in one
+        # Else all three in one.
+        return tuple(n * width for n in parts.get(rows, (heads // degree, max(1, kv // degree))))
     block = name.removesuffix(p.local(name))
     return (p.shapes[block + p.wiring.sites[-1].reads[0]][1] // degree,)

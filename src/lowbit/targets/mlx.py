@@ -18,10 +18,15 @@ def judge(p: Planned) -> Verdict:
     sizes = {n: mlx.group_of(g, p.shapes[n][1], n) for n, g in p.affine.items()}
     repeated = any(g.group(p.shapes[n][1]) != sizes[n] for n, g in p.affine.items())
     return Verdict(
-        NAME, True, mlx.NAME, tally(f"{g.bits}-bit, groups of {sizes[n]}" for n, g in p.affine.items()), export_to(mlx.NAME),
-        "mlx-lm 0.32 was tried", notes=("zero points are kept as offsets, rounded to the model's dtype",)
+        NAME,
+        True,
+        mlx.NAME,
+        tally(f"{g.bits}-bit, groups of {sizes[n]}" for n, g in p.affine.items()),
+        export_to(mlx.NAME),
+        "mlx-lm 0.32 was tried",
+        notes=("zero points are kept as offsets, rounded to the model's dtype",)
         + (("scales are repeated, since it takes groups of up to 128",) if repeated else ()),
-    )  # fmt: skip
+    )
 
 
 def _check(grid: Grid, rows: int, columns: int, name: str) -> None:
@@ -31,4 +36,9 @@ def _check(grid: Grid, rows: int, columns: int, name: str) -> None:
 def _family(p: Planned) -> str | None:
     """mlx-lm has no OPT, and packs BitNet's linears in a way of its own."""
     family = p.config.model_type
-    return None if family in _FAMILIES else f"mlx-lm does not read packed weights of '{family}' models, but of {', '.join(_FAMILIES)}."
+    return (
+        None
+        if family in _FAMILIES
+        else f"mlx-lm does not read packed weights of '{family}' models, but of "
+        f"{', '.join(_FAMILIES)}."
+    )

@@ -1,7 +1,7 @@
 """SGLang: compressed-tensors where its Marlin kernels take it, else GPTQ.
 
-Source: SGLang 0.5.23 and the kernels of its GPTQ path, which turn to the next group's scale after 16 weights of 2 bits or 32 of others and
-start anew every 128; read, not run.
+Source: SGLang 0.5.23 and the kernels of its GPTQ path, which turn to the next group's scale after
+16 weights of 2 bits or 32 of others and start anew every 128; read, not run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,21 @@ from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import gptq
 from ..grid import Affine, Grid
-from .base import Planned, Verdict, degrees, export_to, fused, misfits, only_weights, parallel, refusal, said, tally, uniform, unlike
+from .base import (
+    Planned,
+    Verdict,
+    degrees,
+    export_to,
+    fused,
+    misfits,
+    only_weights,
+    parallel,
+    refusal,
+    said,
+    tally,
+    uniform,
+    unlike,
+)
 
 NAME = "SGLang"
 _MARLIN_GROUPS = (None, 32, 64, 128)
@@ -28,38 +42,59 @@ def judge(p: Planned) -> Verdict:
         no = refusal(NAME, (*shared, parallel(p, _has_zero_points)))
         to, fitting = ct.NAME, degrees(p, _has_zero_points)
     else:
-        no = refusal(NAME, (*misfits(p, partial(_check, version)), *shared, _exceptions(p), parallel(p, _always)))
+        no = refusal(
+            NAME,
+            (*misfits(p, partial(_check, version)), *shared, _exceptions(p), parallel(p, _always)),
+        )
         to, fitting = version, degrees(p, _always)
     return no or Verdict(
-        NAME, True, to, tally(map(said, p.affine.values())), "" if plain else export_to(to), f"{NAME} 0.5.23 or newer; older ones were not read",
+        NAME,
+        True,
+        to,
+        tally(map(said, p.affine.values())),
+        "" if plain else export_to(to),
+        f"{NAME} 0.5.23 or newer; older ones were not read",
         notes=(f"tensor parallel degrees that fit: {', '.join(map(str, fitting))}",),
-    )  # fmt: skip
+    )
 
 
 def _marlin(grid: Affine) -> bool:
-    """Whether its loader of compressed-tensors has a kernel for this grid: 4 bits, or 8 symmetric ones."""
-    return (grid.bits == 4 or (grid.bits == 8 and grid.symmetric)) and grid.group_size in _MARLIN_GROUPS
+    """Whether its loader of compressed-tensors has a kernel for this grid: 4 bits, or 8 symmetric
+    ones.
+    """
+    return (
+        grid.bits == 4 or (grid.bits == 8 and grid.symmetric)
+    ) and grid.group_size in _MARLIN_GROUPS
 
 
 def _check(version: str, grid: Grid, rows: int, columns: int, name: str) -> None:
     affine = uniform(grid, name, NAME)
     if affine.bits not in gptq.BITS:
-        raise LowbitError(f"'{name}' is {grid}, and {NAME} takes GPTQ with 2, 3, 4 and 8 bits, compressed-tensors with 4 and 8: choose one of these.")
+        raise LowbitError(
+            f"'{name}' is {grid}, and {NAME} takes GPTQ with 2, 3, 4 and 8 bits, "
+            "compressed-tensors with 4 and 8: choose one of these."
+        )
     gptq.check(affine, rows, columns, version, name)
     size, least = affine.group_size, 16 if affine.bits == 2 else 32
     if size is not None and size % _START and (size < least or _START % size):
         fitting = "g16, g32, g64 or g128" if least == 16 else "g32, g64 or g128"
-        raise LowbitError(f"'{name}' is {grid}, whose groups {NAME}'s kernels for GPTQ do not step through: choose {fitting}.")
+        raise LowbitError(
+            f"'{name}' is {grid}, whose groups {NAME}'s kernels for GPTQ do not step through: "
+            f"choose {fitting}."
+        )
 
 
 def _exceptions(p: Planned) -> str | None:
-    """GPTQ's loaders look exceptions up by the names of their own, fused layers, which the linears' names in the file do not match."""
+    """GPTQ's loaders look exceptions up by the names of their own, fused layers, which the linears'
+    names in the file do not match.
+    """
     common, others = gptq.most_common(p.affine) if p.affine else (None, {})
     name = next((n for names in fused(p) for n in names if n in others), None)
     if name is None:
         return None
     return (
-        f"'{name}' is {p.grids[name]} where most linears are {common}, and {NAME} finds no exceptions among linears that it fuses: "
+        f"'{name}' is {p.grids[name]} where most linears are {common}, and {NAME} finds no "
+        "exceptions among linears that it fuses: "
         "keep overrides to linears such as o_proj and down_proj."
     )
 

@@ -7,7 +7,13 @@ from ..formats import native
 from ..grid import Codebook
 from .base import Planned, Verdict, said, tally
 
-_STRADDLING = (3, 5, 6, 7)  # bits whose codes cross words, packed otherwise before compressed-tensors 0.17
+# Bits whose codes cross words, packed otherwise before compressed-tensors 0.17.
+_STRADDLING = (
+    3,
+    5,
+    6,
+    7,
+)
 
 
 def judge(p: Planned) -> Verdict:
@@ -17,15 +23,24 @@ def judge(p: Planned) -> Verdict:
         packed = all(isinstance(g, Codebook) and g.scales_with_inputs for g in p.grids.values())
         weights = "stay packed" if packed else "are decoded at the first use"
         return Verdict(
-            name, True, native.NAME, tally(said(p.affine[n]) if n in p.affine else str(g) for n, g in p.grids.items()),
-            requires="this library", notes=(
+            name,
+            True,
+            native.NAME,
+            tally(said(p.affine[n]) if n in p.affine else str(g) for n, g in p.grids.items()),
+            requires="this library",
+            notes=(
                 f"after 'import lowbit'; the format of lowbit, for {p.beyond}",
-                f"weights {weights}" + (", quantized activations are active" if p.recipe.activations else ""),
+                f"weights {weights}"
+                + (", quantized activations are active" if p.recipe.activations else ""),
             ),
-        )  # fmt: skip
+        )
     new = any(g.bits in _STRADDLING for g in p.affine.values())
     return Verdict(
-        name, True, ct.NAME, tally(map(said, p.affine.values())), requires=f"compressed-tensors {'0.17' if new else '0.15'} or newer",
+        name,
+        True,
+        ct.NAME,
+        tally(map(said, p.affine.values())),
+        requires=f"compressed-tensors {'0.17' if new else '0.15'} or newer",
         notes=("weights become 16-bit at load or in the first forward pass: no memory is saved",)
         + (("activations are quantized in every forward pass",) if p.recipe.activations else ()),
-    )  # fmt: skip
+    )

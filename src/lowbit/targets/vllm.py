@@ -1,4 +1,5 @@
-"""vLLM: compressed-tensors, as `quantize` writes it; as `export` does where transformers alone would compute something else.
+"""vLLM: compressed-tensors, as `quantize` writes it; as `export` does where transformers alone
+would compute something else.
 
 Source: vLLM 0.25 and 0.33, compressed-tensors 0.17, humming-kernels 0.1.19; read, not run.
 """
@@ -9,7 +10,21 @@ from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
 from ..grid import Affine, Grid
 from ..methods import QuaRot
-from .base import Planned, Verdict, cache, degrees, export_to, kept, misfits, parallel, refusal, said, tally, uniform, unlike
+from .base import (
+    Planned,
+    Verdict,
+    cache,
+    degrees,
+    export_to,
+    kept,
+    misfits,
+    parallel,
+    refusal,
+    said,
+    tally,
+    uniform,
+    unlike,
+)
 
 NAME = "vLLM"
 _COMMON = (4, 8)  # bits with kernels of their own; the others run on Humming's
@@ -22,18 +37,28 @@ def judge(p: Planned) -> Verdict:
     if no is not None:
         return no
     return Verdict(
-        NAME, True, ct.NAME, tally(map(said, p.affine.values())), "" if p.beyond is None else export_to(ct.NAME), f"{NAME} {_version(p)} or newer",
+        NAME,
+        True,
+        ct.NAME,
+        tally(map(said, p.affine.values())),
+        "" if p.beyond is None else export_to(ct.NAME),
+        f"{NAME} {_version(p)} or newer",
         notes=_notes(p),
-    )  # fmt: skip
+    )
 
 
 def _check(grid: Grid, rows: int, columns: int, name: str) -> None:
     uniform(grid, name, NAME)
     if grid.bits == 1:
-        raise LowbitError(f"'{name}' is {grid}, and {NAME} takes 2 to 8 bits: choose a scheme from W2 on.")
+        raise LowbitError(
+            f"'{name}' is {grid}, and {NAME} takes 2 to 8 bits: choose a scheme from W2 on."
+        )
     size = grid.group_size
     if size is not None and (size < 8 or size & (size - 1)):
-        raise LowbitError(f"'{name}' is {grid}, and {NAME} takes groups of a power of two from 8 on: choose g32, g64 or g128.")
+        raise LowbitError(
+            f"'{name}' is {grid}, and {NAME} takes groups of a power of two from 8 on: choose g32, "
+            "g64 or g128."
+        )
 
 
 def _packs_outputs(grid: Affine) -> bool:
@@ -47,11 +72,16 @@ def _activations(p: Planned) -> str | None:
         return None
     if not ct.carries(p.affine.values(), grid):
         return (
-            f"{NAME} takes activations of 4 or 8 bits, symmetric, under symmetric weights: add 'sym' to the scheme, with "
-            "--set activations.symmetric=true --set activations.full_range=true --set activations.clip=1 or the recipe crossquant-deploy."
+            f"{NAME} takes activations of 4 or 8 bits, symmetric, under symmetric weights: add "
+            "'sym' to the scheme, with "
+            "--set activations.symmetric=true --set activations.full_range=true --set "
+            "activations.clip=1 or the recipe crossquant-deploy."
         )
     if grid.bits < 8 and any(g.bits > 4 for g in p.affine.values()):
-        return f"{NAME} takes {grid.bits}-bit activations with weights of at most 4 bits only: write A8, or fewer bits of weights."
+        return (
+            f"{NAME} takes {grid.bits}-bit activations with weights of at most 4 bits only: write "
+            "A8, or fewer bits of weights."
+        )
     return None
 
 
@@ -61,12 +91,21 @@ def _rotations(p: Planned) -> list[str]:
         return []
     out = []
     if method.across_heads and p.wiring.heads is not None and p.wiring.heads.count > 1:
-        out.append(f"{NAME} does not rotate across heads: --set quarot.across_heads=false leaves that rotation out.")
+        out.append(
+            f"{NAME} does not rotate across heads: --set quarot.across_heads=false leaves that "
+            "rotation out."
+        )
     last = p.wiring.sites[-1].reads[0]
     if last in p.biased:
-        out.append(f"{NAME} rotates no inputs of linears with a bias, as '{last}' has: --set quarot.online=false leaves the rotation out.")
+        out.append(
+            f"{NAME} rotates no inputs of linears with a bias, as '{last}' has: --set "
+            "quarot.online=false leaves the rotation out."
+        )
     if p.tensor_parallel > 1:
-        out.append(f"{NAME} rotates on one device only: serve it without tensor parallelism, or --set quarot.online=false.")
+        out.append(
+            f"{NAME} rotates on one device only: serve it without tensor parallelism, or --set "
+            "quarot.online=false."
+        )
     return out
 
 
@@ -81,8 +120,15 @@ def _notes(p: Planned) -> tuple[str, ...]:
     if p.recipe.activations is not None:
         return (*notes, "NVIDIA GPUs from compute capability 8.0 on")
     if all(g.bits in _COMMON for g in p.affine.values()):
-        return (*notes, "CPU and ROCm take 4 and 8 bits too") if not p.recipe.rotates_online else tuple(notes)
-    notes.append("NVIDIA GPUs from compute capability 7.5 on, 8.0 in bfloat16; CPU and ROCm take 4 and 8 bits only")
+        return (
+            (*notes, "CPU and ROCm take 4 and 8 bits too")
+            if not p.recipe.rotates_online
+            else tuple(notes)
+        )
+    notes.append(
+        "NVIDIA GPUs from compute capability 7.5 on, 8.0 in bfloat16; CPU and ROCm take 4 and 8 "
+        "bits only"
+    )
     if any(g.group_size == 8 for g in p.affine.values()):
         notes.append("Hopper's fastest kernels need groups of 16 or more")
     return tuple(notes)

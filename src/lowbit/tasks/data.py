@@ -1,6 +1,8 @@
-"""Task data from local files: one JSONL form for all tasks, brought to the documents that lm-eval's own prompts are made of.
+"""Task data from local files: one JSONL form for all tasks, brought to the documents that lm-eval's
+own prompts are made of.
 
-A line holds ``contexts`` (one text per choice), ``choices`` and ``gold``, the index of the right choice; for mmlu also ``subject``.
+A line holds ``contexts`` (one text per choice), ``choices`` and ``gold``, the index of the right
+choice; for mmlu also ``subject``.
 """
 
 from __future__ import annotations
@@ -22,22 +24,29 @@ def _as_it_is(context: str) -> str:
 
 
 def _asked(context: str) -> str:
-    """A question up to where its answer begins, whether or not the file has the word "Answer:" on a line of its own."""
+    """A question up to where its answer begins, whether or not the file has the word "Answer:" on a
+    line of its own.
+    """
     question = context.removesuffix("Answer:").removesuffix("\n")
     return f"{question}\nAnswer:"
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a task is prompted and scored; lm-eval 0.4.13's definitions are the source, tests compare with them.
+    """How a task is prompted and scored; lm-eval 0.4.13's definitions are the source, tests compare
+    with them.
 
     Attributes:
-        kind: "choice", the likeliest continuation of one context; "ending", one continuation under several contexts, the
-            likeliest wins (winogrande's partial scoring); "word", is the only continuation the greedy one (lambada).
-        normalized: acc_norm is reported too: log-likelihood over the number of characters of a choice.
+        kind: "choice", the likeliest continuation of one context; "ending", one continuation under
+            several contexts, the likeliest wins (winogrande's partial scoring); "word", is the only
+            continuation the greedy one (lambada).
+        normalized: acc_norm is reported too: log-likelihood over the number of characters of a
+            choice.
         prompt: from the context in the file to the one of lm-eval.
-        spaced: choices keep their leading space though the prompt's delimiter is one as well (copa).
-        subjects: rows belong to subjects, which are tasks of their own with a description and are averaged by size.
+        spaced: choices keep their leading space though the prompt's delimiter is one as well
+            (copa).
+        subjects: rows belong to subjects, which are tasks of their own with a description and are
+            averaged by size.
     """
 
     kind: Literal["choice", "ending", "word"] = "choice"
@@ -68,8 +77,9 @@ class DataFile:
 
     Attributes:
         name: file name without its folder. sha256: of its bytes, in hexadecimal.
-        docs: one per line: ``line`` and ``gold``, then by the form's kind ``context`` and ``choices``, ``contexts`` and
-            ``ending``, or ``context`` and ``word``; with subjects also ``subject``.
+        docs: one per line: ``line`` and ``gold``, then by the form's kind ``context`` and
+            ``choices``, ``contexts`` and ``ending``, or ``context`` and ``word``; with subjects
+            also ``subject``.
     """
 
     name: str
@@ -79,7 +89,9 @@ class DataFile:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task whose data lie in a folder; few-shot examples come from ``shots``, or from ``data`` itself if that is None."""
+    """A task whose data lie in a folder; few-shot examples come from ``shots``, or from ``data``
+    itself if that is None.
+    """
 
     name: str
     form: Form
@@ -88,17 +100,24 @@ class LocalTask:
 
 
 def read_task(name: str, folder: Path) -> LocalTask:
-    """Find and read a task's files: ``<name>.jsonl``, else the only ``<name>_*.jsonl``; and ``<name>.shots.jsonl`` if there is one.
+    """Find and read a task's files: ``<name>.jsonl``, else the only ``<name>_*.jsonl``; and
+    ``<name>.shots.jsonl`` if there is one.
 
     Raises:
-        LowbitError: no such task, folder or file, more than one candidate, or a line that is not of the form.
+        LowbitError: no such task, folder or file, more than one candidate, or a line that is not of
+            the form.
     """
     if name not in FORMS:
         raise unknown("task", name, FORMS)
     if not folder.is_dir():
         raise LowbitError(f"--task-data '{folder}' is not a folder.")
     form, shots = FORMS[name], folder / f"{name}.shots.jsonl"
-    return LocalTask(name, form, _read(_find(name, folder), form), _read(shots, form) if shots.is_file() else None)
+    return LocalTask(
+        name,
+        form,
+        _read(_find(name, folder), form),
+        _read(shots, form) if shots.is_file() else None,
+    )
 
 
 def _find(name: str, folder: Path) -> Path:
@@ -108,10 +127,16 @@ def _find(name: str, folder: Path) -> Path:
     found = sorted(folder.glob(f"{name}_*.jsonl"))
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
-        raise LowbitError(f"--task-data '{folder}' has several files for task '{name}': {names}. Rename the one to use to '{exact.name}'.")
+        raise LowbitError(
+            f"--task-data '{folder}' has several files for task '{name}': {names}. Rename the one "
+            f"to use to '{exact.name}'."
+        )
     if not found:
         held = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
-        raise LowbitError(f"--task-data '{folder}' has neither '{exact.name}' nor '{name}_*.jsonl' for task '{name}'; it holds {held}.")
+        raise LowbitError(
+            f"--task-data '{folder}' has neither '{exact.name}' nor '{name}_*.jsonl' for task "
+            f"'{name}'; it holds {held}."
+        )
     return found[0]
 
 
@@ -124,7 +149,9 @@ def _read(path: Path, form: Form) -> DataFile:
     except OSError as e:
         raise LowbitError(f"'{path}' cannot be read: {e.strerror}.") from e
     # Not splitlines(): it also cuts at U+2028 and others that JSON strings may hold as they are.
-    docs = tuple(_doc(line, n, path, form) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    docs = tuple(
+        _doc(line, n, path, form) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+    )
     if not docs:
         raise LowbitError(f"'{path}' holds no examples.")
     return DataFile(path.name, hashlib.sha256(raw).hexdigest(), docs)
@@ -140,18 +167,29 @@ def _doc(line: str, number: int, path: Path, form: Form) -> Doc:
     if wrong:
         raise LowbitError(f"{where}: {wrong}.")
     contexts, choices = row["contexts"], row["choices"]
-    doc: Doc = {"line": number, "gold": row["gold"]}  # the line makes equal rows differ, or all of them would leave the few-shot pool
+    # The line makes equal rows differ, or all of them would leave the few-shot pool.
+    doc: Doc = {
+        "line": number,
+        "gold": row["gold"],
+    }
     if form.subjects:
         doc["subject"] = row["subject"]
     if form.kind == "ending":
         return doc | {"contexts": contexts, "ending": choices[0].strip()}
     if form.kind == "word":
         return doc | {"context": contexts[0], "word": choices[0]}
-    return doc | {"context": form.prompt(contexts[0]), "choices": choices if form.spaced else [c.removeprefix(" ") for c in choices]}
+    return doc | {
+        "context": form.prompt(contexts[0]),
+        "choices": choices if form.spaced else [c.removeprefix(" ") for c in choices],
+    }
 
 
 def _texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) and v.strip() for v in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(v, str) and v.strip() for v in value)
+    )
 
 
 def _wrong(row: Any, form: Form) -> str | None:
@@ -167,10 +205,16 @@ def _wrong(row: Any, form: Form) -> str | None:
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         return f"field 'gold' must be the index of a choice, 0 to {len(choices) - 1}, not {gold!r}"
     if (form.kind == "word") != (len(choices) == 1):
-        return f"{len(choices)} choices; this task has {'exactly one' if form.kind == 'word' else 'at least two'}"
+        return (
+            f"{len(choices)} choices; this task has "
+            f"{'exactly one' if form.kind == 'word' else 'at least two'}"
+        )
     same = choices if form.kind == "ending" else contexts
     if len(set(same)) > 1:
-        return f"the {'choices' if form.kind == 'ending' else 'contexts'} of this task must all be the same"
+        return (
+            f"the {'choices' if form.kind == 'ending' else 'contexts'} of this task must all be "
+            "the same"
+        )
     if form.subjects and not (isinstance(row.get("subject"), str) and row["subject"].strip()):
         return "field 'subject' must name the subject"
     return None

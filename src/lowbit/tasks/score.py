@@ -19,7 +19,8 @@ class TaskResult:
 
     Attributes:
         name: as asked for. examples: how many were scored. shots: worked examples in each prompt.
-        metrics: by lm-eval's names: acc, acc_norm (log-likelihood over characters of the choice), perplexity of the last word.
+        metrics: by lm-eval's names: acc, acc_norm (log-likelihood over characters of the choice),
+            perplexity of the last word.
         stderr: standard error of each metric where there is one.
         cut: examples whose prompts lost their beginning to fit into the model's context.
         source: where the data came from. parts: the tasks of a group, by name; empty for a task.
@@ -35,11 +36,24 @@ class TaskResult:
     parts: tuple[TaskResult, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Metrics and their ``_stderr`` by name, then counts, then the source; parts in a dictionary by name."""
-        scores = {key: value for m, v in self.metrics.items() for key, value in ((m, v), (f"{m}_stderr", self.stderr.get(m)))}
+        """Metrics and their ``_stderr`` by name, then counts, then the source; parts in a
+        dictionary by name.
+        """
+        scores = {
+            key: value
+            for m, v in self.metrics.items()
+            for key, value in ((m, v), (f"{m}_stderr", self.stderr.get(m)))
+        }
         source = {k: v for k, v in vars(self.source).items() if v is not None}
         parts = {"parts": {p.name: p.as_dict() for p in self.parts}} if self.parts else {}
-        return {**scores, "examples": self.examples, "shots": self.shots, "cut": self.cut, "source": source, **parts}
+        return {
+            **scores,
+            "examples": self.examples,
+            "shots": self.shots,
+            "cut": self.cut,
+            "source": source,
+            **parts,
+        }
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,8 @@ class TaskResults:
     """All tasks of one evaluation.
 
     Attributes:
-        each: in the order asked for. lm_eval: version of the library that scored. limit: examples a task, at most; None is all.
+        each: in the order asked for. lm_eval: version of the library that scored. limit: examples a
+            task, at most; None is all.
     """
 
     each: tuple[TaskResult, ...]
@@ -60,14 +75,22 @@ class TaskResults:
 
     @property
     def mean_acc(self) -> float | None:
-        """Plain mean of acc (not acc_norm), every task counted once, over the tasks in ``averaged``; None if none has acc."""
+        """Plain mean of acc (not acc_norm), every task counted once, over the tasks in
+        ``averaged``; None if none has acc.
+        """
         found = [r.metrics["acc"] for r in self.each if "acc" in r.metrics]
         return statistics.fmean(found) if found else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: each, mean_acc, averaged, limit, lm_eval."""
         each = {r.name: r.as_dict() for r in self.each}
-        return {"each": each, "mean_acc": self.mean_acc, "averaged": list(self.averaged), "limit": self.limit, "lm_eval": self.lm_eval}
+        return {
+            "each": each,
+            "mean_acc": self.mean_acc,
+            "averaged": list(self.averaged),
+            "limit": self.limit,
+            "lm_eval": self.lm_eval,
+        }
 
 
 def evaluate_tasks(
@@ -83,18 +106,22 @@ def evaluate_tasks(
 
     Args:
         prepared: as from `prepare`; good for one evaluation.
-        model, tokenizer: as from `lowbit.evaluate.load_causal_lm` and `lowbit.model.stream.load_tokenizer`.
+        model, tokenizer: as from `lowbit.evaluate.load_causal_lm` and
+            `lowbit.model.stream.load_tokenizer`.
         limit: only the first so many examples of each task, of each subject in a group.
         batch: rows a forward pass. progress: told rows done and rows in all after each pass.
 
     Raises:
-        LowbitError: two names that hold the same task, a batch below 1, a tokenizer without a first or last token, or an answer
-            that the model cannot be asked for.
+        LowbitError: two names that hold the same task, a batch below 1, a tokenizer without a first
+            or last token, or an answer that the model cannot be asked for.
     """
     if batch < 1:
         raise LowbitError(f"--batch {batch}: give at least 1 row a forward pass.")
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise LowbitError("the tokenizer has neither a beginning nor an end of text token, and lm-eval needs one of them.")
+        raise LowbitError(
+            "the tokenizer has neither a beginning nor an end of text token, and lm-eval needs one "
+            "of them."
+        )
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
@@ -106,9 +133,14 @@ def evaluate_tasks(
         except ValueError as e:
             raise LowbitError(f"--tasks: {e}. Leave one of the two out.") from e
         scorer = Scorer(model, tokenizer, batch, progress)
-        # No bootstrap: it starts processes and prints, for perplexity alone; the samples give its error as well.
-        found = evaluate(lm=scorer, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    return TaskResults(tuple(_result(p, found, scorer.cut) for p in prepared), version("lm_eval"), limit)
+        # No bootstrap: it starts processes and prints, for perplexity alone; the samples give its
+        # error as well.
+        found = evaluate(
+            lm=scorer, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True
+        )
+    return TaskResults(
+        tuple(_result(p, found, scorer.cut) for p in prepared), version("lm_eval"), limit
+    )
 
 
 def _result(p: Prepared, found: Mapping[str, Any], cut: set[tuple[str, int]]) -> TaskResult:
@@ -119,25 +151,48 @@ def _result(p: Prepared, found: Mapping[str, Any], cut: set[tuple[str, int]]) ->
     equal = {m.metric for m in p.item.aggregate_metric_list if not m.weight_by_size}
     stderr = {m: e for m in metrics if (e := _of_parts(parts, m, m in equal)) is not None}
     shots = max(t.shots for t in parts)
-    return TaskResult(p.name, sum(t.examples for t in parts), shots, metrics, stderr, sum(t.cut for t in parts), p.source, parts)
+    return TaskResult(
+        p.name,
+        sum(t.examples for t in parts),
+        shots,
+        metrics,
+        stderr,
+        sum(t.cut for t in parts),
+        p.source,
+        parts,
+    )
 
 
-def _leaf(task: Any, source: Source, found: Mapping[str, Any], cut: set[tuple[str, int]]) -> TaskResult:
+def _leaf(
+    task: Any, source: Source, found: Mapping[str, Any], cut: set[tuple[str, int]]
+) -> TaskResult:
     name, samples = task.task_name, found["samples"][task.task_name]
     metrics = _metrics(found["results"][name])
     stderr = {m: e for m in metrics if (e := _stderr(m, [s.get(m) for s in samples])) is not None}
     own = Source(f"hub: {task.DATASET_PATH}") if source.sha256 is None else source
-    return TaskResult(name, len(samples), int(task.get_config("num_fewshot")), metrics, stderr, sum(t == name for t, _ in cut), own)
+    return TaskResult(
+        name,
+        len(samples),
+        int(task.get_config("num_fewshot")),
+        metrics,
+        stderr,
+        sum(t == name for t, _ in cut),
+        own,
+    )
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """lm-eval writes 'metric,filter'; these kinds of task have one filter, which does nothing."""
     pairs = ((key.split(",")[0], value) for key, value in row.items() if "," in key)
-    return {m: float(v) for m, v in pairs if not m.endswith("_stderr") and isinstance(v, (int, float))}
+    return {
+        m: float(v) for m, v in pairs if not m.endswith("_stderr") and isinstance(v, (int, float))
+    }
 
 
 def _stderr(metric: str, values: list[Any]) -> float | None:
-    """Of the mean over examples; perplexity is the exponential of a mean of log-likelihoods, its error to first order."""
+    """Of the mean over examples; perplexity is the exponential of a mean of log-likelihoods, its
+    error to first order.
+    """
     if len(values) < 2 or not all(isinstance(v, (int, float)) for v in values):
         return None
     of_mean: float = statistics.stdev(values) / math.sqrt(len(values))
@@ -145,7 +200,9 @@ def _stderr(metric: str, values: list[Any]) -> float | None:
 
 
 def _of_parts(parts: Sequence[TaskResult], metric: str, equal: bool) -> float | None:
-    """As lm-eval has it: of a mean of parts that count alike, or of a mean by size from the variance pooled over the parts."""
+    """As lm-eval has it: of a mean of parts that count alike, or of a mean by size from the
+    variance pooled over the parts.
+    """
     held = [(t.examples, t.stderr[metric]) for t in parts if metric in t.stderr]
     total = sum(t.examples for t in parts)
     if len(held) != len(parts):

@@ -13,15 +13,26 @@ from .score import TaskResult, TaskResults
 
 @contextmanager
 def rows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the rows that a model is asked on a terminal, nothing elsewhere; yields what to tell (done, in all)."""
-    columns = (TextColumn("prompts", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    """A progress bar over the rows that a model is asked on a terminal, nothing elsewhere; yields
+    what to tell (done, in all).
+    """
+    columns = (
+        TextColumn("prompts", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("prompts", total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
 
 
 def table(results: TaskResults) -> Table:
-    """One line a task, the mean last; accuracies in percent, each metric with its standard error where there is one."""
+    """One line a task, the mean last; accuracies in percent, each metric with its standard error
+    where there is one.
+    """
     metrics = sorted({m for r in results.each for m in r.metrics})  # acc and acc_norm come first
     shown = Table("task")
     for name in (*metrics, "examples", "shots"):
@@ -30,18 +41,31 @@ def table(results: TaskResults) -> Table:
         shown.add_row(r.name, *(_value(r, m) for m in metrics), str(r.examples), str(r.shots))
     if results.mean_acc is not None and len(results.averaged) > 1:
         shown.add_section()
-        shown.add_row(f"mean of {len(results.averaged)}", *(f"{100 * results.mean_acc:.2f}" if m == "acc" else "" for m in metrics))
+        shown.add_row(
+            f"mean of {len(results.averaged)}",
+            *(f"{100 * results.mean_acc:.2f}" if m == "acc" else "" for m in metrics),
+        )
     return shown
 
 
 def notes(results: TaskResults) -> list[str]:
-    """What a reader of the table must know: the data, prompts that were cut, that not all examples were asked."""
+    """What a reader of the table must know: the data, prompts that were cut, that not all examples
+    were asked.
+    """
     found = [f"{r.name}: {_data(r)}" for r in results.each]
     if len(results.averaged) > 1:
         found.append(f"mean: acc, every task counted once, over {', '.join(results.averaged)}")
-    found += [f"{r.name}: {r.cut} of {r.examples} prompts lost their beginning to fit into the model's context" for r in results.each if r.cut]
+    found += [
+        f"{r.name}: {r.cut} of {r.examples} prompts lost their beginning to fit into the model's "
+        "context"
+        for r in results.each
+        if r.cut
+    ]
     if results.limit is not None:
-        found.append(f"only the first {results.limit} examples of each task, of each subject in a group: not what papers report")
+        found.append(
+            f"only the first {results.limit} examples of each task, of each subject in a group: "
+            "not what papers report"
+        )
     return found
 
 
@@ -57,4 +81,6 @@ def _value(r: TaskResult, metric: str) -> str:
 def _data(r: TaskResult) -> str:
     s = r.source
     kinds = ((s.data, s.sha256), (s.shots and f"shots {s.shots}", s.shots_sha256))
-    return "; ".join(f"{name}, sha256 {digest[:16]}" if digest else name for name, digest in kinds if name)
+    return "; ".join(
+        f"{name}, sha256 {digest[:16]}" if digest else name for name, digest in kinds if name
+    )

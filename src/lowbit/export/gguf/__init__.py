@@ -1,4 +1,6 @@
-"""GGUF, a complete file for llama.cpp: the same codes in its block types, its names, its metadata and the tokenizer."""
+"""GGUF, a complete file for llama.cpp: the same codes in its block types, its names, its metadata
+and the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ from .types import FLOATS, REST, Held, chosen, held, rounded
 TYPES = tuple(b.name.lower() for b in BLOCKS.values() if b.name.lower() not in FLOATS)
 
 
-def export(source: Source, output: Output, python: str, asked: str | None = None, embeddings: str | None = None) -> Verification:
+def export(
+    source: Source,
+    output: Output,
+    python: str,
+    asked: str | None = None,
+    embeddings: str | None = None,
+) -> Verification:
     """Write the file, with its report and proof, into a folder.
 
     Args:
@@ -39,10 +47,13 @@ def export(source: Source, output: Output, python: str, asked: str | None = None
         embeddings: a type of `REST` for embeddings and head; None keeps their numbers.
 
     Raises:
-        LowbitError: the artifact, its tokenizer or its family holds something that GGUF or llama.cpp cannot say. VerificationError: a check failed.
+        LowbitError: the artifact, its tokenizer or its family holds something that GGUF or
+            llama.cpp cannot say. VerificationError: a check failed.
     """
     if asked is not None and asked.lower() not in TYPES:
-        raise LowbitError(f"no block type '{asked}': choose one of {', '.join(TYPES)}, or leave it out.")
+        raise LowbitError(
+            f"no block type '{asked}': choose one of {', '.join(TYPES)}, or leave it out."
+        )
     if embeddings is not None and embeddings.lower() not in REST:
         raise LowbitError(f"--embeddings takes {', '.join(REST)}; got '{embeddings}'.")
     source.only_weights(gguf.NAME)
@@ -57,8 +68,16 @@ def remarks(report: dict[str, Any]) -> list[str]:
     extra = max(e["extra_error"] for e in report["linears"] if "skipped" not in e)
     lines = [f"{said['file']}: {types}; {outer}"]
     if extra or said["moved"] is not None:
-        moved = "" if said["moved"] is None else f", which moves the logits by {said['moved']:.1e} of their spread (proof made anew)"
-        lines.append(f"scales and offsets rounded as the type holds them: at most {extra:.1e} of scale^2 / 12 in a linear{moved}")
+        moved = (
+            ""
+            if said["moved"] is None
+            else f", which moves the logits by {said['moved']:.1e} of their spread "
+            "(proof made anew)"
+        )
+        lines.append(
+            f"scales and offsets rounded as the type holds them: at most {extra:.1e} of scale^2 / "
+            f"12 in a linear{moved}"
+        )
     return [*lines, *said["remarks"]]
 
 
@@ -69,7 +88,10 @@ class _Export:
         self.source = source
         self.config = config_at(source.folder / "config.json")
         self.architecture = Architecture.of(self.config)
-        self.kinds = {n: chosen(source.grids[n], columns, asked, n) for n, (_, columns) in source.shapes.items()}
+        self.kinds = {
+            n: chosen(source.grids[n], columns, asked, n)
+            for n, (_, columns) in source.shapes.items()
+        }
         self.asked = None if embeddings is None else embeddings.lower()
         self.words = tokens.read(source.folder, self.config.vocab_size)
         self.remarks = [*self.architecture.remarks, *self.words.remarks]
@@ -77,47 +99,80 @@ class _Export:
         for name, (rows, columns) in source.shapes.items():
             sizes[self.kinds[name].name] += rows * columns
         self.most = BLOCKS[sizes.most_common(1)[0][0]]
-        self.name = encodable(model_name(source.report) or Path(source.report["model"]).resolve().name) or "model"
+        self.name = (
+            encodable(model_name(source.report) or Path(source.report["model"]).resolve().name)
+            or "model"
+        )
         self.file = f"{self.name}-{self.most.name}.gguf"
         self.others = {n: t for n, t in source.others().items() if n not in source.copied}
         if source.copied:
-            self.remarks.append(f"{len(source.copied)} tensors that the model's class does not know are left out, for GGUF has no names for them")
+            self.remarks.append(
+                f"{len(source.copied)} tensors that the model's class does not know are left out, "
+                "for GGUF has no names for them"
+            )
         self.known: dict[str, dict[str, Any]] = {}
         self.outer: dict[str, dict[str, Any]] = {}
 
     def _rest_of(self, kept: Stored) -> BlockType:
-        """The type of a tensor that is not quantized: vectors as llama.cpp wants them, matrices as they are stored or as asked for."""
+        """The type of a tensor that is not quantized: vectors as llama.cpp wants them, matrices as
+        they are stored or as asked for.
+        """
         return BLOCKS["F32" if len(kept.shape) == 1 else (self.asked or kept.kind).upper()]
 
     def _entries(self) -> list[gguf.Entry]:
-        found = [gguf.Entry(self.architecture.tensor(f"{n}.weight"), shape, self.kinds[n]) for n, shape in self.source.shapes.items()]
+        found = [
+            gguf.Entry(self.architecture.tensor(f"{n}.weight"), shape, self.kinds[n])
+            for n, shape in self.source.shapes.items()
+        ]
         for full, kept in self.others.items():
             kind = self._rest_of(kept)
             if kept.shape[-1] % kind.size:
                 raise LowbitError(
-                    f"'{full}' has rows of {kept.shape[-1]} numbers, which blocks of {kind.name} do not divide: choose another type for --embeddings."
+                    f"'{full}' has rows of {kept.shape[-1]} numbers, which blocks of {kind.name} "
+                    "do not divide: choose another type for --embeddings."
                 )
             found.append(gguf.Entry(self.architecture.tensor(full), kept.shape, kind))
         if self.architecture.factors is not None:
-            found.append(gguf.Entry("rope_freqs.weight", (len(self.architecture.factors),), BLOCKS["F32"]))
+            found.append(
+                gguf.Entry("rope_freqs.weight", (len(self.architecture.factors),), BLOCKS["F32"])
+            )
         return sorted(found, key=_place_in_file)
 
     def _metadata(self) -> dict[str, Any]:
         return {
-            "general.architecture": self.architecture.name, "general.type": "model", "general.name": self.name,
-            "general.file_type": self.most.file_type, "general.quantization_version": 2,
-            "lowbit.version": self.source.report["lowbit"], "lowbit.exported_from": self.source.report["hash"],
-            **self.architecture.metadata, **self.words.metadata,
-        }  # fmt: skip
+            "general.architecture": self.architecture.name,
+            "general.type": "model",
+            "general.name": self.name,
+            "general.file_type": self.most.file_type,
+            "general.quantization_version": 2,
+            "lowbit.version": self.source.report["lowbit"],
+            "lowbit.exported_from": self.source.report["hash"],
+            **self.architecture.metadata,
+            **self.words.metadata,
+        }
 
     def write(self, output: Output, python: str) -> Verification:
         entries = self._entries()
-        refitted = any("_K" in k.name and isinstance(self.source.grids[n], Affine) for n, k in self.kinds.items())
-        inexact = refitted or any(t.kind.lower() != (self.asked or t.kind.lower()) for t in self.others.values() if len(t.shape) > 1)
+        refitted = any(
+            "_K" in k.name and isinstance(self.source.grids[n], Affine)
+            for n, k in self.kinds.items()
+        )
+        inexact = refitted or any(
+            t.kind.lower() != (self.asked or t.kind.lower())
+            for t in self.others.values()
+            if len(t.shape) > 1
+        )
         ids = read_shard(self.source.folder / PROOF)["ids"]
-        model = RoundedModel(self.config) if inexact or ids.shape[1] > self.architecture.context else None
+        model = (
+            RoundedModel(self.config)
+            if inexact or ids.shape[1] > self.architecture.context
+            else None
+        )
         with place(self.source, output, carry=False) as made:
-            with disk(path := made.partial / self.file), gguf.Writer(path, self._metadata(), entries) as file:
+            with (
+                disk(path := made.partial / self.file),
+                gguf.Writer(path, self._metadata(), entries) as file,
+            ):
                 for full, kept in self._tensors():
                     file.add(self.architecture.tensor(full), kept.rows)
                     if model is not None:
@@ -127,16 +182,21 @@ class _Export:
             made.add_gguf(self.file)
             made.leave_out(self.source.copied, "GGUF has no name for it")
             made.report["gguf"] = {
-                "file": self.file, "types": dict(Counter(k.name for k in self.kinds.values())), "outer": self.outer, "remarks": self.remarks,
+                "file": self.file,
+                "types": dict(Counter(k.name for k in self.kinds.values())),
+                "outer": self.outer,
+                "remarks": self.remarks,
                 "moved": None if model is None else self._prove(made, model),
-            }  # fmt: skip
+            }
             made.write((PROOF.parent / "tokens.json").as_posix(), self.words.samples)
             plain = {k: v for k, v in self.source.config.items() if k != "quantization_config"}
             made.write((PROOF.parent / "config.json").as_posix(), plain)
             return made.close(gguf.NAME, self.known, python)
 
     def _tensors(self) -> Iterator[tuple[str, Held]]:
-        """(full parameter name, what the file will hold of it), one shard of the source in memory at a time."""
+        """(full parameter name, what the file will hold of it), one shard of the source in memory
+        at a time.
+        """
         for _, coded, others in self.source.shards():
             for linear, q in coded.items():
                 full, kind = f"{linear}.weight", self.kinds[linear]
@@ -144,9 +204,12 @@ class _Export:
                 kept = held(q if order is None else _ordered(q, order), kind, linear)
                 size = kept.rows.numel()
                 self.known[linear] = {
-                    "tensor": self.architecture.tensor(full), "type": kind.name, "bytes": size, "bits_per_weight": 8 * size / q.codes.numel(),
+                    "tensor": self.architecture.tensor(full),
+                    "type": kind.name,
+                    "bytes": size,
+                    "bits_per_weight": 8 * size / q.codes.numel(),
                     "extra_error": kept.extra,
-                }  # fmt: skip
+                }
                 yield full, kept
             for full, value in others.items():
                 if full not in self.others:
@@ -157,11 +220,17 @@ class _Export:
                     yield full, Held(vector.view(torch.uint8), vector.double, 0.0)
                     continue
                 kind, kept = rounded(value, self._rest_of(self.others[full]).name.lower(), full)
-                self.outer[full] = {"type": kind.name, "bytes": kept.rows.numel(), "relative_error": kept.extra}
+                self.outer[full] = {
+                    "type": kind.name,
+                    "bytes": kept.rows.numel(),
+                    "relative_error": kept.extra,
+                }
                 yield full, kept
 
     def _prove(self, made: Place, model: RoundedModel) -> float:
-        """Proof logits of what the file holds in place of the tuned model's; how far they are from those, relative to their spread."""
+        """Proof logits of what the file holds in place of the tuned model's; how far they are from
+        those, relative to their spread.
+        """
         proof, context = read_shard(self.source.folder / PROOF), self.architecture.context
         logits = model.logits(proof["ids"])[:, -proof["logits"].shape[1] :]
         moved = compare_logits(proof["logits"], logits)[0]
@@ -194,4 +263,3 @@ def _back(architecture: Architecture, full: str, value: Tensor) -> Tensor:
     """Rows as transformers has them."""
     order = architecture.rows(full, len(value))
     return value if order is None else value[order.argsort()]
-

@@ -22,13 +22,17 @@ class RoundedModel:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with no_init_weights():
-            self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+            self._model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
         self._model.tie_weights()
         self._left = dict(self._model.named_parameters())
 
     @torch.no_grad()
     def put(self, full: str, value: Tensor) -> None:
-        """One parameter by its full name; a copy of a tied one that a file holds all the same is left out."""
+        """One parameter by its full name; a copy of a tied one that a file holds all the same is
+        left out.
+        """
         own = self._left.pop(full, None)
         if own is not None:
             own.copy_(value)

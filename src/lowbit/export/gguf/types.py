@@ -1,4 +1,6 @@
-"""Which block type holds a weight, and the weight in it: the same codes, on scales that the type can say."""
+"""Which block type holds a weight, and the weight in it: the same codes, on scales that the type
+can say.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from ...grid import Affine, AffineParams, Grid, KQuant, QTensor
 from ..extra import extra_error, steps_of
 
 FLOATS = ("f32", "f16", "bf16")
-_LARGER = 1.2  # a type that is chosen unasked may take this many times the bytes of the one made for the grid: Q4_1 for Q4_K, no more
+# a type that is chosen unasked may take this many times the bytes of the one made for the grid:
+# Q4_1 for Q4_K, no more
+_LARGER = 1.2
 REST = (*FLOATS, "q8_0", "q6_k")
 
 
@@ -24,7 +28,8 @@ class Held:
     """A weight as a file will hold it.
 
     Attributes:
-        rows: (out, bytes of a row) uint8. decode: (out, in) float64, what the rows say. extra: see `extra_error`; 0 is exact.
+        rows: (out, bytes of a row) uint8. decode: (out, in) float64, what the rows say. extra: see
+            `extra_error`; 0 is exact.
     """
 
     rows: Tensor
@@ -33,24 +38,33 @@ class Held:
 
 
 def types_of(grid: Grid) -> tuple[BlockType, ...]:
-    """The types that keep the codes of a grid, most fitting first; their rows and groups may still not fit."""
+    """The types that keep the codes of a grid, most fitting first; their rows and groups may still
+    not fit.
+    """
     if isinstance(grid, KQuant):
         return (BLOCKS[grid.kind.upper()],)
     if not isinstance(grid, Affine):
         return ()
     if grid.symmetric:
         exact = {2: ("Q2_0", "Q4_0"), 3: ("Q3_K",), 4: ("Q4_0",), 8: ("Q8_0",)}.get(grid.bits, ())
-        also = [n for n, bits in (("Q3_K", 3), ("Q4_0", 4), ("Q6_K", 6), ("Q8_0", 8)) if bits >= grid.bits]
+        also = [
+            n
+            for n, bits in (("Q3_K", 3), ("Q4_0", 4), ("Q6_K", 6), ("Q8_0", 8))
+            if bits >= grid.bits
+        ]
         return tuple(BLOCKS[n] for n in dict.fromkeys((*exact, *also)))
     names = {1: ("Q2_K",), 2: ("Q2_K",), 4: ("Q4_K", "Q4_1")}.get(grid.bits, ())
-    return tuple(BLOCKS[n] for n in dict.fromkeys((*names, *(("Q4_K", "Q4_1") if grid.bits < 4 else ()))))
+    return tuple(
+        BLOCKS[n] for n in dict.fromkeys((*names, *(("Q4_K", "Q4_1") if grid.bits < 4 else ())))
+    )
 
 
 def chosen(grid: Grid, columns: int, asked: str | None, name: str) -> BlockType:
     """The block type for a weight.
 
     Args:
-        asked: a type's name, or None for the smallest that fits well: of a 3-bit asymmetric grid there is none, one has to be asked for.
+        asked: a type's name, or None for the smallest that fits well: of a 3-bit asymmetric grid
+            there is none, one has to be asked for.
 
     Raises:
         LowbitError: it has none, or not this one.
@@ -62,7 +76,8 @@ def chosen(grid: Grid, columns: int, asked: str | None, name: str) -> BlockType:
         kind = BLOCKS[asked.upper()]
         if kind not in possible:
             raise LowbitError(
-                f"{kind.name} does not hold the codes of '{name}', which is on {grid}: it can be {', '.join(k.name.lower() for k in possible)}."
+                f"{kind.name} does not hold the codes of '{name}', which is on {grid}: it can be "
+                f"{', '.join(k.name.lower() for k in possible)}."
             )
         reason = _misfit(grid, columns, kind)
         if reason:
@@ -70,17 +85,27 @@ def chosen(grid: Grid, columns: int, asked: str | None, name: str) -> BlockType:
         return kind
     if isinstance(grid, Affine) and not grid.symmetric and grid.bits == 3:
         raise LowbitError(
-            f"'{name}' is on {grid}: no type of GGUF holds asymmetric 3-bit codes in 3 bits. Quantize with 'sym' or with scheme gguf:q3_k, or put "
+            f"'{name}' is on {grid}: no type of GGUF holds asymmetric 3-bit codes in 3 bits. "
+            "Quantize with 'sym' or with scheme gguf:q3_k, or put "
             "them into 4.5 bits with --to gguf:q4_k, into 5 with gguf:q4_1."
         )
     reasons = [(k, _misfit(grid, columns, k)) for k in possible]
     fitting = [k for k, reason in reasons if reason is None]
-    if fitting and (bits := 8 * fitting[0].bytes / fitting[0].size) > _LARGER * 8 * possible[0].bytes / possible[0].size:
+    if (
+        fitting
+        and (bits := 8 * fitting[0].bytes / fitting[0].size)
+        > _LARGER * 8 * possible[0].bytes / possible[0].size
+    ):
         # Never the quiet step to a larger type: a 2-bit model in 5 bits is not what was asked for.
         named = f"--to gguf:{fitting[0].name.lower()} puts the same codes into {bits:g} bits"
-        raise LowbitError(f"'{name}' on {grid} does not fit into {reasons[0][0].name}: {reasons[0][1]}. {named}.")
+        raise LowbitError(
+            f"'{name}' on {grid} does not fit into {reasons[0][0].name}: {reasons[0][1]}. {named}."
+        )
     if not fitting:
-        raise LowbitError(f"'{name}' on {grid} fits into no type of GGUF: {'; '.join(f'{k.name}: {reason}' for k, reason in reasons)}.")
+        raise LowbitError(
+            f"'{name}' on {grid} fits into no type of GGUF: "
+            f"{'; '.join(f'{k.name}: {reason}' for k, reason in reasons)}."
+        )
     return fitting[0]
 
 
@@ -91,9 +116,15 @@ def _misfit(grid: Grid, columns: int, kind: BlockType) -> str | None:
     if isinstance(grid, KQuant):
         return None
     assert isinstance(grid, Affine)
-    unit = KQuant(kind.name.lower()).group_size if "_K" in kind.name else kind.size  # type: ignore[arg-type]
+    unit = kind.size
+    if "_K" in kind.name:
+        unit = KQuant(kind.name.lower()).group_size  # type: ignore[arg-type]
     size = grid.group(columns)
-    return f"it has a scale for every {unit} inputs, which does not divide groups of {size}" if size % unit else None
+    return (
+        f"it has a scale for every {unit} inputs, which does not divide groups of {size}"
+        if size % unit
+        else None
+    )
 
 
 def held(q: QTensor, kind: BlockType, name: str) -> Held:
@@ -111,14 +142,22 @@ def held(q: QTensor, kind: BlockType, name: str) -> Held:
     repeat = q.grid.group(q.codes.shape[1]) // grid.group_size
     scale = q.params.scale.double().repeat_interleave(repeat, 1)
     shift = grid.middle - (1 << (q.grid.bits - 1)) if grid.symmetric else 0
-    offset = torch.zeros_like(scale) if grid.symmetric else scale * q.params.zero_point.double().repeat_interleave(repeat, 1)
+    offset = (
+        torch.zeros_like(scale)
+        if grid.symmetric
+        else scale * q.params.zero_point.double().repeat_interleave(repeat, 1)
+    )
     codes = q.codes + shift
     rows = pack_k(QTensor(grid, codes, grid.keeping(codes, scale, offset)))
     back = unpack_k(rows, grid)
     if not bool((torch.isfinite(back.params.unit) & torch.isfinite(back.params.unit_min)).all()):
         raise LowbitError(f"'{name}' has scales beyond float16.")
     scale, offset = steps_of(back)
-    return Held(rows, _decoder(back), extra_error(q, back.codes - shift, (scale, offset - scale * shift), name))
+    return Held(
+        rows,
+        _decoder(back),
+        extra_error(q, back.codes - shift, (scale, offset - scale * shift), name),
+    )
 
 
 def _decoder(q: QTensor) -> Callable[[], Tensor]:
@@ -136,16 +175,31 @@ def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
     """
     kind = BLOCKS[asked.upper()]
     if weight.shape[-1] % kind.size:
-        raise ValueError(f"'{name}' has rows of {weight.shape[-1]} numbers, which blocks of {kind.name} do not divide")
+        raise ValueError(
+            f"'{name}' has rows of {weight.shape[-1]} numbers, which blocks of {kind.name} do not "
+            "divide"
+        )
     if asked in FLOATS:
-        cast: Any = weight.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[asked]).contiguous()
+        cast: Any = weight.to(
+            {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[asked]
+        ).contiguous()
         if not bool(torch.isfinite(cast).all()):
-            raise LowbitError(f"'{name}' has numbers beyond float16: choose another type for --embeddings.")
+            raise LowbitError(
+                f"'{name}' has numbers beyond float16: choose another type for --embeddings."
+            )
         rows, value = cast.view(torch.uint8), cast.double()
     elif asked == "q8_0":
         grid = Affine(8, kind.size, symmetric=True)
         params = grid.stored(grid.fit(weight.float()), torch.float16)
-        rows = pack_affine(QTensor(grid, grid.encode(weight.float(), params), AffineParams(params.scale, params.zero_point)), kind, name)
+        rows = pack_affine(
+            QTensor(
+                grid,
+                grid.encode(weight.float(), params),
+                AffineParams(params.scale, params.zero_point),
+            ),
+            kind,
+            name,
+        )
         value = unpack_affine(rows, kind, grid).decode(torch.float64)
     else:
         six = KQuant("q6_k")
@@ -154,4 +208,6 @@ def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
         back = unpack_k(rows, six)
         value = six.decode(back.codes, back.params.double())
     square = weight.double().square().mean().clamp(min=1e-300)
-    return kind, Held(rows, lambda: value, float((value - weight.double()).square().mean() / square))
+    return kind, Held(
+        rows, lambda: value, float((value - weight.double()).square().mean() / square)
+    )

@@ -1,14 +1,18 @@
-"""Soft rounding: one operation from rounding variables to weights, and one from the weights' gradient to the variables' next values.
+"""Soft rounding: one operation from rounding variables to weights, and one from the weights'
+gradient to the variables' next values.
 
-    weight = (code - zero + way * h(nu)) * scale - offset        h(nu) = clamp(1.2 sigmoid(nu) - 0.1, 0, 1)
+    weight = (code - zero + way * h(nu)) * scale - offset        h(nu) = clamp(1.2 sigmoid(nu) -
+    0.1, 0, 1)
 
-``way`` is the step to the other code: +1, -1, or 0 where there is none. A frozen weight has nu = +-FROZEN: h is then exactly 0 or 1
-and its slope exactly 0, so that neither a mask nor an infinity is needed. Between the two operations nothing is kept but their
-inputs: per weight nu and Adam's two moments in float32, code and way in a byte each.
+``way`` is the step to the other code: +1, -1, or 0 where there is none. A frozen weight has nu =
++-FROZEN: h is then exactly 0 or 1 and its slope exactly 0, so that neither a mask nor an infinity
+is needed. Between the two operations nothing is kept but their inputs: per weight nu and Adam's two
+moments in float32, code and way in a byte each.
 
-One plain version ("reference") and faster ones: compiled C on the CPU ("c"), Triton on CUDA ("triton"), and what torch.compile
-makes of the plain one ("inductor"), which is taken only when asked for: compiling takes longer than it saves beside the others.
-LOWBIT_ROUNDING names the version to take instead of the fastest.
+One plain version ("reference") and faster ones: compiled C on the CPU ("c"), Triton on CUDA
+("triton"), and what torch.compile makes of the plain one ("inductor"), which is taken only when
+asked for: compiling takes longer than it saves beside the others. LOWBIT_ROUNDING names the version
+to take instead of the fastest.
 """
 
 from __future__ import annotations
@@ -36,11 +40,23 @@ from .reference import slope as slope
 FROZEN = 100.0
 
 Backend = Literal["reference", "c", "inductor", "triton"]
-_MODULES: dict[Backend, str] = {"reference": "reference", "c": "cpu", "inductor": "inductor", "triton": "gpu"}
+_MODULES: dict[Backend, str] = {
+    "reference": "reference",
+    "c": "cpu",
+    "inductor": "inductor",
+    "triton": "gpu",
+}
 
 
 def weights(
-    nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor, backend: Backend | None = None
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    out: Tensor,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Soft weights.
 
@@ -59,9 +75,17 @@ def weights(
 
 
 def descend(
-    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, first: Tensor, second: Tensor, adam: Adam,
+    gradient: Tensor,
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    first: Tensor,
+    second: Tensor,
+    adam: Adam,
     backend: Backend | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """One step of Adam on the rounding variables: nu and its moments are changed in place.
 
     Args:
@@ -71,10 +95,13 @@ def descend(
         backend: None for the fastest one there is.
 
     Returns:
-        (rows, 2) in nu's dtype: the loss's gradient by the scale, and by minus the offset, of every row.
+        (rows, 2) in nu's dtype: the loss's gradient by the scale, and by minus the offset, of every
+            row.
     """
     sums = nu.new_empty(len(nu), 2)
-    _module(backend or _fastest(nu, gradient)).descend(gradient, nu, code, way, zero, scale, first, second, adam, sums)
+    _module(backend or _fastest(nu, gradient)).descend(
+        gradient, nu, code, way, zero, scale, first, second, adam, sums
+    )
     return sums
 
 
@@ -84,7 +111,10 @@ def _fastest(nu: Tensor, other: Tensor) -> Backend:
         if asked not in _MODULES:
             raise unknown("version of soft rounding in LOWBIT_ROUNDING", asked, tuple(_MODULES))
         if (asked == "triton" and not _on_triton(nu)) or (asked == "c" and not _in_c(nu, other)):
-            raise LowbitError(f"LOWBIT_ROUNDING={asked} does not work here, on {nu.device}. Unset it, or take 'reference' or 'inductor'.")
+            raise LowbitError(
+                f"LOWBIT_ROUNDING={asked} does not work here, on {nu.device}. Unset it, or take "
+                "'reference' or 'inductor'."
+            )
         return asked
     return "triton" if _on_triton(nu) else "c" if _in_c(nu, other) else "reference"
 
@@ -107,5 +137,9 @@ def _has_triton(device: torch.device) -> bool:
         return False
     hindered: str | None = importlib.import_module(f"{__name__}.gpu").works(device)
     if hindered is not None:
-        warnings.warn(f"Triton does not work on {device} ({hindered}): soft rounding takes plain torch, which is slower.", stacklevel=2)
+        warnings.warn(
+            f"Triton does not work on {device} ({hindered}): soft rounding takes plain torch, "
+            "which is slower.",
+            stacklevel=2,
+        )
     return hindered is None

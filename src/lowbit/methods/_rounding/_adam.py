@@ -29,7 +29,9 @@ class Adam:
 
     @property
     def size(self) -> float:
-        """What the ratio of the moments is multiplied by: the step size, the first moment's start at zero made up for."""
+        """What the ratio of the moments is multiplied by: the step size, the first moment's start
+        at zero made up for.
+        """
         return self.lr / (1 - BETAS[0] ** self.step)
 
     @property

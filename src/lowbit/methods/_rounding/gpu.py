@@ -1,4 +1,6 @@
-"""Soft rounding in Triton: a program holds some rows, a stretch of their columns at a time; sums have one order, so do results."""
+"""Soft rounding in Triton: a program holds some rows, a stretch of their columns at a time; sums
+have one order, so do results.
+"""
 
 # Triton's language is not Python's, and what a kernel takes has no type in either.
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, operator, arg-type"
@@ -28,7 +30,20 @@ def _rectified(sigma):
 
 
 @triton.jit
-def _weights(nu, code, way, zero, scale, offset, out, rows, length, SHIFTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _weights(
+    nu,
+    code,
+    way,
+    zero,
+    scale,
+    offset,
+    out,
+    rows,
+    length,
+    SHIFTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     z = tl.load(zero + row, mask=there, other=0.0)[:, None]
@@ -48,9 +63,25 @@ def _weights(nu, code, way, zero, scale, offset, out, rows, length, SHIFTED: tl.
 
 @triton.jit
 def _descend(
-    gradient, nu, code, way, zero, scale, first, second, sums, rows, length, size, root,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    gradient,
+    nu,
+    code,
+    way,
+    zero,
+    scale,
+    first,
+    second,
+    sums,
+    rows,
+    length,
+    size,
+    root,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     z = tl.load(zero + row, mask=there, other=0.0)[:, None]
@@ -87,36 +118,97 @@ def _tile(rows: int, length: int) -> tuple[int, int, int]:
     return held, columns, -(-rows // held)
 
 
-def weights(nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> None:
+def weights(
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    out: Tensor,
+) -> None:
     held, columns, programs = _tile(*nu.shape)
-    with torch.cuda.device_of(nu):  # Triton launches where the current device is, whatever the tensors' is
+    # Triton launches where the current device is, whatever the tensors' is.
+    with torch.cuda.device_of(nu):
         _weights[(programs,)](
-            nu, code, way, zero, scale, zero if offset is None else offset, out, len(nu), nu.shape[1],
-            SHIFTED=offset is not None, ROWS=held, COLUMNS=columns,
-        )  # fmt: skip
+            nu,
+            code,
+            way,
+            zero,
+            scale,
+            zero if offset is None else offset,
+            out,
+            len(nu),
+            nu.shape[1],
+            SHIFTED=offset is not None,
+            ROWS=held,
+            COLUMNS=columns,
+        )
 
 
 def descend(
-    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
+    gradient: Tensor,
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    first: Tensor,
+    second: Tensor,
+    adam: Adam,
+    sums: Tensor,
 ) -> None:
     held, columns, programs = _tile(*nu.shape)
     with torch.cuda.device_of(nu):
         _descend[(programs,)](
-            gradient.contiguous(), nu, code, way, zero, scale, first, second, sums, len(nu), nu.shape[1], adam.size, adam.root,
-            BETA1=BETAS[0], BETA2=BETAS[1], EPS=EPSILON, ROWS=held, COLUMNS=columns,
-        )  # fmt: skip
+            gradient.contiguous(),
+            nu,
+            code,
+            way,
+            zero,
+            scale,
+            first,
+            second,
+            sums,
+            len(nu),
+            nu.shape[1],
+            adam.size,
+            adam.root,
+            BETA1=BETAS[0],
+            BETA2=BETAS[1],
+            EPS=EPSILON,
+            ROWS=held,
+            COLUMNS=columns,
+        )
 
 
 @functools.cache
 def works(device: torch.device) -> str | None:
-    """What keeps these kernels from running on a CUDA device, None if nothing does: they are built there and then, with a C compiler."""
+    """What keeps these kernels from running on a CUDA device, None if nothing does: they are built
+    there and then, with a C compiler.
+    """
     try:
         nu = torch.zeros(1, 16, device=device)
-        byte, row = torch.zeros(1, 16, dtype=torch.uint8, device=device), torch.ones(1, 1, device=device)
+        byte, row = (
+            torch.zeros(1, 16, dtype=torch.uint8, device=device),
+            torch.ones(1, 1, device=device),
+        )
         weights(nu, byte, byte.to(torch.int8), row, row, None, torch.empty_like(nu))
-        descend(nu, nu, byte, byte.to(torch.int8), row, row, nu.clone(), nu.clone(), Adam(1e-3, 1), torch.empty(1, 2, device=device))
+        descend(
+            nu,
+            nu,
+            byte,
+            byte.to(torch.int8),
+            row,
+            row,
+            nu.clone(),
+            nu.clone(),
+            Adam(1e-3, 1),
+            torch.empty(1, 2, device=device),
+        )
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:  # a compiler or its headers missing, a card too old: Triton has an error of its own for each
+    # a compiler or its headers missing, a card too old: Triton has an error of its own for each
+    except Exception as e:
         return f"{type(e).__name__}: {(str(e).splitlines() or ['no reason given'])[0]}"
     return None

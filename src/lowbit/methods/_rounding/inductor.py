@@ -1,4 +1,6 @@
-"""Soft rounding as torch.compile makes it from the plain version: for any device that it has a backend for."""
+"""Soft rounding as torch.compile makes it from the plain version: for any device that it has a
+backend for.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,20 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step(
-    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, first: Tensor, second: Tensor, sums: Tensor, far: Tensor
+    gradient: Tensor,
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    first: Tensor,
+    second: Tensor,
+    sums: Tensor,
+    far: Tensor,
 ) -> None:
-    """`reference.descend` with what changes from step to step in a tensor, (2,) size and root, or every step would be compiled."""
+    """`reference.descend` with what changes from step to step in a tensor, (2,) size and root, or
+    every step would be compiled.
+    """
     by_nu, found = reference.gradients(gradient, nu, code, way, zero, scale)
     sums.copy_(found)
     first.lerp_(by_nu, 1 - BETAS[0])
@@ -29,12 +42,29 @@ def _step(
     nu.sub_(far[0] * first / (second.sqrt() * far[1] + EPSILON))
 
 
-def weights(nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> None:
+def weights(
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    out: Tensor,
+) -> None:
     _compiled(reference.weights)(nu, code, way, zero, scale, offset, out)
 
 
 def descend(
-    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
+    gradient: Tensor,
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    first: Tensor,
+    second: Tensor,
+    adam: Adam,
+    sums: Tensor,
 ) -> None:
     far = torch.tensor([adam.size, adam.root], dtype=nu.dtype).to(nu.device, non_blocking=True)
     _compiled(_step)(gradient, nu, code, way, zero, scale, first, second, sums, far)

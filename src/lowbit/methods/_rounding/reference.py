@@ -1,6 +1,7 @@
 """Soft rounding in plain torch, in any float dtype: what the faster versions are measured by.
 
-weight = (code - zero + way * h(nu)) * scale - offset, a row at a time: ``zero``, ``scale`` and ``offset`` are those of a row.
+weight = (code - zero + way * h(nu)) * scale - offset, a row at a time: ``zero``, ``scale`` and
+``offset`` are those of a row.
 """
 
 from __future__ import annotations
@@ -32,14 +33,27 @@ def _position(nu: Tensor, code: Tensor, way: Tensor, zero: Tensor) -> Tensor:
     return torch.addcmul(code.to(nu.dtype) - zero, way.to(nu.dtype), rectified(nu))
 
 
-def weights(nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> None:
-    """Soft weights into ``out``, (rows, length) in any float dtype; see the package for the rest."""
+def weights(
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Soft weights into ``out``, (rows, length) in any float dtype; see the package for the
+    rest.
+    """
     soft = _position(nu, code, way, zero).mul_(scale)
     out.copy_(soft if offset is None else soft.sub_(offset))
 
 
-def gradients(gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """By nu (rows, length), and by scale and minus the offset (rows, 2), from the gradient by the weights.
+def gradients(
+    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By nu (rows, length), and by scale and minus the offset (rows, 2), from the gradient by the
+    weights.
 
     Nothing is kept from `weights`: everything is computed from its inputs again.
     """
@@ -49,7 +63,16 @@ def gradients(gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Ten
 
 
 def descend(
-    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
+    gradient: Tensor,
+    nu: Tensor,
+    code: Tensor,
+    way: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    first: Tensor,
+    second: Tensor,
+    adam: Adam,
+    sums: Tensor,
 ) -> None:
     """One step of Adam on nu in place, and the sums of `gradients`; see the package."""
     by_nu, found = gradients(gradient, nu, code, way, zero, scale)
