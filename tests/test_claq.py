@@ -296,7 +296,9 @@ def test_transforms_before_codebooks(block, methods):
 
 def test_awq_leaves_alone_what_a_book_per_column_cannot_feel(block):
     assert AWQ()(block).notes["awq_exponents"].keys() == set()
-    quantized = block.read(dict.fromkeys(block.wiring.linears, block.readings.get(Q) or _reading()))
+    quantized = block.with_readings(
+        dict.fromkeys(block.wiring.linears, block.readings.get(Q) or _reading())
+    )
     assert AWQ(rows=4, exponents=3)(quantized).notes["awq_exponents"].keys() != set()
 
 

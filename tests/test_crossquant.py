@@ -174,7 +174,9 @@ def test_methods_see_whole_calls(folder):
         activations=CrossQuant(4, 0.15, "sequence"),
     )
     block = begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(24)[0], 0)
-    block = block.read(dict.fromkeys(block.wiring.linears, Reading(grid=Spy(4, 0.15, "sequence"))))
+    block = block.with_readings(
+        dict.fromkeys(block.wiring.linears, Reading(grid=Spy(4, 0.15, "sequence")))
+    )
     apply_methods(block, recipe)
     assert seen and {shape[1] for shape in seen} == {24} and all(len(shape) == 3 for shape in seen)
 

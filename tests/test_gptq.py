@@ -343,7 +343,7 @@ def test_a_linear_that_sees_only_zeros_is_rounded_to_nearest_with_a_remark(block
 def test_a_singular_hessian_is_damped_until_it_works_with_a_remark(block):
     # 32 tokens for 64 inputs.
     few = replace(block, x=block.x[:1], xq=block.xq[:1], target=block.target[:1], tuned_rows=1)
-    done = GPTQ(damping=0.0)(few.noted(trouble=["earlier"]))
+    done = GPTQ(damping=0.0)(few.with_notes(trouble=["earlier"]))
     assert done.notes["trouble"][0] == "earlier"
     assert (
         "self_attn.q_proj' could not be inverted with damping 0; took 0.01"
@@ -382,7 +382,7 @@ def test_fixed_ranges_are_kept(block, method):
     for name, q in done.coded.items():
         assert torch.equal(q.params.scale, clipped.params[name].scale)
         assert torch.equal(q.params.zero_point, clipped.params[name].zero_point)
-    one = method(block.ranged({"self_attn.k_proj": clipped.params["self_attn.k_proj"]}))
+    one = method(block.with_params({"self_attn.k_proj": clipped.params["self_attn.k_proj"]}))
     assert torch.equal(
         one.coded["self_attn.k_proj"].params.scale, clipped.params["self_attn.k_proj"].scale
     )
@@ -589,7 +589,7 @@ def test_calls_kept_for_the_next_site_give_the_same_codes(tmp_path, monkeypatch,
 
 def test_what_is_kept_sees_codes_and_activation_grids(tmp_path, monkeypatch):
     block = block_of(tmp_path, Affine(3, 16))
-    block = block.read(dict.fromkeys(block.wiring.linears, Reading(grid=PerToken(4))))
+    block = block.with_readings(dict.fromkeys(block.wiring.linears, Reading(grid=PerToken(4))))
     fast = GPTQ()(block)
     monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
     assert all(q.same_as(GPTQ()(block).coded[n]) is None for n, q in fast.coded.items())

@@ -39,9 +39,10 @@ from .loop import (
 )
 from .machine import device_of_rank, give_back_memory, pick_device
 from .memory import Offload
-from .model.block import TOKENS_PER_PASS, Block
+from .model.block import Block
 from .model.calibration import Calibration, Rows, draw_rows
 from .model.carried import SourceFiles, source_files
+from .model.context import TOKENS_PER_PASS
 from .model.parts import ran_out
 from .model.ranks import ALONE, Ranks
 from .model.storage import Storage
@@ -449,7 +450,7 @@ class _Run:
             start += 1
             tensors = artifact.block_tensors(block)
             if first and (idle := idle_ranks(self.recipe, self.ranks)):
-                block = block.noted(trouble=[*block.notes.get("trouble", ()), *idle])
+                block = block.with_notes(trouble=[*block.notes.get("trouble", ()), *idle])
             first = False
             # before it is noted, or a resume would take a block of another model for this one's
             self.original.check_unchanged()

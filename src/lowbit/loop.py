@@ -14,9 +14,10 @@ from .errors import LowbitError
 from .grid import CrossQuant as ColumnGrid
 from .grid import KVGrid, LLMInt8, Reading
 from .methods import CLAQ, RTN, CrossQuant, OmniQuant, QuaRot, TesseraQ
+from .methods._bit_budget import least_gain, survey
 from .methods._reconstruct import Reconstruction
-from .methods.claq import least_gain, survey
-from .model.block import Announce, Block, silent
+from .model.block import Block
+from .model.context import Announce, Context, silent
 from .model.ranks import ALONE, Ranks
 from .model.storage import Storage
 from .model.stream import ModelStream
@@ -184,7 +185,7 @@ def surveyed(
         block = begin(
             stream, i, replace(recipe, activations=None, kv=None), streams, kwargs[i], seed
         )
-        found += survey(block, method)
+        found += survey(block, method.walk, method.upper)
         streams = replace(streams, x=block.target, xq=block.target)
         del block
     gain = least_gain(found, recipe.grid.bits + method.adaptive_bits - min(2, recipe.grid.bits))
@@ -207,12 +208,11 @@ def begin(
     activations on their grids.
     """
     name = stream.block_name(i)
-    block = Block(
+    context = Context(
         name=name,
         module=stream.block_module(i),
         wiring=stream.wiring,
         kwargs=kwargs,
-        weights=stream.block_weights(i),
         compute=stream.compute,
         stored=stream.dtype,
         dtypes=stream.block_dtypes(i),
@@ -227,6 +227,7 @@ def begin(
         storage=streams.storage,
         ranks=streams.ranks,
     )
+    block = Block(context, stream.block_weights(i))
     target = block.run(streams.x, out=streams.room)
     # As norms and losses take it.
     if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):
@@ -234,12 +235,14 @@ def begin(
             f"'{name}' of the float model gives activations whose squares are not finite: its "
             "weights or norms are too large."
         )
-    return _gridded(replace(block, target=target), recipe)
+    return _gridded(block.within(target=target), recipe)
 
 
 def _gridded(block: Block, recipe: Recipe) -> Block:
     if recipe.activations is not None:
-        block = block.read(dict.fromkeys(block.wiring.linears, Reading(grid=recipe.activations)))
+        block = block.with_readings(
+            dict.fromkeys(block.wiring.linears, Reading(grid=recipe.activations))
+        )
     return block if recipe.kv is None else replace(block, kv=KVGrid(recipe.kv))
 
 
@@ -257,12 +260,11 @@ def as_read(block: Block, recipe: Recipe) -> Block:
 def readings_of(stream: ModelStream, recipe: Recipe) -> tuple[Mapping[str, Reading], KVGrid | None]:
     """How the finished model reads activations, keys and values, the same in every block."""
     empty = torch.empty(0, 1, 1)
-    block = Block(
+    context = Context(
         name=stream.block_name(0),
         module=stream.block_module(0),
         wiring=stream.wiring,
         kwargs={},
-        weights=stream.block_weights(0),
         compute=stream.compute,
         stored=stream.dtype,
         grids={},
@@ -272,6 +274,7 @@ def readings_of(stream: ModelStream, recipe: Recipe) -> tuple[Mapping[str, Readi
         tuned_rows=0,
         seed=0,
     )
+    block = Block(context, stream.block_weights(0))
     block = as_read(_gridded(block, recipe), recipe)
     return block.readings, block.kv
 
@@ -287,7 +290,7 @@ def apply_methods(block: Block, recipe: Recipe) -> Block:
     for method in (*recipe.methods, RTN()):
         block = method(block)
     # As it reads now.
-    return block.noted(
+    return block.with_notes(
         loss_before=before, loss_after=Reconstruction(block, batch=1).loss(block.decoded())
     )
 
@@ -303,7 +306,7 @@ def advance(block: Block, streams: Streams, proof_kwargs: Mapping[str, Any]) -> 
     if proof is not None:
         wide = torch.promote_types(block.compute, torch.float32)
         # Row by row, as loaders are asked: a grid may look at all rows.
-        alone = replace(block, kwargs=proof_kwargs, compute=wide)
+        alone = block.within(kwargs=proof_kwargs, compute=wide)
         proof = torch.cat([alone.forward(row[None].to(block.device), decoded) for row in proof])
     xq = block.run(block.xq, decoded, out=None if entry else block.x)
     return replace(streams, x=block.target, xq=xq, proof=proof, room=None if entry else block.xq)

@@ -21,7 +21,7 @@ from .grid import Codebook, Grid
 from .machine import free_memory
 from .methods import AWQ, CLAQ, GPTQ, CrossQuant, Method, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from .methods._reconstruct import JUDGED_TOKENS
-from .model.block import TOKENS_PER_PASS
+from .model.context import TOKENS_PER_PASS
 from .model.storage import Place, lies_in_memory
 from .recipe import Recipe
 

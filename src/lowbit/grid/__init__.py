@@ -7,14 +7,24 @@ from .activation import PerToken as PerToken
 from .activation import activation_grid as activation_grid
 from .affine import Affine as Affine
 from .affine import AffineParams as AffineParams
+from .base import AnyGrid as AnyGrid
+from .base import ColumnGrid as ColumnGrid
 from .base import Grid as Grid
-from .base import Outliers as Outliers
-from .base import QTensor as QTensor
+from .base import GroupedGrid as GroupedGrid
+from .base import LinearGrid as LinearGrid
+from .base import OrderedGrid as OrderedGrid
+from .base import RangedGrid as RangedGrid
 from .codebook import Codebook as Codebook
 from .codebook import CodebookParams as CodebookParams
 from .kquant import KQuant as KQuant
 from .kquant import KQuantParams as KQuantParams
+from .params import Params as Params
+from .qtensor import Coded as Coded
+from .qtensor import Outliers as Outliers
+from .qtensor import QTensor as QTensor
 from .reading import KVGrid as KVGrid
 from .reading import QuantizedStates as QuantizedStates
 from .reading import Reading as Reading
 from .rotation import Rotation as Rotation
+
+GRIDS: tuple[type[AnyGrid], ...] = (Affine, Codebook, KQuant)

@@ -4,14 +4,18 @@ consecutive inputs of one row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .base import Params
+from .base import Fixed, Levels, Linear, LinearGrid, Neighbours, RangedGrid
+from .params import Params, stacked
+from .straight import through
 
 _LEAST_RANGE = 1e-5  # as the reference implementations of AWQ, OmniQuant and TesseraQ
+_NAME = re.compile(r"w(\d+)(?:g(\d+))?(sym|asym)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class AffineParams(Params):
 
 
 @dataclass(frozen=True)
-class Affine:
-    """Uniform integer grid with codes 0 ... 2**bits - 1. Holds no tensors.
+class Affine(LinearGrid[AffineParams], RangedGrid[AffineParams]):
+    """Uniform integer grid with codes 0 ... 2**bits - 1.
 
     Attributes:
         bits: 1 to 8.
@@ -59,58 +63,75 @@ class Affine:
             raise ValueError(f"group_size must be positive, got {self.group_size}")
 
     @property
+    def name(self) -> str:
+        group = f"g{self.group_size}" if self.group_size else ""
+        return f"W{self.bits}{group}{'sym' if self.symmetric else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Affine | None:
+        found = _NAME.fullmatch(text)
+        if not found:
+            return None
+        bits, group, kind = found.groups()
+        return cls(int(bits), int(group) if group else None, (kind or "").lower() == "sym")
+
+    @property
     def top(self) -> int:
         """The highest code, 2**bits - 1."""
         return (1 << self.bits) - 1
 
-    def group(self, in_features: int) -> int:
-        """The number of inputs that share a scale in a layer this wide.
+    def check(self, width: int) -> None:
+        self.group(width)
 
-        Raises:
-            ValueError: the group size does not divide the width.
-        """
+    def group(self, in_features: int) -> int:
         size = self.group_size or in_features
         if in_features % size:
             raise ValueError(f"group size {size} does not divide the {in_features} inputs")
         return size
 
-    def grouped(self, w: Tensor) -> Tensor:
-        """View (out, in) as (out, groups, group)."""
-        return w.reshape(w.shape[0], -1, self.group(w.shape[1]))
+    @property
+    def rows_apart(self) -> bool:
+        return True
 
-    def fit(self, w: Tensor, clip: Tensor | float = 1.0) -> AffineParams:
-        """Scale and zero point from the minimum and maximum of each group, both multiplied by
-        ``clip``.
+    @property
+    def of_lists(self) -> Affine:
+        return replace(self, group_size=None)
+
+    def lists(self, w: Tensor) -> Tensor:
+        return w.reshape(-1, self.group(w.shape[1]))
+
+    def unlisted(self, lists: Tensor, rows: int) -> Tensor:
+        return lists.reshape(rows, -1)
+
+    def period(self, width: int) -> int:
+        return self.group(width)
+
+    def join(self, parts: list[AffineParams]) -> AffineParams:
+        return stacked(parts, 1)
+
+    def ends(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        g = self.grouped(w)  # (out, groups, group)
+        return g.amin(-1).clamp(max=0), g.amax(-1).clamp(min=0)  # (out, groups) each
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> AffineParams:
+        """Scale and zero point from the minimum and maximum of each group.
 
         Args:
-            w: (out, in) float; the arithmetic is done in its dtype.
-            clip: a number or (out, groups), in (0, 1].
+            w: (out, in) float; the arithmetic is done in its dtype. importance: has no effect.
         """
-        g = self.grouped(w)  # (out, groups, group)
-        low, high = g.amin(-1).clamp(max=0) * clip, g.amax(-1).clamp(min=0) * clip
-        return self.from_range(low, high)
+        return self.from_range(*self.ends(w))
 
     def from_range(self, low: Tensor, high: Tensor) -> AffineParams:
-        """Scale and zero point for given group minima (<= 0) and maxima (>= 0), each (out,
-        groups).
-        """
         if self.symmetric:
             half = 2 ** (self.bits - 1)
             scale = torch.maximum(-low, high).clamp(min=_LEAST_RANGE) / (half - 1)
             return AffineParams(scale, torch.full_like(scale, half))
         scale = (high - low).clamp(min=_LEAST_RANGE) / self.top
-        return AffineParams(scale, (-(low / scale).round()).clamp(0, self.top))
-
-    def position(self, w: Tensor, params: AffineParams) -> Tensor:
-        """Where each weight lies between the codes: w / scale + zero_point, (out, in), not clamped,
-        not rounded.
-        """
-        return (self.grouped(w) / params.scale[..., None] + params.zero_point[..., None]).flatten(1)
+        zero = -low / scale
+        return AffineParams(scale, through(zero, zero.round()).clamp(0, self.top))
 
     def encode(self, w: Tensor, params: AffineParams) -> Tensor:
-        """Nearest codes: round-half-even of w / scale, plus the zero point, clamped. (out, in)
-        float -> (out, in) uint8.
-        """
+        """Nearest codes: round-half-even of w / scale, plus the zero point, clamped."""
         g = (self.grouped(w) / params.scale[..., None]).round() + params.zero_point[..., None]
         return g.clamp(0, self.top).to(torch.uint8).flatten(1)
 
@@ -119,6 +140,12 @@ class Affine:
         g = self.grouped(codes).to(params.scale.dtype)
         return ((g - params.zero_point[..., None]) * params.scale[..., None]).flatten(1)
 
+    def rounded(self, w: Tensor, params: AffineParams) -> Tensor:
+        scale, zero = params.scale[..., None], params.zero_point[..., None]
+        steps = self.grouped(w) / scale  # (out, groups, group)
+        codes = (through(steps, steps.round()) + zero).clamp(0, self.top)
+        return ((codes - zero) * scale).flatten(1)
+
     def stored(self, params: AffineParams, dtype: torch.dtype) -> AffineParams:
         """The same parameters after a trip through the dtype in which an artifact stores its
         scales.
@@ -126,20 +153,31 @@ class Affine:
         Tuning with these, nothing is lost when the artifact is written. A scale that would vanish
         becomes the least normal number of that dtype.
         """
-        scale = params.scale.to(dtype).clamp(min=torch.finfo(dtype).tiny).to(params.scale.dtype)
-        return AffineParams(scale, params.zero_point)
+        held = params.scale.detach().to(dtype).clamp(min=torch.finfo(dtype).tiny)
+        return AffineParams(through(params.scale, held.to(params.scale.dtype)), params.zero_point)
 
-    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight of one layer: codes, scales and packed zero points (its few words
-        of padding apart).
-        """
-        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.group(
-            in_features
-        )
+    def take(self, params: AffineParams, column: int) -> Levels:
+        group = column // self.group_size if self.group_size else 0
+        here = slice(group, group + 1)
+        one = AffineParams(params.scale[:, here], params.zero_point[:, here])  # (out, 1) each
+        return Fixed(replace(self, group_size=None), one)
 
-    def __str__(self) -> str:
-        return (
-            f"W{self.bits}"
-            + (f"g{self.group_size}" if self.group_size else "")
-            + ("sym" if self.symmetric else "")
-        )
+    def neighbours(self, w: Tensor, params: AffineParams) -> Neighbours:
+        ratio = self.grouped(w).float() / params.scale[..., None]  # (out, groups, group)
+        floor, zero = ratio.floor(), params.zero_point[..., None]
+        below, above = (t.clamp(0, self.top) for t in (floor + zero, floor + 1 + zero))
+        low, high = (t.to(torch.uint8).flatten(1) for t in (below, above))
+        return Neighbours(low, high, (ratio - floor).clamp(0, 1 - 2**-24).flatten(1))
+
+    def beside(self, codes: Tensor, toward: Tensor, params: AffineParams) -> Tensor:
+        wanted = codes.to(torch.int16) + toward.to(torch.int16)
+        return wanted.clamp(0, self.top).to(torch.uint8)
+
+    def freedom(self, params: AffineParams) -> torch.Size:
+        return params.scale.shape
+
+    def moved(self, params: AffineParams, factor: Tensor) -> AffineParams:
+        return AffineParams(params.scale * factor, params.zero_point)
+
+    def linear(self, params: AffineParams) -> Linear:
+        return Linear(params.zero_point.reshape(-1, 1), params.scale.reshape(-1, 1), None)

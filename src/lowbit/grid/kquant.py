@@ -10,18 +10,21 @@ block_q2_K, block_q3_K, block_q4_K, block_q6_K.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .base import Params
+from .base import GroupedGrid, Levels, Linear, LinearGrid, Neighbours
 from .kmeans import NotFiniteError
+from .kquant_fit import Moments, multiples, ranges, signed_ranges
+from .params import Params, stacked
+from .straight import through
 
 SUPER = 256
 Kind = Literal["q2_k", "q3_k", "q4_k", "q6_k"]
+_PREFIX = "gguf:"
 _KINDS: dict[
     str, tuple[int, int, int, bool]
 ] = {  # bits, inputs of a sub-block, greatest scale, symmetric
@@ -31,7 +34,6 @@ _KINDS: dict[
     "q6_k": (6, 16, 127, True),
 }
 # What is added to the highest code when a range is tried.
-_RANGES = tuple(i / 10 for i in range(-9, 10, 2))
 _AT_ONCE = 1 << 18  # weights fitted together: their temporaries stay in cache
 
 
@@ -56,8 +58,8 @@ class KQuantParams(Params):
 
 
 @dataclass(frozen=True)
-class KQuant:
-    """One of the K-quants. Holds no tensors.
+class KQuant(LinearGrid[KQuantParams], GroupedGrid[KQuantParams]):
+    """One of the K-quants.
 
     Attributes:
         kind: q2_k, q3_k, q4_k or q6_k.
@@ -66,8 +68,17 @@ class KQuant:
     kind: Kind
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if self.kind not in get_args(Kind):
             raise ValueError(f"a K-quant is one of {', '.join(_KINDS)}, not {self.kind!r}")
+
+    @property
+    def name(self) -> str:
+        return f"{_PREFIX}{self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> KQuant | None:
+        kind = text.lower()
+        return cls(kind.removeprefix(_PREFIX)) if kind.startswith(_PREFIX) else None  # type: ignore[arg-type]
 
     @property
     def bits(self) -> int:
@@ -110,19 +121,31 @@ class KQuant:
             )
         return self.group_size
 
-    def grouped(self, w: Tensor) -> Tensor:
-        """View (out, in) as (out, sub-blocks, inputs)."""
-        return w.reshape(w.shape[0], -1, self.group(w.shape[1]))
+    def check(self, width: int) -> None:
+        if width % SUPER:
+            raise ValueError(
+                f"{self} comes in blocks of {SUPER} inputs, which do not divide {width}"
+            )
+
+    @property
+    def rows_apart(self) -> bool:
+        return True
+
+    @property
+    def of_lists(self) -> KQuant:
+        return self
+
+    def lists(self, w: Tensor) -> Tensor:
+        return w.reshape(-1, SUPER)
+
+    def unlisted(self, lists: Tensor, rows: int) -> Tensor:
+        return lists.reshape(rows, -1)
 
     def steps(self, params: KQuantParams) -> tuple[Tensor, Tensor]:
         """(scale, offset) of each sub-block, (out, sub-blocks): w = scale * (code - middle) -
         offset.
         """
-        subs = SUPER // self.group_size
-        return (
-            params.unit.repeat_interleave(subs, 1) * params.scale,
-            params.unit_min.repeat_interleave(subs, 1) * params.min,
-        )
+        return _times(params.unit, params.scale), _times(params.unit_min, params.min)
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> KQuantParams:
         """Units, scales and minima with a small squared error: ranges by search and least squares,
@@ -132,21 +155,10 @@ class KQuant:
             w: (out, in) float. importance: (in,) positive weight of each input's squared error;
                 None for the same everywhere.
         """
-        self.group(w.shape[1])
-        parts = []
+        self.check(w.shape[1])
+        weight = None if importance is None else importance.float()
         step = max(1, _AT_ONCE // w.shape[1])
-        for at in range(0, len(w), step):
-            parts.append(
-                self._fit(
-                    w[at : at + step].float(), None if importance is None else importance.float()
-                )
-            )
-        return KQuantParams(
-            *(
-                torch.cat([getattr(p, n) for p in parts])
-                for n in ("unit", "scale", "unit_min", "min")
-            )
-        )
+        return stacked([self._fit(rows.float(), weight) for rows in torch.split(w, step)])
 
     def _fit(self, w: Tensor, importance: Tensor | None) -> KQuantParams:
         # Inputs of a sub-block come first: sums over a short last dimension are slow.
@@ -157,17 +169,17 @@ class KQuant:
             else self.grouped(importance[None]).permute(2, 0, 1).contiguous()
         )
         weight = weight / weight.mean().clamp(min=1e-30) + 1e-6
-        moments = _Moments(g, weight)
+        moments = Moments(g, weight)
         found = (
-            _signed_ranges(g, moments, self.middle)
+            signed_ranges(g, moments, self.middle)
             if self.symmetric
-            else _ranges(g, moments, self.top)
+            else ranges(g, moments, self.top)
         )
         best = self.from_steps(*found)
         least = self._error(g, weight, best)
         for _ in range(2):  # codes as they came out, and least squares again for them
             codes = self._nearest(g, *self.steps(best))
-            tried = self.from_steps(*moments.solved(codes, self.symmetric))
+            tried = self.from_steps(**vars(moments.solved(codes, self.symmetric)))
             error = self._error(g, weight, tried)
             better = error < least
             least = torch.where(better, error, least)
@@ -263,13 +275,6 @@ class KQuant:
             scale, offset, spread + 1e-3, mean, torch.full_like(mean, c.shape[-1]), exact=True
         )
 
-    def position(self, w: Tensor, params: KQuantParams) -> Tensor:
-        """Where each weight lies between the codes, (out, in), not clamped, not rounded; the middle
-        where a scale is zero.
-        """
-        scale, offset = (t[..., None] for t in self.steps(params))
-        return (self._position(self.grouped(w), scale, offset) + self.middle).flatten(1)
-
     def _position(self, g: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """Codes, middle taken off, of what broadcasts against scale and offset."""
         flat = scale == 0
@@ -296,148 +301,81 @@ class KQuant:
         ).flatten(1)
 
     def stored(self, params: KQuantParams, dtype: torch.dtype) -> KQuantParams:
-        """The same params: they are numbers that blocks hold already, whatever the ``dtype`` of the
-        model.
+        """The same params, units rounded to float16, whatever the ``dtype`` of the model."""
+        unit, unit_min = (through(t, _half(t)) for t in (params.unit, params.unit_min))
+        return KQuantParams(unit, params.scale, unit_min, params.min)
 
-        Raises:
-            NotFiniteError: a unit is beyond float16.
-        """
-        if not bool((torch.isfinite(params.unit) & torch.isfinite(params.unit_min)).all()):
+    def check_finite(self, params: KQuantParams) -> None:
+        if not params.finite():
             raise NotFiniteError(f"a unit of {self} does not fit in float16")
-        return params
+
+    def take(self, params: KQuantParams, column: int) -> Levels:
+        unit, sub = column // SUPER, column // self.group_size
+        scale = params.unit[:, unit] * params.scale[:, sub]  # (out,)
+        offset = params.unit_min[:, unit] * params.min[:, sub]
+        return _Steps(self, scale[:, None], offset[:, None])
+
+    def neighbours(self, w: Tensor, params: KQuantParams) -> Neighbours:
+        scale, offset = (t[..., None] for t in self.steps(params))
+        position = self._position(self.grouped(w.float()), scale, offset) + self.middle
+        floor = position.floor()  # (out, sub-blocks, inputs)
+        low, high = (t.clamp(0, self.top).to(torch.uint8).flatten(1) for t in (floor, floor + 1))
+        return Neighbours(low, high, (position - floor).clamp(0, 1 - 2**-24).flatten(1))
+
+    def beside(self, codes: Tensor, toward: Tensor, params: KQuantParams) -> Tensor:
+        scale, _ = self.steps(params)
+        way = self.grouped(toward).to(torch.int16) * torch.sign(scale)[..., None].to(torch.int16)
+        wanted = self.grouped(codes).to(torch.int16) + way
+        return wanted.clamp(0, self.top).to(torch.uint8).flatten(1)
+
+    def freedom(self, params: KQuantParams) -> torch.Size:
+        return torch.Size((*params.unit.shape, 2))
+
+    def moved(self, params: KQuantParams, factor: Tensor) -> KQuantParams:
+        """Move the units of scales and minima; their small multiples stay."""
+        most = torch.finfo(torch.float16).max
+        unit, unit_min = (
+            (t * factor[..., i]).clamp(-most, most)
+            for i, t in enumerate((params.unit, params.unit_min))
+        )
+        return KQuantParams(unit, params.scale, unit_min, params.min)
+
+    @property
+    def shifted(self) -> bool:
+        return True
+
+    def linear(self, params: KQuantParams) -> Linear:
+        scale, offset = (t.reshape(-1, 1) for t in self.steps(params))
+        return Linear(torch.full_like(scale, self.middle), scale, offset)
 
     def bits_per_weight(self) -> float:
         """Of a block: codes, scales, minima and units."""
         return {"q2_k": 84, "q3_k": 110, "q4_k": 144, "q6_k": 210}[self.kind] * 8 / SUPER
 
-    def __str__(self) -> str:
-        return f"gguf:{self.kind}"
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """`Levels` of one input: scale and offset (out, 1) each."""
+
+    grid: KQuant
+    scale: Tensor
+    offset: Tensor
+
+    def encode(self, w: Tensor) -> Tensor:
+        middle, flat = self.grid.middle, self.scale == 0
+        inverse = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, self.scale))
+        codes = (w.float() + self.offset).mul_(inverse).round_()
+        return codes.clamp_(-middle, self.grid.top - middle).add_(middle).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return (codes.to(self.scale.dtype) - self.grid.middle) * self.scale - self.offset
 
 
-def multiples(
-    values: Tensor, weight: Tensor, least: int, most: int, tried: Iterable[int]
-) -> tuple[Tensor, Tensor]:
-    """One float16 unit per row and integers, such that unit * integers is near the values.
-
-    Args:
-        values: (..., n) float. weight: (..., n) >= 0, of each squared error.
-        least, most: limits of the integers.
-        tried: how many units the value of largest size may be.
-
-    Returns:
-        unit (...) and integers (..., n), in the values' dtype; whatever is exact for one of
-            ``tried`` is found.
-    """
-    largest = values.abs().amax(-1)
-    best = torch.full_like(largest, float("inf"))
-    unit, integers = torch.zeros_like(largest), torch.zeros_like(values)
-    for k in tried:
-        first = (values / (largest / k).clamp(min=1e-30)[..., None]).round_().clamp_(least, most)
-        norm = (weight * first.square()).sum(-1)
-        better = torch.where(
-            norm > 0, (weight * first * values).sum(-1) / norm.clamp(min=1e-30), largest / k
-        )
-        u = better.to(torch.float16).to(values.dtype)
-        found = (
-            torch.where(u[..., None] == 0, 0.0, values / torch.where(u == 0, 1.0, u)[..., None])
-            .round_()
-            .clamp_(least, most)
-        )
-        error = (weight * (values - u[..., None] * found).square()).sum(-1)
-        take = error < best
-        best, unit = torch.where(take, error, best), torch.where(take, u, unit)
-        integers = torch.where(take[..., None], found, integers)
-    return unit, integers
+def _times(unit: Tensor, multiple: Tensor) -> Tensor:
+    """(out, in / 256) units times (out, sub-blocks) multiples: (out, sub-blocks)."""
+    cut = multiple.reshape(*unit.shape, -1)  # (out, in / 256, sub-blocks of 256 inputs)
+    return (unit[..., None] * cut).flatten(1)
 
 
-class _Moments:
-    """What least squares needs of sub-blocks (inputs, out, sub-blocks) and their importance, with
-    codes still to come.
-    """
-
-    def __init__(self, g: Tensor, weight: Tensor) -> None:
-        self.g, self.weight, self.weighted = g, weight, g * weight
-        self.count, self.sum, self.square = (
-            weight.sum(0),
-            self.weighted.sum(0),
-            (self.weighted * g).sum(0),
-        )
-
-    def line(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(scale, offset >= 0, squared error) of scale * codes - offset, each (out, sub-blocks)."""
-        w = codes * self.weight
-        c, cx, cc = w.sum(0), (w * self.g).sum(0), w.mul_(codes).sum(0)
-        d = self.count * cc - c.square()
-        flat = d <= 1e-9 * (self.count * cc + 1e-30)
-        d = torch.where(flat, 1.0, d)
-        scale = torch.where(flat, 0.0, (self.count * cx - self.sum * c) / d)
-        offset = torch.where(flat, -self.sum / self.count, (c * cx - cc * self.sum) / d)
-        through_zero = offset < 0
-        scale = torch.where(through_zero, cx / cc.clamp(min=1e-30), scale).clamp(min=0)
-        offset = offset.clamp(min=0)
-        error = (
-            self.square
-            + scale.square() * cc
-            + offset.square() * self.count
-            - 2 * (scale * cx - offset * self.sum + scale * offset * c)
-        )
-        return scale, offset, error
-
-    def ray(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, squared error) of scale * codes."""
-        w = codes * self.weight
-        cx, cc = (w * self.g).sum(0), w.mul_(codes).sum(0)
-        scale = cx / cc.clamp(min=1e-30)
-        return scale, self.square - scale * cx
-
-    def solved(
-        self, codes: Tensor, symmetric: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Scale and offset for codes that are given, with what `KQuant.from_steps` wants to know of
-        the codes.
-        """
-        cc = (codes.square() * self.weight).sum(0)
-        if symmetric:
-            scale, _ = self.ray(codes)
-            return scale, torch.zeros_like(scale), cc, None, None
-        scale, offset, _ = self.line(codes)
-        mean = (codes * self.weight).sum(0) / self.count
-        return (
-            scale,
-            offset,
-            cc - mean.square() * self.count + 1e-3,
-            mean,
-            self.count.expand_as(mean),
-        )
-
-
-def _ranges(g: Tensor, moments: _Moments, top: int) -> tuple[Tensor, Tensor]:
-    """Scale and offset of each sub-block, free of units."""
-    low = g.amin(0).clamp(max=0)
-    shifted = (g - low) / (g.amax(0) - low).clamp(min=1e-30)
-    best = torch.full_like(low, float("inf"))
-    scale, offset = torch.zeros_like(best), torch.zeros_like(best)
-    for extra in _RANGES:
-        s, o, error = moments.line((shifted * (top + extra)).round_().clamp_(0, top))
-        better = error < best
-        best, scale, offset = (
-            torch.where(better, error, best),
-            torch.where(better, s, scale),
-            torch.where(better, o, offset),
-        )
-    return scale, offset
-
-
-def _signed_ranges(g: Tensor, moments: _Moments, half: int) -> tuple[Tensor, Tensor]:
-    """The same for symmetric kinds; the entry of largest size goes to the end with one code
-    more.
-    """
-    extreme = g.gather(0, g.abs().argmax(0, keepdim=True))[0]
-    shifted = g * torch.where(extreme == 0, 0.0, -1 / torch.where(extreme == 0, 1.0, extreme))
-    best = torch.full_like(extreme, float("inf"))
-    scale = torch.zeros_like(best)
-    for extra in _RANGES:
-        s, error = moments.ray((shifted * (half + extra)).round_().clamp_(-half, half - 1))
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, s, scale)
-    return scale, torch.zeros_like(scale)
+def _half(t: Tensor) -> Tensor:
+    return t.detach().to(torch.float16).to(t.dtype)

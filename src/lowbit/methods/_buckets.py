@@ -1,88 +1,231 @@
-"""Soft weights of linears that share a layout, by kind of grid: how their variables make levels and
+"""Soft weights of linears in one matrix, on any ordered grid: how their variables make weights and
 move.
 
-A bucket holds all of them in one matrix, so that the weights of a step are made in one pass over
-memory whatever the number of linears. What a weight is made of, and how rounding variables move, is
-`_rounding`'s.
+    weight = low + h(nu) * (high - low)         low, high = decoded(base), decoded(other)
+
+A row is a list of weights that share the grid's params (`OrderedGrid.lists`). ``base`` and
+``other`` are neighbouring codes, or the same where there is none further. The levels are tuned,
+too: `OrderedGrid.moved` by factors 2 h(v), which start at 1.
+
+On a `LinearGrid` this is (code + way * h(nu) - zero) * scale - offset with way = other - base, and
+goes through the fused operations of `_rounding`; other grids go through `decode`. What the levels'
+gradient is for v, autograd says in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..grid import Affine, AffineParams, Codebook, CodebookParams, QTensor
+from ..grid import Coded, LinearGrid, OrderedGrid, Params, QTensor
+from ..grid.base import Linear
+from ..grid.params import stacked
+from ..grid.straight import through
 from ..model.block import Block
 from . import _rounding
-from ._rounding import FROZEN, Adam, inverse_rectified, moved, rectified, slope
-from ._sums import sums_by
+from ._rounding import FROZEN, Adam, inverse_rectified, moved, rectified, slope, soft_rectified
 
 # Measured: 0.5 ends no better than without the round, 0.15 to 0.25 are alike.
-_LEAST_AIM, _MOST_AIM = (
-    0.02,
-    0.2,
-)
+_LEAST_AIM, _MOST_AIM = 0.02, 0.2
 
 
-def aimed(gradient: Tensor, curvature: Tensor, unit: Tensor, outside: Tensor) -> Tensor:
-    """nu for a restart: h is half the weight's own Newton step in units of the way to its other
-    value, kept small.
+class Bucket:
+    """Linears whose lists have one length and one grid; a linear is a range of rows.
 
-    All weights start at once, and together the full steps overshoot by far. Where there is no other
-    value, h makes the weight freeze first.
-    """
-    newton = (gradient / curvature.clamp(min=1e-30) / unit).abs()
-    return inverse_rectified((0.5 * newton).clamp_(_LEAST_AIM, _MOST_AIM).masked_fill_(outside, 0))
-
-
-class Bucket(Protocol):
-    """Linears in one matrix; a linear is a range of its rows.
+    Args:
+        block: what is tuned. names: the linears. from_codes: start on their codes, frozen.
 
     Attributes:
-        nu: (rows, length) rounding variable of every weight. v: variables of what tunes the levels.
+        nu: (rows, length) rounding variable of every weight. v: variables that tune the levels.
+        places: rows of each linear.
     """
 
-    nu: Tensor
-    v: Tensor
+    def __init__(self, block: Block, names: Sequence[str], from_codes: bool) -> None:
+        own = block.grids[names[0]]
+        assert isinstance(own, OrderedGrid)  # `SoftBlock` has asked
+        self._own: OrderedGrid[Any] = own
+        self._grid: OrderedGrid[Any] = own.of_lists
+        self._line = self._grid if isinstance(self._grid, LinearGrid) else None
+        self._stored = block.stored
+        self.places: list[slice] = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        params: list[Params] = []
+        for name in names:
+            lists, held = _listed(block, name, own, from_codes)
+            parts.append(self._start(lists, held, from_codes))
+            at = self.places[-1].stop if self.places else 0
+            self.places.append(slice(at, at + len(lists)))
+            params.append(held)
+        self.nu, self._base, self._other = (torch.cat(c) for c in zip(*parts, strict=True))
+        self._params = stacked(params)
+        self.v = torch.zeros(self._grid.freedom(self._params), device=self.nu.device)
+        self._nu_moments, self._v_moments = Moments(self.nu), Moments(self.v)
+        self._scratch = Scratch()
+        self._turned()
 
-    def lists(self, weight: Tensor) -> Tensor:
-        """(out, in) in the layout of this bucket, (rows, length)."""
-        ...
+    def _start(
+        self, lists: Tensor, params: Params, from_codes: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """nu, base and other of some lists of weights, or of codes."""
+        if from_codes:
+            frozen = torch.full(lists.shape, -FROZEN, device=lists.device)
+            return frozen, self._codes(lists), self._codes(lists)
+        found = self._grid.neighbours(lists, params)
+        nu = inverse_rectified(found.fraction)
+        return nu, self._codes(found.low), self._codes(found.high)
 
-    def weight(self, rows: slice, shape: torch.Size, flat: Tensor) -> Tensor:
-        """The inverse for one linear, from what `values` gave."""
-        ...
+    def _codes(self, codes: Tensor) -> Tensor:
+        """Codes as they are held: those of levels that are looked up, as an index."""
+        return codes if self._line is not None else codes.to(torch.int64)
+
+    def _turned(self) -> None:
+        """Note what follows from base and other."""
+        self._way: Tensor | None = None
+        if self._line is not None:
+            self._way = self._other.to(torch.int8) - self._base.to(torch.int8)
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def _now(self) -> Params:
+        """The params as tuned so far, as an artifact will hold them; differentiable by v."""
+        tuned = self._grid.moved(self._params, 2 * soft_rectified(self.v))
+        held: Params = self._grid.stored(tuned, self._stored)
+        return held
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """(rows, length) soft weights, good until the next call."""
-        ...
+        with torch.enable_grad():
+            self.v.requires_grad_()
+            now = self._now()
+            if self._line is not None:
+                self._form = self._line.linear(now)
+                return self._in_one_pass(self._form, dtype)
+            decoded = [self._grid.decode(c, now) for c in (self._base, self._other)]
+            self._ends = [through(t, t.to(self._stored).to(t.dtype)) for t in decoded]
+        low, high = (t.detach() for t in self._ends)
+        self._gap = high - low
+        return torch.addcmul(low, self._gap, rectified(self.nu)).to(dtype)
+
+    def _in_one_pass(self, form: Linear, dtype: torch.dtype) -> Tensor:
+        assert self._way is not None
+        out = self._scratch.like(self.nu, dtype)
+        length = self.nu.numel() // len(form.scale)
+        nu, code, way, to = (t.view(-1, length) for t in (self.nu, self._base, self._way, out))
+        zero, scale, offset = (None if t is None else t.detach().contiguous() for t in form)
+        assert zero is not None and scale is not None
+        self._held = zero, scale
+        _rounding.weights(nu, code, way, zero, scale, offset, to)
+        self._by = torch.zeros(len(scale), 2, device=scale.device)
+        return out
+
+    def lists(self, weight: Tensor) -> Tensor:
+        """(out, in) in the layout of this bucket, (rows, length)."""
+        return self._own.lists(weight)
+
+    def weight(self, rows: slice, shape: torch.Size, flat: Tensor) -> Tensor:
+        """The inverse for one linear, from what `values` gave."""
+        return self._own.unlisted(flat[rows], shape[0])
+
+    # --- steps ------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Forget where Adam stood."""
-        ...
+        self._nu_moments.reset()
+        self._v_moments.reset()
 
     def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
         """Move one linear's nu against its (rows, length) gradient by what `values` gave last, and
-        note the gradient by v.
+        note the gradient by the levels.
         """
-        ...
+        m = self._nu_moments
+        if self._way is None:
+            gradient = gradient.float()
+            upper = gradient * rectified(self.nu)
+            self._by_ends = gradient - upper, upper
+            by_nu = gradient * self._gap * slope(self.nu)
+            moved(self.nu, by_nu, m.first, m.second, adam)
+            return
+        zero, scale = self._held
+        per_row = len(scale) // len(self.nu)
+        here = slice(rows.start * per_row, rows.stop * per_row)
+        length = self.nu.numel() // len(scale)
+        nu, code, way, first, second = (
+            t[rows].view(-1, length) for t in (self.nu, self._base, self._way, m.first, m.second)
+        )
+        gradient = gradient.reshape(-1, length)
+        self._by[here] = _rounding.descend(
+            gradient, nu, code, way, zero[here], scale[here], first, second, adam
+        )
 
     def retune(self, adam: Adam, decay: float) -> None:
         """Move v by what `descend` noted since `values`; ``decay`` is L2 inside Adam."""
-        ...
+        if self._way is None:
+            [gradient] = torch.autograd.grad(self._ends, self.v, self._by_ends)
+        else:
+            by_scale, by_offset = self._by[:, :1], self._by[:, 1:]
+            made, by = [self._form.scale], [by_scale]
+            if self._form.offset is not None:
+                made, by = [*made, self._form.offset], [*by, -by_offset]
+            [gradient] = torch.autograd.grad(made, self.v, by)
+        m, v = self._v_moments, self.v.detach()
+        moved(v, gradient.add_(v, alpha=decay), m.first, m.second, adam)
 
-    def coded(self, rows: slice, shape: torch.Size) -> QTensor:
+    # --- the result -------------------------------------------------------------------------------
+
+    def _hard(self) -> Tensor:
+        """(rows, length) codes by the sign of nu."""
+        return torch.where(self.nu > 0, self._other, self._base)
+
+    def coded(self, rows: slice, shape: torch.Size) -> Coded:
         """One linear on its grid, each weight by the sign of its nu."""
-        ...
+        params = self._now().map(torch.Tensor.detach).rows(rows)
+        codes, params = self._grid.arranged(self._hard()[rows].to(torch.uint8), params)
+        return QTensor(
+            self._own,
+            self._own.unlisted(codes, shape[0]),
+            self._own.uncut(params, shape[0]),
+        )
 
     def aim(self, rows: slice, gradient: Tensor, curvature: Tensor) -> None:
         """Let one linear's weights start again between their codes and the neighbours toward which
         the loss falls.
         """
-        ...
+        params = self._now().map(torch.Tensor.detach).rows(rows)
+        hard = self._hard()[rows]
+        other = self._codes(self._grid.beside(hard.to(torch.uint8), -torch.sign(gradient), params))
+        if self._line is not None:
+            scale = self._line.linear(params).scale  # (lists * groups, 1)
+            gap = scale.abs().expand(-1, hard.numel() // len(scale)).reshape(hard.shape)
+        else:
+            gap = (self._grid.decode(other, params) - self._grid.decode(hard, params)).abs()
+        self._base[rows], self._other[rows] = hard, other
+        self._turned()
+        nu = aimed(gradient, curvature, gap.clamp(min=1e-12), other == hard)
+        self.nu[rows] = nu
+
+
+def _listed(
+    block: Block, name: str, grid: OrderedGrid[Any], from_codes: bool
+) -> tuple[Tensor, Params]:
+    """(rows, length) weights or codes of a linear, and the params of its lists, float32."""
+    held = block.coded[name].params if from_codes else block.range_of(name)
+    lists = grid.lists(block.coded[name].codes if from_codes else block.weight(name)).contiguous()
+    wide = held.map(lambda t: t.float() if t.is_floating_point() else t)
+    return lists, grid.cut(wide, len(lists))
+
+
+def aimed(gradient: Tensor, curvature: Tensor, gap: Tensor, outside: Tensor) -> Tensor:
+    """nu for a restart: h is half the weight's own Newton step in units of the gap to its other
+    value, kept small.
+
+    All weights start at once, and together the full steps overshoot by far. Where there is no other
+    value, h makes the weight freeze first.
+    """
+    newton = (gradient / curvature.clamp(min=1e-30) / gap).abs()
+    return inverse_rectified((0.5 * newton).clamp_(_LEAST_AIM, _MOST_AIM).masked_fill_(outside, 0))
 
 
 class Moments:
@@ -101,7 +244,7 @@ class Moments:
             self.second.zero_()
 
 
-class Room:
+class Scratch:
     """A tensor that is written again and again: large ones cost more to allocate than to fill."""
 
     def __init__(self) -> None:
@@ -112,257 +255,3 @@ class Room:
         if self._held is None or self._held.dtype != dtype or self._held.shape != t.shape:
             self._held = torch.empty_like(t, dtype=dtype)
         return self._held
-
-
-# --- uniform grids --------------------------------------------------------------------------------
-
-
-class AffineBucket:
-    """weight = (code + way * h(nu) - zero point) * stored(scale * phi(v)), phi(v) = 2 h(v): one row
-    per group of weights.
-
-    ``way`` is +1, -1 or 0 (0: the other code lies outside the range).
-
-    Args:
-        block: what is tuned. names: linears whose groups have the same length. from_codes: start on
-            their codes, frozen.
-    """
-
-    def __init__(self, block: Block, names: Sequence[str], from_codes: bool) -> None:
-        self.stored = block.stored
-        self.grids: list[tuple[slice, Affine]] = []
-        parts: list[tuple[Tensor, ...]] = []
-        at = 0
-        for name in names:
-            grid, weight = block.grids[name], block.weight(name)
-            assert isinstance(grid, Affine)
-            params = block.coded[name].params if from_codes else block.range_of(name)
-            self.group = grid.group(weight.shape[1])
-            scale, zero = (
-                params.scale.reshape(-1, 1).float(),
-                params.zero_point.reshape(-1, 1).float(),
-            )
-            if from_codes:
-                code = block.coded[name].codes.reshape(-1, self.group)
-                start = (
-                    torch.full(code.shape, -FROZEN, device=code.device),
-                    code,
-                    torch.zeros_like(code, dtype=torch.int8),
-                )
-            else:
-                start = _around(weight.reshape(-1, self.group).float() / scale, zero, grid.top)
-            parts.append((*start, scale, zero))
-            self.grids.append((slice(at, at + len(scale)), grid))
-            at += len(scale)
-        self.nu, self.code, self.way, self.scale, self.zero_point = (
-            torch.cat(column) for column in zip(*parts, strict=True)
-        )
-        self.v = torch.zeros_like(self.scale)
-        self._nu_moments, self._v_moments, self._room = Moments(self.nu), Moments(self.v), Room()
-        self._by_scale = torch.zeros_like(self.scale)
-        self._now = self.scale
-
-    @property
-    def rows(self) -> list[slice]:
-        """Of each linear, in the order of its name."""
-        return [at for at, _ in self.grids]
-
-    def lists(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1, self.group)
-
-    def weight(self, rows: slice, shape: torch.Size, flat: Tensor) -> Tensor:
-        return flat[rows].view(shape)
-
-    def stored_scale(self) -> Tensor:
-        """The dequantization scale as the artifact will hold it; rounding is transparent to
-        gradients.
-        """
-        scale = self.scale * (2 * rectified(self.v))
-        return scale.to(self.stored).clamp(min=torch.finfo(self.stored).tiny).float()
-
-    def values(self, dtype: torch.dtype) -> Tensor:
-        self._now = self.stored_scale()
-        return _rounding.weights(
-            self.nu,
-            self.code,
-            self.way,
-            self.zero_point,
-            self._now,
-            None,
-            self._room.like(self.nu, dtype),
-        )
-
-    def start(self) -> None:
-        self._nu_moments.reset()
-        self._v_moments.reset()
-
-    def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
-        m = self._nu_moments
-        sums = _rounding.descend(
-            gradient,
-            self.nu[rows],
-            self.code[rows],
-            self.way[rows],
-            self.zero_point[rows],
-            self._now[rows],
-            m.first[rows],
-            m.second[rows],
-            adam,
-        )
-        self._by_scale[rows] = sums[:, :1]
-
-    def retune(self, adam: Adam, decay: float) -> None:
-        gradient = self._by_scale * self.scale * (2 * slope(self.v))
-        moved(
-            self.v,
-            gradient.add_(self.v, alpha=decay),
-            self._v_moments.first,
-            self._v_moments.second,
-            adam,
-        )
-
-    def coded(self, rows: slice, shape: torch.Size) -> QTensor:
-        codes = (self.code[rows] + self.way[rows] * (self.nu[rows] > 0)).to(torch.uint8).view(shape)
-        params = AffineParams(
-            self.stored_scale()[rows].reshape(shape[0], -1).clone(),
-            self.zero_point[rows].reshape(shape[0], -1).clone(),
-        )
-        return QTensor(self._grid(rows), codes, params)
-
-    def aim(self, rows: slice, gradient: Tensor, curvature: Tensor) -> None:
-        code, way, nu = self.code[rows], self.way[rows], self.nu[rows]
-        code.copy_(code + way * (nu > 0))
-        way.copy_(-torch.sign(gradient))
-        other = code.to(torch.int16) + way
-        outside = (other < 0) | (other > self._grid(rows).top)
-        way.masked_fill_(outside, 0)
-        nu.copy_(aimed(gradient, curvature, self.stored_scale()[rows], outside))
-
-    def _grid(self, rows: slice) -> Affine:
-        return next(grid for at, grid in self.grids if at == rows)
-
-
-def _around(ratio: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """nu, code and way for weights at ``ratio`` steps from zero, between the codes around them."""
-    floor = ratio.floor()
-    fraction = (ratio - floor).clamp(0, 1 - 2**-24)
-    low, high = (floor + zero).clamp(0, top), (floor + 1 + zero).clamp(0, top)
-    return inverse_rectified(fraction), low.to(torch.uint8), (high - low).to(torch.int8)
-
-
-# --- codebooks ------------------------------------------------------------------------------------
-
-
-class BookBucket:
-    """weight = level[base] + h(nu) * (level[other] - level[base]), level = stored(level_0 + gap *
-    (2 h(v) - 1)): a row per book.
-
-    ``base`` is a code and ``other`` a neighbouring one, or the same at the ends of a book. What
-    dequantization-scale tuning is to a group, v is to every level: it moves by up to the book's
-    mean gap, and as fast as a scale does.
-
-    Args:
-        block: what is tuned. name: the linear. from_codes: start on its codes, frozen.
-    """
-
-    def __init__(self, block: Block, name: str, from_codes: bool) -> None:
-        grid, weight = block.grids[name], block.weight(name)
-        assert isinstance(grid, Codebook)
-        self.grid, self.stored = grid, block.stored
-        params: CodebookParams = block.coded[name].params if from_codes else block.range_of(name)
-        self.widths = params.widths
-        self.level = params.levels.float().contiguous()
-        tops = (1 << self.widths[:, None]) - 1
-        last = self.level.gather(1, tops)
-        self.gap = ((last - self.level[:, :1]) / tops).clamp(min=torch.finfo(torch.float16).tiny)
-        self.v = torch.zeros_like(self.level)
-        if from_codes:
-            self.base = grid.lists(block.coded[name].codes).to(torch.int64)
-            self.other, self.nu = (
-                self.base.clone(),
-                torch.full(self.base.shape, -FROZEN, device=weight.device),
-            )
-        else:
-            lists = grid.lists(weight).float().contiguous()
-            self.base = (
-                (torch.searchsorted(self.level, lists, right=True) - 1).clamp(min=0).minimum(tops)
-            )
-            self.other = (self.base + 1).minimum(tops)
-            low, high = self.level.gather(1, self.base), self.level.gather(1, self.other)
-            fraction = ((lists - low) / (high - low).clamp(min=1e-30)).clamp(0, 1 - 2**-24)
-            self.nu = inverse_rectified(fraction.masked_fill(self.other == self.base, 0))
-        self._nu_moments, self._v_moments = Moments(self.nu), Moments(self.v)
-        self._by_level = torch.zeros_like(self.level)
-
-    def lists(self, weight: Tensor) -> Tensor:
-        return self.grid.lists(weight)
-
-    def weight(self, rows: slice, shape: torch.Size, flat: Tensor) -> Tensor:
-        return self.grid.unlisted(flat, shape[0])
-
-    def levels(self) -> Tensor:
-        """The levels as the artifact will hold them; rounding is transparent to gradients."""
-        moved = self.level + self.gap * (2 * rectified(self.v) - 1)
-        limit = torch.finfo(torch.float16).max
-        return moved.clamp(-limit, limit).to(torch.float16).float()
-
-    def values(self, dtype: torch.dtype) -> Tensor:
-        table = self.levels().to(self.stored).float()
-        self.low = table.gather(1, self.base)
-        self.way = table.gather(1, self.other).sub_(self.low)
-        return torch.addcmul(self.low, self.way, rectified(self.nu)).to(dtype)
-
-    def start(self) -> None:
-        self._nu_moments.reset()
-        self._v_moments.reset()
-
-    def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
-        gradient = gradient.float()
-        upper = gradient * rectified(self.nu)
-        count = self.level.shape[1]
-        self._by_level = sums_by(self.other, upper, count).add_(
-            sums_by(self.base, gradient - upper, count)
-        )
-        moved(
-            self.nu,
-            gradient * self.way * slope(self.nu),
-            self._nu_moments.first,
-            self._nu_moments.second,
-            adam,
-        )
-
-    def retune(self, adam: Adam, decay: float) -> None:
-        gradient = self._by_level * self.gap * (2 * slope(self.v))
-        moved(
-            self.v,
-            gradient.add_(self.v, alpha=decay),
-            self._v_moments.first,
-            self._v_moments.second,
-            adam,
-        )
-
-    def coded(self, rows: slice, shape: torch.Size) -> QTensor:
-        codes = torch.where(self.nu > 0, self.other, self.base)
-        # Levels that tuning has carried past each other change places, and so do their codes;
-        # repeated ones stay at the end.
-        tops = (1 << self.widths[:, None]) - 1
-        place = torch.arange(self.level.shape[1], device=codes.device)
-        ordered, order = (
-            self.levels().masked_fill(place > tops, float("inf")).sort(dim=1, stable=True)
-        )
-        levels = torch.where(place > tops, ordered.gather(1, tops), ordered)
-        codes = order.argsort(1).gather(1, codes)
-        return QTensor(
-            self.grid,
-            self.grid.unlisted(codes.to(torch.uint8), shape[0]),
-            CodebookParams(levels, self.widths.clone()),
-        )
-
-    def aim(self, rows: slice, gradient: Tensor, curvature: Tensor) -> None:
-        hard = torch.where(self.nu > 0, self.other, self.base)
-        other = hard - torch.sign(gradient).to(torch.int64)
-        outside = (other < 0) | (other >= 1 << self.widths[:, None])
-        self.base, self.other = hard, torch.where(outside, hard, other)
-        table = self.levels()
-        way = (table.gather(1, self.other) - table.gather(1, self.base)).abs().clamp(min=1e-12)
-        self.nu.copy_(aimed(gradient, curvature, way, outside | (self.other == self.base)))

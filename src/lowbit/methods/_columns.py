@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,21 @@ _STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SOLVED = 512  # columns of the factor solved for at a time
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Uniform levels for a run of columns: (code - zero) * scale, codes from 0 to ``top``.
+
+    Attributes:
+        scale, zero: (groups, rows) float32, contiguous.
+        group: (columns,) int32 on the CPU, each column's row in them. top: the highest code.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    top: int
+
+
 class Coder(Protocol):
     """Codes single columns, and may choose their levels when it first sees them.
 
@@ -32,10 +47,18 @@ class Coder(Protocol):
         period: how many columns share levels: ``current`` is promised to be up to date for
             ``period`` columns from every multiple of ``period`` on. 1 for a coder that looks at no
             column but its own.
+        uniform: whether `steps` gives levels, so that the loop can be compiled.
+        stored: the dtype decoded weights are rounded to.
     """
 
     @property
     def period(self) -> int: ...
+
+    @property
+    def uniform(self) -> bool: ...
+
+    @property
+    def stored(self) -> torch.dtype: ...
 
     def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
         """Code one column; called once for each, in ascending order.
@@ -53,37 +76,9 @@ class Coder(Protocol):
         """
         ...
 
-
-@dataclass(frozen=True)
-class Steps:
-    """Uniform levels for a run of columns: code * scale, codes counted from the zero point, clamped
-    to 0 ... top.
-
-    Attributes:
-        scale, zero: (groups, rows) float32, contiguous.
-        group: (columns,) int32 on the CPU, each column's row in them. top: the highest code.
-    """
-
-    scale: Tensor
-    zero: Tensor
-    group: Tensor
-    top: int
-
-
-@runtime_checkable
-class UniformCoder(Protocol):
-    """A `Coder` whose levels are uniform and known when a run of columns starts, so that the loop
-    can be compiled.
-
-    Attributes:
-        stored: the dtype decoded weights are rounded to.
-    """
-
-    stored: torch.dtype
-
     def steps(self, start: int, stop: int, current: Tensor) -> tuple[Steps, int]:
         """Levels for the columns from ``start`` on, and the column before which they end, ``stop``
-        at the latest.
+        at the latest. Called only where ``uniform`` holds.
         """
         ...
 
@@ -139,7 +134,7 @@ def code_columns(weight: Tensor, factor: Tensor, coder: Coder, block_size: int) 
         if rest.device.type == "cpu" and rest.dtype == factor.dtype == torch.float32
         else None
     )
-    if compiled is not None and isinstance(coder, UniformCoder) and coder.stored in _STORED:
+    if compiled is not None and coder.uniform and coder.stored in _STORED:
         factor = factor.contiguous()
         for start, stop in _spans(len(rest), coder.period, block_size):
             errors = _coded_span(compiled, rest, factor, coder, codes, start, stop)
@@ -160,7 +155,7 @@ def _coded_span(
     compiled: ctypes.CDLL,
     rest: Tensor,
     factor: Tensor,
-    coder: UniformCoder,
+    coder: Coder,
     codes: Tensor,
     start: int,
     stop: int,

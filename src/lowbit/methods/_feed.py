@@ -32,7 +32,7 @@ class Feed:
         own = (
             rows if b.ranks.size == 1 else rows[rows % b.ranks.size == b.ranks.rank] // b.ranks.size
         )
-        b.prefetch(own, b.xq, b.target)
+        b.context.prefetch(own, b.xq, b.target)
         if self._side is not None:
             # Which may still be writing the streams.
             self._side.wait_stream(torch.accelerator.current_stream(b.device))

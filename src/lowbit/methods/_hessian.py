@@ -1,35 +1,24 @@
-"""What a site's inputs are to the column loop: their Hessian, inverted and factored; and the walk
-from site to site.
-"""
+"""The input Hessians of the column loop: collected, inverted and factored, site by site."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import QTensor
+from ..grid import Coded
 from ..grid.kmeans import NotFiniteError
-from ..model.block import Block, Call
+from ..model.block import Block
+from ..model.statistics import Call, Seen
 from ._columns import inverse_factor
 
 _RETRIES = 3
 _LEAST_RETRIED_DAMPING = 1e-2
-# Bytes of calls kept for the next site, so that it need not run the block from its start.
+# Bytes of calls kept for the next step, so that it need not run the block from its start.
 _KEPT = 1 << 28
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a submodule was called with on the calibration rows; of use as long as nothing before it
-    changes.
-    """
-
-    part: str
-    calls: list[Call]
 
 
 @dataclass(frozen=True)
@@ -47,90 +36,113 @@ class Inputs:
     dead: Tensor
 
 
-SolveSite = Callable[[Block, Sequence[str], Inputs], Mapping[str, QTensor]]
-NearestSite = Callable[[Block, str], QTensor]
+@dataclass(frozen=True)
+class Walk:
+    """How a column-loop method goes through a block.
+
+    Attributes:
+        method: its name, for remarks and errors.
+        rows: calibration rows used, at most; 0 means all.
+        damping: share of the mean diagonal that is added to a Hessian's diagonal.
+        act_order: code the inputs with the largest activations first.
+        true_sequential: collect the inputs of a site after the sites before it are coded; otherwise
+            in one pass before any.
+    """
+
+    method: str
+    rows: int
+    damping: float
+    act_order: bool
+    true_sequential: bool
+
+    def steps(self, block: Block) -> list[list[tuple[str, ...]]]:
+        """The linears still to be coded: by step, in one pass each, and by site."""
+        sites = [
+            tuple(n for n in site.reads if n not in block.coded) for site in block.wiring.sites
+        ]
+        sites = [names for names in sites if names]
+        if self.true_sequential:
+            return [[names] for names in sites]
+        return [sites] if sites else []
 
 
-def solve_sites(
-    block: Block,
-    method: str,
-    rows: int,
-    damping: float,
-    act_order: bool,
-    true_sequential: bool,
-    solve: SolveSite,
-    nearest: NearestSite,
-) -> Block:
+Solve = Callable[[Block, Sequence[str], Inputs | None], Mapping[str, Coded]]
+
+
+def solve_sites(block: Block, walk: Walk, solve: Solve) -> Block:
     """Code all linears that are not coded yet, site by site, each on the Hessian of its inputs.
 
     Args:
-        method: its name, for remarks and errors.
-        rows: calibration rows used, at most; 0 means all.
-        true_sequential: collect the inputs of a site after the sites before it are coded; otherwise
-            in one pass before any.
-        solve: codes for linears that read the same inputs. nearest: for a linear that sees nothing
-            but zeros.
+        solve: codes for linears that read the same inputs; None if they see nothing but zeros.
 
     Raises:
         LowbitError: a Hessian is not finite, or not invertible with any damping tried; what was
             compensated for ran away.
     """
-    rows = min(rows or block.tuned_rows, block.tuned_rows)
-    free = [tuple(n for n in site.reads if n not in block.coded) for site in block.wiring.sites]
-    steps = [[names] for names in free if names]
-    parts = {
-        names[0]: site.probe for names, site in zip(free, block.wiring.sites, strict=True) if names
-    }
-    kept: Kept | None = None
-    if not true_sequential:
-        steps = [[names for step in steps for names in step]] if steps else []
+    steps = walk.steps(block)
+    passes = _Passes(min(walk.rows or block.tuned_rows, block.tuned_rows))
     trouble: list[str] = []
-    for number, step in enumerate(steps, 1):
-        after = steps[number] if number < len(steps) else []
-        block.announce(f"{method}: inputs of {', '.join(name for names in step for name in names)}")
-        fresh = None  # nothing to save at the first site: little runs before it
-        if (
-            after
-            and after[0][0].startswith(f"{(part := parts[step[0][0]])}.")
-            and step[0][0] not in block.wiring.sites[0].reads
-        ):
-            size = (
-                rows
-                * block.xq.shape[1]
-                * block.weight(step[0][0]).shape[1]
-                * block.compute.itemsize
-            )
-            fresh = Kept(part, []) if size <= _KEPT else None
-        hessians = input_hessians(block, [names[0] for names in step], rows, kept, fresh)
-        kept = fresh
+    for number, step in enumerate(steps):
+        said = ", ".join(name for names in step for name in names)
+        block.announce(f"{walk.method}: inputs of {said}")
+        following = steps[number + 1] if number + 1 < len(steps) else []
+        hessians = passes.hessians(block, step, following)
         for names in step:
-            block.announce(f"{method}: codes of {', '.join(names)}")
-            inputs = factored(
-                block, method, names[0], hessians.pop(names[0]), damping, act_order, trouble
-            )
+            block.announce(f"{walk.method}: codes of {', '.join(names)}")
+            inputs = factored(block, walk, names[0], hessians.pop(names[0]), trouble)
             try:
-                found = (
-                    {n: nearest(block, n) for n in names}
-                    if inputs is None
-                    else solve(block, names, inputs)
-                )
-                block = block.ranged({n: q.params for n, q in found.items()}).solved(found)
+                found = solve(block, names, inputs)
+                for q in found.values():
+                    q.grid.check_finite(q.params)
+                block = block.with_params({n: q.params for n, q in found.items()})
+                block = block.with_codes(found)
             except NotFiniteError as e:
                 raise LowbitError(
                     f"'{block.name}.{names[0]}' and what reads the same inputs: {e}. Calibrate on "
-                    f"more rows, or raise {method}.damping."
+                    f"more rows, or raise {walk.method}.damping."
                 ) from e
-    return block.noted(trouble=[*block.notes.get("trouble", ()), *trouble]) if trouble else block
+    return block.remarked(*trouble)
+
+
+class _Passes:
+    """Passes over the calibration rows, one a step.
+
+    A step inside the submodule that the step before it looked at need not run the block from its
+    start: the submodule's calls are kept, as long as nothing before it changes.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._kept: tuple[str, list[Call]] | None = None
+
+    def hessians(
+        self, block: Block, step: Sequence[tuple[str, ...]], following: Sequence[tuple[str, ...]]
+    ) -> dict[str, Tensor]:
+        """The Hessian of each site of a step, by its first linear; see `input_hessians`."""
+        linears = [names[0] for names in step]
+        part = self._worth_keeping(block, step, following)
+        calls: list[Call] = []
+        keep = None if part is None else (part, calls)
+        found = input_hessians(block, linears, self._rows, inside=self._kept, keep=keep)
+        self._kept = keep
+        return found
+
+    def _worth_keeping(
+        self, block: Block, step: Sequence[tuple[str, ...]], following: Sequence[tuple[str, ...]]
+    ) -> str | None:
+        """The submodule whose calls the next step can start from; None if that saves nothing."""
+        first, sites = step[0][0], block.wiring.sites
+        if not following or first in sites[0].reads:  # little runs before the first site
+            return None
+        part = next(s.probe for s in sites if first in s.reads)
+        if not following[0][0].startswith(f"{part}."):
+            return None
+        numbers = self._rows * block.xq.shape[1] * block.weight(first).shape[1]
+        return part if numbers * block.compute.itemsize <= _KEPT else None
 
 
 def factored(
-    block: Block,
-    method: str,
-    first: str,
-    hessian: Tensor,
-    damping: float,
-    act_order: bool,
-    trouble: list[str],
+    block: Block, walk: Walk, first: str, hessian: Tensor, trouble: list[str]
 ) -> Inputs | None:
     """The (inputs, inputs) Hessian of a site made ready; None if its inputs are all zero, which is
     remarked.
@@ -144,7 +156,7 @@ def factored(
         )
     if not bool(hessian.any()):
         trouble.append(
-            f"{method}: '{label}' saw no input but zeros; rounded to nearest what reads it"
+            f"{walk.method}: '{label}' saw no input but zeros; rounded to nearest what reads it"
         )
         return None
     # An input that is always zero is tied to no other: any positive diagonal will do for it, and
@@ -154,21 +166,18 @@ def factored(
     dead = diagonal == 0
     living = torch.where(dead, diagonal.sum() / (~dead).sum(), diagonal)
     inputs = torch.arange(len(living), device=living.device)
-    order = living.argsort(descending=True, stable=True) if act_order else inputs
-    return Inputs(
-        _factor(hessian[order][:, order], living[order], damping, method, label, trouble),
-        order,
-        dead,
-    )
+    order = living.argsort(descending=True, stable=True) if walk.act_order else inputs
+    factor = _factor(hessian[order][:, order], living[order], walk, label, trouble)
+    return Inputs(factor, order, dead)
 
 
 def _factor(
-    hessian: Tensor, diagonal: Tensor, damping: float, method: str, label: str, trouble: list[str]
+    hessian: Tensor, diagonal: Tensor, walk: Walk, label: str, trouble: list[str]
 ) -> Tensor:
     """`inverse_factor` of a Hessian (changed in place) with a damped diagonal, ten times as much as
     often as it takes.
     """
-    asked = damping
+    damping = walk.damping
     failed: list[float] = []
     while len(failed) <= _RETRIES:
         hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
@@ -176,15 +185,15 @@ def _factor(
         if factor is not None:
             if failed:
                 trouble.append(
-                    f"{method}: the Hessian of '{label}' could not be inverted with damping "
-                    f"{asked:g}; took {damping:g}"
+                    f"{walk.method}: the Hessian of '{label}' could not be inverted with damping "
+                    f"{walk.damping:g}; took {damping:g}"
                 )
             return factor
         failed.append(damping)
         damping = max(10 * damping, _LEAST_RETRIED_DAMPING)
     raise LowbitError(
         f"the Hessian of '{label}' could not be inverted, not even with damping {failed[-1]:g}: "
-        f"calibrate on more rows, or raise {method}.damping."
+        f"calibrate on more rows, or raise {walk.method}.damping."
     )
 
 
@@ -193,41 +202,25 @@ def input_hessians(
     block: Block,
     linears: Sequence[str],
     rows: int,
-    kept: Kept | None = None,
-    fresh: Kept | None = None,
+    inside: tuple[str, list[Call]] | None = None,
+    keep: tuple[str, list[Call]] | None = None,
 ) -> dict[str, Tensor]:
     """(2/n) sum x x^T over the n tokens that reach each linear (GPTQ, section 2), in float64.
 
-    The tokens come from the first ``rows`` rows of the quantized stream, through the block with its
-    coded weights decoded, and count as they meet the weight.
+    The tokens come from the first ``rows`` rows of the quantized stream and count as they meet the
+    weight.
 
     Args:
-        kept: calls of a submodule that holds all the linears, if only it is to run.
-        fresh: gets the calls of its submodule.
+        inside, keep: as in `Block.statistics`.
 
     Returns:
         linear -> (inputs, inputs) on the block's device; zeros for a linear that no token reaches.
     """
-    sums: dict[str, Tensor] = {}
-    for name in linears:
-        width = block.weight(name).shape[1]
-        sums[name] = torch.zeros(width, width, dtype=torch.float64, device=block.device)
-    seen: dict[str, float] = dict.fromkeys(linears, 0)
 
-    def visit(name: str, call: Call) -> None:
-        if fresh is not None and name == fresh.part:
-            fresh.calls.append(call)
-            return
-        x = block.entering(name, call.args[0]).flatten(0, -2)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        sums[name] += x.T @ x
-        seen[name] += len(x)
+    def gram(seen: Seen) -> Tensor:
+        x = seen.met.to(torch.promote_types(seen.met.dtype, torch.float32))  # (tokens, inputs)
+        square: Tensor = x.T @ x
+        return square.double()
 
-    decoded = replace(block, weights=block.decoded())
-    if kept is not None:
-        decoded.observe_inside(kept.part, kept.calls, linears, visit)
-    else:
-        decoded.observe([*linears, *([fresh.part] if fresh else [])], block.xq, rows, visit)
-    block.ranks.sum_(*sums.values())
-    seen = dict(zip(seen, block.ranks.total(*seen.values()), strict=True))
-    return {name: total * (2 / max(1, seen[name])) for name, total in sums.items()}
+    found = block.statistics(linears, "quantized", gram, rows=rows, inside=inside, keep=keep)
+    return {n: s.value * (2 / max(1, s.tokens)) for n, s in found.items()}

@@ -42,7 +42,7 @@ class Reconstruction:
 
     def __init__(self, block: Block, batch: int, objective: Objective = "block") -> None:
         self.block, self.batch = block, min(batch, block.tuned_rows)
-        self._readout = block.readout if objective == "logits" else None
+        self._readout = block.context.readout if objective == "logits" else None
         self.objective: Objective = "logits" if self._readout else "block"
         self._generator = torch.Generator().manual_seed(block.seed)
         self._drawn: Tensor | None = None

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..grid import Affine, KQuant, QTensor
+from ..errors import LowbitError
+from ..grid import AnyGrid, Coded, LinearGrid, OrderedGrid
 from ..model.block import Block
-from ._blocks import KQuantBucket
-from ._buckets import AffineBucket, BookBucket, Bucket
+from ._buckets import Bucket
 from ._rounding import FROZEN, Adam, rectified
 
 
@@ -50,25 +51,21 @@ class SoftBlock:
             for n in self.names
             if n in block.coded and block.coded[n].outliers
         }
-        by_group: dict[int | KQuant, list[str]] = {}
-        for name in self.names:
-            grid, weight = block.grids[name], block.weight(name)
-            if isinstance(grid, Affine):
-                by_group.setdefault(grid.group(weight.shape[1]), []).append(name)
-            elif isinstance(grid, KQuant):
-                by_group.setdefault(grid, []).append(name)
-            else:
-                self.places[name] = _Place(len(self.buckets), slice(None), weight.shape)
-                self.buckets.append(BookBucket(block, name, self.from_codes))
-        for kind, names in by_group.items():
-            shared = (
-                KQuantBucket(block, names, self.from_codes)
-                if isinstance(kind, KQuant)
-                else AffineBucket(block, names, self.from_codes)
-            )
-            for name, rows in zip(names, shared.rows, strict=True):
+        for names in self._bundles():
+            bucket = Bucket(block, names, self.from_codes)
+            for name, rows in zip(names, bucket.places, strict=True):
                 self.places[name] = _Place(len(self.buckets), rows, block.weight(name).shape)
-            self.buckets.append(shared)
+            self.buckets.append(bucket)
+
+    def _bundles(self) -> list[list[str]]:
+        """Linears that can lie in one matrix."""
+        found: dict[tuple[AnyGrid, int, str], list[str]] = {}
+        for name in self.names:
+            grid = ordered(self.block, name)
+            length = grid.lists(self.block.weight(name)).shape[1]
+            alone = "" if isinstance(grid, LinearGrid) else name
+            found.setdefault((grid.of_lists, length, alone), []).append(name)
+        return list(found.values())
 
     # --- the weights ------------------------------------------------------------------------------
 
@@ -90,7 +87,7 @@ class SoftBlock:
 
     def hard_weights(self) -> dict[str, Tensor]:
         """The block's parameters with every weight on the grid, decoded as a loader would."""
-        return self.block.solved(self.codes()).decoded()
+        return self.block.with_codes(self.codes()).decoded()
 
     def start(self) -> None:
         """Forget where Adam stood."""
@@ -143,7 +140,7 @@ class SoftBlock:
     # --- the result -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def codes(self) -> dict[str, QTensor]:
+    def codes(self) -> dict[str, Coded]:
         """Integer codes by the sign of nu, with the tuned scales or levels as they will be
         stored.
         """
@@ -171,7 +168,7 @@ class SoftBlock:
 
     def snapshot(self) -> list[tuple[Tensor, Tensor]]:
         """Copies of (nu, v) of every bucket."""
-        return [(b.nu.clone(), b.v.clone()) for b in self.buckets]
+        return [(b.nu.clone(), b.v.detach().clone()) for b in self.buckets]
 
     @torch.no_grad()
     def restore(self, saved: list[tuple[Tensor, Tensor]]) -> None:
@@ -183,6 +180,21 @@ class SoftBlock:
     def finite(self) -> bool:
         """Whether all variables are finite."""
         return all(bool(torch.isfinite(b.nu.sum() + b.v.sum())) for b in self.buckets)
+
+
+def ordered(block: Block, linear: str) -> OrderedGrid[Any]:
+    """The grid of a linear, one whose codes have neighbours.
+
+    Raises:
+        LowbitError: it is none.
+    """
+    grid = block.grids[linear]
+    if not isinstance(grid, OrderedGrid):
+        raise LowbitError(
+            f"tesseraq rounds between neighbouring codes, and '{block.name}.{linear}' is on "
+            f"{grid}, whose codes have no order: leave tesseraq out of the recipe."
+        )
+    return grid
 
 
 _BINS = 1 << 16

@@ -1,14 +1,30 @@
 """AWQ (arXiv 2306.00978): per-channel scales that protect the channels with large activations, and
 a search for clipped ranges.
 
-The defaults are the variant that TesseraQ starts from: scales chosen on the float stream, the range
-shrunk toward both its own ends ("asymmetric" clip) on the quantized stream. The official repository
+Scales (section 3.2). A site's activation x is divided by s and the weights that read it are
+multiplied by it, channel by channel, with
+
+    s = mean|x| ** a / sqrt(max * min of that)        a = argmin ||Q(W s)(x / s) - W x||^2
+
+where the mean is over the calibration tokens on the float stream, Q rounds to nearest on the
+linear's grid, and a is one of n / ``exponents``. The output compared is that of the site's probe:
+attention or the MLP as a whole, a linear where nothing else reads x. s is folded into the norm or
+linear that makes x.
+
+Clip (the authors' code, not in the paper). The range of each group is shrunk by 1 - i / 20,
+
+    argmin ||Q(clamp(w)) x - w x||^2
+
+over the group's own inputs. The defaults are the variant that TesseraQ starts from: the range
+shrunk toward both its own ends ("asymmetric"), on the quantized stream. The official repository
 shrinks the absolute maximum ("symmetric").
+
+Helpers: `_scale_search` (what arrives at a site, the error under a candidate), `_equivalent`
+(where a factor can go), `model.rewrite.fold`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +32,13 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, Codebook, Grid, KQuant
-from ..model.block import Block, Call
+from ..grid import GroupedGrid
+from ..model.block import Block
 from ..model.rewrite import fold
+from ..model.statistics import Seen
 from ..model.wiring import Site
-from ._probe import on_grid, search_scale, seen_at
+from ._equivalent import foldable
+from ._scale_search import best_scale, collect_inputs, on_grid
 
 Clip = Literal["asymmetric", "symmetric", "none"]
 
@@ -71,42 +89,39 @@ class AWQ:
 
     def __call__(self, block: Block) -> Block:
         rows = min(self.rows, block.tuned_rows)
-        chosen: dict[str, float] = {}
         if self.scales:
-            searched = [
-                s
-                for s in block.wiring.sites
-                if s.source is not None and foldable(block, s) and not _indifferent(block, s)
-            ]
-            block.announce("awq: inputs")
-            seen = seen_at(block, [s for s in searched if not on_grid(block, s)], rows)
-            for site in searched:
-                block.announce(f"awq: scales of {', '.join(site.reads)}")
-                key = site.reads[0]
-                arrived = seen.pop(key) if key in seen else seen_at(block, [site], rows)[key]
-                factor, exponent = search_scale(block, site, arrived, self.exponents)
-                chosen[key] = exponent
-                if exponent > 0:
-                    block = fold(block, site, factor)
-        uniform = not any(isinstance(g, Codebook) for g in block.grids.values())
-        if self.clip != "none" and uniform:
-            block = self._clipped(block, rows)
-        if not uniform:
-            done = "no clip" if chosen else "nothing: each column has levels of its own"
-            block = block.noted(
-                trouble=[*block.notes.get("trouble", ()), f"awq: on codebooks {done}"]
-            )
-        return block.noted(awq_exponents=chosen)
+            block = self._scaled(block, rows)
+        if all(isinstance(g, GroupedGrid) for g in block.grids.values()):
+            return block if self.clip == "none" else self._clipped(block, rows)
+        done = "no clip" if block.notes.get("awq_exponents") else _NOTHING
+        return block.remarked(f"awq: on codebooks {done}")
+
+    def _scaled(self, block: Block, rows: int) -> Block:
+        sites = [s for s in block.wiring.sites if s.source is not None and foldable(block, s)]
+        sites = [s for s in sites if not _indifferent(block, s)]
+        block.announce("awq: inputs")
+        seen = collect_inputs(block, [s for s in sites if not on_grid(block, s)], rows)
+        chosen: dict[str, float] = {}
+        for site in sites:
+            block.announce(f"awq: scales of {', '.join(site.reads)}")
+            key = site.reads[0]
+            # Where an input is quantized, what arrives depends on the factors before it.
+            arrived = seen.pop(key) if key in seen else collect_inputs(block, [site], rows)[key]
+            candidates = scale_candidates(arrived.mean, self.exponents)
+            factor, chosen[key] = best_scale(block, site, arrived, candidates)
+            if chosen[key] > 0:
+                block = fold(block, site, factor)
+        return block.with_notes(awq_exponents=chosen)
 
     def _clipped(self, block: Block, rows: int) -> Block:
-        grams = self._group_moments(block, rows)
         spared = dict(block.wiring.unclipped)
         weights, params = {}, {}
+        moments = self._moments(block, rows)
         for site in block.wiring.sites:
             for name in site.reads:
                 block.announce(f"awq: clip of {name}")
-                weight, grid = block.weight(name), _ranged(block.grids[name])
-                gram, drift = grams[site.reads[0], grid.group(weight.shape[1])]
+                weight, grid = block.weight(name), _grouped(block, name)
+                gram, drift = moments[site.reads[0], grid.group(weight.shape[1])]
                 low, high = search_clip(
                     weight,
                     gram,
@@ -116,15 +131,13 @@ class AWQ:
                     skip_rows=spared.get(name, 0),
                     drift=drift,
                 )
-                g = grid.grouped(weight)
-                clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(
-                    1
-                )
-                weights[name] = clamped
-                params[name] = _fitted(grid, clamped, gram)
+                g = grid.grouped(weight)  # (out, groups, group)
+                clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None])
+                weights[name] = clamped.flatten(1)
+                params[name] = grid.fit(weights[name], _importance(gram))
         return block.clipped(weights, params)
 
-    def _group_moments(
+    def _moments(
         self, block: Block, rows: int
     ) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
         """(first reader of a site, group length) -> sums over the quantized stream, (groups, group,
@@ -133,110 +146,68 @@ class AWQ:
         With x the input in floating point and q what its activation grid makes of it: q q^T, and q
         (q - x)^T, or None where activations are not quantized.
         """
-        groups: dict[str, set[int]] = {}
+        lengths: dict[int, list[str]] = {}
         for site in block.wiring.sites:
-            groups[site.reads[0]] = {
-                _ranged(block.grids[n]).group(block.weight(n).shape[1]) for n in site.reads
-            }
-        picked = pick_tokens(
-            rows * block.xq.shape[1],
-            self.clip_tokens,
-            self.clip_sampling,
-            torch.Generator().manual_seed(block.seed),
-        )
-        picked = None if picked is None else block.ranks.tokens(picked, block.xq.shape[1])
-        moments: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
-        seen = dict.fromkeys(groups, 0)
-        exact = block.exact()
+            widths = {_grouped(block, n).group(block.weight(n).shape[1]) for n in site.reads}
+            for length in sorted(widths):
+                lengths.setdefault(length, []).append(site.reads[0])
+        total, generator = rows * block.xq.shape[1], torch.Generator().manual_seed(block.seed)
+        tokens = pick_tokens(total, self.clip_tokens, self.clip_sampling, generator)
+        out: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
+        for length, linears in lengths.items():
 
-        def visit(name: str, call: Call) -> None:
-            x, q = (
-                exact.entering(name, call.args[0]).flatten(0, -2),
-                block.entering(name, call.args[0]).flatten(0, -2),
-            )
-            at = seen[name]
-            seen[name] += len(x)
-            if picked is not None:
-                here = (picked[(picked >= at) & (picked < at + len(x))] - at).to(x.device)
-                x, q = x[here], q[here]
-                if not len(here):
-                    return
-            reading = block.readings.get(name)
-            e = None if reading is None or reading.grid is None else q - x
-            for group in groups[name]:
-                cut = [
-                    None if t is None else t.reshape(len(x), -1, group).transpose(0, 1).float()
-                    for t in (q, e)
-                ]
-                found = [None if t is None else cut[0].transpose(1, 2) @ t for t in cut]  # type: ignore[union-attr]
-                before = moments.get((name, group), (None, None))
-                gram, drift = (
-                    b if f is None else f if b is None else b + f
-                    for b, f in zip(before, found, strict=True)
-                )
-                assert gram is not None
-                moments[name, group] = gram, drift
+            def sums(seen: Seen, length: int = length) -> Tensor:
+                q = seen.met.reshape(len(seen.met), -1, length).transpose(0, 1).float()
+                found = [q.transpose(1, 2) @ q]  # (groups, group, group)
+                if quantized(block, seen.linear):
+                    drift = (seen.met - seen.exact).reshape(len(seen.met), -1, length)
+                    found.append(q.transpose(1, 2) @ drift.transpose(0, 1).float())
+                return torch.stack(found)
 
-        with torch.no_grad():
-            block.observe(list(groups), block.xq, rows, visit)
-        return _summed(block, groups, moments)
+            seen = block.statistics(linears, "quantized", sums, rows=rows, tokens=tokens)
+            for name, s in seen.items():
+                out[name, length] = s.value[0], s.value[1] if len(s.value) > 1 else None
+        return out
 
 
-def _summed(
-    block: Block,
-    groups: Mapping[str, set[int]],
-    moments: Mapping[tuple[str, int], tuple[Tensor, Tensor | None]],
-) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
-    """The moments over all ranks, of which some may have seen no token of the few rows looked
-    at.
+_NOTHING = "nothing: each column has levels of its own"
+
+
+def scale_candidates(mean: Tensor, exponents: int) -> list[tuple[Tensor, float]]:
+    """The factors that are tried, with their exponents n / ``exponents`` in [0, 1).
+
+    Args:
+        mean: (channels,) of |x|.
     """
-    if block.ranks.size == 1:
-        return dict(moments)
-    out: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
-    for name, cuts in groups.items():
-        reading = block.readings.get(name)
-        for group in sorted(cuts):
-            zeros = torch.zeros(
-                block.weight(name).shape[1] // group, group, group, device=block.device
-            )
-            drifts = reading is not None and reading.grid is not None
-            gram, drift = moments.get((name, group), (zeros, zeros.clone() if drifts else None))
-            block.ranks.sum_(gram, *([] if drift is None else [drift]))
-            out[name, group] = gram, drift
-    return out
+    candidates = []
+    for n in range(exponents):
+        factor = mean.pow(n / exponents).clamp(min=1e-4)
+        candidates.append((factor / (factor.max() * factor.min()).sqrt(), n / exponents))
+    return candidates
 
 
-def _ranged(grid: Grid) -> Affine | KQuant:
-    assert isinstance(grid, (Affine, KQuant))
+def quantized(block: Block, linear: str) -> bool:
+    """Whether a linear's input is quantized."""
+    reading = block.readings.get(linear)
+    return reading is not None and reading.grid is not None
+
+
+def _grouped(block: Block, linear: str) -> GroupedGrid[Any]:
+    grid = block.grids[linear]
+    assert isinstance(grid, GroupedGrid)  # or `_clipped` is not called
     return grid
 
 
-def _fitted(grid: Affine | KQuant, weight: Tensor, gram: Tensor) -> Any:
-    """Params for a weight whose groups' inputs have these second moments."""
-    return (
-        grid.fit(weight, gram.diagonal(dim1=1, dim2=2).flatten())
-        if isinstance(grid, KQuant)
-        else grid.fit(weight)
-    )
+def _importance(gram: Tensor) -> Tensor:
+    """(in,): the mean square of each input, up to a factor, from (groups, group, group)."""
+    return gram.diagonal(dim1=1, dim2=2).flatten()
 
 
 def _indifferent(block: Block, site: Site) -> bool:
-    """Whether a per-channel factor would change no code: where every channel has a codebook of its
-    own and is read as it is.
+    """Whether a per-channel factor would change no code: where every channel has levels of its own
+    and is read as it is.
     """
-    return all(
-        isinstance(g := block.grids[n], Codebook)
-        and g.scales_with_inputs
-        and (n not in block.readings or block.readings[n].grid is None)
-        for n in site.reads
-    )
-
-
-def foldable(block: Block, site: Site) -> bool:
-    """Whether a per-channel factor can be folded at a site: not behind an online rotation, where
-    channels are mixed.
-    """
-    return all(block.readings[n].rotation is None for n in site.reads if n in block.readings)
+    return all(block.grids[n].scales_with_inputs and not quantized(block, n) for n in site.reads)
 
 
 def pick_tokens(total: int, count: int, sampling: str, generator: torch.Generator) -> Tensor | None:
@@ -254,7 +225,7 @@ def pick_tokens(total: int, count: int, sampling: str, generator: torch.Generato
 def search_clip(
     weight: Tensor,
     gram: Tensor,
-    grid: Affine | KQuant,
+    grid: GroupedGrid[Any],
     shrinks: int,
     *,
     symmetric: bool = False,
@@ -290,7 +261,7 @@ def search_clip(
         clamped = torch.minimum(
             torch.maximum(g, (low_full * p)[..., None]), (high_full * p)[..., None]
         )
-        params = _fitted(grid, clamped.flatten(1), gram)
+        params = grid.fit(clamped.flatten(1), _importance(gram))
         decoded: Tensor = grid.decode(grid.encode(clamped.flatten(1), params), params)
         delta = (grid.grouped(decoded) - g).transpose(0, 1)
         error = ((delta @ gram + pull) * delta).sum(-1).T  # (groups, out, group) -> (out, groups)

@@ -1,14 +1,26 @@
 """CLAQ (arXiv 2405.17233): a codebook for every input column by K-means, inside GPTQ's column loop.
 
-Columns with more extreme weights get more bits (adaptive precision) and keep more of their largest
-weights in floating point (outlier reservation). K-means here is solved on sorted values without
-random starts; the paper starts it at random.
+For each column c of the weight, from left to right (section 3.2, algorithm 1),
+
+    levels_c = K-means of w_c with 2 ** bits_c centres
+    q_c = nearest of levels_c,    then GPTQ's compensation of the columns to come
+
+Columns are ranked by their outliers (section 3.3): by the number of weights with |w| >= S mean|W|,
+S = 13. The first ones get ``upper`` bits (adaptive precision), and the first tenth keeps 2.8 times
+the mean share of its largest weights in floating point, the others 0.8 times (outlier reservation).
+
+K-means here is solved on sorted values without random starts; the paper starts it at random. Beyond
+the paper: other rankings, and bits given one by one within a matrix or over the model.
+
+Helpers: `_columns` and `_hessian` (as in `gptq`), `_coder` (a column on any grid), `_outliers`
+(what stays in floating point), `_bit_budget` (bits one by one; over the model it is the stage
+`lowbit.stages.allocate`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,30 +28,26 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Affine, Codebook, Grid, QTensor
-from ..grid.kmeans import kmeans
+from ..grid import AnyGrid, Coded, ColumnGrid, Params, QTensor, RangedGrid
 from ..model.block import Block
-from ._books import ColumnBooks, Levels, Reserve, Reserving
-from ._columns import code_in_order
-from ._hessian import Inputs, factored, input_hessians, solve_sites
-from .gptq import AffineColumns
+from ._bit_budget import LEAST, bit_gains, greedy_widths
+from ._coder import Fit, GridColumns
+from ._columns import Coder, code_in_order
+from ._hessian import Inputs, Walk, solve_sites
+from ._outliers import OutlierSelector, Reserving
 
 Allocation = Literal["outliers", "saliency", "greedy"]
 Scope = Literal["matrix", "model"]
-Reading = Literal["label", "two_sided", "official"]
+Reserve = Literal["label", "two_sided", "official"]
+Levels = Literal["sequential", "refined", "precomputed"]
 
 # A tenth of the columns keep 1.4 %, the others 0.4 %, where the mean is 0.5 %.
-_TOP_COLUMNS, _TOP_RATE, _OTHER_RATE = (
-    0.1,
-    2.8,
-    0.8,
-)
-_NOMINAL = (
-    14  # bits that a weight kept in 16 bits costs in the paper's count, its index not counted
-)
-_PERIOD = (
-    128  # of the published code's slip: rates are looked up by the place in a block of columns
-)
+_TOP_COLUMNS, _TOP_RATE, _OTHER_RATE = 0.1, 2.8, 0.8
+_NOMINAL = 14  # bits that a kept weight costs in the paper's count, its index not counted
+_REFINING = 3  # Lloyd steps
+_PERIOD = 128  # of the published code's slip: rates are looked up by the place in a block
+
+Remarks = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class CLAQ:
     least_gain: float = 0.0
     threshold: float = 13.0
     outlier_bits: float = 0.0
-    reserve: Reading = "label"
+    reserve: Reserve = "label"
     cluster_reserved: bool = True
     levels: Levels = "sequential"
     act_order: bool = True
@@ -111,7 +119,7 @@ class CLAQ:
         for value, known, what in (
             (self.allocation, Allocation, "allocation"),
             (self.scope, Scope, "scope"),
-            (self.reserve, Reading, "reserve"),
+            (self.reserve, Reserve, "reserve"),
             (self.levels, Levels, "levels"),
         ):
             if value not in get_args(known):
@@ -137,9 +145,14 @@ class CLAQ:
         mean = self.outlier_bits / _NOMINAL
         return mean if self.reserve == "label" else 2 * mean
 
-    def check(self, grid: Grid) -> None:
+    @property
+    def walk(self) -> Walk:
+        """How a block is gone through."""
+        return Walk("claq", self.rows, self.damping, self.act_order, self.true_sequential)
+
+    def check(self, grid: AnyGrid) -> None:
         """Raise LowbitError if the method cannot code on this grid or meet its budget there."""
-        if isinstance(grid, Affine):
+        if isinstance(grid, RangedGrid):
             if self.adaptive_bits:
                 raise LowbitError(
                     'claq.adaptive_bits needs a codebook per column: write codebook = "column" in '
@@ -151,9 +164,9 @@ class CLAQ:
                     'claq.outlier_bits, or codebook = "column".'
                 )
             return
-        if not isinstance(grid, Codebook) or not grid.scales_with_inputs:
+        if not isinstance(grid, ColumnGrid) or not grid.scales_with_inputs:
             raise LowbitError(f"claq needs a codebook per column, not {grid}: use gptq for others.")
-        least = min(2, grid.bits) if self.allocation == "greedy" else grid.bits
+        least = min(LEAST, grid.bits) if self.allocation == "greedy" else grid.bits
         if self.adaptive_bits and not least <= grid.bits + self.adaptive_bits <= self.upper:
             raise LowbitError(
                 f"claq cannot average {grid.bits + self.adaptive_bits:g} bits with columns of "
@@ -165,39 +178,26 @@ class CLAQ:
     def __call__(self, block: Block) -> Block:
         for grid in block.grids.values():
             self.check(grid)
-        remarks: dict[str, list[str]] = {}
+        remarks: Remarks = {}
 
-        def site(at: Block, names: Sequence[str], inputs: Inputs) -> dict[str, QTensor]:
+        def site(at: Block, names: Sequence[str], inputs: Inputs | None) -> dict[str, Coded]:
+            if inputs is None:
+                return {n: at.nearest(n) for n in names}
             return {n: self._linear(at, n, inputs, remarks) for n in names}
 
-        done = solve_sites(
-            block,
-            "claq",
-            self.rows,
-            self.damping,
-            self.act_order,
-            self.true_sequential,
-            site,
-            _nearest,
-        )
-        told = [f"claq: {', '.join(names)}: {what}" for what, names in remarks.items()]
-        return done.noted(trouble=[*done.notes.get("trouble", ()), *told]) if told else done
+        done = solve_sites(block, self.walk, site)
+        return done.remarked(*(f"claq: {', '.join(n)}: {what}" for what, n in remarks.items()))
 
-    def _linear(
-        self, block: Block, name: str, inputs: Inputs, remarks: dict[str, list[str]]
-    ) -> QTensor:
+    def _linear(self, block: Block, name: str, inputs: Inputs, remarks: Remarks) -> Coded:
         grid, weight = block.grids[name], block.weight(name).masked_fill(inputs.dead, 0)
-        ordered, factor = weight[:, inputs.order], inputs.factor.to(weight.dtype)
-        score = column_scores(
-            ordered, factor.diagonal(), self.threshold if self.allocation == "outliers" else None
-        )
-        reserve = (
-            self._reserve(block.name, name, len(weight), score, remarks)
-            if self.outlier_bits
-            else None
-        )
-        if isinstance(grid, Codebook):
-            widths = self._widths(grid.bits, ordered, factor.diagonal(), score)
+        ordered, diagonal = weight[:, inputs.order], inputs.factor.to(weight.dtype).diagonal()
+        threshold = self.threshold if self.allocation == "outliers" else None
+        score = column_scores(ordered, diagonal, threshold)
+        kept = None
+        if self.outlier_bits:
+            kept = self._selector(block.name, name, len(weight), score, remarks)
+        if isinstance(grid, ColumnGrid):
+            widths = self._widths(grid.bits, ordered, diagonal, score)
             if (
                 self.adaptive_bits
                 and self.scope == "matrix"
@@ -208,62 +208,73 @@ class CLAQ:
                     "columns needs, none got more"
                 )
                 remarks.setdefault(what, []).append(name)
-            books = ColumnBooks(
-                ordered,
-                widths,
-                block.stored,
-                reserve,
-                cluster_reserved=self.cluster_reserved,
-                levels=self.levels,
-            )
-            codes = code_in_order(weight, factor, inputs.order, books, self.block_size)
-            params: Any = books.params(inputs.order)
+            fit = self._levels(grid, ordered, widths, kept, block.stored)
+            columns = GridColumns(grid, inputs.order, block.stored, fit=fit)
         else:
-            assert isinstance(grid, Affine) and reserve is not None
             params = block.params.get(name)
-            if params is None:  # the range need not reach what is kept
-                params = grid.stored(
-                    grid.fit(_without_reserved(weight, reserve, inputs.order)), block.stored
-                )
-            groups: list[int] = (inputs.order // grid.group(weight.shape[1])).tolist()
-            uniform = AffineColumns(grid, weight.shape[1], groups, params, block.stored, "none")
-            codes = code_in_order(
-                weight,
-                factor,
-                inputs.order,
-                Reserving(uniform, reserve, block.stored),
-                self.block_size,
-            )
-        return QTensor(grid, codes, params, reserve.outliers(inputs.order) if reserve else None)
+            if params is None:
+                # The range need not reach what is kept.
+                rest = weight if kept is None else _without(weight, kept, inputs.order)
+                params = grid.stored(grid.fit(rest), block.stored)
+            columns = GridColumns(grid, inputs.order, block.stored, params)
+        coder: Coder = columns if kept is None else Reserving(columns, kept, block.stored)
+        codes = code_in_order(weight, inputs.factor, inputs.order, coder, self.block_size)
+        outliers = None if kept is None else kept.outliers(inputs.order)
+        return QTensor(grid, codes, columns.params(), outliers)
+
+    def _levels(
+        self,
+        grid: ColumnGrid[Any],
+        weight: Tensor,
+        widths: Tensor,
+        kept: OutlierSelector | None,
+        stored: torch.dtype,
+    ) -> Fit:
+        """How the levels of a column are chosen when it comes.
+
+        Args:
+            weight: (rows, columns) in coding order, before any error was made up for.
+            widths: (columns,) int64 bits of each column, in coding order.
+        """
+        bits: list[int] = widths.tolist()
+        table = None if self.levels == "sequential" else grid.fit_columns(weight, widths)
+
+        def fit(ahead: Tensor, column: int) -> Params:
+            values = ahead  # (rows, 1)
+            if kept is not None and not self.cluster_reserved:
+                left = torch.ones(len(values), dtype=torch.bool, device=values.device)
+                left[kept.pick(column, values[:, 0])] = False
+                values = values[left]
+            own = grid.with_bits(bits[column])
+            if table is None:
+                return _held(own, own.fit(values), stored)
+            steps = _REFINING if self.levels == "refined" else 0
+            return _held(own, own.refined(table, column, values, steps), stored)
+
+        return fit
 
     def _widths(self, bits: int, weight: Tensor, diagonal: Tensor, score: Tensor) -> Tensor:
         """(columns,) int64 bits of each column, in coding order."""
-        columns = weight.shape[1]
+        columns, least = weight.shape[1], min(LEAST, bits)
         if self.scope == "model" and self.adaptive_bits:
             if not self.least_gain:
                 raise LowbitError(
                     'claq.scope = "model" needs claq.least_gain, which a pass over the model finds '
                     "before the first block."
                 )
-            return min(2, bits) + (
-                bit_gains(weight, diagonal, min(2, bits), self.upper) >= self.least_gain
-            ).sum(1)
+            gains = bit_gains(weight, diagonal, least, self.upper)
+            return least + (gains >= self.least_gain).sum(1)
         if self.allocation == "greedy" and self.adaptive_bits:
-            return greedy_widths(
-                weight,
-                diagonal,
-                round((bits + self.adaptive_bits) * columns),
-                min(2, bits),
-                self.upper,
-            )
+            total = round((bits + self.adaptive_bits) * columns)
+            return greedy_widths(weight, diagonal, total, least, self.upper)
         widths = torch.full((columns,), bits, dtype=torch.int64, device=weight.device)
         if self.adaptive_bits:
             widths[score[: round(columns * self.adaptive_bits / (self.upper - bits))]] = self.upper
         return widths
 
-    def _reserve(
-        self, prefix: str, name: str, rows: int, score: Tensor, remarks: dict[str, list[str]]
-    ) -> Reserve:
+    def _selector(
+        self, prefix: str, name: str, rows: int, score: Tensor, remarks: Remarks
+    ) -> OutlierSelector:
         """What to keep of each column, columns in coding order, best ranks first in ``score``."""
         columns, mean = len(score), self.outlier_bits / _NOMINAL
         high = torch.zeros(columns, dtype=torch.bool)
@@ -277,17 +288,16 @@ class CLAQ:
         if most >= rows:
             raise LowbitError(
                 f"claq.outlier_bits = {self.outlier_bits:g} keeps {most} weights of some columns "
-                f"of '{prefix}.{name}', which have only {rows}: "
-                "lower it."
+                f"of '{prefix}.{name}', which have only {rows}: lower it."
             )
         kept = sum(counts) / (rows * columns)
         if self.reserve == "label" and kept > 2 * mean:
-            remarks.setdefault(
+            what = (
                 f"columns of {rows} weights keep at least one each, {kept:.1%} instead of "
-                f"{mean:.1%}",
-                [],
-            ).append(name)
-        return Reserve(counts, self.reserve != "label")
+                f"{mean:.1%}"
+            )
+            remarks.setdefault(what, []).append(name)
+        return OutlierSelector(counts, self.reserve != "label")
 
 
 def column_scores(weight: Tensor, diagonal: Tensor, threshold: float | None) -> Tensor:
@@ -310,95 +320,14 @@ def column_scores(weight: Tensor, diagonal: Tensor, threshold: float | None) -> 
     return order
 
 
-def greedy_widths(weight: Tensor, diagonal: Tensor, budget: int, least: int, most: int) -> Tensor:
-    """Widths that sum up to a budget, each bit where it lowers the loss of clustering most.
-
-    Args:
-        weight: (rows, columns). diagonal: (columns,) of the factored inverse Hessian.
-        budget: sum of all widths. least, most: of each.
-
-    Returns:
-        (columns,) int64.
-    """
-    gain = bit_gains(weight, diagonal, least, most)
-    picked = gain.flatten().argsort(descending=True, stable=True)[: budget - least * len(gain)]
-    widths = torch.full((len(gain),), least, dtype=torch.int64, device=weight.device)
-    return widths.index_add_(0, picked // gain.shape[1], torch.ones_like(picked))
+def _held(grid: ColumnGrid[Any], params: Params, stored: torch.dtype) -> Params:
+    held: Params = grid.stored(params, stored)
+    return held
 
 
-def bit_gains(weight: Tensor, diagonal: Tensor, least: int, most: int) -> Tensor:
-    """The loss of clustering that each further bit of a column saves, per bit stored.
-
-    Args:
-        weight: (rows, columns). diagonal: (columns,) of the factored inverse Hessian.
-
-    Returns:
-        (columns, most - least) float64.
-    """
-    lists = weight.T.contiguous()
-    loss = (
-        torch.stack([kmeans(lists, 1 << b)[1].to(weight.device) for b in range(least, most + 1)], 1)
-        / diagonal.double().square()[:, None]
-    )
-    return (loss[:, :-1] - loss[:, 1:]) / len(weight)
-
-
-@torch.no_grad()
-def survey(block: Block, method: CLAQ) -> Iterator[tuple[Tensor, int]]:
-    """What bits would gain in each linear of a block that nothing was done to.
-
-    Yields:
-        (columns, bits) as `bit_gains`, and how many bits of storage one bit of a column is.
-    """
-    rows = min(method.rows or block.tuned_rows, block.tuned_rows)
-    hessians = input_hessians(block, [site.reads[0] for site in block.wiring.sites], rows)
-    for site in block.wiring.sites:
-        inputs = factored(
-            block,
-            "claq",
-            site.reads[0],
-            hessians.pop(site.reads[0]),
-            method.damping,
-            method.act_order,
-            [],
-        )
-        if inputs is None:
-            continue
-        for name in site.reads:
-            weight = block.weight(name).masked_fill(inputs.dead, 0)[:, inputs.order]
-            least = min(2, block.grids[name].bits)
-            yield bit_gains(weight, inputs.factor.diagonal(), least, method.upper), len(weight)
-
-
-def least_gain(surveyed: Sequence[tuple[Tensor, int]], extra: float) -> float:
-    """The gain per bit that spends ``extra`` bits a weight over all linears surveyed, on top of the
-    least width.
-
-    Raises:
-        LowbitError: there are not so many bits to give.
-    """
-    gains = torch.cat([g.flatten() for g, _ in surveyed])
-    costs = torch.cat([torch.full((g.numel(),), rows, dtype=torch.float64) for g, rows in surveyed])
-    budget = extra * sum(len(g) * rows for g, rows in surveyed)
-    ordered, by = gains.cpu().sort(descending=True, stable=True)
-    spent = costs[by].cumsum(0)
-    if budget > float(spent[-1]) * (1 + 1e-9):
-        raise LowbitError(
-            f"claq has no {extra:g} bits a weight to give beyond the least width: lower "
-            "claq.adaptive_bits."
-        )
-    at = min(int((spent <= budget).sum()), len(ordered) - 1)
-    return max(float(ordered[at]), torch.finfo(torch.float64).tiny)
-
-
-def _without_reserved(weight: Tensor, reserve: Reserve, order: Tensor) -> Tensor:
+def _without(weight: Tensor, kept: OutlierSelector, order: Tensor) -> Tensor:
     """The (out, in) weight with zeros for what would be kept if no error had to be made up for."""
     rest = weight.clone()
     for at, column in enumerate(order.tolist()):
-        rest[reserve.pick(at, weight[:, column]), column] = 0
+        rest[kept.pick(at, weight[:, column]), column] = 0
     return rest
-
-
-def _nearest(block: Block, linear: str) -> QTensor:
-    grid, params = block.grids[linear], block.range_of(linear)
-    return QTensor(grid, grid.encode(block.weight(linear), params), params)

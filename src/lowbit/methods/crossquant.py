@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..model.block import Block, Call
+from ..grid import RangedGrid
+from ..model.block import Block
 from ..model.order import reorder
 from ..model.rewrite import fold, fold_values, repeated
+from ..model.statistics import Seen
 from ..model.wiring import Heads, Site
-from ._probe import least_harmful, seen_at
-from .awq import foldable
+from ._equivalent import foldable
+from ._scale_search import best_scale, collect_inputs
 
 _LEAST_COLUMN = 1e-5  # of the largest column's, as in the dynamic grid
 _TRIED = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
@@ -107,8 +109,8 @@ class CrossQuant:
             factor, exponent = _factor(size, self.row_exponent), self.row_exponent
             if self.search:
                 block.announce(f"crossquant: exponent of {', '.join(site.reads)}")
-                seen = seen_at(block, [site], min(self.search_rows, rows))[site.reads[0]]
-                factor, exponent = least_harmful(block, site, seen, list(_candidates(size)))
+                seen = collect_inputs(block, [site], min(self.search_rows, rows))[site.reads[0]]
+                factor, exponent = best_scale(block, site, seen, list(_candidates(size)))
             chosen[site.reads[0]] = exponent
             if exponent == 1:
                 continue
@@ -116,7 +118,7 @@ class CrossQuant:
                 block = fold(block, site, factor)
             else:
                 block = fold_values(block, factor.reshape(-1, times, heads.width)[:, 0].flatten())
-        return block.noted(crossquant_exponents=chosen)
+        return block.with_notes(crossquant_exponents=chosen)
 
     def _sorted(self, block: Block, site: Site, size: Tensor) -> tuple[Block, Tensor]:
         """The block and the sizes with the site's channels by falling size, where that stays inside
@@ -143,9 +145,13 @@ class CrossQuant:
 
     def _by_group(self, block: Block, site: Site, size: Tensor) -> Tensor:
         """Every channel's size replaced by its group's, but for isolated ones."""
-        groups = {block.affine(n, "crossquant.fold=group").group_size for n in site.reads}
-        group = next(iter(groups))
-        if group is None or len(groups) > 1:
+        grids = [block.grids[n] for n in site.reads]
+        group = grids[0].group_size
+        if (
+            group is None
+            or not all(isinstance(g, RangedGrid) for g in grids)
+            or any(g.group_size != group for g in grids)
+        ):
             raise LowbitError(
                 "crossquant.fold=group needs one group size for all linears, as in W4A8g128; or "
                 "--set crossquant.fold=channel."
@@ -185,36 +191,30 @@ class CrossQuant:
             if self.columns == "max"
             else max(1, math.floor(rows * (length - skipped) * (1 - self.percentile / 100)) + 1)
         )
-        largest: dict[str, Tensor] = {}
 
-        def visit(name: str, call: Call) -> None:
-            # OPT's MLP gets the tokens of all rows in one matrix.
-            x = call.args[0].reshape(-1, length, call.args[0].shape[-1])
+        def largest(seen: Seen) -> Tensor:
+            """(keep, channels) float32, falling; -1 where there are fewer tokens."""
+            # Some models give an MLP the tokens of all rows in one matrix.
+            x = seen.exact.reshape(-1, length, seen.exact.shape[-1])
             if not bool(torch.isfinite(x).all()):
                 raise LowbitError(
-                    f"'{block.name}.{name}' gets activations that are not finite: check the model "
-                    "and its dtype."
+                    f"'{block.name}.{seen.linear}' gets activations that are not finite: check the "
+                    "model and its dtype."
                 )
-            size = x[:, skipped:].flatten(0, -2).abs().float()
-            if name in largest:
-                size = torch.cat([largest[name], size])
-            largest[name] = size.topk(min(keep, len(size)), dim=0).values
+            return _top(x[:, skipped:].flatten(0, -2).abs().float(), keep)
 
-        if linears:
-            block.exact().observe(linears, block.x, rows, visit)
-        if block.ranks.size > 1:
-            largest = {n: _over_ranks(block, n, largest.get(n), keep) for n in linears}
-        return {n: t[-1].double() for n, t in largest.items()}
+        def merged(one: Tensor, other: Tensor) -> Tensor:
+            return _top(torch.cat([one, other]), keep)
+
+        found = block.statistics(linears, "float", largest, merged, rows=rows)
+        return {n: s.value[-1].double() for n, s in found.items()}
 
 
-def _over_ranks(block: Block, linear: str, found: Tensor | None, keep: int) -> Tensor:
-    """The ``keep`` largest sizes of each channel over all ranks, (keep, channels) float32, falling;
-    some ranks may have fewer.
-    """
-    padded = torch.full((keep, block.weight(linear).shape[1]), -1.0, device=block.device)
-    if found is not None:
-        padded[: len(found)] = found
-    return block.ranks.stacked(padded).flatten(0, 1).topk(keep, dim=0).values
+def _top(sizes: Tensor, keep: int) -> Tensor:
+    """(n, channels) -> (keep, channels), the largest of each channel, falling; padded with -1."""
+    most = sizes.topk(min(keep, len(sizes)), dim=0).values
+    missing = keep - len(most)
+    return torch.nn.functional.pad(most, (0, 0, 0, missing), value=-1.0) if missing else most
 
 
 def _factor(size: Tensor, exponent: float) -> Tensor:

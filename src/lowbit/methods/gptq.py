@@ -1,45 +1,43 @@
 """GPTQ (arXiv 2210.17323): nearest rounding column by column, every error made up for by the
 columns that are still free.
 
-The loss of a linear is ||(W - Q) X||^2 on its inputs X as the quantized prefix produces them.
+The loss of a linear is ||(W - Q) X||^2 on its inputs X as the quantized prefix produces them. With
+H = (2/n) X X^T, damped, and U upper triangular, U^T U = H^-1, for each column c from left to right
+
+    q_c = nearest(w_c)                                            (algorithm 1)
+    e_c = (w_c - q_c) / U_cc
+    w_j <- w_j - e_c U_cj          for all columns j > c
+
 Beyond the paper, from the code its authors published later: inputs collected site by site (on by
 default), grids of groups fixed in advance, columns in the order of their activations' size, and
 ranges that minimise the rounding error.
+
+Helpers: `_columns` (U, the loop), `_coder` (nearest(w_c) on any grid), `_hessian` (H and the walk
+from site to site).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import (
-    Affine,
-    AffineParams,
-    Codebook,
-    CodebookParams,
-    Grid,
-    KQuant,
-    KQuantParams,
-    QTensor,
-)
+from ..grid import AnyGrid, Coded, LinearGrid, Params, QTensor, RangedGrid
+from ..grid.params import picked, stacked
 from ..model.block import Block
-from ._books import ColumnBooks, SharedBooks
-from ._columns import Steps, code_in_order, least_range
-from ._hessian import Inputs, solve_sites
+from ._coder import GridColumns
+from ._columns import code_in_order, least_range
+from ._hessian import Inputs, Walk, solve_sites
 
 Clip = Literal["none", "mse"]
 
 # Factors 1 - i/100 and the norm of the error, as in the published code.
-_CLIP_STEPS, _CLIP_NORM = (
-    80,
-    2.4,
-)
+_CLIP_STEPS, _CLIP_NORM = 80, 2.4
 _RANGES = 1 << 16  # groups whose ranges are searched at a time: their tables stay small
 
 
@@ -51,7 +49,8 @@ class GPTQ:
     Attributes:
         damping: share of the Hessian's mean diagonal that is added to its diagonal. If it is too
             little for the Hessian to be inverted, ten times as much is tried, and so on.
-        act_order: code the inputs with the largest activations first. Implies ``static_groups``.
+        act_order: code the inputs with the largest activations first. Implies ``static_groups``
+            where groups have several inputs.
         static_groups: fix the grids of all groups from the original weights; otherwise a group's
             grid is fitted to what its weights have become when its first column is coded.
         true_sequential: collect the inputs of a site after the sites before it are coded; otherwise
@@ -61,9 +60,9 @@ class GPTQ:
             them to where the rounded weights differ least.
         rows: calibration rows used, at most; 0 means all.
 
-    On K-quants scales are fixed in advance as with ``static_groups``, inputs weighted by what their
-    error costs; ``clip`` does not apply. On codebooks only the order, the damping and the inputs'
-    collection apply: levels are chosen by K-means.
+    Params that columns far from each other share (K-quants, shared codebooks) are fixed in advance
+    as with ``static_groups``, inputs weighted by what their error costs. ``clip`` applies to grids
+    with ranges.
 
     Linears whose ranges are fixed already (by a clip before this method) keep them. Coded ones are
     left alone.
@@ -93,323 +92,153 @@ class GPTQ:
 
     @torch.no_grad()
     def __call__(self, block: Block) -> Block:
-        return solve_sites(
-            block,
-            "gptq",
-            self.rows,
-            self.damping,
-            self.act_order,
-            self.true_sequential,
-            self._site,
-            self._nearest,
-        )
+        walk = Walk("gptq", self.rows, self.damping, self.act_order, self.true_sequential)
+        return solve_sites(block, walk, self._site)
 
-    def _nearest(self, block: Block, linear: str) -> QTensor:
-        weight, grid = block.weight(linear), block.grids[linear]
-        if linear in block.params or not isinstance(grid, Affine):
-            params = block.range_of(linear)
-        else:
-            params = fit_range(grid, weight, self.clip, block.stored)
-        return QTensor(grid, grid.encode(weight, params), params)
-
-    def _site(self, block: Block, names: Sequence[str], inputs: Inputs) -> dict[str, QTensor]:
-        """Codes for linears that read the same inputs: those on the same affine grid in one loop,
-        others one by one.
+    def _site(self, block: Block, names: Sequence[str], inputs: Inputs | None) -> dict[str, Coded]:
+        """Codes for linears that read the same inputs: those on the same grid in one loop, if their
+        rows share no params.
         """
-        out: dict[str, QTensor] = {}
-        bundles: dict[tuple[Affine, bool], list[str]] = {}
+        if inputs is None:
+            return {n: self._nearest(block, n) for n in names}
+        bundles: dict[tuple[AnyGrid, bool, str], list[str]] = {}
         for name in names:
             grid = block.grids[name]
-            if isinstance(grid, Affine):
-                bundles.setdefault((grid, name in block.params), []).append(name)
-            else:
-                weight = block.weight(name).masked_fill(inputs.dead, 0)
-                if isinstance(grid, KQuant):
-                    out[name] = solve_blocks(
-                        weight, inputs, grid, block.params.get(name), block.stored, self.block_size
-                    )
-                else:
-                    out[name] = solve_books(weight, inputs, grid, block.stored, self.block_size)
-        for (grid, ranged), members in bundles.items():
+            alone = "" if grid.rows_apart else name
+            bundles.setdefault((grid, name in block.params, alone), []).append(name)
+        out: dict[str, Coded] = {}
+        for (grid, ranged, _), members in bundles.items():
             weight = torch.cat([block.weight(n) for n in members]).masked_fill(inputs.dead, 0)
-            params: AffineParams | None = None
-            if ranged:
-                fixed = [block.params[n] for n in members]
-                params = AffineParams(
-                    torch.cat([p.scale for p in fixed]), torch.cat([p.zero_point for p in fixed])
-                )
-            elif self.static_groups or self.act_order:
-                params = fit_range(grid, weight, self.clip, block.stored)
-            coded = solve(
-                weight,
-                inputs.factor,
-                grid,
-                params,
-                block.stored,
-                order=inputs.order,
-                clip=self.clip,
-                block_size=self.block_size,
-            )
-            out.update(
-                zip(members, _split(coded, [len(block.weight(n)) for n in members]), strict=True)
-            )
+            params = stacked([block.params[n] for n in members]) if ranged else None
+            if params is None and self._fixed(grid, weight.shape[1]):
+                params = fit_range(grid, weight, self.clip, block.stored, cost(inputs))
+            coded = solve(weight, inputs, grid, params, block.stored, self.clip, self.block_size)
+            rows = [len(block.weight(n)) for n in members]
+            out.update(zip(members, _split(coded, rows), strict=True))
         return out
 
+    def _fixed(self, grid: AnyGrid, width: int) -> bool:
+        """Whether params are fixed before the first column is coded."""
+        period = grid.period(width)
+        return period is None or self.static_groups or (self.act_order and period > 1)
 
-def fit_range(grid: Affine, weight: Tensor, clip: Clip, stored: torch.dtype) -> AffineParams:
-    """Grid parameters for each group of a weight, scales rounded to the dtype in which they will be
-    stored.
+    def _nearest(self, block: Block, linear: str) -> Coded:
+        if linear in block.params:
+            return block.nearest(linear)
+        grid, weight = block.grids[linear], block.weight(linear)
+        params = fit_range(grid, weight, self.clip, block.stored)
+        return QTensor(grid, grid.encode(weight, params), params)
+
+
+def solve(
+    weight: Tensor,
+    inputs: Inputs,
+    grid: AnyGrid,
+    params: Params | None,
+    stored: torch.dtype,
+    clip: Clip = "none",
+    block_size: int = 128,
+) -> Coded:
+    """Codes of one weight (algorithm 1); the arithmetic is done in the weight's dtype.
+
+    Args:
+        weight: (out, in) float, dead inputs zeroed.
+        params: of the weight; None fits those of each period of columns when its first one is coded
+            (inputs must then be coded in their own order, or have params of their own each).
+        stored: the dtype a loader decodes to: what it rounds counts as error.
+    """
+
+    def fit(ahead: Tensor, column: int) -> Params:
+        return fit_range(grid, ahead, clip, stored)
+
+    coder = GridColumns(grid, inputs.order, stored, params, fit if params is None else None)
+    codes = code_in_order(weight, inputs.factor, inputs.order, coder, block_size)
+    return QTensor(grid, codes, coder.params())
+
+
+def cost(inputs: Inputs) -> Tensor:
+    """(in,) float64: what a squared error of each input costs once the inputs after it have made up
+    for it.
+    """
+    found = torch.empty_like(inputs.factor.diagonal())
+    found[inputs.order] = inputs.factor.diagonal().square().reciprocal()
+    return found
+
+
+def fit_range(
+    grid: AnyGrid,
+    weight: Tensor,
+    clip: Clip,
+    stored: torch.dtype,
+    importance: Tensor | None = None,
+) -> Params:
+    """Grid params of a weight, as they will be stored.
 
     Args:
         weight: (out, in) float.
         clip: "none" or "mse", see `GPTQ`; zero is always in the range.
+        importance: (in,) of each input's squared error, for grids that weigh them.
     """
-    best = grid.stored(grid.fit(weight), stored)
-    if clip == "none":
-        return best
+    weights = None if importance is None else importance.to(weight.dtype)
+    if clip == "none" or not isinstance(grid, RangedGrid):
+        plain: Params = grid.stored(grid.fit(weight, weights), stored)
+        return plain
+    low, high = grid.ends(weight)  # (out, groups) each
+
+    def shrunk(i: int) -> Params:
+        factor = 1 - i / 100
+        params: Params = grid.stored(grid.from_range(low * factor, high * factor), stored)
+        return params
+
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
         found = _searched(grid, weight, stored)
         if found is not None:
             return found
-    least = _distance(grid, weight, best)
+    best = shrunk(0)
+    smallest = _distance(grid, weight, best)
     for i in range(1, _CLIP_STEPS):
-        tried = grid.stored(grid.fit(weight, 1 - i / 100), stored)
+        tried = shrunk(i)
         error = _distance(grid, weight, tried)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = AffineParams(
-            torch.where(better, tried.scale, best.scale),
-            torch.where(better, tried.zero_point, best.zero_point),
-        )
+        better = error < smallest
+        smallest = torch.where(better, error, smallest)
+        best = tried.where(better, best)
     return best
 
 
-def _searched(grid: Affine, weight: Tensor, stored: torch.dtype) -> AffineParams | None:
+def _searched(grid: AnyGrid, weight: Tensor, stored: torch.dtype) -> Params | None:
     """`fit_range` with "mse" in compiled code, some rows at a time; None where there is none."""
+    if not isinstance(grid, LinearGrid) or grid.shifted or not isinstance(grid, RangedGrid):
+        return None
     size, parts = grid.group(weight.shape[1]), []
     for rows in torch.split(weight, max(1, _RANGES // (weight.shape[1] // size))):
-        tried = [grid.stored(grid.fit(rows, 1 - i / 100), stored) for i in range(_CLIP_STEPS)]
-        scale, zero = (
-            torch.stack([p.scale.flatten() for p in tried]),
-            torch.stack([p.zero_point.flatten() for p in tried]),
-        )
-        best = least_range(rows.reshape(-1, size), scale, zero, grid.top)
+        low, high = grid.ends(rows)
+        tried: list[Params] = []
+        for i in range(_CLIP_STEPS):
+            factor = 1 - i / 100
+            tried.append(grid.stored(grid.from_range(low * factor, high * factor), stored))
+        forms = [grid.linear(p) for p in tried]
+        scale = torch.stack([f.scale.flatten() for f in forms])
+        zero = torch.stack([f.zero.flatten() for f in forms])
+        best = least_range(rows.reshape(-1, size), scale, zero, (1 << grid.bits) - 1)
         if best is None:
             return None
-        shape = tried[0].scale.shape
-        parts.append(
-            AffineParams(*(t.gather(0, best[None])[0].reshape(shape) for t in (scale, zero)))
-        )
-    return AffineParams(
-        torch.cat([p.scale for p in parts]), torch.cat([p.zero_point for p in parts])
-    )
+        parts.append(picked(tried, best))
+    return stacked(parts)
 
 
-def _distance(grid: Affine, weight: Tensor, params: AffineParams) -> Tensor:
+def _distance(grid: RangedGrid[Any], weight: Tensor, params: Params) -> Tensor:
     """(out, groups): what rounding to nearest does to each group."""
     delta = grid.decode(grid.encode(weight, params), params) - weight
     return grid.grouped(delta).abs().pow(_CLIP_NORM).sum(-1)
 
 
-class AffineColumns:
-    """Codes columns on an affine grid; the grids of groups not given are fitted when their first
-    column comes.
-
-    Args:
-        grid: of the whole weight, ``width`` inputs wide.
-        groups: the group of each column, in coding order.
-        params: of all groups, or None; then the coding order must be that of the inputs.
-    """
-
-    def __init__(
-        self,
-        grid: Affine,
-        width: int,
-        groups: Sequence[int],
-        params: AffineParams | None,
-        stored: torch.dtype,
-        clip: Clip,
-    ) -> None:
-        self.period = 1 if params else grid.group(width)
-        # One scale per row of what it is given: a column, or a group's columns.
-        self._row = replace(grid, group_size=None)
-        self._groups, self.stored, self._clip = groups, stored, clip
-        self._params: dict[int, AffineParams] = {}
-        self._steps: Steps | None = None
-        if params:
-            scale, zero = (
-                params.scale.T.float().contiguous(),
-                params.zero_point.T.float().contiguous(),
-            )
-            self._steps = Steps(scale, zero, torch.tensor(groups, dtype=torch.int32), grid.top)
-            for i in range(params.scale.shape[1]):
-                self._params[i] = AffineParams(
-                    params.scale[:, i : i + 1], params.zero_point[:, i : i + 1]
-                )
-
-    def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-        params = self._of(column, current)
-        codes = self._row.encode(values[:, None], params)
-        return codes[:, 0], self._row.decode(codes, params)[:, 0].to(self.stored).to(values.dtype)
-
-    def _of(self, column: int, current: Tensor) -> AffineParams:
-        group = self._groups[column]
-        if group not in self._params:
-            ahead = current[:, column : column + self.period]
-            self._params[group] = fit_range(self._row, ahead, self._clip, self.stored)
-        return self._params[group]
-
-    def steps(self, start: int, stop: int, current: Tensor) -> tuple[Steps, int]:
-        """As `UniformCoder` has it: all columns where the grids are given, else those of one
-        group.
-        """
-        if self._steps is not None:
-            return replace(self._steps, group=self._steps.group[start:stop]), stop
-        until, params = (
-            min(stop, (start // self.period + 1) * self.period),
-            self._of(start, current),
-        )
-        group = torch.zeros(until - start, dtype=torch.int32)
-        return Steps(
-            params.scale.T.contiguous(), params.zero_point.T.contiguous(), group, self._row.top
-        ), until
-
-    def params(self) -> AffineParams:
-        """Scale and zero point of all groups, each (rows, groups)."""
-        ordered = [self._params[i] for i in range(len(self._params))]
-        return AffineParams(
-            torch.cat([p.scale for p in ordered], 1), torch.cat([p.zero_point for p in ordered], 1)
-        )
-
-
-def solve(
-    weight: Tensor,
-    factor: Tensor,
-    grid: Affine,
-    params: AffineParams | None,
-    stored: torch.dtype,
-    *,
-    order: Tensor,
-    clip: Clip = "none",
-    block_size: int = 128,
-) -> QTensor:
-    """Codes of one weight (GPTQ, algorithm 1); the arithmetic is done in the weight's dtype.
-
-    Args:
-        weight: (out, in) float.
-        factor: (in, in) from `inverse_factor`, inputs in coding order, in any float dtype.
-        params: grid parameters, each (out, groups); None fits each group's when its first column is
-            coded.
-        stored: the dtype a loader decodes to: what it rounds counts as error.
-        order: (in,) int64, the inputs in coding order; without ``params`` it must be ascending.
-    """
-    width = weight.shape[1]
-    groups: list[int] = (order // grid.group(width)).tolist()
-    coder = AffineColumns(grid, width, groups, params, stored, clip)
-    codes = code_in_order(weight, factor, order, coder, block_size)
-    return QTensor(grid, codes, params or coder.params())
-
-
-def solve_books(
-    weight: Tensor, inputs: Inputs, grid: Grid, stored: torch.dtype, block_size: int
-) -> QTensor:
-    """Codes of one weight on codebooks: those of single columns are chosen when the column comes,
-    shared ones before, for the weights that cost most to get wrong.
-
-    Args:
-        weight: (out, in) float, dead inputs zeroed.
-    """
-    if not isinstance(grid, Codebook):
-        raise LowbitError(f"the column loop knows no grid like {grid}.")
-    if grid.scales_with_inputs:
-        widths = torch.full((weight.shape[1],), grid.bits, dtype=torch.int64, device=weight.device)
-        books = ColumnBooks(weight[:, inputs.order], widths, stored)
-        codes = code_in_order(weight, inputs.factor, inputs.order, books, block_size)
-        return QTensor(grid, codes, books.params(inputs.order))
-    cost = _cost(weight, inputs)
-    params: CodebookParams = grid.stored(grid.fit(weight, weights=cost.expand_as(weight)), stored)
-    codes = code_in_order(
-        weight,
-        inputs.factor,
-        inputs.order,
-        SharedBooks(grid, params, inputs.order, stored),
-        block_size,
-    )
-    return QTensor(grid, codes, params)
-
-
-def _cost(weight: Tensor, inputs: Inputs) -> Tensor:
-    """(in,): what a squared error of each input costs once the inputs after it have made up for
-    it.
-    """
-    cost = torch.empty(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    cost[inputs.order] = inputs.factor.diagonal().square().reciprocal().to(weight.dtype)
-    return cost
-
-
-class KQuantColumns:
-    """Codes columns on a K-quant whose params are fixed.
-
-    Args:
-        inputs: (in,) int64, the input of each column, in coding order.
-    """
-
-    period = 1
-
-    def __init__(
-        self, grid: KQuant, params: KQuantParams, inputs: Tensor, stored: torch.dtype
-    ) -> None:
-        self._grid, self._stored = grid, stored
-        scale, offset = grid.steps(params)
-        self._scale, self._offset = scale.T.contiguous(), offset.T.contiguous()
-        flat = self._scale == 0
-        self._inverse = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, self._scale))
-        self._subs: list[int] = (inputs // grid.group_size).tolist()
-
-    def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-        sub, middle = self._subs[column], self._grid.middle
-        codes = (
-            (values.float() + self._offset[sub])
-            .mul_(self._inverse[sub])
-            .round_()
-            .clamp_(-middle, self._grid.top - middle)
-        )
-        decoded = (
-            (codes * self._scale[sub]).sub_(self._offset[sub]).to(self._stored).to(values.dtype)
-        )
-        return (codes + middle).to(torch.uint8), decoded
-
-
-def solve_blocks(
-    weight: Tensor,
-    inputs: Inputs,
-    grid: KQuant,
-    params: KQuantParams | None,
-    stored: torch.dtype,
-    block_size: int,
-) -> QTensor:
-    """Codes of one weight on a K-quant.
-
-    Args:
-        weight: (out, in) float, dead inputs zeroed. params: None fits them for the inputs whose
-            errors cost most.
-    """
-    if params is None:
-        params = grid.stored(grid.fit(weight, _cost(weight, inputs)), stored)
-    codes = code_in_order(
-        weight,
-        inputs.factor,
-        inputs.order,
-        KQuantColumns(grid, params, inputs.order, stored),
-        block_size,
-    )
-    return QTensor(grid, codes, params)
-
-
-def _split(q: QTensor, rows: Sequence[int]) -> list[QTensor]:
+def _split(q: Coded, rows: Sequence[int]) -> list[Coded]:
     """The row-wise parts of a stacked weight."""
-    columns = (torch.split(t, list(rows)) for t in (q.codes, q.params.scale, q.params.zero_point))
-    return [
-        QTensor(q.grid, codes.clone(), AffineParams(scale.clone(), zero.clone()))
-        for codes, scale, zero in zip(*columns, strict=True)
-    ]
+    if len(rows) == 1:
+        return [q]
+    out, at = [], 0
+    for count in rows:
+        here = slice(at, at + count)
+        out.append(QTensor(q.grid, q.codes[here].clone(), q.params.rows(here)))
+        at += count
+    return out

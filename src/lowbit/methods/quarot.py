@@ -100,7 +100,7 @@ class QuaRot:
 
     def _rotate_values(self, block: Block, heads: Heads) -> Block:
         if heads.norm is not None:
-            block = block.rewritten(_norm_into(block, heads.norm, heads.output))
+            block = block.with_weights(_norm_into(block, heads.norm, heads.output))
         if self.heads:
             inner = Rotation.hadamard(heads.width, "the width of a head")
             rows = slice(*heads.values.rows) if heads.values.rows else slice(None)
@@ -119,7 +119,7 @@ class QuaRot:
                 )
                 changes[bias] = shift
             changes[out] = _each_head(block.weights[out].double(), inner).to(weight.dtype)
-            block = block.rewritten(changes)
+            block = block.with_weights(changes)
         mixed = self.online and self.across_heads and heads.count > 1
         return (
             _online(block, heads.output, Rotation.across_heads(heads.count, heads.width))
@@ -147,5 +147,7 @@ def _norm_into(block: Block, norm: str, linear: str) -> dict[str, Tensor]:
 def _online(block: Block, linear: str, rotation: Rotation) -> Block:
     """Rotate a linear's input while the model runs and its weight once."""
     weight = block.weight(linear)
-    block = block.rewritten({f"{linear}.weight": rotation(weight.double()).to(weight.dtype)})
-    return block.read({linear: replace(block.readings.get(linear, Reading()), rotation=rotation)})
+    block = block.with_weights({f"{linear}.weight": rotation(weight.double()).to(weight.dtype)})
+    return block.with_readings(
+        {linear: replace(block.readings.get(linear, Reading()), rotation=rotation)}
+    )

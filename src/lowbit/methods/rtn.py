@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..grid import QTensor
 from ..model.block import Block
 
 
@@ -15,9 +14,5 @@ class RTN:
     """Nearest codes, no data used."""
 
     def __call__(self, block: Block) -> Block:
-        codes = {}
-        for name in block.wiring.linears:
-            if name not in block.coded:
-                grid, params = block.grids[name], block.range_of(name)
-                codes[name] = QTensor(grid, grid.encode(block.weight(name), params), params)
-        return block.solved(codes)
+        left = [name for name in block.wiring.linears if name not in block.coded]
+        return block.with_codes({name: block.nearest(name) for name in left})

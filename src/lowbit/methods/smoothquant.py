@@ -1,5 +1,12 @@
 """SmoothQuant (arXiv 2211.10438): moves part of the activations' per-channel range into the weights
 that read them.
+
+    factor_j = max|x_j| ** alpha / max|w_j| ** (1 - alpha)        (equation 4)
+    x_j <- x_j / factor_j,    w_j <- w_j * factor_j
+
+over the tokens of the calibration text and over all linears that read the activation. The factor is
+folded into the norm before attention and before the MLP, as published; other sites stay.
+Helpers: `_equivalent` (the factor), `model.rewrite.fold`.
 """
 
 from __future__ import annotations
@@ -7,13 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..errors import LowbitError
-from ..model.block import Block, Call
+from ..model.block import Block
 from ..model.rewrite import fold
-
-_LEAST = 1e-5
+from ._equivalent import channel_ranges, smoothing
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,8 @@ class SmoothQuant:
     """The knobs of SmoothQuant. Folds into the norms before attention and MLP only, as published.
 
     Attributes:
-        alpha: migration strength, factor = max|x|**alpha / max|w|**(1 - alpha) per channel. 0.5 in
-            the paper's OPT runs, 0.85 in the authors' Llama-2 7B and 13B runs.
+        alpha: migration strength. 0.5 in the paper's OPT runs, 0.85 in the authors' Llama-2 7B and
+            13B runs.
         rows: calibration rows whose channel maxima are taken, at most; 0 means all.
     """
 
@@ -39,58 +44,11 @@ class SmoothQuant:
             for s in block.wiring.sites
             if s.source is not None and s.source.kind == "norm" and s.residual
         }
-        ranges = channel_ranges(
-            block, list(sites), min(self.rows or block.tuned_rows, block.tuned_rows)
-        )
+        rows = min(self.rows or block.tuned_rows, block.tuned_rows)
+        ranges = channel_ranges(block, list(sites), rows)
         for name, site in sites.items():
             weights = torch.stack([block.weight(n).abs().amax(0) for n in site.reads]).amax(0)
             low, high = ranges[name]
-            block = fold(block, site, smoothing(torch.maximum(-low, high), weights, self.alpha))
+            factor = smoothing(torch.maximum(-low, high), weights, self.alpha)
+            block = fold(block, site, factor)
         return block
-
-
-@torch.no_grad()
-def channel_ranges(block: Block, linears: list[str], rows: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Least and largest value of each input channel of some linears on the float stream,
-    (channels,) each.
-    """
-    ranges: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def visit(name: str, call: Call) -> None:
-        x = call.args[0].flatten(0, -2)
-        low, high = x.amin(0), x.amax(0)
-        if name in ranges:
-            low, high = torch.minimum(ranges[name][0], low), torch.maximum(ranges[name][1], high)
-        ranges[name] = low, high
-
-    if linears:
-        block.exact().observe(linears, block.x, rows, visit)
-    return (
-        ranges
-        if block.ranks.size == 1
-        else {name: _over_ranks(block, name, ranges.get(name)) for name in linears}
-    )
-
-
-def _over_ranks(
-    block: Block, linear: str, found: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Least and largest values over all ranks, of which some may have none of the rows looked
-    at.
-    """
-    nothing = torch.full(
-        (block.weight(linear).shape[1],), float("inf"), device=block.device, dtype=block.compute
-    )
-    low, high = (nothing, -nothing) if found is None else found
-    ends = torch.stack([-low, high]).double()  # as every backend can compare
-    block.ranks.max_(ends)
-    return (-ends[0]).to(low.dtype), ends[1].to(low.dtype)
-
-
-def smoothing(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """The factor for each channel, (channels,) float64, from the channel maxima of both sides; 1
-    where a channel is dead.
-    """
-    a, w = activations.double(), weights.double()
-    factor = a.clamp(min=_LEAST).pow(alpha) / w.clamp(min=_LEAST).pow(1 - alpha)
-    return torch.where((a > 0) & (w > 0), factor.clamp(min=_LEAST), torch.ones_like(factor))

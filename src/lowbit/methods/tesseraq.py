@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -176,17 +176,13 @@ class TesseraQ:
             soft = SoftBlock(block)
             after = before
         trouble += job.remarks + judge.remarks
-        notes: dict[str, Any] = {
-            "tesseraq": {
-                "objective": job.objective,
-                "steps": str(stepped.compute),
-                "before": before,
-                "after": after,
-            }
+        notes = {
+            "objective": job.objective,
+            "steps": str(stepped.compute),
+            "before": before,
+            "after": after,
         }
-        if trouble:
-            notes["trouble"] = [*block.notes.get("trouble", []), *trouble]
-        return block.solved(soft.codes()).noted(**notes)
+        return block.with_codes(soft.codes()).with_notes(tesseraq=notes).remarked(*trouble)
 
     def _stepped(self, block: Block) -> Block:
         """The block with the precision of its steps. None is made in float16, where gradients

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .block import Block, Call
+from .block import Block
+from .statistics import Seen
 
 _TOKENS = 256
 
@@ -37,46 +38,34 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
     Args:
         block: all linears coded.
     """
-    exact = block.exact()
-    read: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for site in block.wiring.sites:
-        none = torch.empty(
-            0, block.weight(site.reads[0]).shape[1], device=block.device, dtype=block.compute
-        )
-        read[site.reads[0]] = [(none, none)]
-    most = len(block.ranks.tokens(torch.arange(_TOKENS), block.xq.shape[1]))
+    length = block.xq.shape[1]
+    rows = min(block.tuned_rows, -(-_TOKENS // length))
+    tokens = torch.arange(min(_TOKENS, rows * length))
+    coded = {
+        site.reads[0]: [n for n in site.reads if n in block.coded] for site in block.wiring.sites
+    }
 
-    def visit(name: str, call: Call) -> None:
-        left = most - sum(len(x) for x, _ in read[name])
-        if left > 0:
-            x, met = exact.entering(name, call.args[0]), block.entering(name, call.args[0])
-            read[name].append((x.flatten(0, -2)[:left].clone(), met.flatten(0, -2)[:left].clone()))
+    def squares(seen: Seen) -> Tensor:
+        """(linears that read it, 3): of the output, the nearest one's error, the tuned one's."""
+        return torch.stack([_squares(block, n, seen) for n in coded[seen.linear]])
 
-    rows = min(block.tuned_rows, -(-_TOKENS // block.xq.shape[1]))
-    replace(block, weights=block.decoded()).observe(list(read), block.xq, rows, visit)
+    first = [name for name, linears in coded.items() if linears]
+    found = block.statistics(first, "quantized", squares, rows=rows, tokens=tokens)
     out: dict[str, LinearError] = {}
-    for site in block.wiring.sites:
-        x, met = (
-            torch.cat(parts).to(block.weight(site.reads[0]).dtype)
-            for parts in zip(*read.pop(site.reads[0]), strict=True)
-        )
-        for name in site.reads:
-            if name not in block.coded:
-                continue
-            grid, weight = block.grids[name], block.weight(name)
-            whole = block.whole[name].to(weight.dtype) if name in block.whole else weight
-            expected = x @ whole.T
-            nearest = grid.stored(grid.fit(whole), block.stored)
-            squares = [expected.square().sum(dtype=torch.float64)]
-            squares += [
-                (met @ w.T - expected).square().sum(dtype=torch.float64)
-                for w in (
-                    grid.decode(grid.encode(whole, nearest), nearest),
-                    block.coded[name].decode(block.stored).to(weight.dtype),
-                )
-            ]
-            total = torch.stack(squares)
-            block.ranks.sum_(total)
-            nearest_error, error = (total[1:] / total[0].clamp(min=1e-300)).tolist()
-            out[name] = LinearError(nearest_error, error)
+    for name, statistic in found.items():
+        relative = statistic.value[:, 1:] / statistic.value[:, :1].clamp(min=1e-300)
+        for linear, (nearest, tuned) in zip(coded[name], relative.tolist(), strict=True):
+            out[linear] = LinearError(nearest, tuned)
     return out
+
+
+def _squares(block: Block, linear: str, seen: Seen) -> Tensor:
+    """(3,) float64, as above for one linear."""
+    grid, weight = block.grids[linear], block.weight(linear)
+    whole = block.whole[linear].to(weight.dtype) if linear in block.whole else weight
+    plain = grid.stored(grid.fit(whole), block.stored)
+    nearest = grid.decode(grid.encode(whole, plain), plain)
+    tuned = block.coded[linear].decode(block.stored).to(weight.dtype)
+    expected, met = seen.exact.to(weight.dtype) @ whole.T, seen.met.to(weight.dtype)
+    errors = [(met @ w.T - expected).square().sum(dtype=torch.float64) for w in (nearest, tuned)]
+    return torch.stack([expected.square().sum(dtype=torch.float64), *errors])

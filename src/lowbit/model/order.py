@@ -105,7 +105,7 @@ def reorder(block: Block, site: Site, order: Tensor) -> Block:
         for key in (f"{module}.weight", f"{module}.bias"):
             if key in block.weights:
                 changes[key] = changes.get(key, block.weights[key])[rows]
-    return block.rewritten(changes)
+    return block.with_weights(changes)
 
 
 def _all_rows(count: int, rows: tuple[int, int] | None, order: Tensor) -> Tensor:

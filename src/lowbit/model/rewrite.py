@@ -80,7 +80,7 @@ def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) 
                 (held.double() + weight.double() @ shift.double()).to(block.stored).to(held.dtype)
             )
         changes[key] = (weight.double() * effective).to(weight.dtype)
-    return block.rewritten(changes)
+    return block.with_weights(changes)
 
 
 def fold_values(block: Block, factor: Tensor) -> Block:
@@ -102,7 +102,7 @@ def fold_values(block: Block, factor: Tensor) -> Block:
     changes[key] = (block.weights[key].double() * repeated(wide, heads.width, shared)).to(
         block.weights[key].dtype
     )
-    return block.rewritten(changes)
+    return block.with_weights(changes)
 
 
 def repeated(values: Tensor, width: int, times: int) -> Tensor:

@@ -36,6 +36,7 @@ from .reference import gradients as gradients
 from .reference import inverse_rectified as inverse_rectified
 from .reference import rectified as rectified
 from .reference import slope as slope
+from .reference import soft_rectified as soft_rectified
 
 FROZEN = 100.0
 

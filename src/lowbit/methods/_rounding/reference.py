@@ -6,6 +6,8 @@ weight = (code - zero + way * h(nu)) * scale - offset, a row at a time: ``zero``
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,26 @@ def slope(nu: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(nu)
     inside = (sigmoid > 0.1 / 1.2) & (sigmoid < 1.1 / 1.2)
     return 1.2 * sigmoid * (1 - sigmoid) * inside
+
+
+class _Rectified(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, nu: Tensor) -> Tensor:
+        ctx.save_for_backward(nu)
+        return rectified(nu)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (nu,) = ctx.saved_tensors
+        return gradients[0] * slope(nu)
+
+
+def soft_rectified(nu: Tensor) -> Tensor:
+    """h(nu), differentiable with `slope`."""
+    if not (torch.is_grad_enabled() and nu.requires_grad):
+        return rectified(nu)
+    h: Tensor = _Rectified.apply(nu)  # type: ignore[no-untyped-call]
+    return h
 
 
 def inverse_rectified(h: Tensor) -> Tensor:

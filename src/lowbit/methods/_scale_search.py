@@ -4,15 +4,17 @@ and the error under a candidate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..grid import Grid, Reading
-from ..model.block import Block, Call, first
+from ..grid import AnyGrid, Reading
+from ..model.block import Block, first
+from ..model.hooks import reading
+from ..model.statistics import Call
 from ..model.wiring import Site
 
 _TOKENS = 1024  # of a batch on which a candidate's error is computed before it is looked at
@@ -20,7 +22,7 @@ _PARTS = 8  # of a linear's outputs, likewise
 _HELD = 1 << 27  # bytes of quantized candidates held rather than made again when their turn comes
 
 
-def _rtn(weight: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:
+def _rtn(weight: Tensor, grid: AnyGrid, stored: torch.dtype) -> Tensor:
     params = grid.stored(grid.fit(weight), stored)
     rounded: Tensor = grid.decode(grid.encode(weight, params), params)
     return rounded
@@ -51,18 +53,15 @@ class Seen:
 
 
 @torch.no_grad()
-def seen_at(block: Block, sites: Sequence[Site], rows: int) -> dict[str, Seen]:
+def collect_inputs(block: Block, sites: Sequence[Site], rows: int) -> dict[str, Seen]:
     """What arrives at some sites on the first rows of the float stream, in one pass: a factor
     folded at one site changes nothing at another.
 
     Returns:
         by each site's first reader.
     """
-    exact, seen, of = (
-        block.exact(),
-        {},
-        {name: site for site in sites for name in (site.reads[0], site.probe)},
-    )
+    seen: dict[str, Seen] = {}
+    of = {name: site for site in sites for name in (site.reads[0], site.probe)}
     for site in sites:
         width = block.weight(site.reads[0]).shape[1]
         seen[site.reads[0]] = Seen(
@@ -88,10 +87,8 @@ def seen_at(block: Block, sites: Sequence[Site], rows: int) -> dict[str, Seen]:
     # Few rows at a time can be told apart sooner; but an activation grid may look at all rows of a
     # pass.
     whole = block.kv is not None or bool(block.readings) or block.device.type != "cpu"
-    own = block.x[: block.ranks.count(rows)]
-    step = rows if whole else max(1, _TOKENS // block.x.shape[1])
-    for start in range(0, len(own), step):
-        exact.observe(list(of), own[start : start + step], step * block.ranks.size, visit)
+    most = None if whole else max(1, _TOKENS // block.x.shape[1])
+    block.observe(list(of), "float", rows, visit, most)
     for site in sites:
         _over_ranks(block, site, seen[site.reads[0]])
     return seen
@@ -106,11 +103,9 @@ def _over_ranks(block: Block, site: Site, seen: Seen) -> None:
     ranks.sum_(seen.size)
     if site.probe in site.reads and not on_grid(block, site):
         width = len(seen.size)
-        seen.gram = (
-            torch.zeros(width, width, dtype=block.weight(site.probe).dtype, device=block.device)
-            if seen.gram is None
-            else seen.gram
-        )
+        if seen.gram is None:
+            dtype = block.weight(site.probe).dtype
+            seen.gram = torch.zeros(width, width, dtype=dtype, device=block.device)
         ranks.sum_(seen.gram)
 
 
@@ -121,90 +116,110 @@ def on_grid(block: Block, site: Site) -> bool:
 
 
 @torch.no_grad()
-def search_scale(block: Block, site: Site, seen: Seen, exponents: int) -> tuple[Tensor, float]:
-    """The per-channel factor mean|x| ** exponent, normalised, that makes the site's quantized
-    readers hurt least.
-
-    Returns:
-        (channels,) factor, and its exponent in [0, 1).
-    """
-    candidates = []
-    for n in range(exponents):
-        factor = seen.mean.pow(n / exponents).clamp(min=1e-4)
-        candidates.append((factor / (factor.max() * factor.min()).sqrt(), n / exponents))
-    return least_harmful(block, site, seen, candidates)
-
-
-@torch.no_grad()
-def least_harmful(
+def best_scale(
     block: Block, site: Site, seen: Seen, candidates: Sequence[tuple[Tensor, float]]
 ) -> tuple[Tensor, float]:
     """Of the given per-channel factors, with a number each, the one under which the site's
-    quantized readers hurt least, and its number.
-
-    An error is a sum of squares over parts: once a candidate's has outgrown the least of those
-    known, the rest of it need not be computed. The most promising after one part go first. What is
-    chosen is what computing everything would choose.
+    quantized readers hurt least, and its number; ones and 0 if no error is finite.
     """
-    probe = (
-        _linear_probe(block, site, seen)
-        if site.probe in site.reads
-        else _module_probe(block, site, seen.calls)
-    )
-    reading = block.readings.get(site.reads[0])
-
-    def under(factor: Tensor) -> tuple[dict[str, Tensor], dict[str, Reading]]:
-        quantized = {}
-        for name in site.reads:
-            weight = block.weight(name)
-            scaled = (weight.double() * factor).to(weight.dtype)
-            quantized[name] = (_rtn(scaled, block.grids[name], block.stored).double() / factor).to(
-                weight.dtype
-            )
-        return quantized, {} if reading is None else dict.fromkeys(
-            site.reads, reading.with_factor(factor)
-        )
-
-    [parts] = block.ranks.stacked(torch.tensor([probe.parts])).amax(0).tolist()
-
-    def error(quantized: Mapping[str, Tensor], read: Mapping[str, Reading], part: int) -> Tensor:
-        own = (
-            probe.error(quantized, read, part)
-            if part < probe.parts
-            else torch.zeros((), dtype=torch.float64, device=block.device)
-        )
-        if not probe.complete:
-            block.ranks.sum_(own)
-        return own
-
-    size = len(candidates) * sum(
-        block.weight(n).numel() * block.weight(n).element_size() for n in site.reads
-    )
-    made = [under(factor) if size <= _HELD else None for factor, _ in candidates]
-    first_errors = [
-        error(*(held or under(factor)), 0)
-        for held, (factor, _) in zip(made, candidates, strict=True)
-    ]
-    # In one go: an accelerator is waited for once.
-    firsts = torch.stack(first_errors).nan_to_num(nan=float("inf")).tolist()
-    best, least = -1, float("inf")
-    for i in sorted(range(len(candidates)), key=lambda i: (firsts[i], i)):
-        if firsts[i] > least or firsts[i] == float("inf"):
-            break
-        total = firsts[i]
-        quantized, read = (made[i] or under(candidates[i][0])) if parts > 1 else ({}, {})
-        for part in range(1, parts):
-            total += float(error(quantized, read, part))
-            if not total <= least:
-                break
-        if total < least or (total == least and i < best):
-            best, least = i, total
-    if best < 0:
+    trials = _Trials(block, site, seen, [factor for factor, _ in candidates])
+    best = least(trials.first_errors(), trials.parts, trials.error)
+    if best is None:
         return torch.ones(len(seen.size), dtype=torch.float64, device=block.device), 0.0
     return candidates[best]
 
 
-class _linear_probe:
+def least(firsts: Sequence[float], parts: int, error: Callable[[int, int], float]) -> int | None:
+    """The number of the candidate with the least error, the first of equal ones; None if none is
+    finite.
+
+    An error is a sum over parts, none negative: once a candidate's has outgrown the least of those
+    known, the rest of it need not be computed. The most promising after one part go first. What is
+    chosen is what computing everything would choose.
+
+    Args:
+        firsts: each candidate's error on part 0. error: (candidate, part) -> error, parts from 1.
+    """
+    best, smallest = None, float("inf")
+    for i in sorted(range(len(firsts)), key=lambda i: (firsts[i], i)):
+        total = firsts[i]
+        if total > smallest or total == float("inf"):
+            break
+        for part in range(1, parts):
+            total += error(i, part)
+            if not total <= smallest:
+                break
+        if total < smallest or (total == smallest and best is not None and i < best):
+            best, smallest = i, total
+    return best
+
+
+Trial = tuple[dict[str, Tensor], dict[str, Reading]]
+
+
+class _Trials:
+    """The quantized readers of a site under each factor, and their errors.
+
+    Attributes:
+        parts: of an error, the most that any rank has.
+    """
+
+    def __init__(self, block: Block, site: Site, seen: Seen, factors: Sequence[Tensor]) -> None:
+        self._block, self._site, self._factors = block, site, factors
+        linear = site.probe in site.reads
+        self._probe: _LinearProbe | _ModuleProbe = (
+            _LinearProbe(block, site, seen) if linear else _ModuleProbe(block, site, seen.calls)
+        )
+        [self.parts] = block.ranks.stacked(torch.tensor([self._probe.parts])).amax(0).tolist()
+        bytes_ = sum(block.weight(n).nbytes for n in site.reads)
+        self._held = len(factors) * bytes_ <= _HELD
+        self._last: tuple[int, Trial] | None = None
+        self._made: dict[int, Trial] = {}
+
+    def _under(self, i: int) -> Trial:
+        """Quantized weights, factor taken out again, and how inputs are read, under a factor."""
+        if i in self._made:
+            return self._made[i]
+        if self._last is not None and self._last[0] == i:
+            return self._last[1]
+        block, factor, quantized = self._block, self._factors[i], {}
+        for name in self._site.reads:
+            weight = block.weight(name)
+            scaled = (weight.double() * factor).to(weight.dtype)
+            rounded = _rtn(scaled, block.grids[name], block.stored)
+            quantized[name] = (rounded.double() / factor).to(weight.dtype)
+        own, read = block.readings.get(self._site.reads[0]), dict[str, Reading]()
+        if own is not None:
+            read = dict.fromkeys(self._site.reads, own.with_factor(factor))
+        if self._held:
+            self._made[i] = quantized, read
+        else:
+            self._last = i, (quantized, read)
+        return quantized, read
+
+    def _part(self, i: int, part: int) -> Tensor:
+        """() float64, the error of a candidate on a part, over all ranks."""
+        if part < self._probe.parts:
+            own = self._probe.error(*self._under(i), part)
+        else:
+            own = torch.zeros((), dtype=torch.float64, device=self._block.device)
+        if not self._probe.complete:
+            self._block.ranks.sum_(own)
+        return own
+
+    def first_errors(self) -> list[float]:
+        """Of every candidate on part 0; what is no number is infinite."""
+        found = [self._part(i, 0) for i in range(len(self._factors))]
+        # In one go: an accelerator is waited for once.
+        errors: list[float] = torch.stack(found).nan_to_num(nan=float("inf")).tolist()
+        return errors
+
+    def error(self, i: int, part: int) -> float:
+        """Of one candidate on a part."""
+        return float(self._part(i, part))
+
+
+class _LinearProbe:
     """Output error of a single linear, through its inputs' Gram matrix where they stay in floating
     point: exact, and free of the number of tokens. Its parts are outputs then, else batches.
     """
@@ -229,18 +244,14 @@ class _linear_probe:
         return delta.float().pow(2).sum(dtype=torch.float64)
 
 
-class _module_probe:
+class _ModuleProbe:
     """Output error of a submodule (attention, MLP) on the calls it received, which are its
     parts.
     """
 
     def __init__(self, block: Block, site: Site, calls: list[Call]) -> None:
-        self.block, self.module, self.calls, self.prefix = (
-            block,
-            block.module.get_submodule(site.probe),
-            calls,
-            site.probe + ".",
-        )
+        self.block, self.calls, self.prefix = block, calls, f"{site.probe}."
+        self.module = block.module.get_submodule(site.probe)
         self.compute, self.exact = block.compute, block.exact().readings
         self.weights = {
             k[len(self.prefix) :]: v for k, v in block.weights.items() if k.startswith(self.prefix)
@@ -253,7 +264,7 @@ class _module_probe:
         self, call: Call, weights: Mapping[str, Tensor], readings: Mapping[str, Reading]
     ) -> Tensor:
         cast = {k: w.to(self.compute) for k, w in weights.items()}
-        with self.block.reading(readings):
+        with reading(self.block.module, readings):
             return first(functional_call(self.module, cast, call.args, dict(call.kwargs)))
 
     def error(

@@ -1,0 +1,98 @@
+"""Bits of single columns: where each further bit lowers the loss of clustering most, in one matrix
+or over a whole model.
+
+The loss of a column is the K-means error of its weights over u^2, u being the column's element of
+the factored inverse Hessian. Over a model the budget becomes a price: the gain per stored bit from
+which on a bit is bought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..grid.kmeans import kmeans
+from ..model.block import Block
+from ._hessian import Walk, factored, input_hessians
+
+LEAST = 2  # bits of a column where single bits are given, unless the grid has fewer
+
+
+def greedy_widths(weight: Tensor, diagonal: Tensor, budget: int, least: int, most: int) -> Tensor:
+    """Widths that sum up to a budget, each bit where it lowers the loss of clustering most.
+
+    Args:
+        weight: (rows, columns). diagonal: (columns,) of the factored inverse Hessian.
+        budget: sum of all widths. least, most: of each.
+
+    Returns:
+        (columns,) int64.
+    """
+    gain = bit_gains(weight, diagonal, least, most)
+    picked = gain.flatten().argsort(descending=True, stable=True)[: budget - least * len(gain)]
+    widths = torch.full((len(gain),), least, dtype=torch.int64, device=weight.device)
+    return widths.index_add_(0, picked // gain.shape[1], torch.ones_like(picked))
+
+
+def bit_gains(weight: Tensor, diagonal: Tensor, least: int, most: int) -> Tensor:
+    """The loss of clustering that each further bit of a column saves, per bit stored.
+
+    Args:
+        weight: (rows, columns). diagonal: (columns,) of the factored inverse Hessian.
+
+    Returns:
+        (columns, most - least) float64.
+    """
+    lists = weight.T.contiguous()
+    loss = (
+        torch.stack([kmeans(lists, 1 << b)[1].to(weight.device) for b in range(least, most + 1)], 1)
+        / diagonal.double().square()[:, None]
+    )
+    return (loss[:, :-1] - loss[:, 1:]) / len(weight)
+
+
+@torch.no_grad()
+def survey(block: Block, walk: Walk, upper: int) -> Iterator[tuple[Tensor, int]]:
+    """What bits would gain in each linear of a block that nothing was done to.
+
+    Args:
+        upper: most bits of a column.
+
+    Yields:
+        (columns, bits) as `bit_gains`, and how many bits of storage one bit of a column is.
+    """
+    rows = min(walk.rows or block.tuned_rows, block.tuned_rows)
+    hessians = input_hessians(block, [site.reads[0] for site in block.wiring.sites], rows)
+    for site in block.wiring.sites:
+        name = site.reads[0]
+        inputs = factored(block, walk, name, hessians.pop(name), [])
+        if inputs is None:
+            continue
+        for name in site.reads:
+            weight = block.weight(name).masked_fill(inputs.dead, 0)[:, inputs.order]
+            least = min(LEAST, block.grids[name].bits)
+            yield bit_gains(weight, inputs.factor.diagonal(), least, upper), len(weight)
+
+
+def least_gain(surveyed: Sequence[tuple[Tensor, int]], extra: float) -> float:
+    """The gain per bit that spends ``extra`` bits a weight over all linears surveyed, on top of the
+    least width.
+
+    Raises:
+        LowbitError: there are not so many bits to give.
+    """
+    gains = torch.cat([g.flatten() for g, _ in surveyed])
+    costs = torch.cat([torch.full((g.numel(),), rows, dtype=torch.float64) for g, rows in surveyed])
+    budget = extra * sum(len(g) * rows for g, rows in surveyed)
+    ordered, by = gains.cpu().sort(descending=True, stable=True)
+    spent = costs[by].cumsum(0)
+    if budget > float(spent[-1]) * (1 + 1e-9):
+        raise LowbitError(
+            f"claq has no {extra:g} bits a weight to give beyond the least width: lower "
+            "claq.adaptive_bits."
+        )
+    at = min(int((spent <= budget).sum()), len(ordered) - 1)
+    return max(float(ordered[at]), torch.finfo(torch.float64).tiny)

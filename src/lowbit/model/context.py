@@ -1,0 +1,102 @@
+"""What a block is worked on with: its module, its inputs, the device's limits, the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import AnyGrid
+from .ranks import ALONE, Ranks
+from .storage import Storage
+from .wiring import Wiring
+
+TOKENS_PER_PASS = 8192
+
+Announce = Callable[[str], None]
+
+
+def silent(what: str) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything about one decoder layer that no method decides.
+
+    Attributes:
+        name: prefix in the checkpoint, e.g. "model.layers.3".
+        module: the transformers layer on the meta device: forward only, no data.
+        kwargs: what the layer is called with besides its input.
+        compute: dtype of the forward pass.
+        stored: the dtype of most of the checkpoint's linears, in which scales and activation
+            streams are kept.
+        grids: linear -> grid.
+        x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them;
+            this rank's rows of them.
+        target: the float block's output on ``x``, before anything was changed.
+        tuned_rows: how many leading rows of all ranks methods may learn from; later rows only pass
+            through (held-out evaluation).
+        seed: for everything random in this block.
+        dtypes: parameter -> dtype in the checkpoint, where it is not ``stored``.
+        readout: the last block's output -> logits, None for every other block.
+        announce: told what a method is about to do, for whoever watches.
+        storage: where streams made by `Block.run` live; None puts them beside their input.
+        ranks: the processes that share the rows.
+    """
+
+    name: str
+    module: nn.Module
+    wiring: Wiring
+    kwargs: Mapping[str, Any]
+    compute: torch.dtype
+    stored: torch.dtype
+    grids: Mapping[str, AnyGrid]
+    x: Tensor
+    xq: Tensor
+    target: Tensor
+    tuned_rows: int
+    seed: int
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    readout: Callable[[Tensor], Tensor] | None = None
+    announce: Announce = silent
+    storage: Storage | None = None
+    ranks: Ranks = ALONE
+
+    def computing(self, dtype: torch.dtype) -> Context:
+        """The same with the forward pass in another dtype."""
+        kwargs = {k: _cast(v, dtype) for k, v in self.kwargs.items()}
+        return replace(self, compute=dtype, kwargs=kwargs)
+
+    def prefetch(self, rows: Tensor | slice, *streams: Tensor) -> None:
+        """Hint that these rows of streams will be read next, see `Storage.prefetch`."""
+        if self.storage is not None:
+            for x in streams:
+                self.storage.prefetch(x, rows)
+
+    def arriving(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Rows of a stream as the layer takes them: moved, then cast, for streams are often half as
+        wide. From page-locked memory nothing waits for the copy.
+        """
+        return rows.to(device, non_blocking=True).to(self.compute)
+
+    def passes(self, x: Tensor, device: torch.device, most: int | None = None) -> Iterator[Tensor]:
+        """Rows in the compute dtype on the device, a few thousand tokens at a time.
+
+        Args:
+            most: rows at a time, at most.
+        """
+        step = max(1, TOKENS_PER_PASS // x.shape[1])
+        step = step if most is None else min(step, most)
+        for at in range(0, len(x), step):
+            self.prefetch(slice(at + step, at + 2 * step), x)
+            yield self.arriving(x[at : at + step], device)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
