@@ -135,10 +135,15 @@ def side(models: Path, out: Path, presets: Sequence[str]) -> int:
     from functools import partial
 
     import lowbit
-    from lowbit import job
     from lowbit.errors import LowbitError
-    from lowbit.presets import load_recipe, recipe_names
     from lowbit.proof import verify
+
+    try:
+        from lowbit.recipe.presets import load_recipe, recipe_names
+        from lowbit.run import closing as job
+    except ImportError:  # an older revision
+        from lowbit import job
+        from lowbit.presets import load_recipe, recipe_names
 
     job.verify = partial(verify, loader=False)
     found: dict[str, Row] = {}
@@ -180,7 +185,10 @@ def preset_names_scheme(preset: str) -> bool:
     """Whether a preset brings a scheme of its own."""
     from importlib import resources
 
-    return "\nscheme =" in (resources.files("lowbit") / "recipes" / f"{preset}.toml").read_text()
+    package = resources.files("lowbit")
+    places = (package / "recipes", package / "recipe" / "named")  # older revisions, this one
+    folder = next(p for p in places if p.is_dir())
+    return "\nscheme =" in (folder / f"{preset}.toml").read_text()
 
 
 def compare(then: dict[str, Row], now: dict[str, Row]) -> int:

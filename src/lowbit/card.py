@@ -15,9 +15,9 @@ from typing import Any
 from .formats import awq, gptq, mlx, native
 from .formats import compressed_tensors as ct
 from .grid import Affine, KQuant
+from .grid.names import parse_scheme
 from .names import hub_id, hub_of, model_name
 from .proof import EXACT, Verification
-from .scheme import parse_scheme
 from .verbatim import code, code_block, encodable, markdown
 
 GGUF = "gguf"

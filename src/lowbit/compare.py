@@ -20,16 +20,16 @@ from torch import Tensor
 from .disk import disk, write_atomic
 from .errors import DiskFull, Interrupted, LowbitError
 from .evaluate import evaluate, load_causal_lm
-from .identity import Original, state_of
-from .job import quantize
+from .grid.names import parse_scheme
 from .machine import pick_device
 from .model.calibration import Calibration, evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_config, load_tokenizer
 from .output import working
-from .presets import load_recipe
 from .recipe import Recipe
-from .scheme import parse_scheme
+from .recipe.presets import load_recipe
+from .run.identity import Original, state_of
+from .run.quantize import quantize
 from .tree import entries
 
 _STATE = "compare.json"

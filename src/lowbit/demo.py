@@ -13,13 +13,13 @@ from .disk import disk
 from .display import Progress, duration, size
 from .errors import Interrupted, LowbitError
 from .evaluate import continue_text, evaluate, load_causal_lm
-from .job import quantize
 from .machine import pick_device
 from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_tokenizer
 from .output import working
 from .report import write_page
+from .run.quantize import quantize
 from .tree import emptied, entries
 from .verbatim import shell
 

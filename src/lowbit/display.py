@@ -15,11 +15,12 @@ from rich.progress import Progress as Bar
 
 from .console import Console, Table
 from .errors import LowbitError
-from .events import BlockDone, Working
-from .job import Result
 from .machine import free_memory
-from .memory import Room
 from .plan import Plan
+from .plan.memory import FreeMemory
+from .plan.speed import Speed
+from .run.events import BlockDone, Working
+from .run.quantize import Result
 from .targets import Verdict
 from .verbatim import literal, shell
 
@@ -244,8 +245,46 @@ def analysis_tables(data: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def plan_rows(
+    p: Plan, speed: Speed | None, offload: str, folder: Path, free: FreeMemory | None = None
+) -> list[tuple[str, str]]:
+    """What a run needs, in words.
+
+    Args:
+        speed: of the device; None says nothing of the time.
+        offload, folder, free: as `lowbit.plan.memory.Needs.placed`.
+    """
+    gib, model_type = 2**30, p.outline.config.model_type
+    took = "not said of a GPU that is not here"
+    if speed is not None:
+        took = (
+            f"about {duration(p.seconds(speed))} with recipe '{p.recipe.name}' at this machine's "
+            "measured speed (an estimate; packing and the closing check come on top)"
+        )
+    return [
+        (
+            "model",
+            f"{model_type}, {p.outline.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, "
+            f"{p.quantized / p.parameters:.1%} of them quantized",
+        ),
+        (
+            "size",
+            f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> "
+            f"{p.artifact / 1e9:.3g} GB)",
+        ),
+        (
+            "bits per weight",
+            f"{p.bits_per_weight:.3f} in quantized linears, {p.model_bits_per_weight:.3f} over "
+            "all parameters",
+        ),
+        *memory_rows(p, p.setting.device, offload, folder, free),
+        ("disk", f"{p.artifact / gib:.3g} GiB, besides activations that are kept there"),
+        ("time", took),
+    ]
+
+
 def memory_rows(
-    plan: Plan, device: torch.device, offload: str, folder: Path, room: Room | None = None
+    plan: Plan, device: torch.device, offload: str, folder: Path, room: FreeMemory | None = None
 ) -> tuple[tuple[str, str], ...]:
     """What a plan says of memory, with activations where ``offload`` says, files in ``folder`` and
     so much room on devices.

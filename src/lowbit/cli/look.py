@@ -87,8 +87,8 @@ def verify(
     """Compare every tensor and code with what was tuned, and the logits that its runtime computes
     with the tuned model's.
     """
-    from ..identity import check_source
     from ..proof import verify as check
+    from ..run.identity import check_source
 
     if source is not None:
         out.print(check_source(folder, source))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -14,6 +14,9 @@ from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, Seed, app, o
 from .numbers import real, whole
 from .places import json_file, out_folder, write_json
 from .sentences import complain
+
+if TYPE_CHECKING:
+    from ..plan.memory import FreeMemory
 
 
 @app.command()
@@ -96,8 +99,8 @@ def quantize(
     On several GPUs: torchrun --nproc-per-node N -m lowbit quantize ...
     """
     from ..display import Progress, summary
-    from ..job import quantize as job
-    from ..launch import joined
+    from ..run.launch import joined
+    from ..run.quantize import quantize as job
 
     with (
         joined(device, complain) as ranks,
@@ -204,81 +207,57 @@ def plan(
     """
     import torch
 
-    from ..display import duration, memory_rows, runtime_table, runtimes_table
-    from ..estimate import measure_speed
-    from ..machine import free_memory, pick_device
-    from ..model.calibration import Calibration
-    from ..plan import make_plan, read_config
-    from ..presets import load_recipe
-    from ..scheme import parse_scheme
+    from ..display import plan_rows, runtime_table, runtimes_table
+    from ..grid.names import parse_scheme
+    from ..machine import pick_device
+    from ..plan import calibration_of, make_plan, read_config
+    from ..plan.speed import measure_speed
+    from ..recipe.presets import load_recipe
     from ..targets import check_target, demand
 
-    gib = 2**30
     if gpu_memory is not None and device != "auto":
         raise LowbitError(
             "--gpu-memory plans for a GPU that is not here, --device for one that is: give one of "
             "them."
         )
     wanted = None if target is None else check_target(target, tensor_parallel)
-    chosen = load_recipe(
-        recipe, scheme=None if scheme is None else parse_scheme(scheme), settings=set_ or []
-    )
-    config = read_config(model)
-    own, context = chosen.calibration, getattr(config, "max_position_embeddings", None)
-    if context is not None and length is not None and length > context:
-        raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
-    c = Calibration(
-        own.source,
-        own.samples if samples is None else samples,
-        own.length if length is None else length,
-    )
+    own = None if scheme is None else parse_scheme(scheme)
+    chosen, config = load_recipe(recipe, scheme=own, settings=set_ or []), read_config(model)
+    c = calibration_of(chosen.calibration, config, None, samples, length)
     where = pick_device(device) if gpu_memory is None else torch.device("cuda")
-    room = (
-        None
-        if gpu_memory is None
-        else lambda d: free_memory(d) if d.type == "cpu" else int(gpu_memory * gib)
-    )
     speed = measure_speed(where) if gpu_memory is None else None
-    p = make_plan(config, chosen, c.samples, c.length, speed, tensor_parallel, where, ranks)
+    p = make_plan(
+        config,
+        chosen,
+        c.samples,
+        c.length,
+        tensor_parallel=tensor_parallel,
+        device=where,
+        ranks=ranks,
+    )
     if wanted is not None:
         demand(p.verdict(wanted))
-    folder = offload_dir or Path.cwd()
-    took = (
-        f"about {duration(p.seconds)} with recipe '{chosen.name}' at this machine's measured speed "
-        "(an estimate; packing and the closing check come on top)"
-        if p.seconds
-        else "not said of a GPU that is not here"
-    )
-    rows = (
-        (
-            "model",
-            f"{p.model_type}, {p.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, "
-            f"{p.quantized / p.parameters:.1%} of them quantized",
-        ),
-        (
-            "size",
-            f"{p.original / gib:.3g} -> {p.artifact / gib:.3g} GiB ({p.original / 1e9:.3g} -> "
-            f"{p.artifact / 1e9:.3g} GB)",
-        ),
-        (
-            "bits per weight",
-            f"{p.bits_per_weight:.3f} in quantized linears, {p.model_bits_per_weight:.3f} over "
-            "all parameters",
-        ),
-        *memory_rows(p, where, offload, folder, room),
-        ("disk", f"{p.artifact / gib:.3g} GiB, besides activations that are kept there"),
-        ("time", took),
-    )
+    folder, free = offload_dir or Path.cwd(), _free(gpu_memory)
     table = Table(show_header=False)
-    for row in rows:
+    for row in plan_rows(p, speed, offload, folder, free):
         table.add_row(*row)
     out.print(table)
     out.print(runtimes_table(p.runtimes) if wanted is None else runtime_table(p.verdict(wanted)))
     if json_:
-        write_json(json_, {**p.as_dict(), "target": wanted, "tensor_parallel": tensor_parallel})
-    p.memory.check(where, room)
+        said = {"target": wanted, "tensor_parallel": tensor_parallel}
+        write_json(json_, {**p.as_dict(speed), **said})
+    p.memory.check(where, free)
     if gpu_memory is None:  # else it is not this machine's memory and disk that count
-        p.memory.placed(offload, where, folder, room)
+        p.memory.placed(offload, where, folder, free)
+
+
+def _free(gpu_memory: float | None) -> FreeMemory | None:
+    """How much memory a device has free, where a GPU is planned for that is not here."""
+    from ..machine import free_memory
+
+    if gpu_memory is None:
+        return None
+    return lambda d: free_memory(d) if d.type == "cpu" else int(gpu_memory * 2**30)
 
 
 @app.command()

@@ -47,6 +47,18 @@ class PerToken:
         if self.full_range and not self.symmetric:
             raise ValueError("full_range is a kind of symmetric grid: set symmetric too")
 
+    def mixes_rows(self, flat: bool) -> bool:
+        """Whether a row's numbers depend on the other rows of a call.
+
+        Args:
+            flat: some linears get the tokens of all rows in one matrix.
+        """
+        return False
+
+    def apart(self, flat: bool) -> str | None:
+        """The option under which `mixes_rows` no longer holds, None if there is none."""
+        return None
+
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., n) float -> codes of the same shape in 0 ... 2**bits - 1, scale (..., 1),
         zero_point (..., 1); all float32.
@@ -119,6 +131,12 @@ class CrossQuant:
                 f"columns must be one of {', '.join(get_args(Columns))}, got {self.columns!r}"
             )
 
+    def mixes_rows(self, flat: bool) -> bool:
+        return self.columns == "call" or flat
+
+    def apart(self, flat: bool) -> str | None:
+        return None if flat else "--set activations.columns=sequence"
+
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., tokens, channels) float -> signed codes and scales of the same shape, float32
         both.
@@ -169,6 +187,12 @@ class LLMInt8:
         PerToken(self.bits)
         if not self.threshold > 0:
             raise ValueError(f"threshold must be positive, got {self.threshold}")
+
+    def mixes_rows(self, flat: bool) -> bool:
+        return True
+
+    def apart(self, flat: bool) -> str | None:
+        return None
 
     def outliers(self, x: Tensor) -> Tensor:
         """(..., channels) -> (channels,) bool, the channels kept in floating point."""

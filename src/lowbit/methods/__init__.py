@@ -1,14 +1,16 @@
-"""One paper, one file. Every method is a frozen dataclass of that paper's knobs, called with a
-Block, returning a Block.
+"""The table of methods. One paper, one file: a frozen dataclass of its knobs, called with a Block,
+returning a Block.
 """
 
 from __future__ import annotations
 
-from typing import Union
-
+from . import awq, claq, crossquant, gptq, omniquant, quarot, rtn, tesseraq
 from .awq import AWQ as AWQ
 from .claq import CLAQ as CLAQ
 from .crossquant import CrossQuant as CrossQuant
+from .entry import ONCE as ONCE
+from .entry import ROLES as ROLES
+from .entry import Entry as Entry
 from .gptq import GPTQ as GPTQ
 from .omniquant import OmniQuant as OmniQuant
 from .quarot import QuaRot as QuaRot
@@ -16,23 +18,23 @@ from .rtn import RTN as RTN
 from .smoothquant import SmoothQuant as SmoothQuant
 from .tesseraq import TesseraQ as TesseraQ
 
-Method = Union[QuaRot, SmoothQuant, CrossQuant, AWQ, OmniQuant, RTN, GPTQ, CLAQ, TesseraQ]
-# End on codes; what changes weights or ranges comes before them.
-SOLVERS = (
-    RTN,
-    GPTQ,
-    CLAQ,
-    TesseraQ,
-)
-
-METHODS: dict[str, type[Method]] = {
-    "quarot": QuaRot,
-    "smoothquant": SmoothQuant,
-    "crossquant": CrossQuant,
-    "awq": AWQ,
-    "omniquant": OmniQuant,
-    "rtn": RTN,
-    "gptq": GPTQ,
-    "claq": CLAQ,
-    "tesseraq": TesseraQ,
+METHODS: dict[str, Entry] = {
+    "quarot": Entry(QuaRot, "rotation", before=quarot.before),
+    "smoothquant": Entry(SmoothQuant, "transform"),
+    "crossquant": Entry(CrossQuant, "transform", before=crossquant.before),
+    "awq": Entry(AWQ, "clip", awq.cost),
+    "omniquant": Entry(
+        OmniQuant,
+        "clip",
+        omniquant.cost,
+        omniquant.check,
+        omniquant.before,
+        decides=omniquant.decides,
+    ),
+    "rtn": Entry(RTN, "solver", rtn.cost),
+    "gptq": Entry(GPTQ, "solver", gptq.cost),
+    "claq": Entry(
+        CLAQ, "solver", claq.cost, claq.check, claq.before, claq.extra_bytes, claq.outliers
+    ),
+    "tesseraq": Entry(TesseraQ, "learner", tesseraq.cost, tesseraq.check, decides=tesseraq.decides),
 }

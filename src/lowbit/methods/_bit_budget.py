@@ -8,7 +8,8 @@ which on a bit is bought.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid.kmeans import kmeans
 from ..model.block import Block
+from ..model.model import BlockMethod, Model, float_blocks
+from ..model.outline import Outline
 from ._hessian import Walk, factored, input_hessians
 
 LEAST = 2  # bits of a column where single bits are given, unless the grid has fewer
@@ -96,3 +99,32 @@ def least_gain(surveyed: Sequence[tuple[Tensor, int]], extra: float) -> float:
         )
     at = min(int((spent <= budget).sum()), len(ordered) - 1)
     return max(float(ordered[at]), torch.finfo(torch.float64).tiny)
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """The stage: what a stored bit must gain for the budget to be met over the whole model. One
+    pass of the float model, also when a run is resumed.
+
+    Attributes:
+        method: whose budget it is. walk: how it goes through a block. upper: most bits of a column.
+        extra: bits a weight beyond the least width.
+        priced: the method with the gain that was found.
+    """
+
+    method: BlockMethod
+    walk: Walk
+    upper: int
+    extra: float
+    priced: Callable[[float], BlockMethod]
+
+    def planned(self, outline: Outline) -> Outline:
+        return outline
+
+    def __call__(self, model: Model) -> Model:
+        found: list[tuple[Tensor, int]] = []
+        for block in float_blocks(model, f"{self.walk.method}: what a bit would gain"):
+            found += survey(block, self.walk, self.upper)
+        bought = self.priced(least_gain(found, self.extra))
+        methods = tuple(bought if m is self.method else m for m in model.methods)
+        return replace(model, methods=methods)

@@ -14,6 +14,7 @@ from ..grid.kmeans import NotFiniteError
 from ..model.block import Block
 from ..model.statistics import Call, Seen
 from ._columns import inverse_factor
+from .cost import Cost, Shapes, Work
 
 _RETRIES = 3
 _LEAST_RETRIED_DAMPING = 1e-2
@@ -224,3 +225,25 @@ def input_hessians(
 
     found = block.statistics(linears, "quantized", gram, rows=rows, inside=inside, keep=keep)
     return {n: s.value * (2 / max(1, s.tokens)) for n, s in found.items()}
+
+
+def column_cost(walk: Walk, shapes: Shapes) -> Cost:
+    """Of a column-loop method: Hessians and their factors in float64, columns in float32; the
+    loop's launches are not counted.
+    """
+    layer, rows = shapes.layer, shapes.learned(walk.rows)
+    square = 8 * layer.widest**2
+    widths = {b for _, b in layer.linears.values()}
+    waiting = 0 if walk.true_sequential else sum(8 * b * b for b in widths)
+    working = max(square + shapes.passing, 5 * square, 2 * square + 24 * layer.largest)
+    tokens = rows * shapes.rows.length
+    # The part of the block from one site to the next.
+    passes = len(shapes.widths) / 2 if walk.true_sequential else 1
+    solved = sum(2.0 * tokens * n**2 + 2.0 * n**3 for n in shapes.widths)
+    coded = sum(2.0 * a * b * b for a, b in layer.linears.values())
+    return Cost(
+        held=5 * layer.weights + waiting + working,
+        least=16 * max(widths) ** 2,  # a Hessian and its factor
+        work=shapes.forward(rows) * passes + Work(single=solved + coded),
+        lighter="awq or rtn",
+    )

@@ -15,7 +15,7 @@ from ._feed import Feed
 
 Objective = Literal["block", "logits"]
 
-_JUDGED_ROWS = 32
+JUDGED_ROWS = 32
 JUDGED_TOKENS = 4096  # at a time
 
 _Found = tuple[Tensor, tuple[Tensor, ...]]  # a loss and its gradients
@@ -209,7 +209,7 @@ class Reconstruction:
         return summed(b, *total)
 
     @torch.no_grad()
-    def loss(self, weights: Mapping[str, Tensor], rows: int = _JUDGED_ROWS) -> float:
+    def loss(self, weights: Mapping[str, Tensor], rows: int = JUDGED_ROWS) -> float:
         """Loss on the first rows, the same ones every time."""
         b, rows = self.block, self.block.ranks.count(min(rows, self.block.tuned_rows))
 

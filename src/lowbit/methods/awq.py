@@ -39,6 +39,7 @@ from ..model.statistics import Seen
 from ..model.wiring import Site
 from ._equivalent import foldable
 from ._scale_search import best_scale, collect_inputs, on_grid
+from .cost import Cost, Shapes, Work
 
 Clip = Literal["asymmetric", "symmetric", "none"]
 
@@ -269,3 +270,51 @@ def search_clip(
         best, factor = torch.where(better, error, best), torch.where(better, p, factor)
     factor[:skip_rows] = 1.0
     return low_full * factor, high_full * factor
+
+
+# Bytes that pass memory for every weight, temporaries included: a scale that is tried, rounded in
+# float64; a range that is tried.
+_CANDIDATE, _SHRINK = 60, 40
+_SEARCHED = 1024  # tokens after which a CPU looks at a candidate
+
+
+def cost(method: AWQ, shapes: Shapes) -> Cost:
+    """The site's inputs and their products while scales are searched; folded and clipped weights,
+    and those before the clip, which are kept.
+    """
+    layer, rows = shapes.layer, shapes.rows
+    weights, largest = layer.weights, layer.largest
+    clips = method.clip != "none"
+    keeps = rows.stored * weights if clips else 0
+    tokens = shapes.learned(method.rows) * rows.length
+    seen = tokens * rows.compute * max(3 * layer.hidden, layer.widest) + 4 * layer.widest**2
+    scales = 4 * weights + seen + max(shapes.passing, 32 * largest) if method.scales else 0
+    clip = 8 * weights + max(shapes.passing, 20 * largest) if clips else 0
+    work = shapes.forward(2 * shapes.learned(method.rows))  # inputs of all sites, twice
+    if method.scales:
+        work += _scales_work(method, shapes, tokens)
+    if clips and isinstance(shapes.grid, GroupedGrid):
+        work += _clip_work(method, shapes, tokens)
+    return Cost(held=max(scales, clip), keeps=keeps, work=work, lighter="rtn")
+
+
+def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
+    layer, last = shapes.layer, shapes.sites[-1]
+    # A CPU leaves a candidate once it has lost: all are begun, about two are finished.
+    begun = min(1.0, _SEARCHED / tokens) if shapes.device.type == "cpu" else 1.0
+    tried = method.exponents * begun + 2 * (1 - begun)
+    # The last site is judged through its Gram matrix, the others by running their part.
+    wide = shapes.widths[-1]
+    rest = layer.weights - sum(a * b for n, (a, b) in layer.linears.items() if n in last)
+    outputs = sum(layer.linears[n][0] for n in last)
+    judged = 2.0 * tokens * wide**2 + 2.0 * outputs * wide**2 * tried
+    moved = float(_CANDIDATE * layer.weights * method.exponents)
+    return shapes.products(2.0 * rest * tokens * (1 + tried)) + Work(single=judged, moved=moved)
+
+
+def _clip_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
+    size, layer = shapes.grid.group_size, shapes.layer
+    seen = min(tokens, method.clip_tokens or tokens)
+    moments = sum(2.0 * seen * width * (size or width) for width in shapes.widths)
+    searched = sum(2.0 * a * b * (size or b) for a, b in layer.linears.values()) * method.shrinks
+    return Work(single=moments + searched, moved=_SHRINK * layer.weights * method.shrinks)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,11 +30,12 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import AnyGrid, Coded, ColumnGrid, Params, QTensor, RangedGrid
 from ..model.block import Block
-from ._bit_budget import LEAST, bit_gains, greedy_widths
+from ._bit_budget import LEAST, Allocate, bit_gains, greedy_widths
 from ._coder import Fit, GridColumns
 from ._columns import Coder, code_in_order
-from ._hessian import Inputs, Walk, solve_sites
+from ._hessian import Inputs, Walk, column_cost, solve_sites
 from ._outliers import OutlierSelector, Reserving
+from .cost import Cost, Shapes
 
 Allocation = Literal["outliers", "saliency", "greedy"]
 Scope = Literal["matrix", "model"]
@@ -331,3 +332,41 @@ def _without(weight: Tensor, kept: OutlierSelector, order: Tensor) -> Tensor:
     for at, column in enumerate(order.tolist()):
         rest[kept.pick(at, weight[:, column]), column] = 0
     return rest
+
+
+def cost(method: CLAQ, shapes: Shapes) -> Cost:
+    """See `column_cost`."""
+    return column_cost(method.walk, shapes)
+
+
+def check(method: CLAQ, grid: AnyGrid) -> None:
+    """See `CLAQ.check`."""
+    method.check(grid)
+
+
+def before(method: CLAQ, grid: AnyGrid) -> Allocate | None:
+    """The stage that finds what a bit must gain, where the budget is the model's."""
+    if not method.needs_survey:
+        return None
+    extra = grid.bits + method.adaptive_bits - min(LEAST, grid.bits)
+
+    def priced(gain: float) -> CLAQ:
+        return replace(method, least_gain=gain)
+
+    return Allocate(method, method.walk, method.upper, extra, priced)
+
+
+def extra_bytes(method: CLAQ, grid: AnyGrid, rows: int, width: int) -> float:
+    """Bytes of a weight's wider columns, their larger books and permutation, and of its outliers
+    with their indices.
+    """
+    share = method.adaptive_bits / max(1, method.upper - grid.bits)  # of columns that are wider
+    levels = (1 << method.upper) - (1 << grid.bits)
+    books = share * width * 2 * levels + (2 * width if share else 0)
+    kept = method.outlier_rate * rows * width * 4 + (4 * rows if method.outlier_bits else 0)
+    return method.adaptive_bits * rows * width / 8 + books + kept
+
+
+def outliers(method: CLAQ) -> str | None:
+    """The option by which weights are kept in floating point; None if none are."""
+    return "claq.outlier_bits" if method.outlier_bits else None

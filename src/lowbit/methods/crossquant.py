@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import RangedGrid
+from ..grid import AnyGrid, RangedGrid
 from ..model.block import Block
-from ..model.order import reorder
+from ..model.model import Model, float_blocks
+from ..model.order import check_order, reorder
+from ..model.outline import Outline
 from ..model.rewrite import fold, fold_values, repeated
 from ..model.statistics import Seen
 from ..model.wiring import Heads, Site
@@ -124,7 +126,7 @@ class CrossQuant:
         """The block and the sizes with the site's channels by falling size, where that stays inside
         the block.
 
-        The residual stream has an order of its own, the same for all blocks (`residual_sizes`), and
+        The residual stream has an order of its own, the same for all blocks (`Reorder`), and
         attention's channels stay in their heads; those that share values are left as they are.
         """
         if site.residual or site.source is None:
@@ -159,17 +161,6 @@ class CrossQuant:
         g = size.reshape(-1, group)
         alone = g > self.isolate * g.median(1, keepdim=True).values
         return torch.where(alone, g, g.masked_fill(alone, 0).amax(1, keepdim=True)).flatten()
-
-    def residual_sizes(self, block: Block) -> Tensor:
-        """Sum over the sites that read the residual stream of the logarithm of each channel's size,
-        (hidden,) float64.
-        """
-        names = [s.reads[0] for s in block.wiring.sites if s.residual]
-        found = self.sizes(block, names, min(self.rows or block.tuned_rows, block.tuned_rows))
-        return sum(
-            (c.clamp(min=1e-30).log() for c in found.values()),
-            start=torch.zeros((), dtype=torch.float64, device=block.device),
-        )
 
     @torch.no_grad()
     def sizes(self, block: Block, linears: list[str], rows: int) -> dict[str, Tensor]:
@@ -208,6 +199,42 @@ class CrossQuant:
 
         found = block.statistics(linears, "float", largest, merged, rows=rows)
         return {n: s.value[-1].double() for n, s in found.items()}
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """The stage: the channels of the residual stream by falling size, where factors are folded by
+    groups. One pass of the float model, also when a run is resumed.
+    """
+
+    method: CrossQuant
+
+    def planned(self, outline: Outline) -> Outline:
+        if outline.rotated:
+            raise LowbitError(
+                "crossquant.fold=group sorts channels that quarot has mixed: use --set "
+                "crossquant.fold=channel, or leave quarot out."
+            )
+        check_order(outline.wiring, outline.config.model_type)
+        return outline
+
+    def __call__(self, model: Model) -> Model:
+        source = model.source
+        total = torch.zeros(source.config.hidden_size, dtype=torch.float64, device=source.device)
+        for block in float_blocks(model, "crossquant: sizes of the residual channels"):
+            total += self._sizes(block)
+        order = total.argsort(descending=True, stable=True)
+        return replace(model, source=source.ordered(order))
+
+    def _sizes(self, block: Block) -> Tensor:
+        """Sum over the sites that read the residual stream of the logarithm of each channel's size,
+        (hidden,) float64.
+        """
+        method = self.method
+        names = [s.reads[0] for s in block.wiring.sites if s.residual]
+        found = method.sizes(block, names, min(method.rows or block.tuned_rows, block.tuned_rows))
+        start = torch.zeros((), dtype=torch.float64, device=block.device)
+        return sum((c.clamp(min=1e-30).log() for c in found.values()), start=start)
 
 
 def _top(sizes: Tensor, keep: int) -> Tensor:
@@ -252,3 +279,8 @@ def _times(block: Block, heads: Heads) -> int:
     """Query heads that share one head of keys and values."""
     start, stop = heads.values.rows or (0, len(block.weight(heads.values.module)))
     return heads.count * heads.width // (stop - start)
+
+
+def before(method: CrossQuant, grid: AnyGrid) -> Reorder | None:
+    """The stage that sorts channels, where factors are folded by groups."""
+    return Reorder(method) if method.fold == "group" else None

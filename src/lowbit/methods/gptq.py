@@ -32,7 +32,8 @@ from ..grid.params import picked, stacked
 from ..model.block import Block
 from ._coder import GridColumns
 from ._columns import code_in_order, least_range
-from ._hessian import Inputs, Walk, solve_sites
+from ._hessian import Inputs, Walk, column_cost, solve_sites
+from .cost import Cost, Shapes
 
 Clip = Literal["none", "mse"]
 
@@ -92,8 +93,12 @@ class GPTQ:
 
     @torch.no_grad()
     def __call__(self, block: Block) -> Block:
-        walk = Walk("gptq", self.rows, self.damping, self.act_order, self.true_sequential)
-        return solve_sites(block, walk, self._site)
+        return solve_sites(block, self.walk, self._site)
+
+    @property
+    def walk(self) -> Walk:
+        """How a block is gone through."""
+        return Walk("gptq", self.rows, self.damping, self.act_order, self.true_sequential)
 
     def _site(self, block: Block, names: Sequence[str], inputs: Inputs | None) -> dict[str, Coded]:
         """Codes for linears that read the same inputs: those on the same grid in one loop, if their
@@ -111,7 +116,7 @@ class GPTQ:
             weight = torch.cat([block.weight(n) for n in members]).masked_fill(inputs.dead, 0)
             params = stacked([block.params[n] for n in members]) if ranged else None
             if params is None and self._fixed(grid, weight.shape[1]):
-                params = fit_range(grid, weight, self.clip, block.stored, cost(inputs))
+                params = fit_range(grid, weight, self.clip, block.stored, error_cost(inputs))
             coded = solve(weight, inputs, grid, params, block.stored, self.clip, self.block_size)
             rows = [len(block.weight(n)) for n in members]
             out.update(zip(members, _split(coded, rows), strict=True))
@@ -156,7 +161,7 @@ def solve(
     return QTensor(grid, codes, coder.params())
 
 
-def cost(inputs: Inputs) -> Tensor:
+def error_cost(inputs: Inputs) -> Tensor:
     """(in,) float64: what a squared error of each input costs once the inputs after it have made up
     for it.
     """
@@ -242,3 +247,8 @@ def _split(q: Coded, rows: Sequence[int]) -> list[Coded]:
         out.append(QTensor(q.grid, q.codes[here].clone(), q.params.rows(here)))
         at += count
     return out
+
+
+def cost(method: GPTQ, shapes: Shapes) -> Cost:
+    """See `column_cost`."""
+    return column_cost(method.walk, shapes)

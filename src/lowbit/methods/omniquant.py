@@ -32,13 +32,17 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Params
+from ..grid import AnyGrid, Params, RangedGrid
 from ..model.block import Block
+from ..model.model import Model
+from ..model.outline import Outline
 from ..model.wiring import Site
 from ._batches import shared
 from ._equivalent import foldable
 from ._learned import Learned, clipped_range, ranged
 from ._reconstruct import Reconstruction
+from .cost import Cost, Shapes
+from .entry import Decisive
 
 Switch = Literal["auto", "on", "off"]
 
@@ -93,11 +97,11 @@ class OmniQuant:
                 "and activations stay in floating point. "
                 "Leave it out, or put it first."
             )
-        second = self.second_loss == "on" or (self.second_loss == "auto" and bits <= 2)
+        second = self.looks_twice(bits)
         judge = Reconstruction(block, self.batch)
         with torch.no_grad():
             before = judge.loss(learned.weights())
-        remarks = self._train(block, learned, second, (self.epochs or (40 if bits <= 2 else 20)))
+        remarks = self._train(block, learned, second, self.passes(bits))
         with torch.no_grad():
             after = judge.loss(learned.weights())
         notes = {"omniquant": {"before": before, "after": after}}
@@ -108,6 +112,14 @@ class OmniQuant:
                 f"omniquant ended at loss {after:.4g} from {before:.4g}; kept what it started from"
             )
         return learned.folded(block).with_notes(**notes).remarked(*remarks)
+
+    def passes(self, bits: int) -> int:
+        """Epochs at so many bits."""
+        return self.epochs or (40 if bits <= 2 else 20)
+
+    def looks_twice(self, bits: int) -> bool:
+        """Whether the second loss is used at so many bits."""
+        return self.second_loss == "on" or (self.second_loss == "auto" and bits <= 2)
 
     def _sites(self, block: Block) -> tuple[Site, ...]:
         quantized = any(r.grid is not None for r in block.readings.values())
@@ -198,6 +210,56 @@ def read_clips(block: Block, path: Path) -> Block:
     return block.with_params(params)
 
 
-def steps(epochs: int, rows: int, batch: int) -> int:
-    """Optimizer steps per block."""
-    return epochs * math.ceil(rows / batch)
+_OPTIMIZER = 80 << 20  # what torch loads (its compiler) when an optimizer takes its first step
+
+
+def cost(method: OmniQuant, shapes: Shapes) -> Cost:
+    """Weights, their gradients and what the transformation makes of them; 4.5 forward passes a
+    step.
+    """
+    if method.clips:
+        return Cost(held=40 * shapes.layer.weights)
+    bits, batch = shapes.grid.bits, method.batch
+    steps = method.passes(bits) * math.ceil(shapes.tuned / batch)
+    return Cost(
+        held=40 * shapes.layer.weights + shapes.training(batch),
+        least=2 * shapes.rows.compute * shapes.layer.weights,
+        streams=int(method.looks_twice(bits)),
+        libraries=_OPTIMIZER,
+        batch=batch,
+        work=shapes.forward(shapes.rows.mine(batch)) * (4.5 * steps),
+    )
+
+
+def check(method: OmniQuant, grid: AnyGrid) -> None:
+    """Refuse a grid without ranges."""
+    if not isinstance(grid, RangedGrid):
+        raise LowbitError(
+            f"omniquant learns ranges of uniform grids, and {grid} has none: choose another recipe "
+            "or scheme."
+        )
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The stage: a file of ranges that has to be there."""
+
+    path: Path
+
+    def planned(self, outline: Outline) -> Outline:
+        if not self.path.is_file():
+            raise LowbitError(f"omniquant.clips: no such file: '{self.path}'.")
+        return outline
+
+    def __call__(self, model: Model) -> Model:
+        return model
+
+
+def before(method: OmniQuant, grid: AnyGrid) -> Clips | None:
+    """The stage that wants the file of `OmniQuant.clips`."""
+    return Clips(Path(method.clips)) if method.clips else None
+
+
+def decides(method: OmniQuant, device: torch.device) -> Decisive:
+    """The file that decides the result."""
+    return Decisive(files=(method.clips,) if method.clips else ())

@@ -1,20 +1,36 @@
 """QuaRot (arXiv 2404.00456): Hadamard rotations that spread outlier channels, so that activations
-and caches quantize well.
+and caches quantize well. For an orthogonal Q and linears W1, W2 around an activation x,
 
-The rotation of the residual stream is the model's (`ModelStream.rotated`), since embedding and head
-take part in it; here are the rotations inside a block. Rotating queries and keys is done where the
-cache is quantized, see `lowbit.grid.KVGrid`.
+    W2 x = (W2 Q^T)(Q x)          Q a Hadamard matrix, scaled; randomly signed for the residual
+
+Where Q can be folded into what makes x (section 4, stages 1a-1d):
+
+    residual      the whole stream, with embedding and head; norms are reduced to normalisation,
+                  their gains folded into the linears behind them. It is the model's, hence the
+                  stage `Rotate` and `model.residual`
+    heads         each head's values, between the value and the output projection
+    online        the input of the MLP's last linear, and across heads that of attention's output:
+                  nothing that makes them is linear, so the model rotates them while it runs
+    keys          queries and keys, behind the position encoding: done where the cache is
+                  quantized, see `lowbit.grid.KVGrid`
+
+Published and kept: the order of the stages, Hadamard matrices of sizes that are no powers of two by
+Kronecker products. Helpers: `grid.rotation`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import KVGrid, Reading, Rotation
+from ..grid import AnyGrid, KVGrid, Reading, Rotation
 from ..model.block import Block
+from ..model.model import Model
+from ..model.outline import Outline
+from ..model.residual import basis_of
 from ..model.wiring import Heads, Wiring
 
 
@@ -45,29 +61,87 @@ class QuaRot:
                 "the methods."
             )
 
-    def check(self, wiring: Wiring, inner: int, kv: bool) -> None:
-        """Refuse sizes that cannot be rotated, before any work.
+    def __call__(self, block: Block) -> Block:
+        heads = block.wiring.heads
+        if heads is not None and self.heads:
+            block = self._rotate_values(block, heads)
+        elif heads is not None and self.online and self.across_heads:
+            block = _without_norm(block, heads)
+        widths = {n: block.weight(n).shape[1] for n in block.wiring.linears}
+        for linear, rotation in self.online_rotations(block.wiring, widths).items():
+            block = _online(block, linear, rotation)
+        if self.keys and block.kv is not None and heads is not None:
+            block = replace(block, kv=KVGrid(block.kv.grid, _of_head(heads)))
+        return block
+
+    def online_rotations(self, wiring: Wiring, widths: Mapping[str, int]) -> dict[str, Rotation]:
+        """The inputs that are rotated while the model runs.
 
         Args:
-            inner: inputs of the block's last linear. kv: keys are quantized.
+            widths: linear of a block -> inputs.
 
         Raises:
-            LowbitError: naming the size, with the option that leaves its rotation out.
+            LowbitError: a size that cannot be rotated.
         """
+        if not self.online:
+            return {}
+        found: dict[str, Rotation] = {}
         heads = wiring.heads
-        wanted = [
-            (self.online, inner, f"the number of inputs of '{wiring.sites[-1].reads[0]}'", "online")
-        ]
+        if self.across_heads and heads is not None and heads.count > 1:
+            found[heads.output] = Rotation.across_heads(heads.count, heads.width)
+        last = wiring.sites[-1].reads[0]
+        found[last] = Rotation.hadamard(widths[last], f"the number of inputs of '{last}'")
+        return found
+
+    def _rotate_values(self, block: Block, heads: Heads) -> Block:
+        block, inner = _without_norm(block, heads), _of_head(heads)
+        rows = slice(*heads.values.rows) if heads.values.rows else slice(None)
+        key, bias = f"{heads.values.module}.weight", f"{heads.values.module}.bias"
+        out = f"{heads.output}.weight"
+        weight = block.weights[key].clone()
+        weight[rows] = _each_head(weight[rows].double().T, inner).T.to(weight.dtype)
+        changes = {key: weight}
+        if bias in block.weights:
+            shift = block.weights[bias].clone()
+            turned = _each_head(shift[rows].double(), inner)
+            shift[rows] = turned.to(block.stored).to(shift.dtype)
+            changes[bias] = shift
+        changes[out] = _each_head(block.weights[out].double(), inner).to(weight.dtype)
+        return block.with_weights(changes)
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """The stage: the residual stream in another basis, and what the finished model rotates."""
+
+    method: QuaRot
+
+    def planned(self, outline: Outline) -> Outline:
+        method, heads = self.method, outline.wiring.heads
+        self._check(outline)
+        widths = {n: width for n, (_, width) in outline.linears.items()}
+        keys = _of_head(heads) if method.keys and heads is not None and outline.kv else None
+        return replace(
+            outline,
+            rotated=outline.rotated or method.residual,
+            online=method.online_rotations(outline.wiring, widths),
+            key_rotation=keys,
+        )
+
+    def _check(self, outline: Outline) -> None:
+        """Refuse sizes that cannot be rotated, with the option that leaves the rotation out."""
+        method, wiring, config = self.method, outline.wiring, outline.config
+        if method.residual:
+            basis_of(wiring, config.hidden_size, outline.centred, config.model_type, seed=0)
+        last, heads = wiring.sites[-1].reads[0], wiring.heads
+        inner = f"the number of inputs of '{last}'"
+        wanted = [(method.online, outline.linears[last][1], inner, "online")]
         if heads is not None:
+            across, width = method.online and method.across_heads, "the width of a head"
             wanted += [
-                (
-                    self.online and self.across_heads,
-                    heads.count,
-                    "the number of attention heads",
-                    "across_heads",
-                ),
-                (self.heads, heads.width, "the width of a head", "heads"),
-                (self.keys and kv, heads.width, "the width of a head", "keys"),
+                (across, heads.count, "the number of attention heads", "across_heads"),
+                (method.heads, heads.width, width, "heads"),
+                (method.keys and outline.kv, heads.width, width, "keys"),
             ]
         for on, size, what, option in wanted:
             if on:
@@ -79,53 +153,29 @@ class QuaRot:
                         "out."
                     ) from e
 
-    def __call__(self, block: Block) -> Block:
-        heads = block.wiring.heads
-        if heads is not None and (self.heads or (self.online and self.across_heads)):
-            block = self._rotate_values(block, heads)
-        if self.online:
-            last = block.wiring.sites[-1]
-            size = block.weight(last.reads[0]).shape[1]
-            block = _online(
-                block,
-                last.reads[0],
-                Rotation.hadamard(size, f"the number of inputs of '{last.reads[0]}'"),
-            )
-        if self.keys and block.kv is not None and heads is not None:
-            block = replace(
-                block,
-                kv=KVGrid(block.kv.grid, Rotation.hadamard(heads.width, "the width of a head")),
-            )
-        return block
-
-    def _rotate_values(self, block: Block, heads: Heads) -> Block:
-        if heads.norm is not None:
-            block = block.with_weights(_norm_into(block, heads.norm, heads.output))
-        if self.heads:
-            inner = Rotation.hadamard(heads.width, "the width of a head")
-            rows = slice(*heads.values.rows) if heads.values.rows else slice(None)
-            key, bias, out = (
-                f"{heads.values.module}.weight",
-                f"{heads.values.module}.bias",
-                f"{heads.output}.weight",
-            )
-            weight = block.weights[key].clone()
-            weight[rows] = _each_head(weight[rows].double().T, inner).T.to(weight.dtype)
-            changes = {key: weight}
-            if bias in block.weights:
-                shift = block.weights[bias].clone()
-                shift[rows] = (
-                    _each_head(shift[rows].double(), inner).to(block.stored).to(shift.dtype)
-                )
-                changes[bias] = shift
-            changes[out] = _each_head(block.weights[out].double(), inner).to(weight.dtype)
-            block = block.with_weights(changes)
-        mixed = self.online and self.across_heads and heads.count > 1
-        return (
-            _online(block, heads.output, Rotation.across_heads(heads.count, heads.width))
-            if mixed
-            else block
+    def __call__(self, model: Model) -> Model:
+        source = model.source.rotated(model.seed) if self.method.residual else model.source
+        wiring = source.wiring
+        block = source.block_module(0)
+        widths = {n: block.get_parameter(f"{n}.weight").shape[1] for n in wiring.linears}
+        keys = self.method.keys and model.kv is not None and wiring.heads is not None
+        return replace(
+            model,
+            source=source,
+            online=self.method.online_rotations(wiring, widths),
+            key_rotation=_of_head(wiring.heads) if keys and wiring.heads is not None else None,
         )
+
+
+def _of_head(heads: Heads) -> Rotation:
+    return Rotation.hadamard(heads.width, "the width of a head")
+
+
+def _without_norm(block: Block, heads: Heads) -> Block:
+    """The block with the gain of a norm between attention and its output folded away."""
+    if heads.norm is None:
+        return block
+    return block.with_weights(_norm_into(block, heads.norm, heads.output))
 
 
 def _each_head(x: Tensor, rotation: Rotation) -> Tensor:
@@ -151,3 +201,8 @@ def _online(block: Block, linear: str, rotation: Rotation) -> Block:
     return block.with_readings(
         {linear: replace(block.readings.get(linear, Reading()), rotation=rotation)}
     )
+
+
+def before(method: QuaRot, grid: AnyGrid) -> Rotate:
+    """The stage that rotates what is the model's."""
+    return Rotate(method)

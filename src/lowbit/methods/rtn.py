@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.block import Block
+from .cost import Cost, Shapes
 
 
 @dataclass(frozen=True)
@@ -16,3 +17,9 @@ class RTN:
     def __call__(self, block: Block) -> Block:
         left = [name for name in block.wiring.linears if name not in block.coded]
         return block.with_codes({name: block.nearest(name) for name in left})
+
+
+def cost(method: RTN, shapes: Shapes) -> Cost:
+    """Codes of all linears, and one linear while it is rounded."""
+    layer = shapes.layer
+    return Cost(held=layer.weights + 12 * layer.largest)

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError, unknown
+from ..grid import AnyGrid, LinearGrid, OrderedGrid
+from ..machine import multiplies_bfloat16
 from ..model.block import Block
-from ._reconstruct import Objective, Reconstruction
+from ._reconstruct import JUDGED_ROWS, JUDGED_TOKENS, Objective, Reconstruction
 from ._rounding import Adam
 from ._soft import SoftBlock
+from .cost import Cost, Shapes, Work
+from .entry import Decisive
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -50,13 +54,6 @@ _PAPER_10 = (0.75, 0.50, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
 _SCALE_DECAY = 1e-4  # L2 inside Adam on the scale variables, fixed in the published code
 _RETRIES = 3
 _PHASES = 10_000  # at most: each hardens some weights of a block for good
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster there than in float32."""
-    if device.type != "cpu":
-        return True
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def soft_shares(schedule: str) -> tuple[float, ...]:
@@ -260,3 +257,62 @@ class TesseraQ:
                 gradient[key] += first
                 curvature[key] += second.pow(2)
         soft.aim(gradient, curvature)
+
+
+# Bytes that pass memory for every weight, temporaries included: in a step, the weights made and
+# their variables moved; in a phase, distances, bins, histogram, masks.
+_STEP, _HARDEN = 36, 80
+# For every logit of a step: the softmax of both models in float32, the divergence, its gradient.
+_LOGITS = 44
+
+
+def cost(method: TesseraQ, shapes: Shapes) -> Cost:
+    """Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft weights
+    and their gradients; where levels are looked up, both codes as indices and both levels. Then the
+    readout of the last block, five times its logits.
+    """
+    layer, rows, batch = shapes.layer, shapes.rows, method.batch
+    linear = isinstance(shapes.grid, LinearGrid)
+    state = (18 + 2 * rows.compute if linear else 56) * layer.weights
+    read = 5 * 4 * layer.vocab if method.objective == "logits" else 0
+    stepping = shapes.training(batch) + read * rows.mine(batch) * rows.length
+    # As above, soft weights and their gradient in 16 bits.
+    least = (18 + 2 * 2 if linear else 52) * layer.weights
+    # None are made in float16.
+    half = shapes.compute == torch.bfloat16 or method.in_bfloat16(shapes.device)
+    # Forward, and twice that back.
+    steps = shapes.forward(rows.mine(batch), half) * (3 * method.steps)
+    judged = shapes.forward(2 * min(JUDGED_ROWS, shapes.learned()))
+    phases = len(soft_shares(method.schedule)) * method.rounds
+    moved = Work(moved=(_STEP * method.steps + _HARDEN * phases) * layer.weights)
+    return Cost(
+        held=state + max(stepping, read * rows.tokens(JUDGED_TOKENS)),
+        least=least,
+        batch=batch,
+        work=steps + judged + moved,
+        last=_logits_work(method, shapes) if method.objective == "logits" else Work(),
+    )
+
+
+def _logits_work(method: TesseraQ, shapes: Shapes) -> Work:
+    """What tuning the last block on its logits adds: two products with the head forward, one back,
+    and passes over the logits.
+    """
+    tokens = shapes.rows.mine(method.batch) * shapes.rows.length * method.steps
+    logits = float(tokens) * shapes.layer.vocab
+    # The readout has the precision of forward passes, whatever that of the steps.
+    return shapes.products(6.0 * logits * shapes.layer.hidden) + Work(moved=_LOGITS * logits)
+
+
+def check(method: TesseraQ, grid: AnyGrid) -> None:
+    """Refuse a grid whose codes have no neighbours."""
+    if not isinstance(grid, OrderedGrid):
+        raise LowbitError(
+            f"tesseraq rounds between neighbouring codes, and those of {grid} have no order: "
+            "choose another recipe or scheme."
+        )
+
+
+def decides(method: TesseraQ, device: torch.device) -> Decisive:
+    """The precision of the steps, which may follow from the processor."""
+    return Decisive(bfloat16_steps=method.in_bfloat16(device))

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..errors import LowbitError
 from ..grid import Affine, Grid
-from ..methods import CLAQ
 from ..model.wiring import Wiring
 from ..recipe import Recipe
 
@@ -30,6 +29,7 @@ class Planned:
             lowbit; None if it carries it all.
         biased: linears with a bias, by their names inside a block.
         tensor_parallel: number of devices that share every linear.
+        online: linears whose input the finished model rotates, by their names inside a block.
     """
 
     recipe: Recipe
@@ -39,6 +39,7 @@ class Planned:
     beyond: str | None = None
     biased: frozenset[str] = frozenset()
     tensor_parallel: int = 1
+    online: frozenset[str] = frozenset()
 
     @cached_property
     def grids(self) -> dict[str, Grid]:
@@ -150,11 +151,12 @@ def only_weights(p: Planned, runtime: str) -> list[str | None]:
 
 def kept(p: Planned, runtime: str) -> str | None:
     """Weights kept in floating point."""
-    if not any(isinstance(m, CLAQ) and m.outlier_bits for m in p.recipe.methods):
+    option = p.recipe.outliers
+    if option is None:
         return None
     return (
-        f"Weights kept in floating point have no place in what {runtime} reads: --set "
-        "claq.outlier_bits=0 leaves them out."
+        f"Weights kept in floating point have no place in what {runtime} reads: --set {option}=0 "
+        "leaves them out."
     )
 
 
@@ -183,7 +185,7 @@ def rotations(p: Planned, runtime: str) -> str | None:
     return (
         f"{runtime} does not rotate activations while it runs: --set quarot.online=false leaves "
         "that out."
-        if p.recipe.rotates_online
+        if p.online
         else None
     )
 

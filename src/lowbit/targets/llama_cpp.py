@@ -12,7 +12,7 @@ from ..export.gguf.types import chosen
 from ..formats import gguf
 from ..formats.ggml import BlockType
 from ..grid import Affine, Grid
-from ..scheme import scheme_name
+from ..grid.names import scheme_name
 from .base import Planned, Verdict, export_to, misfits, only_weights, refusal, tally
 
 NAME = "llama.cpp"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
 from ..grid import Affine, Grid
-from ..methods import QuaRot
 from .base import (
     Planned,
     Verdict,
@@ -86,11 +85,10 @@ def _activations(p: Planned) -> str | None:
 
 
 def _rotations(p: Planned) -> list[str]:
-    method = next((m for m in p.recipe.methods if isinstance(m, QuaRot) and m.online), None)
-    if method is None:
+    if not p.online:
         return []
     out = []
-    if method.across_heads and p.wiring.heads is not None and p.wiring.heads.count > 1:
+    if p.wiring.heads is not None and p.wiring.heads.output in p.online:
         out.append(
             f"{NAME} does not rotate across heads: --set quarot.across_heads=false leaves that "
             "rotation out."
@@ -111,20 +109,16 @@ def _rotations(p: Planned) -> list[str]:
 
 def _version(p: Planned) -> str:
     late = any(not g.symmetric and g.bits not in _COMMON for g in p.affine.values())
-    return "0.33" if late or p.recipe.activations is not None or p.recipe.rotates_online else "0.25"
+    return "0.33" if late or p.recipe.activations is not None or p.online else "0.25"
 
 
 def _notes(p: Planned) -> tuple[str, ...]:
-    fitting = [1] if p.recipe.rotates_online else degrees(p, _packs_outputs)
+    fitting = [1] if p.online else degrees(p, _packs_outputs)
     notes = [f"tensor parallel degrees that fit: {', '.join(map(str, fitting))}"]
     if p.recipe.activations is not None:
         return (*notes, "NVIDIA GPUs from compute capability 8.0 on")
     if all(g.bits in _COMMON for g in p.affine.values()):
-        return (
-            (*notes, "CPU and ROCm take 4 and 8 bits too")
-            if not p.recipe.rotates_online
-            else tuple(notes)
-        )
+        return (*notes, "CPU and ROCm take 4 and 8 bits too") if not p.online else tuple(notes)
     notes.append(
         "NVIDIA GPUs from compute capability 7.5 on, 8.0 in bfloat16; CPU and ROCm take 4 and 8 "
         "bits only"

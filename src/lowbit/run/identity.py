@@ -13,16 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .artifact import file_hash
-from .errors import LowbitError, VerificationError
-from .methods import OmniQuant, TesseraQ
-from .model.calibration import Rows
-from .model.carried import SourceFiles, source_files
-from .model.checkpoint import Checkpoint
-from .model.ranks import ALONE, Ranks
-from .model.stream import ModelStream
-from .proof import read_report
-from .recipe import Recipe
+from ..artifact import file_hash
+from ..errors import LowbitError, VerificationError
+from ..model.calibration import Rows
+from ..model.carried import SourceFiles, source_files
+from ..model.checkpoint import Checkpoint
+from ..model.ranks import ALONE, Ranks
+from ..model.stream import ModelStream
+from ..proof import read_report
+from ..recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,8 @@ def fingerprint(
     """The model, the recipe with the files it names, the tokens, the seed, the arithmetic and the
     versions.
     """
-    files = [m.clips for m in recipe.methods if isinstance(m, OmniQuant) and m.clips]
+    decisive = [entry.decides(method, stream.device) for _, entry, method in recipe.entries]
+    files = [f for d in decisive for f in d.files]
     return {
         "model": original.sha256,
         # Its tokens count, not their path.
@@ -124,9 +124,7 @@ def fingerprint(
         "seed": seed,
         "compute": str(stream.compute),
         "versions": {"lowbit": own_version(), **versions()},
-        "bfloat16_steps": any(
-            isinstance(m, TesseraQ) and m.in_bfloat16(stream.device) for m in recipe.methods
-        ),
+        "bfloat16_steps": any(d.bfloat16_steps for d in decisive),
     }
 
 
@@ -181,7 +179,7 @@ def state_of(source: str) -> str | None:
 
 def own_version() -> str:
     """Of this library."""
-    from . import __version__
+    from .. import __version__
 
     return __version__
 
@@ -196,7 +194,7 @@ def versions() -> dict[str, str]:
 
 def sources() -> str:
     """sha256 over this library's own modules: a working copy has one version and many states."""
-    root = Path(__file__).parent
+    root = Path(__file__).parent.parent
     files = sorted(p for kind in ("*.py", "*.c", "*.toml") for p in root.rglob(kind))
     return hashlib.sha256(
         "".join(f"{p.relative_to(root)} {file_hash(p)}\n" for p in files).encode()

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artifact import CARD, RECIPE
-from .card import terms_of
-from .errors import LowbitError
-from .formats.columns import column_widths
-from .formats.packing import local_tensors
-from .grid import Codebook, QTensor
-from .machine import peak_memory
-from .model.block import Block
-from .model.checkpoint import Checkpoint, Stored
-from .model.judge import linear_errors
-from .names import hub_id
-from .recipe import Recipe
-from .scheme import scheme_name
+from ..artifact import CARD, RECIPE
+from ..card import terms_of
+from ..errors import LowbitError
+from ..formats.columns import column_widths
+from ..formats.packing import local_tensors
+from ..grid import Codebook, Coded
+from ..grid.names import scheme_name
+from ..machine import peak_memory
+from ..model.block import Block
+from ..model.checkpoint import Checkpoint, Stored
+from ..model.judge import linear_errors
+from ..names import hub_id
+from ..recipe import Recipe
 
 
 def command_of(
@@ -137,7 +137,7 @@ def _peak(block: Block) -> int:
     return int(most)
 
 
-def _parts(q: QTensor) -> dict[str, Any]:
+def _parts(q: Coded) -> dict[str, Any]:
     """What only some weights have: columns by their bits, and outliers by their number."""
     out: dict[str, Any] = {}
     if isinstance(q.grid, Codebook):
@@ -148,7 +148,7 @@ def _parts(q: QTensor) -> dict[str, Any]:
     return out
 
 
-def _moved(block: Block, linear: str, q: QTensor) -> float:
+def _moved(block: Block, linear: str, q: Coded) -> float:
     """The share of codes that are not the nearest ones to the weight on its range before scales
     were tuned.
     """

@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .errors import LowbitError, unknown
-from .grid import PerToken, activation_grid
-from .methods import METHODS
+from ..errors import LowbitError, unknown
+from ..grid import PerToken, activation_grid
+from ..grid.names import Scheme
+from ..methods import METHODS
 from .recipe import Recipe
-from .scheme import Scheme
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,7 +30,7 @@ SHORT = {
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the recipes that come with the package, without the short ones."""
-    folder = resources.files(__package__) / "recipes"
+    folder = resources.files(__package__) / "named"
     return tuple(
         sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
     )
@@ -91,9 +91,7 @@ def _read(name: str, origin: str) -> dict[str, Any]:
                 f"recipe file '{name}' is not UTF-8 text (byte {e.start}). Convert it first."
             ) from e
     elif name in recipe_names():
-        text = (resources.files(__package__) / "recipes" / f"{name}.toml").read_text(
-            encoding="utf-8"
-        )
+        text = (resources.files(__package__) / "named" / f"{name}.toml").read_text(encoding="utf-8")
     else:
         raise unknown("recipe", name, (*recipe_names(), *SHORT))
     try:
@@ -109,7 +107,7 @@ def _joined(name: str) -> dict[str, Any]:
             raise LowbitError(
                 f"recipe '{name}': files cannot be joined; write the methods into one file."
             )
-        data, method = _read(part, f"recipe '{part}'"), SHORT.get(part, part).split("-")[0]
+        data, method = _read(part, f"recipe '{part}'"), _method_of(SHORT.get(part, part))
         if method in out["methods"]:
             raise LowbitError(f"recipe '{name}' has '{method}' twice.")
         if method in data["methods"]:  # not so where the name is that of an activation grid
@@ -118,6 +116,12 @@ def _joined(name: str) -> dict[str, Any]:
             if key in data:
                 out[key] = data[key]
     return out
+
+
+def _method_of(name: str) -> str:
+    """The method that a recipe is called after: the longest name it begins with."""
+    called = [m for m in METHODS if name == m or name.startswith(f"{m}-")]
+    return max(called, key=len, default=name)
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:

@@ -23,10 +23,10 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from .errors import LowbitError, ToldElsewhere
-from .machine import device_of_rank
-from .model.parts import ran_out
-from .model.ranks import ALONE, RankGone, Ranks
+from ..errors import LowbitError, ToldElsewhere
+from ..machine import device_of_rank
+from ..model.parts import ran_out
+from ..model.ranks import ALONE, RankGone, Ranks
 
 Say = Callable[[str], None]
 

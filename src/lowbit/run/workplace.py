@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .artifact import (
+from ..artifact import (
     CARD,
     NOTES,
     PROOF,
@@ -25,13 +25,13 @@ from .artifact import (
     shard_name,
     tensor_hash,
 )
-from .disk import copy_atomic, disk, write_atomic
-from .errors import LowbitError
-from .lock import LOCK
-from .model.checkpoint import Checkpoint
-from .model.ranks import ALONE, Ranks
-from .output import INSIDE, Output
-from .tree import MOVING, entries
+from ..disk import copy_atomic, disk, write_atomic
+from ..errors import LowbitError
+from ..lock import LOCK
+from ..model.checkpoint import Checkpoint
+from ..model.ranks import ALONE, Ranks
+from ..output import INSIDE, Output
+from ..tree import MOVING, entries
 
 RESUMES = (STATE, "shard-*.json")  # what tells that a directory is an unfinished run
 _DIFFERENCES = {  # of a run's fingerprint, in words

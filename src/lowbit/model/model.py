@@ -1,0 +1,194 @@
+"""Model: the value that stages pass on. A stage takes one and returns another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..grid import ActivationGrid, AnyGrid, KVGrid, PerToken, Reading, Rotation
+from .block import Block
+from .context import Announce, Context, silent
+from .outline import Outline
+from .ranks import ALONE, Ranks
+from .storage import Storage
+from .stream import ModelStream
+
+SEEDS = 2**63  # torch takes one bit more, so that a method can count on from a block's seed
+
+
+class BlockMethod(Protocol):
+    """One paper: `Block -> Block`."""
+
+    def __call__(self, block: Block) -> Block: ...
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Activations at a block boundary: as the float model has them and as the quantized prefix has
+    them.
+
+    At most three of their size are held at a time, whatever the depth: ``x`` and ``xq`` of a block
+    and its target. When the block is finished the target becomes the next ``x``, the next ``xq`` is
+    written over this ``x``, and this ``xq`` is the scratch for the next target.
+
+    Attributes:
+        x, xq: (rows, length, hidden) in the model's dtype, this rank's rows; the same tensor before
+            the first block.
+        tuned_rows: leading rows, of all ranks, that methods may learn from; the others are held
+            out.
+        proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the
+            quantized model's activations for the artifact's proof, never rounded between blocks.
+            None where no proof is made: not on this rank.
+        storage: where new ones are put; None puts them beside those that enter.
+        scratch: a tensor like ``xq`` that the next target is written over, or None.
+        ranks: the processes that share the rows.
+    """
+
+    x: Tensor
+    xq: Tensor
+    tuned_rows: int
+    proof: Tensor | None = None
+    storage: Storage | None = None
+    scratch: Tensor | None = None
+    ranks: Ranks = ALONE
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on its way to an artifact.
+
+    Attributes:
+        source: the checkpoint's tensors, as stages have rotated or reordered them.
+        grid_of: full linear name -> grid.
+        methods: what the blocks will be quantized by.
+        activations: grid of every quantized linear's input, None for floating point. kv: of keys
+            and values.
+        online: linear -> rotation of its input while the finished model runs.
+        key_rotation: of queries and keys.
+        rows: (n, length) int64, the calibration rows of all ranks.
+        seed: for everything random.
+        streams: what leaves the last block; None before the blocks.
+        announce: told what is about to be done.
+    """
+
+    source: ModelStream
+    grid_of: Callable[[str], AnyGrid]
+    methods: tuple[BlockMethod, ...]
+    rows: Tensor
+    activations: ActivationGrid | None = None
+    kv: PerToken | None = None
+    online: Mapping[str, Rotation] = field(default_factory=dict)
+    key_rotation: Rotation | None = None
+    seed: int = 0
+    storage: Storage | None = None
+    ranks: Ranks = ALONE
+    streams: Streams | None = None
+    announce: Announce = silent
+
+    @property
+    def readings(self) -> dict[str, Reading]:
+        """How the finished model reads the inputs of a block's linears; nothing where it is
+        missing.
+        """
+        return {
+            n: Reading(self.online.get(n), self.activations)
+            for n in self.source.wiring.linears
+            if self.activations is not None or n in self.online
+        }
+
+    @property
+    def kv_grid(self) -> KVGrid | None:
+        """How the finished model stores keys and values."""
+        return None if self.kv is None else KVGrid(self.kv, self.key_rotation)
+
+    def entered(self, rows: Tensor, proof: Tensor | None = None) -> Streams:
+        """What enters the first block.
+
+        Args:
+            rows: (n, length) int64, this rank's rows. proof: (n, length) int64, see `Streams`.
+        """
+        x = self.source.embed(rows, storage=self.storage)
+        exact = self.source.in_float32()
+        wide = None if proof is None else exact.embed(proof, exact.compute)
+        self.source.release()
+        return Streams(x, x, len(self.rows), wide, self.storage, ranks=self.ranks)
+
+    def begin(self, i: int, streams: Streams, kwargs: Mapping[str, Any]) -> Block:
+        """Block i with its weights read, its inputs attached, its float target computed and its
+        activations on their grids.
+
+        Raises:
+            LowbitError: the float model's activations are not finite.
+        """
+        source, name = self.source, self.source.block_name(i)
+        context = Context(
+            name=name,
+            module=source.block_module(i),
+            wiring=source.wiring,
+            kwargs=kwargs,
+            compute=source.compute,
+            stored=source.dtype,
+            dtypes=source.block_dtypes(i),
+            grids={n: self.grid_of(f"{name}.{n}") for n in source.wiring.linears},
+            x=streams.x,
+            xq=streams.xq,
+            target=streams.x,
+            tuned_rows=streams.tuned_rows,
+            seed=(self.seed * 1_000_003 + i) % SEEDS,
+            readout=source.readout() if i == len(source) - 1 else None,
+            announce=self.announce,
+            storage=streams.storage,
+            ranks=streams.ranks,
+        )
+        block = Block(context, source.block_weights(i))
+        target = block.run(streams.x, out=streams.scratch)
+        # As norms and losses take it.
+        if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):
+            raise LowbitError(
+                f"'{name}' of the float model gives activations whose squares are not finite: its "
+                "weights or norms are too large."
+            )
+        block = block.within(target=target)
+        if self.activations is not None:
+            reading = Reading(grid=self.activations)
+            block = block.with_readings(dict.fromkeys(block.wiring.linears, reading))
+        return block if self.kv is None else replace(block, kv=KVGrid(self.kv))
+
+
+def float_blocks(model: Model, what: str) -> Iterator[Block]:
+    """Every block as it is in the float model, in order: a pass for a stage that looks and changes
+    no weight.
+
+    Args:
+        what: is looked for, for whoever watches.
+    """
+    rows = model.rows[model.ranks.rank :: model.ranks.size]
+    plain = replace(model, activations=None, kv=None)
+    streams = plain.entered(rows)
+    kwargs = model.source.block_kwargs(model.rows.shape[1])
+    for i in range(len(model.source)):
+        model.announce(f"{what} in block {i + 1} of {len(model.source)}")
+        block = plain.begin(i, streams, kwargs[i])
+        streams = replace(streams, x=block.target, xq=block.target)
+        yield block
+        del block  # else it would be held while the next one is read
+    model.source.release()
+
+
+class Stage(Protocol):
+    """Work on the whole model, before the blocks, in them, or after them."""
+
+    def planned(self, outline: Outline) -> Outline:
+        """What the stage will make of a model of this outline.
+
+        Raises:
+            LowbitError: it cannot be done, before any work.
+        """
+        ...
+
+    def __call__(self, model: Model) -> Model: ...

@@ -1,0 +1,117 @@
+"""What can be refused before any work, from a recipe and the outline of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import LowbitError
+from ..formats.compressed_tensors import carries
+from ..grid import Affine, KQuant
+from ..model.outline import Outline
+from ..recipe import Recipe
+
+
+def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
+    """Refuse a group size that some linear cannot have.
+
+    Args:
+        shapes: full linear name -> (out, in).
+
+    Raises:
+        LowbitError: naming the linear, its width and the sizes that fit all; or an override that
+            matches nothing.
+    """
+    for name, (_, width) in shapes.items():
+        grid = recipe.grid_of(name)
+        try:
+            grid.check(width)
+        except ValueError as e:
+            sizes = (256, 128, 64, 32, 16, 8)
+            fitting = [str(g) for g in sizes if all(w % g == 0 for _, w in shapes.values())]
+            raise LowbitError(
+                f"{e} of '{name}'. Group sizes that fit every linear of this model: "
+                f"{', '.join(fitting) or 'none of the usual ones'}, or a scheme without g (one "
+                "scale per output channel)."
+            ) from e
+    for i, (pattern, grid) in enumerate(recipe.overrides):
+        alone = Recipe(recipe.grid, (), ((pattern, grid),))
+        if not any(alone.grid_of(n) is grid for n in shapes):
+            raise LowbitError(
+                f"override {i + 1}, '{pattern}', matches no linear of this model; names look like "
+                f"'{next(iter(shapes))}'."
+            )
+
+
+def beyond_compressed_tensors(recipe: Recipe, outline: Outline) -> str | None:
+    """What plain loaders of compressed-tensors could not run of the result; None if they can run it
+    all.
+    """
+    names = list(outline.shapes)
+    if any(isinstance(recipe.grid_of(n), KQuant) for n in names):
+        return "K-quants"
+    if not all(isinstance(recipe.grid_of(n), Affine) for n in names):
+        return "codebooks"
+    if recipe.outliers:
+        return f"weights kept in floating point ({recipe.outliers})"
+    if recipe.kv is not None:
+        return "quantized keys and values"
+    if outline.online:
+        return "online rotations (--set quarot.online=false leaves them out)"
+    affine = [g for n in names if isinstance(g := recipe.grid_of(n), Affine)]
+    if not carries(affine, recipe.activations):
+        return (
+            "these activations: compressed-tensors takes 4- or 8-bit ones with "
+            "activations.symmetric and activations.full_range, no clip, under symmetric weights "
+            "('sym' at the end of the scheme)"
+        )
+    if recipe.activations is not None and outline.wiring.flat:
+        # compressed-tensors (0.20) in transformers keeps the first two dimensions when it takes
+        # maxima: in a matrix, none are left to reduce.
+        flat = " and ".join(outline.wiring.flat)
+        return (
+            f"quantized activations of {flat}, whose tokens would all get one scale in transformers"
+        )
+    return None
+
+
+def check_loadable(recipe: Recipe, outline: Outline, beyond: str | None) -> None:
+    """Refuse what plain transformers could not load, before any work.
+
+    Args:
+        beyond: what compressed-tensors cannot carry; the library's own format has no such limit.
+
+    Raises:
+        LowbitError: several grids of which one is asymmetric; its loader takes one scheme for all
+            asymmetric linears.
+    """
+    if beyond:
+        return
+    grids = {recipe.grid_of(n) for n in outline.shapes}
+    if len(grids) > 1 and not all(isinstance(g, Affine) and g.symmetric for g in grids):
+        raise LowbitError(
+            "plain transformers loads mixed grids only if all are symmetric: add 'sym' to every "
+            "scheme of the recipe, or use one for all linears."
+        )
+
+
+def check_shared(recipe: Recipe, outline: Outline, samples: int, ranks: int) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises:
+        LowbitError: fewer rows than processes, or an activation grid by which a row's numbers
+            depend on the rows it comes with.
+    """
+    if ranks == 1:
+        return
+    if samples < ranks:
+        raise LowbitError(
+            f"{ranks} processes cannot share {samples} calibration rows: use fewer, or more "
+            "--samples."
+        )
+    grid = recipe.activations
+    if grid is not None and grid.mixes_rows(bool(outline.wiring.flat)):
+        remedy = grid.apart(bool(outline.wiring.flat))
+        raise LowbitError(
+            f"{grid} quantizes a row by what the rows of its batch hold, which depends on how they "
+            f"are shared: use one process.{f' {remedy} keeps rows apart.' if remedy else ''}"
+        )

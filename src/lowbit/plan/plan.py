@@ -1,0 +1,316 @@
+"""Plan: a recipe and a model, resolved and checked. `lowbit plan` prints what `quantize` executes.
+
+Sizes and memory follow from config.json alone; no tensor is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LowbitError
+from ..formats.packing import tensor_bytes
+from ..grid import AnyGrid
+from ..methods.cost import Layer, Rows, Shapes
+from ..model.calibration import Calibration
+from ..model.checkpoint import config_at, hub_file
+from ..model.model import Stage
+from ..model.outline import Outline
+from ..recipe import Recipe
+from ..targets import Planned, Verdict, verdicts
+from .checks import beyond_compressed_tensors, check_divides, check_loadable, check_shared
+from .memory import PROCESS, Needs, needs
+from .speed import Speed, run_work, seconds
+
+HELD_OUT = 16  # rows that a run draws besides the calibration's, to judge the result on
+_SCALE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a run works and on how much.
+
+    Attributes:
+        samples, length: calibration rows, held-out ones not counted, and tokens each.
+        device: which computes. dtype: of the checkpoint. compute: of forward passes; None means
+            float32 on a CPU and the checkpoint's elsewhere.
+        ranks: processes that share the rows. here: how many of them are on this machine.
+    """
+
+    samples: int
+    length: int
+    device: torch.device
+    dtype: torch.dtype
+    compute: torch.dtype | None = None
+    ranks: int = 1
+    here: int = 1
+
+    @property
+    def computes(self) -> torch.dtype:
+        """The dtype of forward passes."""
+        if self.compute is not None:
+            return self.compute
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, resolved: every grid of every linear, what precedes the blocks, and what it takes.
+    Sizes in bytes.
+
+    Attributes:
+        recipe: with what a run was asked for on top.
+        outline: of the model as its stages will leave it.
+        stages: what methods want of the whole model, before the blocks, in order.
+        setting: where it works and on how much.
+        beyond: what compressed-tensors cannot carry, so that the artifact is in the format of
+            lowbit; None if it carries it all.
+        tensor_parallel: devices among which a server will divide every linear.
+    """
+
+    recipe: Recipe
+    outline: Outline
+    stages: tuple[Stage, ...]
+    setting: Setting
+    beyond: str | None
+    tensor_parallel: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        outline: Outline,
+        recipe: Recipe,
+        setting: Setting,
+        *,
+        plain: bool = False,
+        tensor_parallel: int = 1,
+    ) -> Plan:
+        """Resolve a recipe for a model, and refuse what cannot be done.
+
+        Args:
+            plain: refuse what plain loaders could not run.
+
+        Raises:
+            LowbitError: a group size that does not fit, a size that cannot be rotated, a file that
+                is not there, grids or activations that no loader takes or that several processes
+                cannot share.
+        """
+        if tensor_parallel < 1:
+            raise LowbitError(
+                f"--tensor-parallel is a number of devices, at least 1; got {tensor_parallel}."
+            )
+        check_divides(outline.shapes, recipe)
+        found = [entry.before(method, recipe.grid) for _, entry, method in recipe.entries]
+        stages = tuple(stage for stage in found if stage is not None)
+        outline = replace(outline, kv=recipe.kv is not None)
+        for stage in stages:
+            outline = stage.planned(outline)
+        beyond = beyond_compressed_tensors(recipe, outline)
+        check_loadable(recipe, outline, beyond)
+        if plain and beyond:
+            raise LowbitError(
+                f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or "
+                "leave --plain out."
+            )
+        check_shared(recipe, outline, setting.samples, setting.ranks)
+        return cls(recipe, outline, stages, setting, beyond, tensor_parallel)
+
+    # --- sizes ------------------------------------------------------------------------------------
+
+    @cached_property
+    def grids(self) -> dict[str, AnyGrid]:
+        """Full linear name -> grid."""
+        return {n: self.recipe.grid_of(n) for n in self.outline.shapes}
+
+    @cached_property
+    def quantized(self) -> int:
+        """Parameters inside quantized linears."""
+        return sum(a * b for a, b in self.outline.shapes.values())
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, tied heads once."""
+        o = self.outline
+        return self.quantized + o.rest * o.blocks + o.outside
+
+    @property
+    def original(self) -> int:
+        """Bytes of the 16-bit checkpoint."""
+        return 2 * self.parameters
+
+    @cached_property
+    def packed(self) -> int:
+        """Bytes of the quantized linears."""
+        total, more = 0, 0.0
+        for name, (rows, width) in self.outline.shapes.items():
+            grid = self.grids[name]
+            total += tensor_bytes(grid, rows, width, _SCALE_BYTES)
+            for _, entry, method in self.recipe.entries:
+                more += entry.extra_bytes(method, grid, rows, width)
+        return total + round(more)
+
+    @property
+    def artifact(self) -> int:
+        """Bytes of the packed artifact."""
+        o = self.outline
+        return self.packed + 2 * (o.rest * o.blocks + o.stored_outside)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized linears, scales and zero points included."""
+        return 8 * self.packed / self.quantized
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Of everything."""
+        return 8 * self.artifact / self.parameters
+
+    # --- what it takes ----------------------------------------------------------------------------
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """What the cost of methods depends on."""
+        o, s = self.outline, self.setting
+        config = o.config
+        layer = Layer(o.linears, o.rest, o.stored_outside, config.hidden_size, config.vocab_size)
+        rows = Rows(s.samples + HELD_OUT, s.length, s.dtype.itemsize, s.computes.itemsize, s.ranks)
+        sites = [site.reads for site in o.wiring.sites]
+        grid = self.recipe.grid
+        return Shapes(layer, grid, sites, rows, HELD_OUT, s.device, s.computes)
+
+    @cached_property
+    def memory(self) -> Needs:
+        """What one process holds while it runs."""
+        process = PROCESS if self.setting.device.type == "cpu" else 0
+        return needs(self.recipe, self.shapes, process, self.setting.here)
+
+    @property
+    def check_memory(self) -> int:
+        """Of the closing check, in a process of its own: the whole model decoded, in float32."""
+        return 4 * self.parameters
+
+    def seconds(self, speed: Speed) -> float:
+        """Counted work at the measured speed of a device, see `lowbit.plan.speed`."""
+        return seconds(run_work(self.recipe, self.shapes, self.outline.blocks), speed)
+
+    # --- who loads it -----------------------------------------------------------------------------
+
+    @cached_property
+    def runtimes(self) -> tuple[Verdict, ...]:
+        """What each runtime says to the result, in the order of `lowbit.targets.TARGETS`."""
+        o = self.outline
+        return verdicts(
+            Planned(
+                self.recipe,
+                o.shapes,
+                o.wiring,
+                o.config,
+                self.beyond,
+                o.biased,
+                self.tensor_parallel,
+                frozenset(o.online),
+            )
+        )
+
+    def verdict(self, target: str) -> Verdict:
+        """What a runtime says, by its name in `lowbit.targets.TARGETS`."""
+        return next(v for v in self.runtimes if v.runtime.lower() == target)
+
+    def as_dict(self, speed: Speed | None = None) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        m = self.memory
+        return {
+            "model_type": self.outline.config.model_type,
+            "blocks": self.outline.blocks,
+            "parameters": self.parameters,
+            "quantized": self.quantized,
+            "original": self.original,
+            "artifact": self.artifact,
+            "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
+            "memory": {k: v for k, v in asdict(m).items() if k != "lighter"},
+            "check_memory": self.check_memory,
+            "seconds": None if speed is None else self.seconds(speed),
+            "runtimes": [asdict(v) for v in self.runtimes],
+            "block_memory": m.block,
+            "outer_memory": m.outer,
+            "activations": m.streams,
+            "peak_memory": m.peak,
+        }
+
+
+def make_plan(
+    config: Any,
+    recipe: Recipe,
+    samples: int = 128,
+    length: int = 2048,
+    *,
+    tensor_parallel: int = 1,
+    device: torch.device | None = None,
+    ranks: int = 1,
+) -> Plan:
+    """The plan of a run on this machine, from a transformers config alone.
+
+    Args:
+        tensor_parallel: devices among which a server will divide every linear. device: which
+            computes, by default a CPU. ranks: processes that share the run; memory is of each.
+
+    Raises:
+        LowbitError: as `Plan.of`, or an unsupported family.
+    """
+    context = getattr(config, "max_position_embeddings", None) or length
+    outline, where = Outline.of(config), device or torch.device("cpu")
+    setting = Setting(samples, min(length, context), where, outline.dtype, ranks=ranks, here=ranks)
+    return Plan.of(outline, recipe, setting, tensor_parallel=tensor_parallel)
+
+
+def calibration_of(
+    given: Calibration,
+    config: Any,
+    source: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+) -> Calibration:
+    """A recipe's calibration with what was asked for on top, rows no longer than the model's
+    context.
+
+    Raises:
+        LowbitError: longer rows than that were asked for.
+    """
+    context = getattr(config, "max_position_embeddings", None) or given.length
+    if length is not None and length > context:
+        raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
+    return Calibration(
+        given.source if source is None else source,
+        given.samples if samples is None else samples,
+        min(given.length, context) if length is None else length,
+    )
+
+
+def read_config(model: str) -> Any:
+    """The config of a local folder, of a config.json itself or of a hub repository; weights are not
+    looked at.
+
+    Raises:
+        LowbitError: there is none.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        if (
+            path.suffix == ".json"
+            or path.name == "config.json"
+            or model.count("/") != 1
+            or model.startswith((".", "/"))
+        ):
+            raise LowbitError(f"no config.json at '{model}'.")
+        found = hub_file(model, "config.json")
+        if found is None:
+            raise LowbitError(f"hub repository '{model}' has no config.json.")
+        path = found
+    return config_at(path)

@@ -1,0 +1,381 @@
+"""quantize(): a model, a recipe and some text in; a proven artifact out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact import REPORT
+from ..errors import DiskFull, Interrupted, LowbitError
+from ..grid import AnyGrid
+from ..grid.names import Scheme, parse_scheme
+from ..machine import device_of_rank, give_back_memory, pick_device
+from ..model.calibration import Rows, draw_rows
+from ..model.carried import source_files
+from ..model.model import SEEDS, Model, Stage
+from ..model.outline import Outline
+from ..model.parts import ran_out
+from ..model.ranks import ALONE, Ranks
+from ..model.storage import Storage
+from ..model.stream import ModelStream, load_tokenizer
+from ..output import Output, claimed
+from ..plan import HELD_OUT, Plan, Setting, calibration_of
+from ..plan.memory import Offload
+from ..proof import Verification, read_report, verify
+from ..recipe import Recipe, load_recipe
+from ..stages import Blocks, Entered
+from .closing import close, proof_ids, quality
+from .events import Progress, Watch, Working
+from .identity import Original, fingerprint, sources
+from .record import command_of, source_of
+from .report import Facts
+from .shards import Outside, Shards
+from .workplace import RESUMES, Workplace
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asked for; see `quantize`. It decides the artifact's bytes."""
+
+    model: str
+    scheme: str | Scheme | AnyGrid | None
+    recipe: str | Recipe
+    calib: str | None
+    samples: int | None
+    length: int | None
+    seed: int
+    device: str
+    settings: tuple[str, ...]
+    plain: bool
+
+    @property
+    def command(self) -> list[str]:
+        """The words of a command that makes the same artifact."""
+        options = {
+            "--scheme": self.scheme,
+            "--calib": self.calib,
+            "--samples": self.samples,
+            "--length": self.length,
+        }
+        device = "" if self.device == "auto" else self.device
+        return command_of(
+            self.model, self.recipe, options, self.settings, self.seed, device, self.plain
+        )
+
+    def resolved(self) -> Recipe:
+        """The recipe on the scheme.
+
+        Raises:
+            LowbitError: no such recipe, scheme or option.
+        """
+        scheme = self.scheme
+        if isinstance(scheme, str):
+            scheme = parse_scheme(scheme)
+        elif scheme is not None and not isinstance(scheme, Scheme):
+            scheme = Scheme(scheme)
+        if isinstance(self.recipe, str):
+            return load_recipe(self.recipe, scheme=scheme, settings=self.settings)
+        if self.settings:
+            raise LowbitError(
+                "settings change a recipe given by name or file; change the Recipe itself instead."
+            )
+        return self.recipe if scheme is None else self.recipe.with_scheme(scheme)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is carried out; changes no byte of the artifact. See `quantize`."""
+
+    offload: str = "auto"
+    offload_dir: str | Path | None = None
+    progress: Progress | None = None
+    watch: Watch | None = None
+    ranks: Ranks = ALONE
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished artifact.
+
+    Attributes:
+        folder: where it lies.
+        report: the contents of its report.json.
+        verification: what was checked after writing.
+        repeated: an earlier run of the same command had made it; it was only verified again.
+    """
+
+    folder: Path
+    report: Mapping[str, Any]
+    verification: Verification
+    repeated: bool = False
+
+
+def quantize(
+    model: str,
+    scheme: str | Scheme | AnyGrid | None = None,
+    recipe: str | Recipe = "tesseraq",
+    *,
+    out: str | Path,
+    calib: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    settings: Sequence[str] = (),
+    plain: bool = False,
+    offload: str = "auto",
+    offload_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+    ranks: Ranks = ALONE,
+) -> Result:
+    """Quantize a model and write a verified artifact; continue an unfinished run of the same
+    command.
+
+    Args:
+        model: local folder or hub id.
+        scheme: such as "W2A16g64" or "W4A8KV4"; None takes the recipe's own.
+        recipe: a name, a .toml file or a Recipe.
+        out: the artifact's directory, one that does not exist or is empty. OUT.partial while it is
+            being made, OUT/.partial if OUT exists.
+        calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens
+            a row. None takes the recipe's, which is stdlib, 128 and 2048 (or the model's context if
+            that is shorter) if it does not say.
+        settings: "method.option=value" changes to the recipe.
+        plain: refuse what plain loaders could not run instead of writing it in the library's own
+            format.
+        offload: where the activation streams live, see `lowbit.plan.memory.Offload`; changes no
+            byte of the artifact.
+        offload_dir: folder for them on disk, by default that of the unfinished artifact.
+        progress: told after each block. watch: told of each step within a block.
+        ranks: the processes that share the run, from `lowbit.run.launch.joined`; all call this
+            alike, the first one writes, and all get its result. The folder of ``out`` must be one
+            that all of them see.
+
+    Raises:
+        LowbitError: bad input, named; or a block or the activations do not fit this machine; or
+            another process works in ``out``.
+        VerificationError: the artifact is not what was tuned; it stays in OUT.partial.
+        Interrupted: a KeyboardInterrupt that says what is kept.
+    """
+    place = claimed(Path(out), "quantize", finished=True, resumes=RESUMES, writes=ranks.first)
+    with place as output:
+        asked = Asked(
+            model, scheme, recipe, calib, samples, length, seed, device, tuple(settings), plain
+        )
+        options = Options(offload, offload_dir, progress, watch, ranks)
+        return _Run(asked, options, output).result()
+
+
+class _Run:
+    """One run: planned, then executed. ``output`` is claimed."""
+
+    def __init__(self, asked: Asked, options: Options, output: Output) -> None:
+        self.started = time.time()
+        if not 0 <= asked.seed < SEEDS:
+            raise LowbitError(f"seed {asked.seed}: give a whole number from 0 to {SEEDS - 1}.")
+        self.asked, self.options, self.output, self.ranks = asked, options, output, options.ranks
+        recipe, ranks = asked.resolved(), options.ranks
+        device = pick_device(asked.device)
+        if ranks.size > 1:
+            device = device_of_rank(asked.device, ranks.local)
+        self.stream = ModelStream(asked.model, device)
+        calibration = calibration_of(
+            recipe.calibration, self.stream.config, asked.calib, asked.samples, asked.length
+        )
+        recipe = replace(recipe, calibration=calibration)
+        setting = Setting(
+            calibration.samples,
+            calibration.length,
+            device,
+            self.stream.dtype,
+            self.stream.compute,
+            ranks.size,
+            ranks.here,
+        )
+        outline = Outline.of(self.stream.config)
+        self.plan = Plan.of(outline, recipe, setting, plain=asked.plain)
+        if output.lock is None and ranks.first:
+            _check_finished(output, recipe, asked.seed)
+        self.offload = self._placed()
+        self.rows = self._drawn()
+
+    def _placed(self) -> Offload:
+        """Where the activations go; nowhere if there is nothing left to do but to verify.
+
+        Raises:
+            LowbitError: a block or the activations do not fit, or the folder for them will be the
+                artifact's.
+        """
+        output, given = self.output, self.options.offload_dir
+        folder = output.partial if given is None else Path(given)
+        if given is not None and folder.resolve().is_relative_to(output.folder.resolve()):
+            raise LowbitError(
+                f"--offload-dir '{given}' lies in the artifact's own folder '{output.given}', "
+                "which is made last. Name one outside of it."
+            )
+        if (output.folder / REPORT).is_file():
+            return Offload(self.options.offload, "host", 0)
+        needs, device = self.plan.memory, self.plan.setting.device
+        needs.check(device)
+        return needs.placed(self.options.offload, device, folder)
+
+    def _drawn(self) -> Rows:
+        """The calibration rows.
+
+        Raises:
+            LowbitError: there are too few, or the tokenizer is another model's.
+        """
+        tokenizer = load_tokenizer(self.stream.checkpoint)
+        rows = draw_rows(self.plan.recipe.calibration, tokenizer, self.asked.seed, HELD_OUT)
+        top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
+        size = self.stream.config.vocab_size
+        if top >= size:
+            raise LowbitError(
+                f"the tokenizer gave id {top}, the model's vocabulary ends at {size - 1}: they do "
+                "not belong together."
+            )
+        return rows
+
+    def result(self) -> Result:
+        """Everything from the first tensor to the verified directory; if that exists already, it is
+        only verified again.
+        """
+        files = source_files(self.stream.checkpoint)
+        original = Original.of(self.stream.checkpoint, files).hashed(self.ranks)
+        place = self._entered(original)
+        try:
+            if place.done:
+                return self._told(repeated=True)
+            shards = Shards(place, original, [], self.options.progress)
+            model = self._executed(shards)
+            found = quality(model, self.rows)
+            if not self.ranks.first:
+                return self._told()
+            recipe = replace(self.plan.recipe, methods=model.methods)
+            facts = Facts(
+                command=self.asked.command,
+                source=source_of(self.stream.checkpoint),
+                original=original,
+                files=files,
+                rows=self.rows,
+                seed=self.asked.seed,
+                ranks=self.ranks.size,
+                offload=self.offload,
+                quality=found,
+                started=self.started,
+            )
+            plan = replace(self.plan, recipe=recipe)
+            return self._told(close(place, model, plan, facts, shards.records))
+        except KeyboardInterrupt as e:
+            raise Interrupted(place.kept()) from e
+        except DiskFull as e:
+            raise DiskFull(f"{e} {place.kept()}") from e
+        except (RuntimeError, MemoryError) as e:
+            if not ran_out(e) or self.ranks.size > 1:  # of several, `lowbit.run.launch` says which
+                raise
+            raise LowbitError(self._out_of_memory(e)) from e
+
+    def _entered(self, original: Original) -> Workplace:
+        """The directory of the run, as an earlier one left it."""
+        recipe, seed = self.plan.recipe, self.asked.seed
+        identity = fingerprint(self.stream, original, recipe, self.rows, seed)
+        if self.ranks.size > 1:
+            told = {
+                **identity,
+                "files of the model": original.sizes,
+                "sources": sources(),
+                "output": str(self.output.given.absolute()),
+            }
+            remedy = "Start all of them with the same command, files and versions."
+            self.ranks.agree("the run", told, remedy)
+        return Workplace(self.output, identity, len(self.stream) + 1, self.ranks)
+
+    def _executed(self, shards: Shards) -> Model:
+        """The plan's stages, one after the other."""
+        ranks, held_out = self.ranks, self.rows.held_out
+        folder = Path(self.options.offload_dir or shards.place.partial)
+        blocks = len(self.stream)
+
+        def announce(what: str) -> None:
+            give_back_memory()
+            if self.options.watch:
+                self.options.watch(Working(max(0, len(shards.records) - 1), blocks, what))
+
+        recipe = self.plan.recipe
+        model = Model(
+            self.stream,
+            recipe.grid_of,
+            recipe.methods,
+            self.rows.calibration,
+            recipe.activations,
+            recipe.kv,
+            seed=self.asked.seed,
+            storage=Storage(self.offload.used, self.stream.device, folder),
+            ranks=ranks,
+            announce=announce,
+        )
+        mine = slice(ranks.rank, None, ranks.size)
+        rows = torch.cat([self.rows.calibration[mine], held_out[mine]])
+        entered = Entered(rows, proof_ids(self.rows) if ranks.first else None)
+        idle = self._idle()
+        pipeline: tuple[Stage, ...] = (
+            *self.plan.stages,
+            Outside(shards),
+            Blocks(entered, shards, idle),
+        )
+        for stage in pipeline:
+            model = stage(model)
+        return model
+
+    def _idle(self) -> tuple[str, ...]:
+        """Remarks on methods whose steps look at fewer rows than there are ranks."""
+        found, size = [], self.ranks.size
+        for name, entry, method in self.plan.recipe.entries:
+            batch = entry.cost(method, self.plan.shapes).batch
+            if 0 < batch < size:
+                waiting = f"{size - batch} of {size} ranks wait in it"
+                found.append(f"{name} has {batch} rows a step: {waiting}")
+        return tuple(found)
+
+    def _told(self, verification: Verification | None = None, *, repeated: bool = False) -> Result:
+        """What rank 0 has found of the finished directory, told to all."""
+        out = self.output.given
+        found = (read_report(out), verification or verify(out)) if self.ranks.first else None
+        report, verification = self.ranks.told(found)
+        return Result(out, report, verification, repeated)
+
+    def _out_of_memory(self, error: BaseException) -> str:
+        again = "run the same command"
+        helps = f"free the device, and {again}"
+        if self.offload.used == "device":
+            helps = f"{again} with --offload host, or free the device"
+        return (
+            f"'{self.plan.setting.device}' is out of memory ({str(error).splitlines()[0]}). The "
+            f"finished blocks are kept: {helps}. If that is not enough, shorter rows (--length) or "
+            "another recipe take less, as a run of their own."
+        )
+
+
+def _check_finished(output: Output, recipe: Recipe, seed: int) -> None:
+    """Refuse a folder with a finished artifact that this command cannot have made; whether it has
+    is found out later, from every byte.
+
+    Raises:
+        LowbitError: it was made by other methods, on another scheme, or from another seed.
+    """
+    report, wanted = read_report(output.folder), recipe.as_dict()
+    made = report.get("recipe", {})
+    if (
+        "run" not in report
+        or report.get("seed") != seed
+        or any(made.get(k) != wanted[k] for k in ("scheme", "methods"))
+    ):
+        raise LowbitError(
+            f"'{output.given}' exists and is not empty. Choose another -o, or remove it first."
+        )
