@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lowbit.XLOOP import Streams, begin
 from shapes import random_llama
 
 import lowbit.methods._hessian as hessian
 import lowbit.methods.awq as awq
 import lowbit.methods.claq as claq
 import lowbit.methods.gptq as gptq
-from lowbit.loop import Streams, begin
+from lowbit.grid.names import parse_scheme
 from lowbit.machine import pick_device
 from lowbit.model.block import Block
 from lowbit.model.stream import ModelStream
-from lowbit.presets import load_recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe
 
 
 def clock() -> float:

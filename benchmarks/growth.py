@@ -55,8 +55,8 @@ import json, sys, time, torch, lowbit
 from pathlib import Path
 from lowbit.machine import peak_memory
 from lowbit.plan import make_plan, read_config
-from lowbit.presets import load_recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe
+from lowbit.grid.names import parse_scheme
 given, source = json.loads(sys.argv[1]), sys.argv[2]
 start = time.time()
 done = lowbit.quantize(

@@ -10,12 +10,12 @@ import warnings
 
 import numpy as np
 import torch
+from lowbit.methods._books import ColumnBooks
 from sklearn.cluster import KMeans
 from torch.distributions import StudentT
 
 from lowbit.grid import Affine
 from lowbit.grid.kmeans import kmeans
-from lowbit.methods._books import ColumnBooks
 from lowbit.methods._columns import code_columns, inverse_factor
 from lowbit.methods.gptq import solve
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lowbit.XLOOP import Streams, begin
 from shapes import random_llama
 
 from lowbit.grid import Affine
-from lowbit.loop import Streams, begin
 from lowbit.methods import _rounding
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import Adam

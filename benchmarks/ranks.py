@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from lowbit.artifact import read_shard, unpack_linear
-from lowbit.presets import load_recipe
-from lowbit.scheme import parse_scheme
+from lowbit.grid.names import parse_scheme
+from lowbit.recipe.presets import load_recipe
 
 SCHEME = "W2A16g32"
 

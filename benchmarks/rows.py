@@ -19,15 +19,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 import lowbit.methods._probe
+import torch
+from lowbit.XLOOP import Streams, prepared, run, surveyed
+
 import lowbit.model.block
 from lowbit.evaluate import Tally
-from lowbit.loop import Streams, prepared, run, surveyed
+from lowbit.grid.names import parse_scheme
 from lowbit.model.stream import ModelStream
-from lowbit.presets import load_recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe
 
 
 class Clock:

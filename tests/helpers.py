@@ -10,6 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from lowbit.methods._rounding import Adam
 from lowbit.methods._rounding._adam import BETAS
+from lowbit.model.context import silent
+from lowbit.model.model import Model, Streams
+from lowbit.model.outline import Outline
+from lowbit.model.ranks import ALONE
+from lowbit.plan import Plan, Setting
+from lowbit.stages import Blocks, Entered
 
 TEXT = (
     "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n        "
@@ -133,3 +139,62 @@ def save_tiny(
     tiny_tokenizer().save_pretrained(folder)
     (folder / "text.txt").write_text(TEXT)
     return folder
+
+
+# --- a recipe on a model, without an artifact -----------------------------------------------------
+
+
+def planned(stream, recipe, samples=8, length=24):
+    """The plan of a recipe for a model that is open."""
+    setting = Setting(samples, length, stream.device, stream.dtype, stream.compute)
+    return Plan.of(Outline.of(stream.config), recipe, setting)
+
+
+def model_of(stream, recipe, rows=None, **context) -> Model:
+    """The model that stages begin with, on rows of tokens that matter to some of them only."""
+    rows = torch.zeros(8, 24, dtype=torch.int64) if rows is None else rows
+    return planned(stream, recipe, *rows.shape).model(stream, rows, **context)
+
+
+def staged(stream, recipe, rows=None, seed=0, **context) -> Model:
+    """The model as the stages before the blocks leave it."""
+    model = model_of(stream, recipe, rows, seed=seed, **context)
+    for stage in planned(stream, recipe).stages:
+        model = stage(model)
+    return model
+
+
+def begin(stream, i, recipe, streams, kwargs, seed, announce=silent):
+    """A block of a model whose stages before the blocks are made, or are none."""
+    return model_of(stream, recipe, seed=seed, announce=announce).begin(i, streams, kwargs)
+
+
+class Kept:
+    """A `BlockStore` that tells what is finished, and stores nothing."""
+
+    def __init__(self, told=lambda block: None):
+        self._told = told
+
+    def finished(self, i):
+        return None
+
+    def keep(self, i, block, seconds):
+        self._told(block)
+        return {}
+
+    def loaded(self, i, block):
+        raise AssertionError("nothing is stored")
+
+
+def run(model: Model, streams: Streams, told=lambda block: None):
+    """Quantize the blocks; yields what leaves each, after ``told`` was given it."""
+    entered = Entered(model.rows[:1])  # not used: the streams are given
+    for _, after in Blocks(entered, Kept(told)).walk(model, streams):
+        yield after
+
+
+def opened(stream, recipe, ids, i=0):
+    """Block i of a model, on the first rows of which methods learn."""
+    x = stream.embed(ids)
+    streams = Streams(x, x, min(8, len(ids)), ranks=ALONE)
+    return begin(stream, i, recipe, streams, stream.block_kwargs(ids.shape[1])[i], 0)

@@ -1,3 +1,5 @@
+from helpers import run
+
 """What tests/test_ranks.py starts under torchrun; not a test itself.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks_worker.py JOB.json
@@ -16,13 +18,13 @@ import torch
 
 import lowbit
 from lowbit.evaluate import Tally
-from lowbit.launch import joined
-from lowbit.loop import Streams, ordered, prepared, run, surveyed
+from lowbit.grid.names import parse_scheme
 from lowbit.model.calibration import Calibration, draw_rows
+from lowbit.model.model import Streams
 from lowbit.model.ranks import ALONE, Ranks
 from lowbit.model.stream import ModelStream, load_tokenizer
-from lowbit.presets import load_recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe
+from lowbit.run.launch import joined
 
 
 def tuned(

@@ -11,11 +11,11 @@ from helpers import LLAMA, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowbit
-import lowbit.job
+import lowbit.run.quantize
 from lowbit.methods import METHODS
 from lowbit.methods.tesseraq import TesseraQ
-from lowbit.presets import load_recipe
 from lowbit.proof import verify
+from lowbit.recipe.presets import load_recipe
 
 BLOCKS, PHASES = 2, 3
 FEW_STEPS = (f"tesseraq.schedule=exponential-2-{PHASES}", "tesseraq.iters=2")
@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def device(monkeypatch):
     # The loader is a process without this device.
-    monkeypatch.setattr(lowbit.job, "verify", partial(verify, loader=False))
+    monkeypatch.setattr(lowbit.run.closing, "verify", partial(verify, loader=False))
     yield from accelerator.entered(monkeypatch)
 
 
@@ -99,7 +99,7 @@ def test_every_method_is_tried():
     tried = {
         type(m)
         for recipe, scheme, *_ in CASES
-        for m in load_recipe(recipe, scheme=lowbit.scheme.parse_scheme(scheme)).methods
+        for m in load_recipe(recipe, scheme=lowbit.grid.names.parse_scheme(scheme)).methods
     }
     assert tried == set(METHODS.values())
 

@@ -6,21 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, save_tiny
+from helpers import FAMILIES, begin, save_tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, KVGrid, LLMInt8, PerToken, QuantizedStates, Reading, Rotation
+from lowbit.grid.names import parse_scheme
 from lowbit.grid.rotation import dense
-from lowbit.loop import Streams, apply_methods, begin, prepared
 from lowbit.methods import AWQ, RTN, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods.awq import search_clip
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
-from lowbit.presets import load_recipe
 from lowbit.recipe import Recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe
+from lowbit.stages import apply_methods
 
 W4A4 = Recipe(Affine(4), activations=PerToken(4))
 IDS = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))
@@ -221,9 +222,9 @@ def test_rotations_keep_the_logits_of_every_family(tmp_path, family, quarot):
     recipe, plain = Recipe(Affine(8), (quarot,)), ModelStream(folder, compute=torch.float64)
     if family == "opt-post-norm" and quarot.residual:
         with pytest.raises(LowbitError, match="cannot be rotated"):
-            prepared(plain, recipe, 0)
+            staged(plain, recipe).source
         return
-    rotated = prepared(plain, recipe, 0)
+    rotated = staged(plain, recipe).source
     x = rotated.embed(IDS, torch.float64)
     changed = 0
     for i in range(len(rotated)):
@@ -261,7 +262,7 @@ def test_smoothquant_keeps_the_function_and_evens_out_channels(tmp_path, family)
     for name, b in (("before", block), ("after", smooth)):
         b.observe(
             [site.reads[0]],
-            b.x,
+            "float",
             8,
             lambda _, call, name=name: seen.setdefault(
                 name, call.args[0].flatten(0, -2).abs().amax(0)
@@ -370,7 +371,7 @@ def test_tuning_helps_under_quantized_activations(stream, methods):
     losses = []
     for chain in (methods, tuned):
         recipe = Recipe(Affine(3, 16), chain, activations=PerToken(6))
-        block = apply_methods(opened(prepared(stream, recipe, 0), recipe), recipe)
+        block = apply_methods(opened(staged(stream, recipe).source, recipe.methods), recipe)
         assert set(block.coded) == set(block.wiring.linears)
         losses.append(block.notes["loss_after"])
     assert losses[1] < 0.9 * losses[0]

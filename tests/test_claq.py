@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import begin, planned, save_tiny, staged
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -17,14 +17,16 @@ from lowbit.errors import LowbitError
 from lowbit.grid import Affine, Codebook, PerToken
 from lowbit.grid.kmeans import kmeans
 from lowbit.linears import CodebookLinear
-from lowbit.loop import Streams, apply_methods, begin, surveyed
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
+from lowbit.methods._bit_budget import bit_gains, greedy_widths, least_gain
 from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
-from lowbit.methods.claq import bit_gains, column_scores, greedy_widths, least_gain
+from lowbit.methods.claq import column_scores
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
-from lowbit.presets import load_recipe
 from lowbit.recipe import Recipe
+from lowbit.recipe.presets import load_recipe
+from lowbit.stages import apply_methods
 
 Q = "self_attn.q_proj"
 
@@ -107,7 +109,7 @@ def test_order_of_columns():
     ("bits", "extra", "share"), [(2, 0.1, 0.05), (2, 0.5, 0.25), (3, 0.2, 0.2), (2, 2.0, 1.0)]
 )
 def test_adaptive_precision_widens_the_published_share(block, bits, extra, share):
-    given = replace(block, grids=dict.fromkeys(block.wiring.linears, Codebook(bits)))
+    given = block.within(grids=dict.fromkeys(block.wiring.linears, Codebook(bits)))
     done = CLAQ(adaptive_bits=extra)(given)
     for q in done.coded.values():
         widths, columns = q.params.widths, q.codes.shape[1]
@@ -137,17 +139,19 @@ def test_greedy_spends_the_budget_where_the_loss_falls_most():
 
 def test_a_budget_for_the_whole_model_is_met_where_it_is_surveyed(model):
     stream = ModelStream(model)
-    x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
+    ids = torch.randint(3, 280, (8, 32), generator=torch.Generator().manual_seed(0))
+    x = stream.embed(ids)
     streams, kwargs = Streams(x, x, 8), stream.block_kwargs(32)
     asked = CLAQ(adaptive_bits=0.4, allocation="greedy", scope="model")
-    recipe = surveyed(stream, Recipe(Codebook(2), (asked,)), streams, kwargs, 0)
-    (found,) = recipe.methods
+    recipe = Recipe(Codebook(2), (asked,))
+    (found,) = staged(stream, recipe, ids).methods
     assert found.least_gain > 0 and replace(found, least_gain=0.0) == asked
-    assert surveyed(stream, recipe, streams, kwargs, 0) is recipe
+    recipe = replace(recipe, methods=(found,))
+    assert not planned(stream, recipe).stages
     bits = weights = 0
     averages = set()
     for i in range(len(stream)):
-        done = apply_methods(begin(stream, i, recipe, streams, kwargs[i], 0), recipe)
+        done = apply_methods(begin(stream, i, recipe, streams, kwargs[i], 0), recipe.methods)
         streams = replace(streams, x=done.target, xq=done.run(streams.xq, done.decoded()))
         for q in done.coded.values():
             bits += int(q.params.widths.sum()) * len(q.codes)
@@ -193,11 +197,8 @@ def test_gains_are_per_bit_stored():
 def test_a_uniform_range_need_not_reach_what_is_kept(block):
     weight = block.weight(Q).clone()
     weight[5, 7] = 50.0
-    given = replace(
-        block,
-        weights={**block.weights, f"{Q}.weight": weight},
-        grids=dict.fromkeys(block.wiring.linears, Affine(3, 16)),
-    )
+    given = replace(block, weights={**block.weights, f"{Q}.weight": weight})
+    given = given.within(grids=dict.fromkeys(block.wiring.linears, Affine(3, 16)))
     q = CLAQ(outlier_bits=0.07)(given).coded[Q]
     assert float(q.params.scale[5].max()) < 2 * float(weight[4].abs().max()) / 3
     # Errors of other columns are made up for here, too.
@@ -207,7 +208,7 @@ def test_a_uniform_range_need_not_reach_what_is_kept(block):
 @pytest.mark.parametrize("reserve", ["label", "two_sided", "official"])
 @pytest.mark.parametrize("grid", [Codebook(2), Affine(2)])
 def test_reserved_counts(block, reserve, grid):
-    given = replace(block, grids=dict.fromkeys(block.wiring.linears, grid))
+    given = block.within(grids=dict.fromkeys(block.wiring.linears, grid))
     done = CLAQ(outlier_bits=0.7, reserve=reserve, act_order=False)(given)
     for name, q in done.coded.items():
         rows, columns = q.codes.shape
@@ -270,7 +271,7 @@ def test_every_way_to_choose_levels_ends_on_them(block, levels, cluster):
     "grid", [Codebook(2, "row"), Codebook(2, "tensor"), Codebook(2, "column", 4)]
 )
 def test_gptq_codes_on_shared_books(block, grid):
-    given = replace(block, grids=dict.fromkeys(block.wiring.linears, grid))
+    given = block.within(grids=dict.fromkeys(block.wiring.linears, grid))
     done, nearest = GPTQ()(given), RTN()(given)
     job_loss = [
         apply_methods(given, Recipe(grid, (m,))).notes["loss_after"] for m in (GPTQ(), RTN())
@@ -399,7 +400,7 @@ def test_awq_says_what_it_leaves_out(block):
     assert AWQ()(block).notes["trouble"] == [
         "awq: on codebooks nothing: each column has levels of its own"
     ]
-    shared = replace(block, grids=dict.fromkeys(block.wiring.linears, Codebook(2, "row")))
+    shared = block.within(grids=dict.fromkeys(block.wiring.linears, Codebook(2, "row")))
     assert AWQ(rows=4, exponents=3)(shared).notes["trouble"] == ["awq: on codebooks no clip"]
 
 
@@ -420,7 +421,7 @@ def test_a_budget_below_one_column_is_remarked(block, allocation):
 @pytest.mark.parametrize("name", ["claq", "claq-ap", "claq-or", "claq-fused"])
 @pytest.mark.parametrize("scheme", ["W2A16", "W3A16"])
 def test_recipes_read_back(name, scheme):
-    from lowbit.scheme import parse_scheme
+    from lowbit.grid.names import parse_scheme
 
     recipe = load_recipe(name, scheme=parse_scheme(scheme))
     assert recipe.grid == Codebook(int(scheme[1]))
@@ -428,7 +429,7 @@ def test_recipes_read_back(name, scheme):
 
 
 def test_a_scheme_that_no_codebook_has_is_refused():
-    from lowbit.scheme import parse_scheme
+    from lowbit.grid.names import parse_scheme
 
     with pytest.raises(LowbitError, match="no symmetric form"):
         load_recipe("claq", scheme=parse_scheme("W2A16sym"))

@@ -25,12 +25,12 @@ from lowbit.console import Console, Table
 from lowbit.display import comparison_table, summary
 from lowbit.errors import LowbitError
 from lowbit.evaluate import continue_text
-from lowbit.job import Result
 from lowbit.machine import pick_device
 from lowbit.names import hub_id, model_name
-from lowbit.presets import load_recipe, recipe_names
 from lowbit.proof import Verification
+from lowbit.recipe.presets import load_recipe, recipe_names
 from lowbit.report import write_comparison
+from lowbit.run.quantize import Result
 from lowbit.verbatim import code, code_block, literal, markdown, plotted, shell
 
 COMMANDS = {

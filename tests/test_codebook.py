@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_slopes, projected, save_tiny, slopes
+from helpers import assert_slopes, begin, projected, save_tiny, slopes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import StudentT
@@ -23,12 +23,13 @@ from lowbit.grid import Affine, Codebook, CodebookParams, Outliers, QTensor
 from lowbit.grid import kmeans as module
 from lowbit.grid.compiled import library, pointer
 from lowbit.grid.kmeans import kmeans
-from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import CLAQ, RTN, TesseraQ
 from lowbit.methods._rounding import FROZEN, Adam
 from lowbit.methods._soft import SoftBlock
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
+from lowbit.stages import apply_methods
 
 
 def batched(values, levels, weights=None, exact=False):
@@ -380,7 +381,7 @@ def test_outliers_pull_at_no_level(block):
 def test_tesseraq_improves_what_it_starts_from(block, methods):
     recipe = Recipe(Codebook(2), methods)
     start = apply_methods(block, Recipe(Codebook(2), methods[:-1] or (RTN(),)))
-    done, again = apply_methods(block, recipe), apply_methods(block, recipe)
+    done, again = apply_methods(block, recipe.methods), apply_methods(block, recipe.methods)
     assert done.notes["loss_after"] < 0.8 * start.notes["loss_after"]
     for name, q in done.coded.items():
         assert q.same_as(again.coded[name]) is None
@@ -395,7 +396,7 @@ def test_tesseraq_improves_what_it_starts_from(block, methods):
 
 
 def test_tesseraq_leaves_outliers_of_a_uniform_grid_alone(block):
-    uniform = replace(block, grids=dict.fromkeys(block.wiring.linears, Affine(2, 16)))
+    uniform = block.within(grids=dict.fromkeys(block.wiring.linears, Affine(2, 16)))
     start = CLAQ(outlier_bits=0.28)(uniform)
     done = FAST(start)
     for name, q in done.coded.items():

@@ -7,19 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, save_tiny
+from helpers import FAMILIES, begin, save_tiny
 from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken
-from lowbit.job import quantize
-from lowbit.loop import Streams, apply_methods, begin, ordered
 from lowbit.methods import CrossQuant
+from lowbit.model.model import Streams
 from lowbit.model.order import reorder
 from lowbit.model.stream import ModelStream
-from lowbit.presets import load_recipe
 from lowbit.proof import compare_logits
 from lowbit.recipe import Recipe
+from lowbit.recipe.presets import load_recipe
+from lowbit.run.quantize import quantize
+from lowbit.stages import apply_methods
 
 IDS = torch.randint(3, 280, (8, 24), generator=torch.Generator().manual_seed(0))
 
@@ -36,7 +37,7 @@ def inputs_of(block, exact=True):
         seen.setdefault(name, []).append(call.args[0])
 
     (block.exact() if exact else block).observe(
-        list(block.wiring.linears), block.x, len(block.x), keep
+        list(block.wiring.linears), "float", len(block.x), keep
     )
     return {n: torch.cat(xs) for n, xs in seen.items()}
 
@@ -120,7 +121,7 @@ def test_first_tokens_and_rare_values_set_no_columns(tmp_path):
     x = block.x.clone()
     x[:, 0] *= 1000
     x[3, 5, 7] = 500.0
-    block, name = replace(block, x=x), block.wiring.sites[0].reads[0]
+    block, name = block.within(x=x), block.wiring.sites[0].reads[0]
     seen = inputs_of(block)[name].double().abs()
     largest = seen[:, 1:].flatten(0, 1).sort(0, descending=True).values
     assert torch.equal(CrossQuant().sizes(block, [name], 8)[name], largest[0])
@@ -159,7 +160,7 @@ def test_the_search_is_never_behind_any_exponent_it_tries_on_one_site(tmp_path):
     stream = ModelStream(save_tiny(tmp_path, "llama", torch.float32))
     block = opened(stream, Recipe(Affine(4), activations=PerToken(4, symmetric=True)))
     name, down = "mlp.down_proj", block.wiring.sites[-1]
-    alone = replace(block, wiring=replace(block.wiring, sites=(down,)))
+    alone = block.within(wiring=replace(block.wiring, sites=(down,)))
 
     def error(method):
         done = apply_methods(
@@ -229,10 +230,10 @@ def test_a_group_shares_a_factor_and_no_code_changes(tmp_path):
     stream = ModelStream(save_tiny(tmp_path, "llama", torch.float32))
     recipe = Recipe(Affine(4, 16, symmetric=True), (CrossQuant(0.15, fold="group", isolate=1e9),))
     still = Recipe(recipe.grid, (CrossQuant(1.0, fold="group"),))  # sorts alike, folds nothing
-    moved = ordered(stream, recipe, IDS, 0)
+    moved = staged(stream, recipe, IDS).source
     assert not torch.equal(moved.embed(IDS), stream.embed(IDS))
     folded, plain = (
-        apply_methods(opened(moved, recipe), recipe),
+        apply_methods(opened(moved, recipe.methods), recipe),
         apply_methods(opened(moved, still), still),
     )
     scales = 0
@@ -258,7 +259,7 @@ def test_a_group_shares_a_factor_and_no_code_changes(tmp_path):
 def test_sizes_fall_along_the_sorted_channels_and_outliers_are_isolated(tmp_path):
     stream = ModelStream(save_tiny(tmp_path, "llama", torch.float32))
     recipe = Recipe(Affine(4, 16), (CrossQuant(0.0, fold="group", isolate=4.0),))
-    moved = ordered(stream, recipe, IDS, 0)
+    moved = staged(stream, recipe, IDS).source
     block, method = opened(moved, recipe), recipe.methods[0]
     down = block.wiring.sites[-1]
     sizes = method.sizes(block, [down.reads[0]], 8)[down.reads[0]]

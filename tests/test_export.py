@@ -18,8 +18,8 @@ from lowbit.cli import app
 from lowbit.errors import VerificationError
 from lowbit.formats.layouts import LAYOUTS
 from lowbit.formats.packing import local_tensors, unpack
+from lowbit.grid.names import parse_scheme
 from lowbit.proof import compare_logits, loader_logits, verify
-from lowbit.scheme import parse_scheme
 
 PLAIN_GRID = ["activations.symmetric=true", "activations.full_range=true", "activations.clip=1"]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import begin, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,16 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken, Reading
 from lowbit.grid.kmeans import kmeans
-from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN
-from lowbit.methods._books import ColumnBooks
+from lowbit.methods._coder import GridColumns
 from lowbit.methods._columns import code_columns, inverse_factor
-from lowbit.methods._hessian import factored, input_hessians
+from lowbit.methods._hessian import Inputs, factored, input_hessians
 from lowbit.methods._reconstruct import Reconstruction
-from lowbit.methods.gptq import AffineColumns, fit_range, solve
+from lowbit.methods.gptq import fit_range
+from lowbit.methods.gptq import solve as solve_inputs
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
-from lowbit.presets import load_recipe
 from lowbit.recipe import Recipe
+from lowbit.recipe.presets import load_recipe
+from lowbit.stages import apply_methods
+
+
+def solve(weight, factor, grid, params, stored, *, order, clip="none", block_size=128):
+    dead = torch.zeros(weight.shape[1], dtype=torch.bool)
+    return solve_inputs(weight, Inputs(factor, order, dead), grid, params, stored, clip, block_size)
 
 
 def block_of(folder, grid, family="llama", rows=12):
@@ -224,11 +231,11 @@ def test_every_period_starts_on_weights_that_are_up_to_date():
 
 
 def test_a_hessian_is_that_of_the_inputs_on_the_quantized_prefix(block):
-    moved = replace(block, xq=block.xq + 0.1)
+    moved = block.within(xq=block.xq + 0.1)
     name = "mlp.gate_proj"
     seen = []
     moved.observe(
-        [name], moved.xq, 5, lambda _, call: seen.append(call.args[0].flatten(0, -2).double())
+        [name], "quantized", 5, lambda _, call: seen.append(call.args[0].flatten(0, -2).double())
     )
     x = torch.cat(seen)
     torch.testing.assert_close(
@@ -237,7 +244,7 @@ def test_a_hessian_is_that_of_the_inputs_on_the_quantized_prefix(block):
 
 
 def test_only_as_many_rows_as_asked_for_are_used(block):
-    some, few = GPTQ(rows=3)(block), GPTQ()(replace(block, tuned_rows=3))
+    some, few = GPTQ(rows=3)(block), GPTQ()(block.within(tuned_rows=3))
     assert all(q.same_as(few.coded[n]) is None for n, q in some.coded.items())
     assert any(q.same_as(some.coded[n]) is not None for n, q in GPTQ(rows=100)(block).coded.items())
 
@@ -284,7 +291,7 @@ def test_linears_of_a_site_may_have_different_grids(block):
         "self_attn.k_proj": Affine(8, 16),
         "self_attn.v_proj": Affine(4, None, True),
     }
-    done = GPTQ()(replace(block, grids=grids))
+    done = GPTQ()(block.within(grids=grids))
     for name, q in done.coded.items():
         assert q.grid == grids[name]
     assert done.coded["self_attn.q_proj"].same_as(GPTQ()(block).coded["self_attn.q_proj"]) is None
@@ -342,7 +349,7 @@ def test_a_linear_that_sees_only_zeros_is_rounded_to_nearest_with_a_remark(block
 
 def test_a_singular_hessian_is_damped_until_it_works_with_a_remark(block):
     # 32 tokens for 64 inputs.
-    few = replace(block, x=block.x[:1], xq=block.xq[:1], target=block.target[:1], tuned_rows=1)
+    few = block.within(x=block.x[:1], xq=block.xq[:1], target=block.target[:1], tuned_rows=1)
     done = GPTQ(damping=0.0)(few.with_notes(trouble=["earlier"]))
     assert done.notes["trouble"][0] == "earlier"
     assert (
@@ -405,7 +412,7 @@ def test_coded_linears_are_left_alone_and_what_they_read_costs_nothing(block):
         for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
     }
     watched = []
-    done = GPTQ()(replace(block, coded=some, announce=watched.append))
+    done = GPTQ()(replace(block, coded=some).within(announce=watched.append))
     for name, q in some.items():
         assert done.coded[name] is q
     assert not any("q_proj" in line or "up_proj" in line for line in watched)
@@ -414,7 +421,7 @@ def test_coded_linears_are_left_alone_and_what_they_read_costs_nothing(block):
 
 
 def test_scales_are_those_the_artifact_stores(block):
-    done = GPTQ()(replace(block, stored=torch.bfloat16))
+    done = GPTQ()(block.within(stored=torch.bfloat16))
     for q in done.coded.values():
         assert torch.equal(q.params.scale, q.params.scale.bfloat16().float())
 
@@ -562,7 +569,7 @@ def test_a_pass_ends_where_the_last_input_asked_for_is_seen(block, name):
     handle = block.module.get_submodule("mlp").register_forward_pre_hook(lambda *_: later.append(1))
     block.observe(
         [name, "self_attn.k_proj"],
-        block.xq,
+        "quantized",
         8,
         lambda n, call: seen.append((n, call.args[0].shape)),
     )
@@ -617,22 +624,18 @@ def test_the_plain_loop_waits_for_no_column(mode, monkeypatch):
     monkeypatch.setattr("lowbit.grid.kmeans.library", lambda source: None)
     # As on an accelerator, without Lloyd.
     monkeypatch.setattr(
-        "lowbit.methods._books.kmeans",
-        lambda v, k, checked: kmeans(v, k, exact=True, checked=False),
+        "lowbit.grid.codebook.kmeans",
+        lambda v, k, weights, checked: kmeans(v, k, exact=True, checked=False),
     )
     weight, hessian = case(9, 32, 2)
-    weight, factor, grid = weight.float(), inverse_factor(hessian).float(), Affine(2, 8)
-    if mode == "books":
-        coder = ColumnBooks(weight, torch.full((32,), 2), torch.float32)
-    else:
-        coder = AffineColumns(
-            grid,
-            32,
-            [c // 8 for c in range(32)],
-            grid.fit(weight) if mode == "static" else None,
-            torch.float32,
-            "mse",
-        )
+    weight, factor = weight.float(), inverse_factor(hessian).float()
+    grid = Codebook(2) if mode == "books" else Affine(2, 8)
+
+    def fit(ahead, column):
+        return fit_range(grid, ahead, "mse", torch.float32)
+
+    fitted = {"params": grid.fit(weight)} if mode == "static" else {"fit": fit}
+    coder = GridColumns(grid, torch.arange(32), torch.float32, **fitted)
     with _Waits() as waits:
         code_columns(weight, factor, coder, 16)
     assert waits.count == 0

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import begin, save_tiny
 
 from lowbit.grid import Affine, PerToken
-from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, RTN, QuaRot
 from lowbit.model.judge import linear_errors
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
+from lowbit.stages import apply_methods
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,8 @@ def stream(tmp_path_factory):
 
 def finished(stream, recipe):
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
-    return apply_methods(
-        begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(32)[0], 0), recipe
-    )
+    block = begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
+    return apply_methods(block, recipe.methods)
 
 
 def test_the_first_linear_by_definition(stream):
@@ -29,7 +29,7 @@ def test_the_first_linear_by_definition(stream):
     seen = []
     block.observe(
         ["self_attn.q_proj"],
-        block.xq,
+        "quantized",
         8,
         lambda _, call: seen.append(call.args[0].flatten(0, -2).double()),
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import helpers
 import pytest
 import torch
-from helpers import assert_slopes, projected, save_tiny
+from helpers import assert_slopes, begin, projected, save_tiny
 from safetensors.torch import load_file, save_file
 from test_gguf import artifact, wide
 from typer.testing import CliRunner
@@ -19,19 +19,20 @@ from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import blocks
 from lowbit.formats.packing import pack, tensor_bytes, unpack
 from lowbit.grid import Affine, KQuant, QTensor
+from lowbit.grid.names import parse_scheme
 from lowbit.linears import DecodedLinear
-from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, TesseraQ
 from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._soft import SoftBlock
-from lowbit.methods.gptq import solve_blocks
+from lowbit.methods.gptq import error_cost, fit_range, solve
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
-from lowbit.presets import load_recipe
 from lowbit.proof import verify
 from lowbit.recipe import Recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe
+from lowbit.stages import apply_methods
 
 FAST = TesseraQ(schedule="exponential-4-4", iters=6)
 
@@ -101,6 +102,11 @@ def brute_force(w, hessian, grid, params):
     return codes
 
 
+def fixed_in_advance(w, inputs, grid):
+    params = fit_range(grid, w, "none", torch.float64, error_cost(inputs))
+    return solve(w, inputs, grid, params, torch.float64, block_size=64)
+
+
 @pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k"])
 def test_gptq_in_blocks_against_brute_force(kind):
     g, grid = torch.Generator().manual_seed(1), KQuant(kind)
@@ -113,7 +119,7 @@ def test_gptq_in_blocks_against_brute_force(kind):
         inverse_factor(hessian.clone()), torch.arange(256), torch.zeros(256, dtype=torch.bool)
     )
     params = grid.fit(w)
-    q = solve_blocks(w, inputs, grid, params, torch.float64, 64)
+    q = solve(w, inputs, grid, params, torch.float64, block_size=64)
     expected = brute_force(w, hessian, grid, params)
     # Positions are in float32 here, halves may fall to either side.
     assert float((q.codes == expected).double().mean()) > 0.995
@@ -127,7 +133,7 @@ def test_gptq_in_blocks_against_brute_force(kind):
         )
 
     assert loss(params, q.codes) < 0.9 * loss(params, grid.encode(w, params))
-    own = solve_blocks(w, inputs, grid, None, torch.float64, 64)
+    own = fixed_in_advance(w, inputs, grid)
     assert loss(own.params, own.codes) < 1.3 * loss(params, q.codes)
 
 

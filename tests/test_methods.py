@@ -6,25 +6,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_slopes, projected, save_tiny
+from helpers import assert_slopes, begin, projected, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
-from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._batches import copied
-from lowbit.methods._probe import least_harmful, seen_at
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
+from lowbit.methods._scale_search import best_scale, collect_inputs
 from lowbit.methods._soft import SoftBlock, quantile
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.block import Block
+from lowbit.model.model import Streams
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
+from lowbit.stages import apply_methods
 
 FAST = TesseraQ(schedule="exponential-4-6", iters=8, lr=3e-2)
 
@@ -74,7 +75,7 @@ def test_a_16_bit_forward_pass_leaves_the_rounding_in_float32(tmp_path):
     stream = ModelStream(save_tiny(tmp_path), compute=torch.bfloat16)
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
     block = begin(stream, 0, Recipe(Affine(3, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
-    exact = replace(block, compute=torch.float32)
+    exact = block.within(compute=torch.float32)
     assert block.forward(x[:2]).dtype == torch.bfloat16
     for name, q in RTN()(block).coded.items():
         assert q.same_as(RTN()(exact).coded[name]) is None
@@ -89,8 +90,8 @@ def test_soft_weights_start_as_the_float_ones_except_at_range_ends(block):
     weights = soft.weights()
     for name in block.wiring.linears:
         grid, params = block.grids[name], block.range_of(name)
-        position = grid.position(block.weight(name), params)
-        inside = (position >= 0) & (position <= grid.top)
+        inside = grid.neighbours(block.weight(name), params)
+        inside = inside.low != inside.high
         torch.testing.assert_close(
             weights[f"{name}.weight"][inside], block.weight(name)[inside], rtol=1e-5, atol=1e-6
         )
@@ -267,7 +268,7 @@ def test_random_probes_average_to_the_curvature(block, objective):
 def last(block):
     """The block as if it were the model's last one, on a head of its own."""
     head = torch.randn(40, block.x.shape[-1], generator=torch.Generator().manual_seed(5)) / 4
-    return replace(block, readout=lambda y: y @ head.T, target=block.target.clone())
+    return block.within(readout=lambda y: y @ head.T, target=block.target.clone())
 
 
 @pytest.mark.parametrize("second_loss", ["on", "off"])
@@ -335,7 +336,7 @@ def test_what_was_read_ahead_is_what_a_step_gets(block, monkeypatch):
 
 
 def test_non_finite_loss_falls_back_and_is_recorded(block):
-    broken = replace(block, target=torch.full_like(block.target, float("nan")))
+    broken = block.within(target=torch.full_like(block.target, float("nan")))
     done = FAST(broken)
     assert done.notes["trouble"]
     assert all(int(q.codes.max()) <= 3 for q in done.coded.values())
@@ -402,11 +403,11 @@ def test_transform_after_solver_raises(block):
 
 @pytest.mark.parametrize("tokens", [0, 100])
 def test_group_moments_are_the_inputs_seen_by_the_linears(block, tokens):
-    moments = AWQ(rows=8, clip_tokens=tokens)._group_moments(block, 8)
+    moments = AWQ(rows=8, clip_tokens=tokens)._moments(block, 8)
     seen = []
     block.observe(
         ["self_attn.q_proj"],
-        block.xq,
+        "quantized",
         8,
         lambda _, call: seen.append(call.args[0].flatten(0, -2).double()),
     )
@@ -423,9 +424,8 @@ def test_group_moments_are_the_inputs_seen_by_the_linears(block, tokens):
 
 def brute_scale(block, site, rows, exponents):
     """AWQ's choice by its definition: every candidate's block part on all tokens, in float64."""
-    wide = replace(
-        block, compute=torch.float64, weights={k: v.double() for k, v in block.weights.items()}
-    )
+    weights = {k: v.double() for k, v in block.weights.items()}
+    wide = replace(block, weights=weights).within(compute=torch.float64)
     seen, probe = [], []
 
     def outputs(weights):
@@ -439,7 +439,7 @@ def brute_scale(block, site, rows, exponents):
 
     wide.observe(
         [site.reads[0]],
-        block.x.double(),
+        "float",
         rows,
         lambda _, call: seen.append(call.args[0].flatten(0, -2)),
     )
@@ -471,7 +471,7 @@ def test_scale_search_equals_brute_force(tmp_path, monkeypatch, family, tokens):
     """Candidates left early would not have won, whatever the size of the parts; and all sites'
     inputs come from one pass.
     """
-    monkeypatch.setattr("lowbit.methods._probe._TOKENS", tokens)
+    monkeypatch.setattr("lowbit.methods._scale_search._TOKENS", tokens)
     stream = ModelStream(save_tiny(tmp_path, family, dtype=torch.float32))
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
     block = begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
@@ -489,8 +489,8 @@ def test_scale_search_equals_brute_force(tmp_path, monkeypatch, family, tokens):
 
 def test_candidates_that_are_no_numbers_never_win(block):
     site = block.wiring.sites[0]
-    seen = seen_at(block, [site], 8)[site.reads[0]]
+    seen = collect_inputs(block, [site], 8)[site.reads[0]]
     ones = torch.ones(len(seen.size), dtype=torch.float64)
     candidates = [(ones * float("nan"), 0.1), (ones, 0.2), (ones, 0.3)]
-    assert least_harmful(block, site, seen, candidates)[1] == 0.2  # of equals the first
-    assert least_harmful(block, site, seen, candidates[:1])[1] == 0.0
+    assert best_scale(block, site, seen, candidates)[1] == 0.2  # of equals the first
+    assert best_scale(block, site, seen, candidates[:1])[1] == 0.0

@@ -307,10 +307,12 @@ def test_a_loaded_model_can_be_saved_again(artifact, tmp_path):
 def test_tuning_in_16_bits_still_proves_the_artifact(model, tmp_path, monkeypatch, scheme, recipe):
     from functools import partial
 
-    import lowbit.job
+    import lowbit.run.quantize
     from lowbit.model.stream import ModelStream
 
-    monkeypatch.setattr(lowbit.job, "ModelStream", partial(ModelStream, compute=torch.bfloat16))
+    monkeypatch.setattr(
+        lowbit.run.quantize, "ModelStream", partial(ModelStream, compute=torch.bfloat16)
+    )
     done = made(model, tmp_path / "out", scheme, recipe)
     assert done.report["compute"] == "torch.bfloat16"
     assert done.verification.logits_rms < 1e-3

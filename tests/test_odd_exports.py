@@ -43,7 +43,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def artifact(source, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowbit.job.verify", partial(verify, loader=False))
+        patch.setattr("lowbit.run.closing.verify", partial(verify, loader=False))
         out = tmp_path_factory.mktemp("odd") / "artifact"
         return lowbit.quantize(
             str(source), "W4A16g32sym", "rtn", out=out, samples=8, length=64
@@ -108,7 +108,7 @@ def test_tensors_that_no_class_knows_go_where_loaders_take_them(
 
 
 def test_templates_in_a_folder_go_along(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowbit.job.verify", partial(verify, loader=False))
+    monkeypatch.setattr("lowbit.run.closing.verify", partial(verify, loader=False))
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
     (folder / "additional_chat_templates").mkdir()

@@ -15,24 +15,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, save_tiny
+from helpers import FAMILIES, begin, run, save_tiny
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit import job, memory
 from lowbit.cli import app
 from lowbit.errors import LowbitError
-from lowbit.loop import Streams, apply_methods, begin, run
+from lowbit.grid.names import parse_scheme
 from lowbit.machine import control_groups, free_memory
-from lowbit.memory import Layer, Needs, Rows, needs
 from lowbit.model import storage as module
 from lowbit.model.block import Block
+from lowbit.model.model import Streams
 from lowbit.model.storage import Storage
 from lowbit.model.stream import ModelStream
 from lowbit.plan import needs_of
-from lowbit.presets import load_recipe
+from lowbit.plan.memory import Layer, Needs, Rows, needs
 from lowbit.proof import verify
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe
+from lowbit.stages import apply_methods
 
 CPU = torch.device("cpu")
 ARGS = dict(samples=8, length=32)
@@ -381,7 +382,7 @@ def test_tensors_used_again_hold_what_new_ones_would(deep):
     kwargs = stream.block_kwargs(32)
     fresh = Streams(x.clone(), x.clone(), 8)
     for i, (block, after) in enumerate(run(stream, recipe, Streams(x, x, 8), 0, kwargs, kwargs)):
-        alone = apply_methods(begin(stream, i, recipe, fresh, kwargs[i], 0), recipe)
+        alone = apply_methods(begin(stream, i, recipe, fresh, kwargs[i], 0), recipe.methods)
         fresh = Streams(alone.target.clone(), alone.run(alone.xq, alone.decoded()), 8)
         assert all(torch.equal(block.coded[n].codes, alone.coded[n].codes) for n in block.coded)
         assert torch.equal(after.x, fresh.x) and torch.equal(after.xq, fresh.xq)

@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import begin, save_tiny
 from safetensors.torch import save_file
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken
-from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import RTN, OmniQuant, TesseraQ
+from lowbit.methods._learned import Learned, clipped_range, shiftable
 from lowbit.methods._reconstruct import Reconstruction
-from lowbit.methods.omniquant import _Learned, clipped_range, shiftable
+from lowbit.model.model import Streams
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
+from lowbit.stages import apply_methods
 
 IDS = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))
 QUICK = OmniQuant(epochs=15, clip_lr=0.05, batch=2)
@@ -58,7 +59,7 @@ def test_what_is_learned_is_what_is_folded(tmp_path, family):
         save_tiny(tmp_path, family, torch.float32), Recipe(Affine(4), activations=PerToken(8))
     )
     method = OmniQuant(epochs=1)
-    learned = _Learned(block, method._sites(block), 0.5)
+    learned = Learned(block, method._sites(block), 0.5)
     assert learned.transforms()
     with torch.no_grad():
         for t in (*learned.clips(), *learned.transforms()):
@@ -90,7 +91,7 @@ def test_transformation_helps_under_quantized_activations(opt):
     block = opened(opt, Recipe(Affine(4), activations=PerToken(4)))
     loud = block.x.clone()
     loud[..., 5] *= 20
-    block = replace(block, x=loud, xq=loud, target=block.exact().run(loud))
+    block = block.within(x=loud, xq=loud, target=block.exact().run(loud))
     off, on = (replace(OmniQuant(epochs=4), transform=t)(block) for t in ("off", "on"))
     losses = [Reconstruction(b, 4).loss(RTN()(b).decoded(), 8) for b in (off, on)]
     assert losses[1] < losses[0]

@@ -50,7 +50,7 @@ def quantize(model, out, scheme="W4A16g32sym", **more):
 def made(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("made") / "artifact"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowbit.job.verify", partial(verify, loader=False))
+        patch.setattr("lowbit.run.closing.verify", partial(verify, loader=False))
         quantize(model, out)
     return out
 
@@ -74,7 +74,7 @@ def no_loader(monkeypatch):
     """Codes and hashes only: a runtime in a process of its own is what other files of tests
     check.
     """
-    for place in ("lowbit.job.verify", "lowbit.export.place.verify"):
+    for place in ("lowbit.run.closing.verify", "lowbit.export.place.verify"):
         monkeypatch.setattr(place, partial(verify, loader=False))
 
 
@@ -623,7 +623,7 @@ def test_ctrl_c_says_what_is_kept(model, tmp_path, monkeypatch):
     def interrupted(block, recipe):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowbit.loop.apply_methods", interrupted)
+    monkeypatch.setattr("lowbit.XLOOP.apply_methods", interrupted)
     with pytest.raises(
         Interrupted, match="No block is finished yet: the same command starts again"
     ):

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from lowbit import display, estimate, machine, memory
 from lowbit.cli import app
 from lowbit.errors import LowbitError
-from lowbit.estimate import Speed, measure_speed
+from lowbit.grid.names import parse_scheme
 from lowbit.plan import make_plan, needs_of, read_config
-from lowbit.presets import load_recipe
-from lowbit.scheme import parse_scheme
+from lowbit.plan.speed import Speed, measure_speed
+from lowbit.recipe.presets import load_recipe
 
 
 def recipe(scheme):

@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
-from helpers import save_tiny
+from helpers import begin, save_tiny
 
 from lowbit.errors import LowbitError
 from lowbit.grid import PerToken
-from lowbit.loop import Streams, apply_methods, begin, prepared
+from lowbit.grid.names import parse_scheme
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._soft import SoftBlock
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.calibration import Calibration
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.plan import make_plan
-from lowbit.presets import load_recipe, recipe_names
 from lowbit.recipe import Recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe, recipe_names
+from lowbit.stages import apply_methods
 
 QUICK = ["tesseraq.schedule=exponential-4-6", "tesseraq.iters=8", "tesseraq.lr=3e-2"]
 
@@ -297,7 +298,7 @@ def test_tesseraq_improves_every_base(tmp_path, base, scheme):
             *(["omniquant.epochs=4"] if "omniquant" in name else []),
         ]
         recipe = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
-        seen = prepared(stream, recipe, 0)
+        seen = staged(stream, recipe).source
         x = seen.embed(ids)
         block = apply_methods(
             begin(seen, 0, recipe, Streams(x, x, 8), seen.block_kwargs(24)[0], 0), recipe

@@ -19,10 +19,10 @@ from ranks_worker import tuned
 
 import lowbit
 from lowbit.errors import LowbitError, ToldElsewhere
-from lowbit.launch import _KEPT, _Voices, joined
 from lowbit.machine import device_of_rank
 from lowbit.methods._batches import gathered
 from lowbit.model.ranks import ALONE, RankGone, Ranks, _answered
+from lowbit.run.launch import _KEPT, _Voices, joined
 
 TESSERAQ = ["tesseraq.precision=float32", "tesseraq.schedule=exponential-4-4", "tesseraq.iters=4"]
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -151,7 +151,7 @@ def raised(voices, error):
 
 
 def test_one_rank_tells_the_user(monkeypatch):
-    monkeypatch.setattr("lowbit.launch._GRACE", 0.1)
+    monkeypatch.setattr("lowbit.run.launch._GRACE", 0.1)
     voices = [_Voices(store, r, 3, print) for store in [Store()] for r in range(3)]
     errors = [raised(v, LowbitError("bad input.")) for v in voices]  # the same everywhere
     assert str(errors[0]) == "bad input." and [type(e) for e in errors[1:]] == [ToldElsewhere] * 2
@@ -170,9 +170,9 @@ def test_one_thread_of_a_rank_speaks_at_a_time(monkeypatch):
     """The end of another rank arrives twice, as a closed connection and as torchrun's signal:
     whoever is second waits for the first.
     """
-    monkeypatch.setattr("lowbit.launch._GRACE", 0.1)
+    monkeypatch.setattr("lowbit.run.launch._GRACE", 0.1)
     said, ended, voices = [], threading.Event(), None
-    monkeypatch.setattr("lowbit.launch.os._exit", lambda code: ended.set())
+    monkeypatch.setattr("lowbit.run.launch.os._exit", lambda code: ended.set())
     near, far = socket.socketpair()
     voices = _Voices(Store(), 0, 2, said.append)
     threading.Thread(target=voices._listen, args=(near,), daemon=True).start()

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.grid.openmp import Team, team
+from lowbit.grid.sums import _masked, sums_by
 from lowbit.methods import _rounding as rounding
 from lowbit.methods._rounding import FROZEN, Adam, cpu
-from lowbit.methods._sums import _masked, sums_by
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler")
 

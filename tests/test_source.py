@@ -16,11 +16,11 @@ import lowbit
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.evaluate import evaluate, load_causal_lm
-from lowbit.identity import Original
 from lowbit.model.carried import source_files
 from lowbit.model.checkpoint import Checkpoint, Stored
 from lowbit.model.stream import ModelStream
 from lowbit.proof import verify
+from lowbit.run.identity import Original
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -63,7 +63,7 @@ def contents_alone(request, monkeypatch):
     result in a process of its own.
     """
     if "loaded" not in request.keywords:
-        monkeypatch.setattr("lowbit.job.verify", partial(verify, loader=False))
+        monkeypatch.setattr("lowbit.run.closing.verify", partial(verify, loader=False))
 
 
 def rtn(model, out, **options):

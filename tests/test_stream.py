@@ -5,12 +5,13 @@ family.
 import pytest
 import torch
 import transformers as T
-from helpers import FAMILIES, save_tiny
+from helpers import FAMILIES, begin, save_tiny
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
-from lowbit.loop import Streams, begin
-from lowbit.methods._probe import search_scale, seen_at
+from lowbit.methods._scale_search import best_scale, collect_inputs
+from lowbit.methods.awq import scale_candidates
+from lowbit.model.model import Streams
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
@@ -39,7 +40,8 @@ def test_folding_a_factor_keeps_the_function(tmp_path, family):
     folded = 0
     for site in block.wiring.sites:
         if site.source is not None:
-            factor, _ = search_scale(block, site, seen_at(block, [site], 4)[site.reads[0]], 4)
+            seen = collect_inputs(block, [site], 4)[site.reads[0]]
+            factor, _ = best_scale(block, site, seen, scale_candidates(seen.mean, 4))
             block = fold(block, site, factor * torch.linspace(0.5, 2, len(factor)).double())
             folded += 1
     if folded:

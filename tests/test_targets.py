@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
+from lowbit.grid.names import parse_scheme
 from lowbit.model.wiring import wiring_of
 from lowbit.plan import make_plan
-from lowbit.presets import load_recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe.presets import load_recipe
 from lowbit.targets import TARGETS, Planned, check_target, demand, verdicts
 
 COMMON = dict(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.grid import Affine
-from lowbit.scheme import parse_scheme
+from lowbit.grid.names import parse_scheme
 
 HERE = Path(__file__).parent
 

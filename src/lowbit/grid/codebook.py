@@ -141,12 +141,8 @@ class Codebook(ColumnGrid[CodebookParams]):
         """
         books = self.books(*w.shape)
         widths = torch.full((books,), self.bits, dtype=torch.int64, device=w.device)
-        return self._fitted(w, widths, importance)
-
-    def fit_columns(
-        self, w: Tensor, widths: Tensor, importance: Tensor | None = None
-    ) -> CodebookParams:
-        return self._fitted(w, widths, importance)
+        levels = _clustered(self.lists(w), self.bits, self._listed(w, importance))
+        return CodebookParams(levels.to(w.dtype), widths)
 
     def refined(self, params: CodebookParams, column: int, w: Tensor, steps: int) -> CodebookParams:
         levels, values = params.levels[column, : self.top + 1], w[:, 0]
@@ -154,17 +150,21 @@ class Codebook(ColumnGrid[CodebookParams]):
             levels = _lloyd(values, levels)
         return CodebookParams(levels[None], params.widths[column : column + 1])
 
-    def _fitted(self, w: Tensor, widths: Tensor, importance: Tensor | None) -> CodebookParams:
-        lists = self.lists(w)  # (books, n)
-        weights = None if importance is None else self.lists(importance.expand_as(w))
+    def fit_columns(
+        self, w: Tensor, widths: Tensor, importance: Tensor | None = None
+    ) -> CodebookParams:
+        lists, weights = self.lists(w), self._listed(w, importance)  # (books, n)
         kinds = sorted(set(widths.tolist()))
         levels = torch.empty(len(lists), 1 << kinds[-1], dtype=torch.float32, device=w.device)
         for width in kinds:
             of = widths == width
             chosen = None if weights is None else weights[of]
-            found, _ = kmeans(lists[of], 1 << width, chosen)  # (books of this width, 2**width)
+            found = _clustered(lists[of], width, chosen)  # (books of this width, 2**width)
             levels[of] = _padded(found, levels.shape[1])
         return CodebookParams(levels.to(w.dtype), widths)
+
+    def _listed(self, w: Tensor, importance: Tensor | None) -> Tensor | None:
+        return None if importance is None else self.lists(importance.expand_as(w))
 
     def join(self, parts: list[CodebookParams]) -> CodebookParams:
         most = max(p.levels.shape[1] for p in parts)
@@ -255,6 +255,13 @@ def _padded(levels: Tensor, count: int) -> Tensor:
     """(books, n) levels as (books, count), the last one repeated."""
     missing = count - levels.shape[1]
     return torch.cat([levels, levels[:, -1:].expand(-1, missing)], 1) if missing else levels
+
+
+def _clustered(lists: Tensor, bits: int, weights: Tensor | None) -> Tensor:
+    """(books, n) -> (books, 2**bits) levels. To look whether all is finite would wait for an
+    accelerator: there `check_finite` tells of the levels.
+    """
+    return kmeans(lists, 1 << bits, weights, checked=lists.device.type == "cpu")[0]
 
 
 def _lloyd(values: Tensor, levels: Tensor) -> Tensor:

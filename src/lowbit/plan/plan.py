@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import LowbitError
 from ..formats.packing import tensor_bytes
@@ -18,8 +19,9 @@ from ..grid import AnyGrid
 from ..methods.cost import Layer, Rows, Shapes
 from ..model.calibration import Calibration
 from ..model.checkpoint import config_at, hub_file
-from ..model.model import Stage
+from ..model.model import Model, Stage
 from ..model.outline import Outline
+from ..model.stream import ModelStream
 from ..recipe import Recipe
 from ..targets import Planned, Verdict, verdicts
 from .checks import beyond_compressed_tensors, check_divides, check_loadable, check_shared
@@ -118,6 +120,18 @@ class Plan:
             )
         check_shared(recipe, outline, setting.samples, setting.ranks)
         return cls(recipe, outline, stages, setting, beyond, tensor_parallel)
+
+    def model(self, source: ModelStream, rows: Tensor, **context: Any) -> Model:
+        """The model that the stages begin with.
+
+        Args:
+            source: its checkpoint. rows: (n, length) int64, the calibration rows of all ranks.
+            context: other fields of `Model`: seed, storage, ranks, announce.
+        """
+        recipe = self.recipe
+        return Model(
+            source, recipe.grid_of, recipe.methods, rows, recipe.activations, recipe.kv, **context
+        )
 
     # --- sizes ------------------------------------------------------------------------------------
 

@@ -307,14 +307,9 @@ class _Run:
             if self.options.watch:
                 self.options.watch(Working(max(0, len(shards.records) - 1), blocks, what))
 
-        recipe = self.plan.recipe
-        model = Model(
+        model = self.plan.model(
             self.stream,
-            recipe.grid_of,
-            recipe.methods,
             self.rows.calibration,
-            recipe.activations,
-            recipe.kv,
             seed=self.asked.seed,
             storage=Storage(self.offload.used, self.stream.device, folder),
             ranks=ranks,
