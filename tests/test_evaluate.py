@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import lowbit.evaluate as subject
 from lowbit.errors import LowbitError
 from lowbit.evaluate import Evaluation, Tally, continue_text, evaluate, load_causal_lm
 
@@ -104,7 +103,7 @@ def check(found: Evaluation, expected: tuple[float, float, float]) -> None:
 def test_a_tally_is_the_definition(
     monkeypatch: pytest.MonkeyPatch, windows: Tensor, scale: float, dtype: torch.dtype, at_once: int
 ) -> None:
-    monkeypatch.setattr(subject, "_PROBABILITIES_AT_ONCE", at_once)
+    monkeypatch.setattr("lowbit.evaluate.tally._PROBABILITIES_AT_ONCE", at_once)
     torch.manual_seed(int(scale))
     logits = (scale * torch.randn(5, 12, VOCAB)).to(dtype)
     reference = (logits + 0.3 * scale * torch.randn(5, 12, VOCAB)).to(dtype)
@@ -171,7 +170,7 @@ def test_the_batch_shrinks_to_what_fits_and_progress_is_told(
         (1, [(i, 5) for i in range(1, 6)]),
     ):
         seen.clear()
-        monkeypatch.setattr(subject, "_LOGITS_AT_ONCE", limit)
+        monkeypatch.setattr("lowbit.evaluate.perplexity._LOGITS_AT_ONCE", limit)
         found = evaluate(model, windows, progress=lambda done, of: seen.append((done, of)))
         assert seen == expected and found.batch == expected[0][0]
 
