@@ -10,8 +10,8 @@ from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import lowbit.compare
 from lowbit.cli import app
+from lowbit.compare import bench
 from lowbit.errors import DiskFull
 
 
@@ -84,9 +84,9 @@ def test_a_repeated_command_measures_nothing_again_and_a_new_cell_is_added(
     done, model, monkeypatch
 ):
     ran = []
-    quantize = lowbit.compare.quantize
+    quantize = bench.quantize
     monkeypatch.setattr(
-        lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k)
+        bench, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k)
     )
     assert compare(model, done).exit_code == 0
     assert ran == []
@@ -103,9 +103,9 @@ def test_a_failure_is_a_row_and_is_tried_again(model, tmp_path, monkeypatch):
     assert ["error" in r for r in rows] == [False, False, True, False]
     assert "failed" in (tmp_path / "c" / "comparison.md").read_text()
     ran = []
-    quantize = lowbit.compare.quantize
+    quantize = bench.quantize
     monkeypatch.setattr(
-        lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k)
+        bench, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k)
     )
     compare(model, tmp_path / "c", schemes="W4A16g48,W4A16g32", recipes="rtn")
     assert ran == ["W4A16g48-rtn"]
@@ -152,10 +152,8 @@ def test_missing_text_and_unknown_options_are_refused_before_work(model, tmp_pat
 
 def test_a_recipe_file_is_a_cell_and_a_changed_one_is_measured_again(model, tmp_path, monkeypatch):
     ran = []
-    quantize = lowbit.compare.quantize
-    monkeypatch.setattr(
-        lowbit.compare, "quantize", lambda *a, **k: ran.append(1) or quantize(*a, **k)
-    )
+    quantize = bench.quantize
+    monkeypatch.setattr(bench, "quantize", lambda *a, **k: ran.append(1) or quantize(*a, **k))
     recipe = tmp_path / "mine.toml"
     for methods, runs in (("rtn", 1), ("rtn", 1), ("awq", 2)):
         recipe.write_text(f'name = "mine"\nmethods = ["{methods}"]\n')
@@ -212,7 +210,7 @@ def test_a_full_disk_ends_the_comparison_instead_of_failing_every_cell(
             "no space left on disk while writing 'x': free some and run the same command."
         )
 
-    monkeypatch.setattr(lowbit.compare, "quantize", full)
+    monkeypatch.setattr(bench, "quantize", full)
     result = compare(model, tmp_path / "c", schemes="W4A16,W4A8", recipes="rtn")
     assert (
         result.exit_code == 2

@@ -1,32 +1,9 @@
-"""What a person sees of tasks: a bar while they run, a table at the end."""
+"""What a person sees of tasks: a table and notes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from ..console import Console, Table
+from ..console import Table
 from .score import TaskResult, TaskResults
-
-
-@contextmanager
-def rows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the rows that a model is asked on a terminal, nothing elsewhere; yields
-    what to tell (done, in all).
-    """
-    columns = (
-        TextColumn("prompts", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("prompts", total=None)
-        yield lambda done, count: bar.update(task, completed=done, total=count)
 
 
 def table(results: TaskResults) -> Table:
