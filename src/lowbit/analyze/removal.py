@@ -31,6 +31,7 @@ from ..model.wiring import Wiring
 from .kernels import GridOn, sites_of
 
 Kind = Literal["bound", "smallest", "random", "restored", "quantized", "none"]
+KINDS: tuple[Kind, ...] = ("bound", "smallest", "random")  # those that take a share
 _SEED = 0
 
 
@@ -88,8 +89,7 @@ def removals(shares: Sequence[float], grids: Sequence[GridOn]) -> list[Removal]:
         raise LowbitError(
             f"shares to remove must be in (0, 1), got {', '.join(f'{s:g}' for s in shares)}."
         )
-    kinds: tuple[Kind, ...] = ("bound", "smallest", "random")
-    out = [Removal("none"), *(Removal(k, s) for k in kinds for s in sorted(shares))]
+    out = [Removal("none"), *(Removal(k, s) for k in KINDS for s in sorted(shares))]
     for g in grids:
         out.append(Removal("quantized", on=g))
         if g.name.endswith("per token"):

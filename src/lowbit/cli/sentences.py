@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,21 @@ def complain(what: str, kind: str = "error: ") -> None:
 def option_of(param: typer.CallbackParam) -> str:
     """An option as the user writes it, the long form if there are two."""
     return max(param.opts, key=len)
+
+
+def check_needed(given: Mapping[str, object], needed: str, there: bool) -> None:
+    """Refuse options that have no effect without another one.
+
+    Args:
+        given: name -> value, None where the option is not given.
+        needed: the other option. there: whether it is given.
+
+    Raises:
+        LowbitError: naming both.
+    """
+    for name, value in given.items():
+        if value is not None and not there:
+            raise LowbitError(f"{name} has no effect without {needed}. Give both or neither.")
 
 
 class Commands(TyperGroup):
