@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..errors import LowbitError
-from .data import DataFile, Doc, Form, LocalTask, read_task
+from .data import LocalTask, read_task
+from .local import lm_eval_item
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
 _SCORED = ("multiple_choice", "loglikelihood")
@@ -119,115 +119,12 @@ def quietly() -> Iterator[None]:
 
 
 def _local(local: LocalTask) -> Prepared:
-    """Return a task over local files; with subjects, the group of one task for each."""
+    """Return a task over local files."""
     data, shots = local.data, local.shots
     source = Source(data.name, data.sha256)
     if shots is not None:
         source = replace(source, shots=shots.name, shots_sha256=shots.sha256)
-    if local.form.subjects:
-        return Prepared(local.name, _group(local), source)
-    apart = None if shots is None else shots.docs
-    return Prepared(local.name, _local_task(local.form, local.name, data.docs, apart), source)
-
-
-def _group(local: LocalTask) -> Any:
-    """Return lm-eval's group over the subjects of local files."""
-    from lm_eval.api.group import AggMetricConfig, Group
-
-    group = Group(local.name, aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=True)])
-    shots = None if local.shots is None else _by_subject(local.shots)
-    for subject, docs in _by_subject(local.data).items():
-        task = _local_task(
-            local.form,
-            f"{local.name}_{subject}",
-            docs,
-            None if shots is None else shots.get(subject, ()),
-            description=(
-                "The following are multiple choice questions (with answers) about "
-                f"{subject.replace('_', ' ')}.\n\n"
-            ),
-            fewshot_config={"sampler": "first_n"},
-        )
-        group.add(task)
-    return group
-
-
-def _by_subject(data: DataFile) -> dict[str, tuple[Doc, ...]]:
-    def subject(doc: Doc) -> str:
-        return str(doc["subject"])
-
-    return {s: tuple(docs) for s, docs in groupby(sorted(data.docs, key=subject), subject)}
-
-
-# By the form's kind: how lm-eval scores the documents, and which fields make the prompt.
-_PROMPTS = {
-    "choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-    },
-    "ending": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "gold",
-        "doc_to_choice": "contexts",
-        "doc_to_target": "ending",
-    },
-    "word": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "context",
-        "doc_to_target": "word",
-    },
-}
-
-
-def _local_task(
-    form: Form,
-    name: str,
-    docs: tuple[Doc, ...],
-    shots: tuple[Doc, ...] | None,
-    **options: Any,
-) -> Any:
-    """Return lm-eval's task over documents in memory.
-
-    Args:
-        shots: the few-shot examples; None takes them from ``docs``, without the one that is asked.
-        options: of lm-eval besides those that the form decides.
-    """
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
-    splits = {"test": Dataset.from_list(list(docs))}
-    if shots:
-        splits["shots"] = Dataset.from_list(list(shots))
-    fewshot_split = None
-    if shots is None:
-        fewshot_split = "test"
-    elif shots:
-        fewshot_split = "shots"
-    config = {
-        "task": name,
-        "custom_dataset": lambda: splits,
-        "test_split": "test",
-        "fewshot_split": fewshot_split,
-        "metric_list": _metrics_of(form),
-        **options,
-        **_PROMPTS[form.kind],
-    }
-    return ConfigurableTask(config=config)
-
-
-def _metrics_of(form: Form) -> list[dict[str, Any]]:
-    """Return the metrics of a form as lm-eval's configuration has them."""
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    metrics: list[dict[str, Any]] = [{"metric": "acc", **mean}]
-    if form.normalized:
-        metrics.append({"metric": "acc_norm", **mean})
-    if form.kind == "word":
-        metrics.append(
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
-        )
-    return metrics
+    return Prepared(local.name, lm_eval_item(local), source)
 
 
 def _hub(names: list[str]) -> Iterator[Prepared]:
