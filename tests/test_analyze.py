@@ -47,9 +47,8 @@ def test_shares_against_counting_by_hand():
                 float(((flat.abs() < bound) & nonzero).sum() / nonzero.sum())
             )
     assert found["smaller_channel"] == pytest.approx(float((c < t).double().mean()))
-    assert found["largest"] == float(x.abs().max()) and found["outlier_channels"] == int(
-        (c >= 6).sum()
-    )
+    assert found["largest"] == float(x.abs().max())
+    assert found["outlier_channels"] == int((c >= 6).sum())
     assert found["channel_spread"] == pytest.approx(float(c.max() / c.sort().values[2]))
 
 
@@ -63,9 +62,8 @@ def test_channels_of_an_outlier_model_leave_the_kernel():
     site = Site(("a",))
     site.add(x, grids_of([8], [0.15], "call"))
     shares = site.as_dict()["kernel"]
-    assert (
-        shares["A8 per token"] > 0.3 and shares["A8 CrossQuant 0.15"] < 0.1 * shares["A8 per token"]
-    )
+    assert shares["A8 per token"] > 0.3
+    assert shares["A8 CrossQuant 0.15"] < 0.1 * shares["A8 per token"]
 
 
 def test_calls_add_up_and_every_family_is_read(tmp_path):
@@ -86,10 +84,8 @@ def test_calls_add_up_and_every_family_is_read(tmp_path):
         assert told == [(2, 3), (3, 3)]
         assert sum(len(s.linears) for s in sites) == 2 * len(wiring_of(model.config).linears)
         for s in sites:
-            assert (
-                s.elements == 3 * 16 * model.get_submodule(s.linears[0]).in_features
-                and len(torch.cat(s.tokens)) == 48
-            )
+            assert s.elements == 3 * 16 * model.get_submodule(s.linears[0]).in_features
+            assert len(torch.cat(s.tokens)) == 48
         assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -109,16 +105,12 @@ def test_as_many_are_removed_as_asked_for(kind):
 def test_restored_differs_from_quantized_by_the_kernel_alone():
     x = torch.randn(1, 30, 40, generator=torch.Generator().manual_seed(0))
     (grid,) = grids_of([3], [], "call")[:1]
-    plain, restored = (
-        Removal("quantized", on=grid)(x, torch.Generator()),
-        Removal("restored", on=grid)(x, torch.Generator()),
-    )
+    plain = Removal("quantized", on=grid)(x, torch.Generator())
+    restored = Removal("restored", on=grid)(x, torch.Generator())
     kernel = plain == 0
-    assert (
-        kernel.any()
-        and torch.equal(restored[kernel], x[kernel])
-        and torch.equal(restored[~kernel], plain[~kernel])
-    )
+    assert kernel.any()
+    assert torch.equal(restored[kernel], x[kernel])
+    assert torch.equal(restored[~kernel], plain[~kernel])
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
@@ -174,20 +166,17 @@ def test_from_the_command_line(tmp_path):
     code, text = analyze(*args)
     assert code == 0, text
     data = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    assert (
-        len(data["sites"]) == 8
-        and len(data["grids"]) == 8
-        and len(data["removals"]) == 1 + 6 + 8 + 2
-    )
+    assert len(data["sites"]) == 8
+    assert len(data["grids"]) == 8
+    assert len(data["removals"]) == 1 + 6 + 8 + 2
     assert data["mean"]["A8 per token"] < data["mean"]["A3 per token"]
     page = (tmp_path / "out" / "analysis.html").read_text()
     assert page.count("<img") == 2 and "A3 CrossQuant 0.15" in page
     assert not list((tmp_path / "out").glob("*.tmp"))
     assert "mean kernel share" in text and "1 % worse at" in text
     code, text = analyze(*args[:-4], "--no-remove")
-    assert (
-        code == 0 and json.loads((tmp_path / "out" / "analysis.json").read_text())["removals"] == []
-    )
+    assert code == 0
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["removals"] == []
 
 
 def test_bad_input(tmp_path):

@@ -68,10 +68,8 @@ def test_front_matter_and_numbers_are_those_of_the_report(artifact):
     found = front(text)
     assert found["library_name"] == "transformers" and "base_model" not in found
     assert found["tags"] == ["quantized", "lowbit", "2-bit", "compressed-tensors", "rtn"]
-    assert (found["license"], found["license_name"]) == (
-        "other",
-        'no: "tiny"',
-    ) and "license_link" not in found  # no file of that name comes along
+    assert (found["license"], found["license_name"]) == ("other", 'no: "tiny"')
+    assert "license_link" not in found  # no file of that name comes along
     q, s, c = report["quality"], report["size"], report["calibration"]
     for said in (
         "# tiny W2A16g32",
@@ -150,17 +148,16 @@ def test_its_python_runs(artifact, native, capsys):
 def test_the_format_of_lowbit_says_what_it_needs_and_holds(native):
     text, report = (native / "README.md").read_text(), report_of(native)
     found = front(text)
-    assert found["library_name"] == "lowbit" and found["tags"] == [
+    assert found["library_name"] == "lowbit"
+    assert found["tags"] == [
         "quantized",
         "lowbit",
         "2-bit",
         "claq",
     ]
-    assert (
-        "Needs lowbit, for codebooks" in text
-        and "on a codebook per column" in text
-        and "vllm" not in text
-    )
+    assert "Needs lowbit, for codebooks" in text
+    assert "on a codebook per column" in text
+    assert "vllm" not in text
     outliers = sum(e.get("outliers", 0) for e in report["linears"])
     columns = sum(e.get("columns", {}).get("4", 0) for e in report["linears"])
     assert f"{outliers} weights kept in 16 bits" in text and f"{columns} of 4" in text
@@ -189,16 +186,12 @@ def test_an_export_has_a_card_of_its_own(artifact, tmp_path, to, library, words)
         == 0
     )
     text, report = (tmp_path / "e" / "README.md").read_text(), report_of(tmp_path / "e")
-    assert (
-        text == model_card(report)
-        and front(text)["library_name"] == library
-        and to in front(text)["tags"]
-    )
-    assert (
-        f"lowbit export OUT -o DIR --to {to}" in text
-        and f"hash `{report_of(artifact)['hash']}`" in text
-        and f"`{report['hash']}`" in text
-    )
+    assert text == model_card(report)
+    assert front(text)["library_name"] == library
+    assert to in front(text)["tags"]
+    assert f"lowbit export OUT -o DIR --to {to}" in text
+    assert f"hash `{report_of(artifact)['hash']}`" in text
+    assert f"`{report['hash']}`" in text
     assert all(w in text for w in words), text
     assert "vllm" not in text
     assert (source / "README.md").read_text() == "changed by hand"
@@ -213,11 +206,9 @@ def test_the_copy_for_vllm_says_that_transformers_is_not_enough(model, tmp_path,
         == 0
     )
     text = (tmp_path / "v" / "README.md").read_text()
-    assert (
-        front(text)["library_name"] == "vllm"
-        and "vllm serve MODEL" in text
-        and "on one device" in text
-    )
+    assert front(text)["library_name"] == "vllm"
+    assert "vllm serve MODEL" in text
+    assert "on one device" in text
     assert "from_pretrained" not in text and "transformers alone ignores" in text
 
 
@@ -265,11 +256,9 @@ def test_a_model_of_the_hub_is_named_with_its_terms(artifact):
     found = front(text)
     assert (found["base_model"], found["base_model_relation"]) == ("some/tiny", "quantized")
     assert found["license_link"] == "https://huggingface.co/some/tiny/blob/main/LICENSE"
-    assert (
-        "[some/tiny](https://huggingface.co/some/tiny)" in text
-        and "lowbit quantize some/tiny -o OUT" in text
-        and "last part" not in text
-    )
+    assert "[some/tiny](https://huggingface.co/some/tiny)" in text
+    assert "lowbit quantize some/tiny -o OUT" in text
+    assert "last part" not in text
 
 
 @pytest.mark.parametrize(
@@ -288,20 +277,17 @@ def test_a_model_of_the_hub_is_named_with_its_terms(artifact):
 )
 def test_the_version_of_vllm(artifact, scheme, said):
     text = model_card(with_scheme(report_of(artifact), scheme))
-    assert ("vllm serve MODEL" in text) == (said is not None) and (
-        said is None or f"By its sources, {said}" in text
-    )
+    assert ("vllm serve MODEL" in text) == (said is not None)
+    assert said is None or f"By its sources, {said}" in text
 
 
 def test_linears_on_different_grids_are_not_promised_to_vllm(artifact):
     report = with_scheme(report_of(artifact), "W4A16sym")
     report["linears"][0]["scheme"] = "W8A16sym"
     text = model_card(report)
-    assert (
-        "vllm" not in text
-        and "in 4, 8 bits" in text
-        and front(text)["tags"][2:4] == ["4-bit", "8-bit"]
-    )
+    assert "vllm" not in text
+    assert "in 4, 8 bits" in text
+    assert front(text)["tags"][2:4] == ["4-bit", "8-bit"]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +306,8 @@ def test_gptq_and_awq_in_vllm(artifact, to, scheme, served):
 
 def test_the_error_that_an_export_adds(artifact):
     report = changed(report_of(artifact), format="mlx", exported_from="0" * 64)
-    assert "extra" not in model_card(report) and "equal" in model_card(
+    assert "extra" not in model_card(report)
+    assert "equal" in model_card(
         changed(report, linears=[{**e, "extra_error": 0.0} for e in report["linears"]])
     )
     for e, value in zip(report["linears"], (0.01, *[0.0] * 12, 0.04), strict=False):
@@ -339,11 +326,9 @@ def test_gguf(artifact):
             gguf={"file": "tiny model.gguf", "moved": None, "remarks": []},
         )
     )
-    assert (
-        front(text)["library_name"] == "gguf"
-        and "llama-cli -m 'tiny model.gguf' -p Once" in text
-        and 'Llama("tiny model.gguf")' in text
-    )
+    assert front(text)["library_name"] == "gguf"
+    assert "llama-cli -m 'tiny model.gguf' -p Once" in text
+    assert 'Llama("tiny model.gguf")' in text
     assert "MODEL" not in text and "lowbit export OUT -o DIR --to gguf" in text
 
 
@@ -352,9 +337,9 @@ def test_reports_of_older_versions_and_without_held_out_text(artifact):
     for key in ("source", "command"):
         del report[key]
     text = model_card(report)
-    assert (
-        "perplexity" not in text and "license" not in front(text) and "lowbit quantize" not in text
-    )
+    assert "perplexity" not in text
+    assert "license" not in front(text)
+    assert "lowbit quantize" not in text
 
 
 @pytest.mark.parametrize(

@@ -64,11 +64,9 @@ def refusal(*args: object) -> str:
 def words_of(param: inspect.Parameter) -> list[str]:
     """An option as it is written, short forms first; empty for an argument."""
     info = param.annotation.__metadata__[0]
-    return (
-        list(info.param_decls or ["--" + param.name.replace("_", "-")])
-        if isinstance(info, typer.models.OptionInfo)
-        else []
-    )
+    if not isinstance(info, typer.models.OptionInfo):
+        return []
+    return list(info.param_decls or ["--" + param.name.replace("_", "-")])
 
 
 def needed(command: str, without: str = "") -> list[str]:
@@ -83,12 +81,14 @@ def needed(command: str, without: str = "") -> list[str]:
 
 
 def options(kind: type) -> list[tuple[str, str]]:
-    return [
-        (c, words_of(p)[-1])
-        for c, ps in COMMANDS.items()
-        for p in ps.values()
-        if kind in (h := p.annotation.__args__[0], *getattr(h, "__args__", ()))
-    ]
+    """Every (command, option) whose value is of a type, or of that type or None."""
+    found = []
+    for command, params in COMMANDS.items():
+        for param in params.values():
+            held = param.annotation.__args__[0]
+            if kind in (held, *getattr(held, "__args__", ())):
+                found.append((command, words_of(param)[-1]))
+    return found
 
 
 NUMBERS = {
@@ -222,10 +222,8 @@ def test_no_command_shows_the_help() -> None:
 # --- places ---------------------------------------------------------------------------------------
 
 # The folders that commands fill: test_place.py.
-JSON, FOLDERS = (
-    [("eval", "--json"), ("plan", "--json")],
-    [("plan", "--offload-dir")],
-)
+JSON = [("eval", "--json"), ("plan", "--json")]
+FOLDERS = [("plan", "--offload-dir")]
 
 
 @pytest.mark.parametrize(("command", "option"), JSON + FOLDERS)
@@ -364,10 +362,8 @@ def test_the_help_names_the_recipes_that_have_another_default(option: str, usual
         n for n in found if any(w in n for w in words)
     }
     assert all(str(v) in said for v in found.values())
-    assert (
-        load_recipe("best").calibration.samples == 512
-        and load_recipe("best").calibration.source == "stdlib"
-    )
+    assert load_recipe("best").calibration.samples == 512
+    assert load_recipe("best").calibration.source == "stdlib"
 
 
 # --- names from outside ---------------------------------------------------------------------------
@@ -404,9 +400,8 @@ def test_control_characters_reach_a_file_and_drive_no_terminal() -> None:
         console.print("x", end="")
     shown = "a\tb  c\r\nd\\x0ce\\x08f\\rg\\x07\\x1b[31mh\\x9b2Jü\\x7f 2\n\nx"
     assert file.getvalue() == f"{CONTROLS} 2\n\nx" and terminal.getvalue() == shown
-    assert re.sub(r"\x1b\[3?[01]m", "", piped.getvalue()) == shown and piped.getvalue().startswith(
-        "\x1b[31ma\tb  c\r"
-    )
+    assert re.sub(r"\x1b\[3?[01]m", "", piped.getvalue()) == shown
+    assert piped.getvalue().startswith("\x1b[31ma\tb  c\r")
 
 
 def test_control_characters_in_a_table_are_seen() -> None:
@@ -415,9 +410,8 @@ def test_control_characters_in_a_table_are_seen() -> None:
         table.add_row(CONTROLS)
         Console(file=file, width=200).print(table)
         assert file.getvalue().count("d\\x0ce\\x08f\\rg\\x07\\x1b[31mh\\x9b2Jü\\x7f") == 4
-        assert file.getvalue().count("a\\tb  c\\r") == 4 and "[31mh" not in re.sub(
-            r"\\x1b\[31mh", "", file.getvalue()
-        )
+        assert file.getvalue().count("a\\tb  c\\r") == 4
+        assert "[31mh" not in re.sub(r"\\x1b\[31mh", "", file.getvalue())
 
 
 def test_strings_come_out_above_a_live_table() -> None:
@@ -452,9 +446,9 @@ def test_a_table_in_a_file_is_whole_and_on_a_terminal_folded(monkeypatch) -> Non
     rows = [{"scheme": "W4", "recipe": "r" * 200, "error": "e"}]
     file = io.StringIO()
     Console(file=file).print(comparison_table(rows, "t" * 300))
-    assert (
-        "r" * 200 in file.getvalue() and "t" * 300 in file.getvalue() and "…" not in file.getvalue()
-    )
+    assert "r" * 200 in file.getvalue()
+    assert "t" * 300 in file.getvalue()
+    assert "…" not in file.getvalue()
 
     narrow = Terminal()
     Console(file=narrow, force_terminal=True, no_color=True).print(comparison_table(rows, ""))
@@ -490,19 +484,15 @@ def test_a_folder_of_any_name_goes_from_quantize_to_export(
         for line in said.splitlines()
         if line.startswith(("evaluate ", "check "))
     )
-    assert (
-        evaluate[2] == str(out)
-        and evaluate[-1] == f"{name}/m"
-        and check == ["lowbit", "verify", str(out)]
-    )
+    assert evaluate[2] == str(out)
+    assert evaluate[-1] == f"{name}/m"
+    assert check == ["lowbit", "verify", str(out)]
     status, said = call(*check[1:], "--no-loader")
     assert status == 0 and "verified" in said
     status, said = call("inspect", out)
-    assert (
-        status == 0
-        and f"from {name}/m, seed 0" in said
-        and "model.layers.1.self_attn.q_proj" in said
-    )
+    assert status == 0
+    assert f"from {name}/m, seed 0" in said
+    assert "model.layers.1.self_attn.q_proj" in said
     status, said = call("export", out, "-o", Path(name) / "e", "--to", "gptq_v2")
     assert status == 0 and said.startswith(f"{name}/e\n")
     assert shlex.quote(f"{name}/m") in (Path(name) / "e" / "README.md").read_text(encoding="utf-8")
@@ -575,11 +565,9 @@ def test_a_comparison_takes_recipes_of_any_name(tmp_path) -> None:
     page, text = (
         (tmp_path / f).read_text(encoding="utf-8") for f in ("report.html", "comparison.md")
     )
-    assert (
-        "$x^$|&lt;b&gt;[a](c)?.toml" in page
-        and r"$x^$\|\<b\>\[a\](c)?.toml" in text
-        and r"failed: a \| b" in text
-    )
+    assert "$x^$|&lt;b&gt;[a](c)?.toml" in page
+    assert r"$x^$\|\<b\>\[a\](c)?.toml" in text
+    assert r"failed: a \| b" in text
 
 
 @pytest.mark.parametrize(
@@ -620,15 +608,11 @@ def test_a_snapshot_in_the_hubs_cache_is_called_by_its_repository(tmp_path, monk
         ]
         assert call("quantize", model, *args)[0] == 0
         card = (out / "README.md").read_text()
-        assert (
-            "# tiny-model W4A16g32" in card
-            and "base_model: some/tiny-model" in card
-            and "a" * 40 not in card
-        )
-        assert (
-            "[some/tiny-model](https://huggingface.co/some/tiny-model)" in card
-            and "lowbit quantize some/tiny-model --recipe" in card
-        )
+        assert "# tiny-model W4A16g32" in card
+        assert "base_model: some/tiny-model" in card
+        assert "a" * 40 not in card
+        assert "[some/tiny-model](https://huggingface.co/some/tiny-model)" in card
+        assert "lowbit quantize some/tiny-model --recipe" in card
 
 
 # --- streams --------------------------------------------------------------------------------------

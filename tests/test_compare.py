@@ -10,8 +10,8 @@ from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import lowbit.compare
 from lowbit.cli import app
+from lowbit.compare import bench
 from lowbit.errors import DiskFull
 
 
@@ -38,6 +38,18 @@ def compare(model, out, *more, schemes="W4A16,W4A8", recipes="rtn,awq+gptq"):
     ]
     args += ["--text", text, "--eval-length", 32, "--windows", 6, "-o", out, *more]
     return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def runs_of(monkeypatch):
+    """A list that gets the name of every cell that is quantized from now on."""
+    names, quantize = [], bench.quantize
+
+    def noted(*args, **options):
+        names.append(options["out"].name)
+        return quantize(*args, **options)
+
+    monkeypatch.setattr(bench, "quantize", noted)
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +82,8 @@ def test_reports_agree_with_the_cells(done):
     assert [float(t["perplexity"]) for t in table] == pytest.approx(
         [r["perplexity"] for r in rows], abs=1e-4
     )
-    assert {r["batch"] for r in rows} == {
-        min(8, rows[0]["windows"])
-    } and f"{rows[0]['batch']} windows a pass" in (done / "comparison.md").read_text()
+    assert {r["batch"] for r in rows} == {min(8, rows[0]["windows"])}
+    assert f"{rows[0]['batch']} windows a pass" in (done / "comparison.md").read_text()
     page = (done / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -83,11 +94,7 @@ def test_reports_agree_with_the_cells(done):
 def test_a_repeated_command_measures_nothing_again_and_a_new_cell_is_added(
     done, model, monkeypatch
 ):
-    ran = []
-    quantize = lowbit.compare.quantize
-    monkeypatch.setattr(
-        lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k)
-    )
+    ran = runs_of(monkeypatch)
     assert compare(model, done).exit_code == 0
     assert ran == []
     assert compare(model, done, "--keep", recipes="rtn,awq").exit_code == 0
@@ -102,11 +109,7 @@ def test_a_failure_is_a_row_and_is_tried_again(model, tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
     assert ["error" in r for r in rows] == [False, False, True, False]
     assert "failed" in (tmp_path / "c" / "comparison.md").read_text()
-    ran = []
-    quantize = lowbit.compare.quantize
-    monkeypatch.setattr(
-        lowbit.compare, "quantize", lambda *a, **k: ran.append(k["out"].name) or quantize(*a, **k)
-    )
+    ran = runs_of(monkeypatch)
     compare(model, tmp_path / "c", schemes="W4A16g48,W4A16g32", recipes="rtn")
     assert ran == ["W4A16g48-rtn"]
 
@@ -151,11 +154,7 @@ def test_missing_text_and_unknown_options_are_refused_before_work(model, tmp_pat
 
 
 def test_a_recipe_file_is_a_cell_and_a_changed_one_is_measured_again(model, tmp_path, monkeypatch):
-    ran = []
-    quantize = lowbit.compare.quantize
-    monkeypatch.setattr(
-        lowbit.compare, "quantize", lambda *a, **k: ran.append(1) or quantize(*a, **k)
-    )
+    ran = runs_of(monkeypatch)
     recipe = tmp_path / "mine.toml"
     for methods, runs in (("rtn", 1), ("rtn", 1), ("awq", 2)):
         recipe.write_text(f'name = "mine"\nmethods = ["{methods}"]\n')
@@ -198,10 +197,8 @@ def test_another_model_or_text_under_the_same_names_is_measured_anew(tmp_path):
     (model / "text.txt").write_text((model / "text.txt").read_text()[::-1])
     assert compare(model, out, "--keep", schemes="W4A16", recipes="rtn").exit_code == 0
     third = json.loads((out / "comparison.json").read_text())["rows"]
-    assert (
-        third[2]["calibration"]["sha256"] != second[2]["calibration"]["sha256"]
-        and third[0]["windows_sha256"] != second[0]["windows_sha256"]
-    )
+    assert third[2]["calibration"]["sha256"] != second[2]["calibration"]["sha256"]
+    assert third[0]["windows_sha256"] != second[0]["windows_sha256"]
 
 
 def test_a_full_disk_ends_the_comparison_instead_of_failing_every_cell(
@@ -212,10 +209,8 @@ def test_a_full_disk_ends_the_comparison_instead_of_failing_every_cell(
             "no space left on disk while writing 'x': free some and run the same command."
         )
 
-    monkeypatch.setattr(lowbit.compare, "quantize", full)
+    monkeypatch.setattr(bench, "quantize", full)
     result = compare(model, tmp_path / "c", schemes="W4A16,W4A8", recipes="rtn")
-    assert (
-        result.exit_code == 2
-        and "Cells measured and kept" in " ".join(result.output.split())
-        and "failed:" not in result.output
-    )
+    assert result.exit_code == 2
+    assert "Cells measured and kept" in " ".join(result.output.split())
+    assert "failed:" not in result.output

@@ -574,7 +574,7 @@ def test_damaged_comparisons(model, tmp_path, name, damage):
         row = {
             "scheme": cell.scheme,
             "recipe": cell.recipe,
-            "made_with": comparison._made_with(cell),
+            "made_with": comparison.bench.made_with(cell),
         }
         (tmp_path / "c" / "cells" / "W4A16-rtn.json").write_text(json.dumps(row))
         assert comparison.finished(cell) == row

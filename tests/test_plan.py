@@ -8,7 +8,8 @@ import transformers as T
 from helpers import FAMILIES
 from typer.testing import CliRunner
 
-from lowbit import display, estimate, machine, memory
+import lowbit.display.plan
+from lowbit import estimate, machine, memory
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
@@ -148,7 +149,7 @@ def test_plan_says_where_activations_go_and_refuses_what_cannot_fit(tmp_path, mo
         llama(*shape), recipe("W2A16g128"), 128 + 16, 2048, torch.device("cpu"), torch.bfloat16
     )
     free = [need.peak]
-    for where in (memory, display):
+    for where in (memory, lowbit.display.plan):
         monkeypatch.setattr(where, "free_memory", lambda device: free[0])
     monkeypatch.setattr(memory, "disk_free", lambda folder: 1 << 60)
 

@@ -47,15 +47,13 @@ def test_what_arrives_is_what_was_made_and_loads(server, artifact, tmp_path):
     report = json.loads((artifact / "report.json").read_text())
     assert code == 0 and f"{server.address}/some/tiny " in text and f"hash {report['hash']}" in text
     files = server.files["some/tiny", "main"]
-    assert (
-        set(files)
-        == {p.relative_to(artifact).as_posix() for p in artifact.rglob("*") if p.is_file()}
-        and set(files) >= KEPT
-    )
+    assert set(files) == {
+        p.relative_to(artifact).as_posix() for p in artifact.rglob("*") if p.is_file()
+    }
+    assert set(files) >= KEPT
     assert all(data == (artifact / name).read_bytes() for name, data in files.items())
-    assert server.private == {"some/tiny": False} and server.messages == [
-        f"W4A16g16, compressed-tensors, hash {report['hash'][:16]}"
-    ]
+    assert server.private == {"some/tiny": False}
+    assert server.messages == [f"W4A16g16, compressed-tensors, hash {report['hash'][:16]}"]
     copy = server.rebuilt("some/tiny", tmp_path / "copy")
     assert verify(copy, loader=False).tensors == 62
     ids = torch.randint(3, 280, (1, 16), generator=torch.Generator().manual_seed(1))
@@ -93,11 +91,9 @@ def test_an_export_is_pushed_and_notes_of_a_run_are_not(server, artifact, tmp_pa
     (tmp_path / "e" / "LICENSE").write_text("mine")
     assert push(tmp_path / "e", "some/gptq")[0] == 0
     files = server.files["some/gptq", "main"]
-    assert (
-        "quantize_config.json" in files
-        and "LICENSE" in files
-        and not {"run.json", "shard-00001.json", "config.json.tmp"} & set(files)
-    )
+    assert "quantize_config.json" in files
+    assert "LICENSE" in files
+    assert not {"run.json", "shard-00001.json", "config.json.tmp"} & set(files)
 
 
 def test_a_token_goes_along(server, artifact, monkeypatch):
@@ -119,12 +115,10 @@ def test_a_token_goes_along(server, artifact, monkeypatch):
 def test_what_the_hub_refuses(server, artifact, status, words):
     server.status = status
     code, text = push(artifact, "some/tiny", "--token", "x")
-    assert (
-        code == 2
-        and words in text
-        and "You don't have the rights" in text
-        and "Traceback" not in text
-    )
+    assert code == 2
+    assert words in text
+    assert "You don't have the rights" in text
+    assert "Traceback" not in text
 
 
 def test_no_network_and_offline_mode(server, artifact, monkeypatch):

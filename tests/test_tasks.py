@@ -293,11 +293,18 @@ def test_text_and_tasks_go_together_or_alone(model: Path, folder: Path, tmp_path
     )
     assert both == alone
     data = json.loads((tmp_path / "e.json").read_text())
-    assert (
-        list(data)
-        == ["perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1", "tasks"]
-        and data["windows"] == 4
-    )
+    assert list(data) == [
+        "perplexity",
+        "nll",
+        "tokens",
+        "windows",
+        "length",
+        "batch",
+        "kl",
+        "top1",
+        "tasks",
+    ]
+    assert data["windows"] == 4
 
 
 def test_the_table_says_what_was_measured(model: Path, folder: Path) -> None:
@@ -332,10 +339,8 @@ def test_an_artifact_is_asked_like_any_model(model: Path, folder: Path, tmp_path
         scored(m, folder, tmp_path, "lambada_openai")["each"]["lambada_openai"]
         for m in (out, model)
     )
-    assert (
-        found["perplexity"] == pytest.approx(plain["perplexity"], rel=0.2)
-        and found["perplexity"] != plain["perplexity"]
-    )
+    assert found["perplexity"] == pytest.approx(plain["perplexity"], rel=0.2)
+    assert found["perplexity"] != plain["perplexity"]
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -365,10 +370,8 @@ def test_shots_of_a_subject_are_its_first_examples(model: Path, folder: Path) ->
     need_lm_eval()
     shown = [context for context, _ in prompts(folder, model, "mmlu", 2)]
     assert all(s.count("Answer:") == 3 and s.count("The following are") == 1 for s in shown)
-    assert (
-        all("about art." in s for s in shown[:12])
-        and "0 plus 1" not in shown[0].split("Answer: ")[0]
-    )
+    assert all("about art." in s for s in shown[:12])
+    assert "0 plus 1" not in shown[0].split("Answer: ")[0]
     assert "0 plus 1" in shown[-1] and "1 plus 1" in shown[-1]
 
 
@@ -661,10 +664,8 @@ def test_tasks_of_the_hub(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "e.json").read_text())["tasks"]
     assert sorted(found["each"]) == ["arc_challenge", "arc_easy", "piqa"]
-    assert (
-        found["each"]["piqa"]["source"] == {"data": "hub: baber/piqa"}
-        and found["each"]["arc_easy"]["examples"] == 3
-    )
+    assert found["each"]["piqa"]["source"] == {"data": "hub: baber/piqa"}
+    assert found["each"]["arc_easy"]["examples"] == 3
 
 
 @pytest.mark.usefixtures("few_tasks")
@@ -678,10 +679,8 @@ def test_groups_of_the_hub(
     result = run("eval", model, "--tasks", "mmlu_stem", "--limit", 2, "--json", tmp_path / "e.json")
     assert result.exit_code == 0, result.output
     (found,) = json.loads((tmp_path / "e.json").read_text())["tasks"]["each"].values()
-    assert (
-        found["source"] == {"data": "hub: cais/mmlu"}
-        and found["examples"] == 2 * len(found["parts"]) > 20
-    )
+    assert found["source"] == {"data": "hub: cais/mmlu"}
+    assert found["examples"] == 2 * len(found["parts"]) > 20
     assert found["acc"] == pytest.approx(
         sum(p["acc"] for p in found["parts"].values()) / len(found["parts"])
     )
@@ -701,11 +700,9 @@ def test_without_a_network_local_files_are_named(
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     said = refused(model, "--tasks", "piqa")
-    assert (
-        "the data of task 'piqa' cannot be loaded" in said
-        and "Couldn't reach 'baber/piqa'" in said
-        and "--task-data DIR" in said
-    )
+    assert "the data of task 'piqa' cannot be loaded" in said
+    assert "Couldn't reach 'baber/piqa'" in said
+    assert "--task-data DIR" in said
 
 
 @pytest.mark.usefixtures("few_tasks")

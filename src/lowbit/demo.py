@@ -4,9 +4,12 @@ a few minutes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .console import Console, Table
 from .disk import disk
@@ -26,7 +29,9 @@ from .verbatim import shell
 RECIPES = ("rtn", "awq", "tesseraq")
 _WRITTEN = {*RECIPES, *(f"{r}.partial" for r in RECIPES), "report.html", "demo.json"}
 _PROMPT = "def read_file(path"
-_WINDOWS, _LENGTH, _SAMPLES = 64, 256, 64
+_WINDOWS = 64  # of the evaluation
+_SAMPLES = 64  # calibration rows
+_LENGTH = 256  # tokens in each of both
 # Enough to see the order of the methods in a few minutes; the presets do more.
 _LIGHTER = {
     "rtn": [],
@@ -36,8 +41,9 @@ _LIGHTER = {
 
 
 def demo_model() -> Path:
-    """Folder of the small Llama that comes with the package, trained on the Python standard
-    library's sources.
+    """Return the folder of the small Llama that comes with the package.
+
+    It is trained on the sources of the Python standard library.
     """
     return Path(str(resources.files(__package__) / "demo_model"))
 
@@ -65,63 +71,45 @@ def run_demo(folder: Path, scheme: str, device: str, console: Console) -> None:
             raise Interrupted("The same command starts the demo anew.") from e
 
 
+@dataclass(frozen=True)
+class _Bench:
+    """What every recipe of the demo is measured with.
+
+    Attributes:
+        original: the model in floating point.
+        windows: (n, length) int64 token ids of the evaluation text.
+    """
+
+    device: str
+    tokenizer: Any
+    original: Any
+    windows: Tensor
+
+    @classmethod
+    def on(cls, device: str) -> _Bench:
+        """Load the model and the text."""
+        source = str(demo_model())
+        tokenizer = load_tokenizer(Checkpoint(source))
+        windows = evaluation_windows("stdlib", tokenizer, _LENGTH, _WINDOWS)
+        return cls(device, tokenizer, load_causal_lm(source, device), windows)
+
+    def judged(self, model: Any, reference: Any = None) -> dict[str, Any]:
+        """Return the figures of a model, and a text that it continues."""
+        found = evaluate(model, self.windows, reference).as_dict()
+        return found | {"sample": continue_text(model, self.tokenizer, _PROMPT, 48)}
+
+
 def _run(folder: Path, scheme: str, device: str, console: Console) -> None:
-    source = str(demo_model())
-    where = str(pick_device(device))
-    tokenizer = load_tokenizer(Checkpoint(source))
-    windows = evaluation_windows("stdlib", tokenizer, _LENGTH, _WINDOWS)
-    original = load_causal_lm(source, where)
-    plain = evaluate(original, windows)
-    rows: list[dict[str, Any]] = [
-        {
-            "recipe": "original",
-            "scheme": "16 bit",
-            "bytes": sum(f.stat().st_size for f in demo_model().glob("*.safetensors")),
-            "bits": 16.0,
-            "seconds": 0.0,
-            **plain.as_dict(),
-            "sample": continue_text(original, tokenizer, _PROMPT, 48),
-            "losses": [],
-        }
-    ]
+    bench = _Bench.on(str(pick_device(device)))
+    rows = [_original(bench)]
     for recipe in RECIPES:
         console.print(
             f"\n{recipe}, {scheme}, {_SAMPLES} x {_LENGTH} tokens of this Python's standard library"
         )
-        with Progress(console) as progress:
-            done = quantize(
-                source,
-                scheme,
-                recipe,
-                out=folder / recipe,
-                samples=_SAMPLES,
-                length=_LENGTH,
-                device=device,
-                settings=_LIGHTER[recipe],
-                progress=progress,
-                watch=progress.working,
-            )
-        loaded = load_causal_lm(str(folder / recipe), where)
-        found = evaluate(loaded, windows, original)
-        report = done.report
-        rows.append(
-            {
-                "recipe": recipe,
-                "scheme": scheme,
-                "bytes": report["size"]["after"],
-                "bits": report["size"]["bits_per_weight"],
-                "seconds": sum(b["seconds"] for b in report["blocks"]),
-                **found.as_dict(),
-                "sample": continue_text(loaded, tokenizer, _PROMPT, 48),
-                "verified": done.verification.summary,
-                "hash": report["hash"],
-                "losses": [(b["loss_before"], b["loss_after"]) for b in report["blocks"]],
-            }
-        )
-    title = (
-        f"{windows.shape[0]} x {windows.shape[1]} tokens of held-out standard library sources, "
-        "demo model"
-    )
+        done = _quantize(folder / recipe, recipe, scheme, device, console)
+        rows.append(_quantized(bench, done, recipe, scheme))
+    count, length = bench.windows.shape
+    title = f"{count} x {length} tokens of held-out standard library sources, demo model"
     _show(rows, title, console)
     with disk(folder):
         page = write_page(folder, rows, title)
@@ -130,7 +118,55 @@ def _run(folder: Path, scheme: str, device: str, console: Console) -> None:
     )
 
 
+def _quantize(out: Path, recipe: str, scheme: str, device: str, console: Console) -> Result:
+    """Quantize the model by a recipe, lightened for the demo."""
+    with Progress(console) as progress:
+        return quantize(
+            str(demo_model()),
+            scheme,
+            recipe,
+            out=out,
+            samples=_SAMPLES,
+            length=_LENGTH,
+            device=device,
+            settings=_LIGHTER[recipe],
+            progress=progress,
+            watch=progress.working,
+        )
+
+
+def _original(bench: _Bench) -> dict[str, Any]:
+    """Return the row of the model in floating point."""
+    return {
+        "recipe": "original",
+        "scheme": "16 bit",
+        "bytes": sum(f.stat().st_size for f in demo_model().glob("*.safetensors")),
+        "bits": 16.0,
+        "seconds": 0.0,
+        **bench.judged(bench.original),
+        "losses": [],
+    }
+
+
+def _quantized(bench: _Bench, done: Result, recipe: str, scheme: str) -> dict[str, Any]:
+    """Return the row of a quantized model."""
+    model = load_causal_lm(str(done.folder), bench.device)
+    report = done.report
+    return {
+        "recipe": recipe,
+        "scheme": scheme,
+        "bytes": report["size"]["after"],
+        "bits": report["size"]["bits_per_weight"],
+        "seconds": sum(b["seconds"] for b in report["blocks"]),
+        **bench.judged(model, bench.original),
+        "verified": done.verification.summary,
+        "hash": report["hash"],
+        "losses": [(b["loss_before"], b["loss_after"]) for b in report["blocks"]],
+    }
+
+
 def _show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    """Print the samples and the table."""
     for row in rows:
         console.print(f"\n[{row['recipe']}]\n{row['sample']}")
     table = Table(

@@ -4,13 +4,17 @@ leaves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .artifact import NOTES, REPORT
 from .errors import LowbitError
 from .proof import read_report, verify
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,9 @@ class Pushed:
     """What lies on the Hub now.
 
     Attributes:
-        url: of the repository, or of its branch. hash: the artifact's. tensors: number of tensors
-            verified before the upload.
+        url: of the repository, or of its branch.
+        hash: of the artifact.
+        tensors: number of tensors verified before the upload.
     """
 
     url: str
@@ -38,17 +43,35 @@ def push(
     """Upload a directory to a model repository, which is made if it is not there.
 
     Args:
-        folder: an artifact or an export; what else lies in it goes along. repo: "name" or
-            "owner/name".
-        private: whether a new repository is private; says nothing to one that exists. revision: a
-            branch, made if it is not there.
+        folder: an artifact or an export; what else lies in it goes along.
+        repo: "name" or "owner/name".
+        private: whether a new repository is private; one that exists stays as it is.
+        revision: a branch, made if it is not there.
         token: of the Hub; None takes the one that `hf auth login` stored, or HF_TOKEN.
 
     Raises:
         LowbitError: not a finished artifact, a bad name, no network, no permission.
-            VerificationError: the artifact has changed.
+        VerificationError: the artifact has changed.
     """
     from huggingface_hub import HfApi, constants
+
+    _check_name(repo)
+    report = _finished(folder)
+    if constants.HF_HUB_OFFLINE:
+        raise LowbitError(
+            "HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it and run the same command."
+        )
+    done = verify(folder, loader=False)
+    api = HfApi(token=token, library_name="lowbit")
+    try:
+        url = _upload(api, folder, report, repo, private, revision)
+    # Requests, what answers them and the uploader each have errors of their own.
+    except Exception as e:
+        raise _sentence(e, repo, api.endpoint, token) from e
+    return Pushed(url, report["hash"], done.tensors)
+
+
+def _check_name(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -59,38 +82,35 @@ def push(
             f"'{repo}' is no name of a repository: write owner/name in letters, digits, '-', '_' "
             "and '.' (not '--', not '..')."
         ) from e
-    report = _finished(folder)
-    if constants.HF_HUB_OFFLINE:
-        raise LowbitError(
-            "HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it and run the same command."
-        )
-    done = verify(folder, loader=False)
-    api = HfApi(token=token, library_name="lowbit")
-    try:
-        made = api.create_repo(repo, private=private or None, exist_ok=True)
-        name = made.repo_id
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
-        message = f"{report['recipe']['scheme']}, {report['format']}, hash {report['hash'][:16]}"
-        api.upload_folder(
-            folder_path=folder,
-            repo_id=name,
-            revision=revision,
-            commit_message=message,
-            ignore_patterns=list(NOTES),
-        )
-    except (
-        Exception
-    ) as e:  # of requests, of what answers them, of the uploader: each has errors of its own
-        raise _sentence(e, repo, api.endpoint, token) from e
-    return Pushed(
-        f"{api.endpoint}/{name}" + (f"/tree/{revision}" if revision else ""),
-        report["hash"],
-        done.tensors,
+
+
+def _upload(
+    api: HfApi,
+    folder: Path,
+    report: Mapping[str, Any],
+    repo: str,
+    private: bool,
+    revision: str | None,
+) -> str:
+    """Make the repository and the branch, upload the folder, and return where it is."""
+    made = api.create_repo(repo, private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(made.repo_id, branch=revision, exist_ok=True)
+    api.upload_folder(
+        folder_path=folder,
+        repo_id=made.repo_id,
+        revision=revision,
+        commit_message=(
+            f"{report['recipe']['scheme']}, {report['format']}, hash {report['hash'][:16]}"
+        ),
+        ignore_patterns=list(NOTES),
     )
+    url = f"{api.endpoint}/{made.repo_id}"
+    return f"{url}/tree/{revision}" if revision else url
 
 
 def _finished(folder: Path) -> dict[str, Any]:
+    """Return the report of a finished artifact. Raises LowbitError if it is not finished."""
     if folder.resolve().name.endswith(".partial"):
         raise LowbitError(
             f"'{folder}' is not finished: repeat the command that was making it, then push the "
@@ -106,15 +126,14 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 
 def _sentence(e: Exception, repo: str, endpoint: str, token: str | None) -> LowbitError:
-    """What went wrong and what to do, by the Hub's status or by the kind of error."""
+    """Return what went wrong and what to do, by the Hub's status or by the kind of error."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError
 
-    text = (
-        (e.server_message if isinstance(e, HfHubHTTPError) else None) or str(e) or type(e).__name__
-    )
-    said = " ".join(text.split()).rstrip(".")
-    status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
+    answer, status = None, None
+    if isinstance(e, HfHubHTTPError):
+        answer, status = e.server_message, e.response.status_code
+    said = " ".join((answer or str(e) or type(e).__name__).split()).rstrip(".")
     if status == 401 and (token or get_token()) is None:
         return LowbitError(
             f"{endpoint} wants to know who pushes to '{repo}': log in with `hf auth login`, set "

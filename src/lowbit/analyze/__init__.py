@@ -2,5 +2,7 @@
 what losing those shares costs.
 """
 
-from .page import write_analysis as write_analysis
-from .study import study as study
+from .page import write_analysis
+from .study import StudyOptions, study
+
+__all__ = ["StudyOptions", "study", "write_analysis"]

@@ -23,15 +23,16 @@ _OUTLIER = 6.0  # where LLM.int8() stops quantizing a channel
 
 @dataclass(frozen=True)
 class GridOn:
-    """An activation grid by a name for tables. A scale per column is CrossQuant with row exponent
-    0.
+    """An activation grid with a name for tables.
+
+    A scale per column is CrossQuant with row exponent 0.
     """
 
     name: str
     grid: PerToken | CrossQuant
 
     def zeros(self, x: Tensor) -> Tensor:
-        """Which elements of (..., tokens, channels) become zero, bool."""
+        """Return which elements of (..., tokens, channels) become zero, bool."""
         if isinstance(self.grid, CrossQuant):
             return self.grid.codes(x)[0] == 0
         codes, _, zero_point = self.grid.codes(x)
@@ -39,10 +40,14 @@ class GridOn:
 
 
 def grids_of(bits: Sequence[int], exponents: Sequence[float], columns: str) -> list[GridOn]:
-    """Per token, per column and CrossQuant at some row exponents, at some widths.
+    """Return grids per token, per column and of CrossQuant at every width.
 
     Args:
+        exponents: of CrossQuant's rows.
         columns: "call" or "sequence", over what a channel's maximum is taken.
+
+    Raises:
+        LowbitError: a width, exponent or kind of columns that no grid has.
     """
     found = []
     try:
@@ -60,15 +65,17 @@ def grids_of(bits: Sequence[int], exponents: Sequence[float], columns: str) -> l
 
 @dataclass
 class Site:
-    """One activation that linears read, over everything that has passed.
+    """Counts over everything that has passed one activation that linears read.
 
     Attributes:
         linears: full names of its readers.
-        elements, zeros: numbers, of all and of those that are zero themselves.
+        elements: number of all elements.
+        zeros: number of elements that are zero themselves.
         kernel: grid's name -> number of other elements that it turns into zero.
-        smaller: elements whose channel's maximum is below their token's, where a cross scale is
-            finer than a token's.
-        channels: (channels,) largest |x| of each. tokens: largest |x| of each token, in order.
+        smaller: number of elements whose channel's maximum is below their token's, where a cross
+            scale is finer than a token's.
+        channels: (channels,) largest |x| of each channel.
+        tokens: largest |x| of each token, in order, a tensor (tokens,) for each `add`.
     """
 
     linears: tuple[str, ...]
@@ -80,7 +87,7 @@ class Site:
     tokens: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, grids: Sequence[GridOn]) -> None:
-        """Count what passed together, (..., tokens, channels).
+        """Count what passed together, x (..., tokens, channels).
 
         Raises:
             LowbitError: some of it is not finite.
@@ -103,9 +110,10 @@ class Site:
             self.kernel[g.name] = self.kernel.get(g.name, 0) + int((g.zeros(x) & ~nothing).sum())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data: shares and outlier statistics."""
+        """Return shares and outlier statistics as plain data."""
         assert self.channels is not None
-        tokens, rest = torch.cat(self.tokens), max(1, self.elements - self.zeros)
+        tokens = torch.cat(self.tokens)
+        rest = max(1, self.elements - self.zeros)
         return {
             "linears": list(self.linears),
             "elements": self.elements,
@@ -121,13 +129,13 @@ class Site:
 
 
 def _over_median(values: Tensor) -> float:
-    """The largest over the median, infinite where that is zero."""
+    """Return the largest over the median, infinite where the median is zero."""
     middle = float(values.median())
     return float(values.max()) / middle if middle > 0 else float("inf")
 
 
 def sites_of(model: Any, wiring: Wiring) -> list[tuple[str, ...]]:
-    """Full names of the linears of every site of every block, those that read the same activation
+    """Return the full names of every block's linears, those that read the same activation
     together.
     """
     count = len(model.get_submodule(wiring.layers))
@@ -147,11 +155,13 @@ def measure(
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Site]:
-    """Kernel shares and outliers of every linear's input while windows of tokens pass.
+    """Count kernel shares and outliers of every linear's input while windows of tokens pass.
 
     Args:
-        model: as transformers loads it. windows: (n, length) int64. batch: windows that pass
-            together.
+        model: as transformers loads it.
+        windows: (n, length) int64 token ids.
+        batch: windows that pass together.
+        progress: called with windows done and windows in all after each pass.
 
     Raises:
         LowbitError: an activation is not finite.
@@ -176,6 +186,6 @@ def measure(
 
 
 def mean_kernel(sites: Sequence[Site], name: str) -> float:
-    """The kernel share under a grid, averaged over linears, each counted alike."""
+    """Return the kernel share under a grid, averaged over linears, each counted alike."""
     shares = [s.kernel[name] / max(1, s.elements - s.zeros) for s in sites for _ in s.linears]
     return sum(shares) / len(shares)

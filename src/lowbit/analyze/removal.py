@@ -31,6 +31,7 @@ from ..model.wiring import Wiring
 from .kernels import GridOn, sites_of
 
 Kind = Literal["bound", "smallest", "random", "restored", "quantized", "none"]
+KINDS: tuple[Kind, ...] = ("bound", "smallest", "random")  # those that take a share
 _SEED = 0
 
 
@@ -39,8 +40,9 @@ class Removal:
     """One run of the experiment.
 
     Attributes:
-        kind: see the module. share: of non-zero elements set to zero, for the first three kinds.
-            on: the grid, for the last two.
+        kind: see the module.
+        share: of non-zero elements set to zero, for the kinds that take one.
+        on: the grid, for "restored" and "quantized".
     """
 
     kind: Kind
@@ -49,25 +51,22 @@ class Removal:
 
     @property
     def label(self) -> str:
-        """For tables."""
+        """The run in words, for tables."""
         return f"{self.on.name}, {self.kind}" if self.on else self.kind
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """(..., tokens, channels) -> what the linear is given instead."""
+        """Return what the linear is given instead of x (..., tokens, channels)."""
         if self.kind == "none" or (self.on is None and self.share == 0):
             return x
         if self.on is not None:
             y = self.on.grid(x)
             return torch.where(self.on.zeros(x), x, y) if self.kind == "restored" else y
         size = x.abs().float()
+        order = size  # the smallest go first
         if self.kind == "random":
             order = torch.rand(x.shape, generator=generator, device=x.device)
-        else:
-            order = (
-                size / size.amax(-1, keepdim=True).clamp(min=1e-30)
-                if self.kind == "bound"
-                else size
-            )
+        elif self.kind == "bound":
+            order = size / size.amax(-1, keepdim=True).clamp(min=1e-30)
         there = size > 0
         found = order[there]
         count = round(self.share * len(found))
@@ -78,8 +77,10 @@ class Removal:
 
 
 def removals(shares: Sequence[float], grids: Sequence[GridOn]) -> list[Removal]:
-    """All runs: none, three kinds at every share, and each grid plain; per-token ones with the
-    kernel restored, too.
+    """Return all runs.
+
+    They are the plain model, three kinds at every share, each grid plain, and each per-token grid
+    with the kernel restored.
 
     Raises:
         LowbitError: a share outside (0, 1).
@@ -88,13 +89,12 @@ def removals(shares: Sequence[float], grids: Sequence[GridOn]) -> list[Removal]:
         raise LowbitError(
             f"shares to remove must be in (0, 1), got {', '.join(f'{s:g}' for s in shares)}."
         )
-    kinds: tuple[Kind, ...] = ("bound", "smallest", "random")
-    out = [Removal("none"), *(Removal(k, s) for k in kinds for s in sorted(shares))]
+    runs = [Removal("none"), *(Removal(k, s) for k in KINDS for s in sorted(shares))]
     for g in grids:
-        out.append(Removal("quantized", on=g))
+        runs.append(Removal("quantized", on=g))
         if g.name.endswith("per token"):
-            out.append(Removal("restored", on=g))
-    return out
+            runs.append(Removal("restored", on=g))
+    return runs
 
 
 @torch.no_grad()
@@ -107,12 +107,19 @@ def run(
     weight_bits: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Removal, float]]:
-    """Perplexity of every removal; the model's weights are rounded to ``weight_bits``, one
-    symmetric scale per output, while this runs.
+    """Measure the perplexity of every removal.
+
+    While this runs the model's weights are rounded, with one symmetric scale per output channel.
 
     Args:
-        model: as transformers loads it, with float weights. windows: (n, length) int64. batch:
-            windows that pass together.
+        model: as transformers loads it, with float weights.
+        windows: (n, length) int64 token ids.
+        batch: windows that pass together.
+        weight_bits: of the rounded weights.
+        progress: called with runs done and runs in all after each run.
+
+    Yields:
+        each removal with its perplexity.
     """
     sites = sites_of(model, wiring)
     with _rounded(model, [n for names in sites for n in names], weight_bits):
@@ -127,6 +134,7 @@ def run(
 
 @contextmanager
 def _rounded(model: Any, names: Sequence[str], bits: int) -> Iterator[None]:
+    """Round the weights of linears, and put them back at the end."""
     modules = [model.get_submodule(n) for n in names]
     kept = [m.weight.data for m in modules]
     grid = Affine(bits, None, symmetric=True)
@@ -145,6 +153,7 @@ def _rounded(model: Any, names: Sequence[str], bits: int) -> Iterator[None]:
 def _reading(
     model: Any, sites: Sequence[tuple[str, ...]], removal: Removal, generator: torch.Generator
 ) -> Iterator[None]:
+    """Give every linear what a removal makes of its input, until the end."""
     last: list[tuple[Tensor, Tensor]] = []  # readers of one activation get the same
 
     def hook(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -165,20 +174,19 @@ def _reading(
 def knee(
     points: Sequence[tuple[float, float]], base: float, tolerance: float = 0.01
 ) -> float | None:
-    """The share at which perplexity first exceeds ``base`` by more than ``tolerance`` of it,
-    between two points linearly; None if never.
+    """Return the share at which perplexity first exceeds ``base`` by more than ``tolerance`` of it.
+
+    Between two points perplexity is taken as linear. None if it never exceeds.
 
     Args:
         points: (share, perplexity) by rising share.
     """
-    limit, before = base * (1 + tolerance), (0.0, base)
+    limit = base * (1 + tolerance)
+    left, low = 0.0, base
     for share, perplexity in points:
-        if not perplexity <= limit:
-            left, low = before
-            return (
-                left + (share - left) * max(0.0, limit - low) / (perplexity - low)
-                if perplexity < float("inf")
-                else left
-            )
-        before = (share, perplexity)
+        if not perplexity <= limit:  # also where it is nan
+            if not perplexity < float("inf"):
+                return left
+            return left + (share - left) * max(0.0, limit - low) / (perplexity - low)
+        left, low = share, perplexity
     return None

@@ -1,6 +1,4 @@
-"""What the commands share: the app, the consoles, options that several have, and the files they
-write.
-"""
+"""What the commands share: the app, its console, options that several have, and how they end."""
 
 from __future__ import annotations
 
@@ -80,8 +78,9 @@ OwnScheme = Annotated[
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command with the libraries it calls kept quiet; told to end, say what is kept and exit
-    with 130, or 143 of SIGTERM.
+    """Return a command that keeps the libraries it calls quiet.
+
+    When it is interrupted it says what is kept and exits with 130, or with 143 on SIGTERM.
     """
 
     @wraps(command)
@@ -101,8 +100,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _terminable(told: list[signal.Signals]) -> Iterator[None]:
-    """Within, SIGTERM (of `docker stop`, of a batch system) ends a command like Ctrl-C, and is
-    added to ``told``.
+    """Let SIGTERM (of `docker stop`, of a batch system) end a command like Ctrl-C, and add it to
+    ``told``.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Numbers that options take, checked before a command begins."""
+"""Checks of the numbers that options take, before a command begins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEEDS = 2**63 - 1  # torch takes one bit more, so that a method can count on fr
 def whole(
     least: int = 1, most: int = MOST
 ) -> Callable[[typer.CallbackParam, Optional[int]], Optional[int]]:
-    """A check that an option is a whole number in a range, ends included.
+    """Return a check that an option is a whole number in a range, ends included.
 
     Raises (when it is called):
         LowbitError: naming the option, the number and the range.
@@ -44,10 +44,11 @@ def seed(param: typer.CallbackParam, value: int) -> int:
 def real(
     least: float, most: float, unit: str = "", zero: bool = False
 ) -> Callable[[typer.CallbackParam, Optional[float]], Optional[float]]:
-    """A check that an option is a number in a range, ends included.
+    """Return a check that an option is a number in a range, ends included.
 
     Args:
-        unit: for the sentence, such as "of GiB". zero: whether 0 is allowed besides.
+        unit: for the sentence, such as "of GiB".
+        zero: whether 0 is allowed besides.
 
     Raises (when it is called):
         LowbitError: naming the option, the number and the range; so for nan.
@@ -55,11 +56,11 @@ def real(
 
     def check(param: typer.CallbackParam, value: Optional[float]) -> Optional[float]:
         if value is not None and not least <= value <= most and not (zero and value == 0):
-            range_ = (
-                f"{'0, or ' if zero else ''}a number{unit and ' ' + unit} from {least:g} to "
-                f"{most:g}"
+            also = "0, or " if zero else ""
+            kind = f"a number {unit}" if unit else "a number"
+            raise LowbitError(
+                f"{option_of(param)} {value:g}: give {also}{kind} from {least:g} to {most:g}."
             )
-            raise LowbitError(f"{option_of(param)} {value:g}: give {range_}.")
         return value
 
     return check

@@ -1,4 +1,4 @@
-"""Files and folders that commands write at their end, tried before they begin."""
+"""Checks of the files and folders that commands write at their end, before they begin."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def out_folder(param: typer.CallbackParam, value: Optional[Path]) -> Optional[Pa
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """A folder that is there for the time being."""
+    """Make a folder, and remove at the end what was not there before."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _refused(path: Path, param: typer.CallbackParam) -> Iterator[None]:
+    """Raise what the file system refuses within as LowbitError."""
     try:
         yield
     except OSError as e:

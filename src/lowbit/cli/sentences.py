@@ -1,9 +1,9 @@
-"""What goes wrong, as the one sentence it is: 2 for bad input, 1 for a failed verification."""
+"""What goes wrong, said in one sentence; exit code 2 for bad input, 1 for a failed verification."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,13 +24,28 @@ def complain(what: str, kind: str = "error: ") -> None:
 
 
 def option_of(param: typer.CallbackParam) -> str:
-    """An option as the user writes it, the long form if there are two."""
+    """Return an option as the user writes it, the long form if there are two."""
     return max(param.opts, key=len)
 
 
+def check_needed(given: Mapping[str, object], needed: str, there: bool) -> None:
+    """Refuse options that have no effect without another one.
+
+    Args:
+        given: name -> value, None where the option is not given.
+        needed: the other option. there: whether it is given.
+
+    Raises:
+        LowbitError: naming both.
+    """
+    for name, value in given.items():
+        if value is not None and not there:
+            raise LowbitError(f"{name} has no effect without {needed}. Give both or neither.")
+
+
 class Commands(TyperGroup):
-    """All commands, which say in a sentence what they refuse: their arguments, their input, and
-    what the file system refuses them.
+    """All commands. They say in a sentence what is wrong with their arguments and input, and what
+    the file system refuses.
     """
 
     def make_context(self, *args: Any, **options: Any) -> Any:
@@ -46,6 +61,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _told() -> Iterator[None]:
+    """Print what is raised within as a sentence, and exit."""
     try:
         yield
     except ToldElsewhere as e:
@@ -57,14 +73,7 @@ def _told() -> Iterator[None]:
         complain(str(e))
         raise typer.Exit(2) from e
     except _USAGE as e:
-        what = e.format_message()
-        if "\n" in what:  # the help, where no command is given
-            err.print(what)
-        else:
-            complain(
-                f"{what[:1].lower()}{what[1:].rstrip('.')}; '{_helped(e)} --help' lists what can "
-                "be given."
-            )
+        _complain_of_usage(e)
         raise typer.Exit(2) from e
     except OSError as e:
         if e.errno == errno.EPIPE:  # typer ends quietly where nobody reads on
@@ -73,9 +82,22 @@ def _told() -> Iterator[None]:
         raise typer.Exit(2) from e
 
 
+def _complain_of_usage(e: Any) -> None:
+    """Print what typer finds wrong with the arguments, and where help is."""
+    what = e.format_message()
+    if "\n" in what:  # the help, where no command is given
+        err.print(what)
+        return
+    command = e.ctx.command_path if e.ctx is not None else "lowbit"
+    complain(
+        f"{what[:1].lower()}{what[1:].rstrip('.')}; '{command} --help' lists what can be given."
+    )
+
+
 def _refused(e: OSError) -> str:
-    """What the system refused, with the path if the error has one."""
-    path, said = e.filename2 or e.filename, " ".join(str(e.strerror or e).split()).rstrip(".")
+    """Return what the system refused, with the path if the error has one."""
+    path = e.filename2 or e.filename
+    said = " ".join(str(e.strerror or e).split()).rstrip(".")
     if path is not None:
         return f"'{path}' cannot be read or written: {said}."
     if e.errno is None:  # a library's own, which says what it is about
@@ -84,7 +106,3 @@ def _refused(e: OSError) -> str:
         f"the system cannot read or write something: {said}. Mend that and run the same command "
         "again."
     )
-
-
-def _helped(error: Any) -> str:
-    return error.ctx.command_path if error.ctx is not None else "lowbit"

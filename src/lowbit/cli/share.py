@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Optional
-
-import typer
-
+from . import options
 from .app import app, out, reported
 
 
 @app.command()
 @reported
 def push(
-    folder: Annotated[Path, typer.Argument(help="Artifact folder, or an export of one.")],
-    repo: Annotated[
-        str,
-        typer.Argument(
-            help="Model repository on the Hugging Face Hub, owner/name; made if it is not there."
-        ),
-    ],
-    private: Annotated[
-        bool,
-        typer.Option(
-            "--private", help="Make a new repository private; one that exists stays as it is."
-        ),
-    ] = False,
-    revision: Annotated[
-        Optional[str], typer.Option(help="Branch, made if it is not there. Default: main.")
-    ] = None,
-    token: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Token that may write. Default: HF_TOKEN, or that of `hf auth login`.",
-            show_default=False,
-        ),
-    ] = None,
+    folder: options.ArtifactOrExport,
+    repo: options.Repository,
+    private: options.Private = False,
+    revision: options.Revision = None,
+    token: options.Token = None,
 ) -> None:
     """Verify every tensor, then upload the directory to the Hugging Face Hub; prints where it is
     and its hash.

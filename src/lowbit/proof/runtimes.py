@@ -22,16 +22,11 @@ from ..formats import compressed_tensors as ct
 
 _SCRIPTS = Path(__file__).parent.parent / "readers"
 # Torchrun's: a reader is no rank of it.
-_LAUNCHED = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_",
-    "GROUP_",
-    "ROLE_",
-    "MASTER_",
-    "TORCHELASTIC_",
-)
-_MISSING, _REFUSED, _UNABLE = 3, 4, 5  # exit statuses of a script, see `lowbit.readers`
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+# Exit statuses of a script, see `lowbit.readers`.
+_MISSING = 3
+_REFUSED = 4
+_UNABLE = 5
 
 
 @dataclass(frozen=True)
@@ -39,9 +34,10 @@ class Reader:
     """Who opens a format as a user would.
 
     Attributes:
-        script: file in `lowbit.readers`. name: of the runtime, for people.
-        within: greatest difference of its logits to the proof's, relative to their spread: what its
-            arithmetic may add.
+        script: file in `lowbit.readers`.
+        name: of the runtime, for people.
+        within: greatest difference of its logits to the proof's, relative to their standard
+            deviation: what its arithmetic may add.
     """
 
     script: str
@@ -50,25 +46,23 @@ class Reader:
 
 
 WITHIN = 2e-2  # rounding of the weight to its 16-bit dtype, which a float32 loader does not do
-# All in bfloat16: 0.007 to 0.017 and 0.032 to 0.040 on models of 4 and 5 blocks, docs/results.md.
-_GPTQMODEL, _MLX = (
-    3e-2,
-    6e-2,
-)
-_LLAMACPP = 6e-2  # it rounds activations to 8 bits on CPUs: 0.01 to 0.03, docs/results.md
+# All in bfloat16: 0.007 to 0.017 with GPTQModel and 0.032 to 0.040 with mlx-lm, on models of 4 and
+# 5 blocks, docs/results.md.
+_GPTQMODEL = Reader("with_transformers.py", "transformers and GPTQModel", 3e-2)
+_MLX = Reader("with_mlx.py", "mlx-lm", 6e-2)
+# It rounds activations to 8 bits on CPUs: 0.01 to 0.03, docs/results.md.
+_LLAMACPP = Reader("with_llamacpp.py", "llama.cpp", 6e-2)
+_TRANSFORMERS = Reader("with_transformers.py", "transformers", WITHIN)
 # All of the file but for what llama.cpp computes of it.
 GGUF_DECODER = Reader("with_transformers.py", "transformers and gguf", WITHIN)
 READERS = {
-    **{
-        name: Reader("with_transformers.py", "transformers", WITHIN)
-        for name in (ct.NAME, native.NAME)
-    },
-    **{
-        name: Reader("with_transformers.py", "transformers and GPTQModel", _GPTQMODEL)
-        for name in (gptq.V1, gptq.V2, awq.NAME)
-    },
-    mlx.NAME: Reader("with_mlx.py", "mlx-lm", _MLX),
-    gguf.NAME: Reader("with_llamacpp.py", "llama.cpp", _LLAMACPP),
+    ct.NAME: _TRANSFORMERS,
+    native.NAME: _TRANSFORMERS,
+    gptq.V1: _GPTQMODEL,
+    gptq.V2: _GPTQMODEL,
+    awq.NAME: _GPTQMODEL,
+    mlx.NAME: _MLX,
+    gguf.NAME: _LLAMACPP,
 }
 
 
@@ -82,45 +76,32 @@ def runtime_logits(
     python: str = sys.executable,
     reader: Reader | None = None,
 ) -> dict[str, Tensor] | str:
-    """What the runtime of a format computes from a model, in a process of its own.
+    """Compute logits with the runtime of a format, in a process of its own.
 
     Args:
-        ids: (n, length) int64. last: how many positions of each row are wanted, from its end.
-            exact: do not quantize activations.
-        python: interpreter that has the runtime. reader: None for the format's own.
+        ids: (n, length) int64.
+        last: how many positions of each row are wanted, from its end.
+        exact: do not quantize activations.
+        python: interpreter that has the runtime.
+        reader: None for the format's own.
 
     Returns:
         "logits", and from some also "decoded", see `lowbit.readers`, each (n, last, vocab) float32;
             or the packages that are missing.
 
     Raises:
-        VerificationError: the runtime cannot read the model. LowbitError: it could not do its work
-            here, whatever the model is.
+        VerificationError: the runtime cannot read the model.
+        LowbitError: the runtime could not do its work here, whatever the model is.
     """
     reader = reader or READERS[format_]
-    own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
-    environment = {
-        **own,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "GPTQMODEL_CPU_WORKERS": "2",
-    }
     method = "gptq" if format_ in (gptq.V1, gptq.V2) else format_
-    command = [
-        python,
-        str(_SCRIPTS / reader.script),
-        str(folder),
-        method,
-        "exact" if exact else "as stored",
-        str(last),
-    ]
+    how = "exact" if exact else "as stored"
     try:
         done = subprocess.run(
-            command,
+            [python, str(_SCRIPTS / reader.script), str(folder), method, how, str(last)],
             input=bytes(save({"ids": ids.contiguous()})),
             capture_output=True,
-            env=environment,
+            env=_environment(),
             check=False,
         )
     except OSError as e:
@@ -142,8 +123,20 @@ def runtime_logits(
     )
 
 
+def _environment() -> dict[str, str]:
+    """Return the environment of a reader: quiet, offline, and no rank of torchrun."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
+    return {
+        **own,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "GPTQMODEL_CPU_WORKERS": "2",
+    }
+
+
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    """Why a reader ended without an answer, in words."""
+    """Return why a reader ended without an answer, in words."""
     if done.returncode == _UNABLE:
         return done.stdout.decode(errors="replace").strip().rstrip(".")
     if done.returncode < 0:
@@ -157,8 +150,10 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def loader_logits(folder: Path, ids: Tensor, last: int, *, exact: bool = False) -> Tensor:
-    """Logits (n, last, vocab) float32 that transformers computes from an artifact for the last
-    positions. Raises as `runtime_logits`.
+    """Compute logits (n, last, vocab) float32 of an artifact's last positions with transformers.
+
+    Raises:
+        VerificationError, LowbitError: as `runtime_logits`.
     """
     method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
     found = runtime_logits(folder, ids, method, last, exact=exact)
@@ -167,6 +162,8 @@ def loader_logits(folder: Path, ids: Tensor, last: int, *, exact: bool = False) 
 
 
 def compare_logits(tuned: Tensor, loaded: Tensor) -> tuple[float, float]:
-    """(rms difference relative to the tuned logits' standard deviation, top-1 agreement)."""
+    """Return the rms difference relative to the tuned logits' standard deviation, and the top-1
+    agreement, of logits (n, positions, vocab).
+    """
     rms = float((loaded.double() - tuned.double()).pow(2).mean().sqrt() / tuned.double().std())
     return rms, float((loaded.argmax(-1) == tuned.argmax(-1)).double().mean())

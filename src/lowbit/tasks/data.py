@@ -24,8 +24,9 @@ def _as_it_is(context: str) -> str:
 
 
 def _asked(context: str) -> str:
-    """A question up to where its answer begins, whether or not the file has the word "Answer:" on a
-    line of its own.
+    """Return a question up to where its answer begins.
+
+    The file may or may not have the word "Answer:" on a line of its own.
     """
     question = context.removesuffix("Answer:").removesuffix("\n")
     return f"{question}\nAnswer:"
@@ -42,7 +43,7 @@ class Form:
             continuation the greedy one (lambada).
         normalized: acc_norm is reported too: log-likelihood over the number of characters of a
             choice.
-        prompt: from the context in the file to the one of lm-eval.
+        prompt: makes lm-eval's context of the one in the file.
         spaced: choices keep their leading space though the prompt's delimiter is one as well
             (copa).
         subjects: rows belong to subjects, which are tasks of their own with a description and are
@@ -76,7 +77,8 @@ class DataFile:
     """A file that was read.
 
     Attributes:
-        name: file name without its folder. sha256: of its bytes, in hexadecimal.
+        name: file name without its folder.
+        sha256: of its bytes, in hexadecimal.
         docs: one per line: ``line`` and ``gold``, then by the form's kind ``context`` and
             ``choices``, ``contexts`` and ``ending``, or ``context`` and ``word``; with subjects
             also ``subject``.
@@ -89,8 +91,10 @@ class DataFile:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task whose data lie in a folder; few-shot examples come from ``shots``, or from ``data``
-    itself if that is None.
+    """A task whose data lie in a folder.
+
+    Attributes:
+        shots: the few-shot examples; None takes them from ``data`` itself.
     """
 
     name: str
@@ -100,8 +104,10 @@ class LocalTask:
 
 
 def read_task(name: str, folder: Path) -> LocalTask:
-    """Find and read a task's files: ``<name>.jsonl``, else the only ``<name>_*.jsonl``; and
-    ``<name>.shots.jsonl`` if there is one.
+    """Find and read a task's files.
+
+    They are ``<name>.jsonl``, else the only ``<name>_*.jsonl``; and ``<name>.shots.jsonl`` if there
+    is one.
 
     Raises:
         LowbitError: no such task, folder or file, more than one candidate, or a line that is not of
@@ -111,13 +117,11 @@ def read_task(name: str, folder: Path) -> LocalTask:
         raise unknown("task", name, FORMS)
     if not folder.is_dir():
         raise LowbitError(f"--task-data '{folder}' is not a folder.")
-    form, shots = FORMS[name], folder / f"{name}.shots.jsonl"
-    return LocalTask(
-        name,
-        form,
-        _read(_find(name, folder), form),
-        _read(shots, form) if shots.is_file() else None,
-    )
+    form = FORMS[name]
+    data = _read(_find(name, folder), form)
+    path = folder / f"{name}.shots.jsonl"
+    shots = _read(path, form) if path.is_file() else None
+    return LocalTask(name, form, data, shots)
 
 
 def _find(name: str, folder: Path) -> Path:
@@ -168,32 +172,27 @@ def _doc(line: str, number: int, path: Path, form: Form) -> Doc:
         raise LowbitError(f"{where}: {wrong}.")
     contexts, choices = row["contexts"], row["choices"]
     # The line makes equal rows differ, or all of them would leave the few-shot pool.
-    doc: Doc = {
-        "line": number,
-        "gold": row["gold"],
-    }
+    doc: Doc = {"line": number, "gold": row["gold"]}
     if form.subjects:
         doc["subject"] = row["subject"]
     if form.kind == "ending":
         return doc | {"contexts": contexts, "ending": choices[0].strip()}
     if form.kind == "word":
         return doc | {"context": contexts[0], "word": choices[0]}
-    return doc | {
-        "context": form.prompt(contexts[0]),
-        "choices": choices if form.spaced else [c.removeprefix(" ") for c in choices],
-    }
+    if not form.spaced:
+        choices = [choice.removeprefix(" ") for choice in choices]
+    return doc | {"context": form.prompt(contexts[0]), "choices": choices}
 
 
 def _texts(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(v, str) and v.strip() for v in value)
-    )
+    """Whether it is a list of texts, at least one, none of them empty."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(v, str) and v.strip() for v in value)
 
 
 def _wrong(row: Any, form: Form) -> str | None:
-    """What keeps a row from being of the form."""
+    """Return what keeps a row from being of the form; None if nothing does."""
     if not isinstance(row, dict):
         return "expected an object with the fields contexts, choices and gold"
     for key in ("contexts", "choices"):
@@ -205,16 +204,11 @@ def _wrong(row: Any, form: Form) -> str | None:
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         return f"field 'gold' must be the index of a choice, 0 to {len(choices) - 1}, not {gold!r}"
     if (form.kind == "word") != (len(choices) == 1):
-        return (
-            f"{len(choices)} choices; this task has "
-            f"{'exactly one' if form.kind == 'word' else 'at least two'}"
-        )
-    same = choices if form.kind == "ending" else contexts
-    if len(set(same)) > 1:
-        return (
-            f"the {'choices' if form.kind == 'ending' else 'contexts'} of this task must all be "
-            "the same"
-        )
+        wanted = "exactly one" if form.kind == "word" else "at least two"
+        return f"{len(choices)} choices; this task has {wanted}"
+    same = "choices" if form.kind == "ending" else "contexts"
+    if len(set(row[same])) > 1:
+        return f"the {same} of this task must all be the same"
     if form.subjects and not (isinstance(row.get("subject"), str) and row["subject"].strip()):
         return "field 'subject' must name the subject"
     return None

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..errors import LowbitError
-from .data import DataFile, Doc, LocalTask, read_task
+from .data import LocalTask, read_task
+from .local import lm_eval_item
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
 _SCORED = ("multiple_choice", "loglikelihood")
@@ -23,8 +23,12 @@ _SCORED = ("multiple_choice", "loglikelihood")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's data came from: a hub dataset with neither hash, or files with one each;
-    ``shots`` only if it is a file apart.
+    """Where a task's data came from.
+
+    Attributes:
+        data: of a hub dataset, or of a file.
+        sha256: of the file; None for a hub dataset.
+        shots, shots_sha256: of the few-shot examples, if they lie in a file apart.
     """
 
     data: str
@@ -35,7 +39,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task that is ready to be asked: lm-eval's Task, or its Group of them (mmlu)."""
+    """A task that is ready to be asked.
+
+    Attributes:
+        item: lm-eval's Task, or its Group of them (mmlu).
+        source: where its data came from.
+    """
 
     name: str
     item: Any
@@ -44,9 +53,9 @@ class Prepared:
     @property
     def leaves(self) -> list[Any]:
         """The tasks themselves, without groups."""
-        return (
-            list(self.item.get_all_tasks()) if hasattr(self.item, "get_all_tasks") else [self.item]
-        )
+        from lm_eval.api.group import Group
+
+        return list(self.item.get_all_tasks()) if isinstance(self.item, Group) else [self.item]
 
 
 def prepare(
@@ -56,15 +65,15 @@ def prepare(
     limit: int | None = None,
     folder: Path | None = None,
 ) -> tuple[Prepared, ...]:
-    """Find tasks and their data, so that everything that can be wrong with them is said before a
-    model is loaded.
+    """Find tasks and their data. What is wrong with them is found before a model is loaded.
 
     Args:
         names: lm-eval's names of tasks, groups or tags; with ``folder`` those of
             `lowbit.tasks.data.FORMS`.
         shots: worked examples in each prompt; None is what the task defines, which is none for all
             the usual ones.
-        limit: as for `evaluate_tasks`. folder: local files in place of the hub.
+        limit: as for `evaluate_tasks`.
+        folder: local files in place of the hub.
 
     Raises:
         LowbitError: lm-eval is not installed, a task or its data cannot be found or read, the task
@@ -95,9 +104,7 @@ def prepare(
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep lm-eval's advice and its bar over prompts, which only pass a few milliseconds each, out
-    of our output.
-    """
+    """Keep lm-eval's advice out of our output, and its bar over prompts: they take milliseconds."""
     import lm_eval.api.task as home
 
     log, bar = logging.getLogger("lm_eval"), home.tqdm
@@ -112,117 +119,20 @@ def quietly() -> Iterator[None]:
 
 
 def _local(local: LocalTask) -> Prepared:
-    source = Source(local.data.name, local.data.sha256)
-    if local.shots:
-        source = Source(source.data, source.sha256, local.shots.name, local.shots.sha256)
-    if not local.form.subjects:
-        return Prepared(
-            local.name,
-            _local_task(
-                local, local.name, local.data.docs, local.shots.docs if local.shots else None
-            ),
-            source,
-        )
-    from lm_eval.api.group import AggMetricConfig, Group
-
-    group = Group(local.name, aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=True)])
-    shots = _by_subject(local.shots) if local.shots else None
-    for subject, docs in _by_subject(local.data).items():
-        about = (
-            "The following are multiple choice questions (with answers) about "
-            f"{subject.replace('_', ' ')}.\n\n"
-        )
-        apart = shots.get(subject, ()) if shots is not None else None
-        group.add(
-            _local_task(
-                local,
-                f"{local.name}_{subject}",
-                docs,
-                apart,
-                description=about,
-                fewshot_config={"sampler": "first_n"},
-            )
-        )
-    return Prepared(local.name, group, source)
-
-
-def _by_subject(data: DataFile) -> dict[str, tuple[Doc, ...]]:
-    def subject(doc: Doc) -> str:
-        return str(doc["subject"])
-
-    return {s: tuple(docs) for s, docs in groupby(sorted(data.docs, key=subject), subject)}
-
-
-def _local_task(
-    local: LocalTask,
-    name: str,
-    docs: tuple[Doc, ...],
-    apart: tuple[Doc, ...] | None,
-    **options: Any,
-) -> Any:
-    """lm-eval's task over documents in memory. Without few-shot examples apart they come from the
-    documents, the asked one left out.
-    """
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
-    splits = {"test": Dataset.from_list(list(docs))} | (
-        {"shots": Dataset.from_list(list(apart))} if apart else {}
-    )
-    if local.form.kind == "word":
-        options |= {
-            "output_type": "loglikelihood",
-            "doc_to_text": "context",
-            "doc_to_target": "word",
-        }
-    elif local.form.kind == "ending":
-        options |= {
-            "output_type": "multiple_choice",
-            "doc_to_text": "gold",
-            "doc_to_choice": "contexts",
-            "doc_to_target": "ending",
-        }
-    else:
-        options |= {
-            "output_type": "multiple_choice",
-            "doc_to_text": "context",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-        }
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    metrics: list[dict[str, Any]] = [{"metric": "acc", **mean}]
-    if local.form.normalized:
-        metrics.append({"metric": "acc_norm", **mean})
-    if local.form.kind == "word":
-        metrics.append(
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
-        )
-    few = "test" if apart is None else "shots" if apart else None
-    config = {
-        "task": name,
-        "custom_dataset": lambda: splits,
-        "test_split": "test",
-        "fewshot_split": few,
-        "metric_list": metrics,
-        **options,
-    }
-    return ConfigurableTask(config=config)
+    """Return a task over local files."""
+    data, shots = local.data, local.shots
+    source = Source(data.name, data.sha256)
+    if shots is not None:
+        source = replace(source, shots=shots.name, shots_sha256=shots.sha256)
+    return Prepared(local.name, lm_eval_item(local), source)
 
 
 def _hub(names: list[str]) -> Iterator[Prepared]:
+    """Yield tasks on hub data; a tag, and a group without a score of its own, yield theirs."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    known = set(manager.all_tasks)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
-            hint = (
-                f"did you mean {' or '.join(repr(n) for n in near)}?"
-                if near
-                else "'lm_eval ls tasks' lists them."
-            )
-            raise LowbitError(f"unknown task '{name}': {hint}")
+    _check_known(names, set(manager.all_tasks))
     for name in names:
         try:
             built = manager.load([name])
@@ -230,21 +140,28 @@ def _hub(names: list[str]) -> Iterator[Prepared]:
             reason = (next(iter(str(e).splitlines()), "") or type(e).__name__).rstrip(".")
             raise LowbitError(
                 f"the data of task '{name}' cannot be loaded from the Hugging Face hub: {reason}. "
-                "Without the hub, give local files "
-                "with --task-data DIR."
+                "Without the hub, give local files with --task-data DIR."
             ) from e
         group = built.get("groups", {}).get(name)
-        # A group without a score of its own and a tag both stand for their tasks.
-        items = (
-            [group]
-            if group is not None and group.has_aggregation
-            else list(built["tasks"].values())
-        )
-        for item in items:
-            yield _scored(name if item is group else str(item.task_name), item)
+        if group is not None and group.has_aggregation:
+            yield _scored(name, group)
+        else:
+            for task in built["tasks"].values():
+                yield _scored(str(task.task_name), task)
+
+
+def _check_known(names: list[str], known: set[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+            hint = "'lm_eval ls tasks' lists them."
+            if near:
+                hint = f"did you mean {' or '.join(repr(n) for n in near)}?"
+            raise LowbitError(f"unknown task '{name}': {hint}")
 
 
 def _scored(name: str, item: Any) -> Prepared:
+    """Return a task on hub data. Raises LowbitError if it generates text instead of scoring it."""
     found = Prepared(name, item, Source("hub: "))
     for task in found.leaves:
         if task.OUTPUT_TYPE not in _SCORED:
@@ -252,16 +169,19 @@ def _scored(name: str, item: Any) -> Prepared:
                 f"task '{task.task_name}' is of kind {task.OUTPUT_TYPE}; only choices and "
                 "continuations are scored here. Use lm_eval."
             )
-    return replace(
-        found,
-        source=Source("hub: " + ", ".join(sorted({str(t.DATASET_PATH) for t in found.leaves}))),
-    )
+    datasets = sorted({str(task.DATASET_PATH) for task in found.leaves})
+    return replace(found, source=Source("hub: " + ", ".join(datasets)))
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
+    """Set the worked examples in each prompt; None keeps what the task defines.
+
+    Raises:
+        LowbitError: the task has too few examples.
+    """
     own = task.get_config("num_fewshot")
     # As lm-eval has it: a task that is defined with no shots keeps none.
-    count = own or 0 if shots is None or own == 0 else shots
+    count = (own or 0) if shots is None or own == 0 else shots
     task.set_config("num_fewshot", count)
     task.set_fewshot_seed(_FEWSHOT_SEED)
     if not count:

@@ -1,5 +1,5 @@
-"""The language model that lm-eval asks: its own Hugging Face one, which here also tells how far it
-is and what it had to cut.
+"""The language model that lm-eval asks: its own Hugging Face one, which here also reports progress
+and what it had to cut.
 
 The only module that imports lm-eval when it is itself imported.
 """
@@ -21,7 +21,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         model, tokenizer: as from `lowbit.evaluate.load_causal_lm` and
             `lowbit.model.stream.load_tokenizer`.
         batch: rows a forward pass.
-        progress: told rows done and rows in all after each pass.
+        progress: called with rows done and rows in all after each pass.
 
     Attributes:
         cut: (task, document number) of the examples whose prompts lost their beginning to fit into
@@ -43,7 +43,8 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.cut: set[tuple[str, int]] = set()
         self._asked: list[tuple[str, int]] = []
         self._progress = progress
-        self._done = self._rows = 0
+        self._done = 0
+        self._rows = 0
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
@@ -57,11 +58,9 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     ) -> list[tuple[float, bool]]:
         for (task, number), (_, context, answer) in zip(self._asked, requests, strict=True):
             if not answer or len(answer) > self.max_length:
-                what = (
-                    f"takes {len(answer)} tokens, the model's context {self.max_length}"
-                    if answer
-                    else "has no token of its own"
-                )
+                what = "has no token of its own"
+                if answer:
+                    what = f"takes {len(answer)} tokens, the model's context {self.max_length}"
                 raise LowbitError(
                     f"task '{task}', example {number + 1}: an answer {what}; this model cannot be "
                     "asked."
@@ -69,10 +68,9 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             if len(context) + len(answer) > self.max_length + 1:
                 self.cut.add((task, number))
         # Answers of one token to one context share a row.
-        self._done, self._rows = (
-            0,
-            len({(*context, *answer[:-1]) for _, context, answer in requests}),
-        )
+        rows = {(*context, *answer[:-1]) for _, context, answer in requests}
+        self._rows = len(rows)
+        self._done = 0
         found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
             requests, disable_tqdm=True, override_bs=override_bs
         )

@@ -1,37 +1,15 @@
-"""What a person sees of tasks: a bar while they run, a table at the end."""
+"""What a person sees of tasks: a table and notes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from ..console import Console, Table
+from ..console import Table
 from .score import TaskResult, TaskResults
 
 
-@contextmanager
-def rows_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the rows that a model is asked on a terminal, nothing elsewhere; yields
-    what to tell (done, in all).
-    """
-    columns = (
-        TextColumn("prompts", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("prompts", total=None)
-        yield lambda done, count: bar.update(task, completed=done, total=count)
-
-
 def table(results: TaskResults) -> Table:
-    """One line a task, the mean last; accuracies in percent, each metric with its standard error
-    where there is one.
+    """Return a row for each task, the mean last.
+
+    Accuracies are in percent. Each metric has its standard error where there is one.
     """
     metrics = sorted({m for r in results.each for m in r.metrics})  # acc and acc_norm come first
     shown = Table("task")
@@ -49,8 +27,8 @@ def table(results: TaskResults) -> Table:
 
 
 def notes(results: TaskResults) -> list[str]:
-    """What a reader of the table must know: the data, prompts that were cut, that not all examples
-    were asked.
+    """Return what a reader of the table must know: the data, prompts that were cut, that not all
+    examples were asked.
     """
     found = [f"{r.name}: {_data(r)}" for r in results.each]
     if len(results.averaged) > 1:
@@ -70,17 +48,23 @@ def notes(results: TaskResults) -> list[str]:
 
 
 def _value(r: TaskResult, metric: str) -> str:
+    """Return a metric with its standard error."""
     if metric not in r.metrics:
         return ""
     value, error = r.metrics[metric], r.stderr.get(metric)
     if metric.startswith("acc"):
-        return f"{100 * value:.2f}" + (f" +- {100 * error:.2f}" if error is not None else "")
-    return f"{value:.4g}" + (f" +- {error:.2g}" if error is not None else "")
+        shown, spread = f"{100 * value:.2f}", f"{100 * (error or 0):.2f}"
+    else:
+        shown, spread = f"{value:.4g}", f"{error or 0:.2g}"
+    return shown if error is None else f"{shown} +- {spread}"
 
 
 def _data(r: TaskResult) -> str:
-    s = r.source
-    kinds = ((s.data, s.sha256), (s.shots and f"shots {s.shots}", s.shots_sha256))
+    """Return the names and hashes of the data."""
+    source = r.source
+    files = [(source.data, source.sha256)]
+    if source.shots:
+        files.append((f"shots {source.shots}", source.shots_sha256))
     return "; ".join(
-        f"{name}, sha256 {digest[:16]}" if digest else name for name, digest in kinds if name
+        f"{name}, sha256 {digest[:16]}" if digest else name for name, digest in files if name
     )

@@ -1,0 +1,148 @@
+"""`lowbit eval`: perplexity on a text, accuracy on tasks, or both, with one loaded model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..console import Console
+from ..display import progress_bar
+from ..evaluate import evaluate, load_causal_lm, together, window_length
+from ..integers import in_integers
+from ..machine import pick_device
+from ..model.calibration import evaluation_windows
+from ..model.checkpoint import Checkpoint
+from ..model.stream import load_config, load_tokenizer
+from ..tasks import Prepared, TaskResults, evaluate_tasks, prepare
+from ..tasks.show import notes, table
+from .sentences import check_needed
+
+_USUAL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options of the command, see `lowbit.cli.options`.
+
+    Raises:
+        LowbitError: an option without the one that it belongs to.
+    """
+
+    model: str
+    text: str | None
+    length: int | None
+    windows: int | None
+    reference: str | None
+    tasks: str | None
+    shots: int | None
+    limit: int | None
+    task_data: Path | None
+    batch: int | None
+    integers: bool
+    dtype: str
+    device: str
+
+    def __post_init__(self) -> None:
+        of_tasks = {
+            "--shots": self.shots,
+            "--limit": self.limit,
+            "--task-data": self.task_data,
+            "--batch": self.batch,
+        }
+        of_text = {
+            "--length": self.length,
+            "--windows": self.windows,
+            "--reference": self.reference,
+        }
+        check_needed(of_tasks, "--tasks", bool(self.tasks))
+        check_needed(of_text, "--text", bool(self.text or not self.tasks))
+
+    @property
+    def measured_text(self) -> str | None:
+        """The text to measure; None for tasks alone."""
+        if self.text is None and self.tasks is None:
+            return "stdlib"
+        return self.text
+
+
+def run_eval(given: EvalOptions, console: Console) -> dict[str, Any]:
+    """Measure what the options ask for, print it, and return it as plain data.
+
+    Everything that can be wrong with a text or a task is found before the model is loaded.
+
+    Raises:
+        LowbitError: the model, the text or a task cannot be read, or an option is out of range.
+    """
+    device = str(pick_device(given.device))
+    checkpoint = Checkpoint(given.model)
+    length = window_length(load_config(checkpoint), given.length)
+    tokenizer = load_tokenizer(checkpoint)
+    windows = None
+    if given.measured_text is not None:
+        windows = evaluation_windows(given.measured_text, tokenizer, length, given.windows)
+    prepared = _prepared(given, console)
+    model = load_causal_lm(given.model, device, given.dtype)
+    if given.integers:
+        model = in_integers(model, Path(given.model))
+    data: dict[str, Any] = {}
+    if windows is not None:
+        data = _on_text(given, model, windows, device, console)
+    if prepared is not None:
+        data["tasks"] = _on_tasks(given, model, tokenizer, prepared, console).as_dict()
+    return data
+
+
+def _prepared(given: EvalOptions, console: Console) -> tuple[Prepared, ...] | None:
+    """Return the tasks with their data; None without any."""
+    if given.tasks is None:
+        return None
+    with console.status("finding tasks"):
+        return prepare(
+            given.tasks.split(","), shots=given.shots, limit=given.limit, folder=given.task_data
+        )
+
+
+def _on_text(
+    given: EvalOptions, model: Any, windows: Tensor, device: str, console: Console
+) -> dict[str, Any]:
+    """Print and return perplexity on windows (n, length), and the distance to the reference."""
+    reference = None
+    if given.reference:
+        reference = load_causal_lm(given.reference, device, given.dtype)
+    with progress_bar(console) as progress:
+        result = evaluate(model, windows, reference, progress=progress)
+    line = (
+        f"{given.model} on {given.measured_text}: perplexity {result.perplexity:.4f} (nll "
+        f"{result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens, "
+        f"{together(result.batch)})"
+    )
+    if result.kl is not None and result.top1 is not None:
+        line += f"; to {given.reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
+    console.print(line)
+    return result.as_dict()
+
+
+def _on_tasks(
+    given: EvalOptions,
+    model: Any,
+    tokenizer: Any,
+    prepared: tuple[Prepared, ...],
+    console: Console,
+) -> TaskResults:
+    """Print and return accuracies."""
+    with progress_bar(console, "prompts") as progress:
+        found = evaluate_tasks(
+            prepared,
+            model,
+            tokenizer,
+            limit=given.limit,
+            batch=_USUAL_BATCH if given.batch is None else given.batch,
+            progress=progress,
+        )
+    console.print(table(found))
+    for note in notes(found):
+        console.print(note)
+    return found

@@ -1,0 +1,168 @@
+"""Sums of an evaluation: perplexity, mean KL and top-1 agreement, added up window by window."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LowbitError
+from ..model.ranks import Ranks
+
+_PROBABILITIES_AT_ONCE = 1 << 24  # of one step of the sums: a few float32 temporaries of 64 MiB
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one evaluation.
+
+    Attributes:
+        perplexity: exp(nll).
+        nll: mean negative log-likelihood in nats per predicted token.
+        tokens: predicted tokens, windows * (length - 1).
+        windows, length: number of windows and tokens in each.
+        batch: largest number of windows in one forward pass. Scales that a grid takes from a whole
+            call depend on it (`CrossQuant`, `LLMInt8`).
+        kl: mean KL(reference || model) per predicted token in nats.
+        top1: share of tokens on which both models' most likely token is the same.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    length: int
+    batch: int
+    kl: float | None = None
+    top1: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the attributes by their names."""
+        return asdict(self)
+
+
+def together(batch: int) -> str:
+    """Return the number of windows in a forward pass, in words."""
+    return f"{batch} {'window' if batch == 1 else 'windows'} a pass"
+
+
+class Tally:
+    """Adds up an evaluation window by window.
+
+    Log-probabilities are float32, sums over tokens float64.
+    """
+
+    def __init__(self) -> None:
+        self._nll = 0.0
+        self._kl = 0.0
+        self._same = 0  # tokens on which the reference agrees
+        self._tokens = 0
+        self._windows = 0
+        self._length = 0
+        self._batch = 0
+        self._referenced: bool | None = None
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None = None) -> None:
+        """Add some windows.
+
+        Args:
+            logits: (n, length, vocab), any float dtype.
+            ids: (n, length) int64.
+            reference: the reference model's logits, same shape; for all windows of an evaluation
+                or for none.
+
+        Raises:
+            LowbitError: the shapes do not fit together, or differ from those added before.
+        """
+        self._check(logits, ids, reference)
+        for row in range(len(ids)):
+            expected = None if reference is None else reference[row, :-1].to(logits.device)
+            self._add_row(logits[row, :-1], ids[row, 1:].to(logits.device), expected)
+        self._windows += len(ids)
+        self._batch = max(self._batch, len(ids))
+
+    def _check(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+        if logits.shape[:2] != ids.shape:
+            raise LowbitError(
+                f"logits {tuple(logits.shape)} do not belong to token ids {tuple(ids.shape)}."
+            )
+        if reference is not None and reference.shape != logits.shape:
+            raise LowbitError(
+                f"the reference gives logits {tuple(reference.shape)}, the model "
+                f"{tuple(logits.shape)}: is it the same vocabulary?"
+            )
+        if self._windows and (
+            ids.shape[1] != self._length or (reference is not None) != self._referenced
+        ):
+            raise LowbitError(
+                "windows of one evaluation must have one length, and all or none a reference."
+            )
+        self._length, self._referenced = ids.shape[1], reference is not None
+
+    def _add_row(self, logits: Tensor, target: Tensor, reference: Tensor | None) -> None:
+        """Add one window: logits (length - 1, vocab), target (length - 1,), reference as logits."""
+        step = max(1, _PROBABILITIES_AT_ONCE // logits.shape[1])
+        for at in range(0, len(target), step):
+            part = slice(at, at + step)
+            log_p = logits[part].float().log_softmax(-1)  # (step, vocab)
+            self._nll -= _sum(log_p.gather(-1, target[part, None]))
+            if reference is not None:
+                log_q = reference[part].float().log_softmax(-1)
+                self._kl += _sum(_kl(log_q, log_p))
+                self._same += int((logits[part].argmax(-1) == reference[part].argmax(-1)).sum())
+        self._tokens += len(target)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add the sums of the other ranks. Every rank calls it, also one that had no window."""
+        self._nll, self._kl, *counts = ranks.total(
+            self._nll, self._kl, self._same, self._tokens, self._windows
+        )
+        self._same, self._tokens, self._windows = (int(n) for n in counts)
+
+    def result(self, batch: int | None = None) -> Evaluation:
+        """Return the means over everything added.
+
+        Args:
+            batch: largest number of windows in one forward pass; None where logits were added as
+                they were computed.
+
+        Raises:
+            LowbitError: nothing was added.
+        """
+        if not self._tokens:
+            raise LowbitError("nothing to evaluate: no window of at least 2 tokens.")
+        nll = self._nll / self._tokens
+        perplexity = math.inf if nll >= 700 else math.exp(nll)  # not finite stays not finite
+        return Evaluation(
+            perplexity=perplexity,
+            nll=nll,
+            tokens=self._tokens,
+            windows=self._windows,
+            length=self._length,
+            batch=batch or self._batch,
+            kl=self._kl / self._tokens if self._referenced else None,
+            top1=self._same / self._tokens if self._referenced else None,
+        )
+
+
+def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Return KL(q || p) per token: (n, vocab) log-probabilities twice -> (n,) nats, never negative.
+
+    The sum is over q (log q - log p) + (p - q). The second part adds up to zero. With it no term is
+    negative, and an error in the normalization of either side, which float32 cannot avoid, cancels
+    to first order. The plain sum loses small divergences.
+    """
+    q, p, d = log_q.exp(), log_p.exp(), log_p - log_q
+    # P - q, without cancellation where the two are close.
+    moved = torch.where(d < 1, q * d.expm1(), p - q)
+    # 0 log 0 is 0, also where a logit is minus infinity.
+    return torch.where(q == 0, p, moved - q * d).sum(-1)
+
+
+def _sum(per_token: Tensor) -> float:
+    # Off the device first: not every accelerator has float64.
+    return float(per_token.cpu().sum(dtype=torch.float64))
