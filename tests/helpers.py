@@ -14,8 +14,9 @@ from lowbit.model.context import silent
 from lowbit.model.model import Model, Streams
 from lowbit.model.outline import Outline
 from lowbit.model.ranks import ALONE
-from lowbit.plan import Plan, Setting
+from lowbit.plan import HELD_OUT, Plan, Setting
 from lowbit.stages import Blocks, Entered
+from lowbit.stages import apply_methods as _applied
 
 TEXT = (
     "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n        "
@@ -150,6 +151,12 @@ def planned(stream, recipe, samples=8, length=24):
     return Plan.of(Outline.of(stream.config), recipe, setting)
 
 
+def needs_of(config, recipe, rows, length, device, dtype, ranks=1, here=1):
+    """What one process of a run holds, ``rows`` being all that pass."""
+    setting = Setting(rows - HELD_OUT, length, device, dtype, ranks=ranks, here=here)
+    return Plan.of(Outline.of(config), recipe, setting).memory
+
+
 def model_of(stream, recipe, rows=None, **context) -> Model:
     """The model that stages begin with, on rows of tokens that matter to some of them only."""
     rows = torch.zeros(8, 24, dtype=torch.int64) if rows is None else rows
@@ -167,6 +174,11 @@ def staged(stream, recipe, rows=None, seed=0, **context) -> Model:
 def begin(stream, i, recipe, streams, kwargs, seed, announce=silent):
     """A block of a model whose stages before the blocks are made, or are none."""
     return model_of(stream, recipe, seed=seed, announce=announce).begin(i, streams, kwargs)
+
+
+def apply_methods(block, recipe):
+    """A block quantized by a recipe."""
+    return _applied(block, recipe.methods)
 
 
 class Kept:
@@ -189,7 +201,9 @@ class Kept:
 def run(model: Model, streams: Streams, told=lambda block: None):
     """Quantize the blocks; yields what leaves each, after ``told`` was given it."""
     entered = Entered(model.rows[:1])  # not used: the streams are given
-    for _, after in Blocks(entered, Kept(told)).walk(model, streams):
+    walk = Blocks(entered, Kept(told)).walk(model, streams)
+    del streams  # as a run lets go of what entered
+    for _, after in walk:
         yield after
 
 

@@ -1,5 +1,3 @@
-from helpers import run
-
 """What tests/test_ranks.py starts under torchrun; not a test itself.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks_worker.py JOB.json
@@ -15,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers import run, staged
 
 import lowbit
 from lowbit.evaluate import Tally
@@ -42,19 +41,21 @@ def tuned(
         wide: compute in float64.
     """
     chosen = load_recipe(recipe, scheme=parse_scheme(scheme), settings=settings)
-    stream = prepared(ModelStream(model, compute=torch.float64 if wide else None), chosen, 0)
+    source = ModelStream(model, compute=torch.float64 if wide else None)
     rows = draw_rows(
-        Calibration(f"{model}/text.txt", 13, 32), load_tokenizer(stream.checkpoint), 0, 5
+        Calibration(f"{model}/text.txt", 13, 32), load_tokenizer(source.checkpoint), 0, 5
     )
-    stream = ordered(stream, chosen, rows.calibration, 0, ranks=ranks)
-    mine = slice(ranks.rank, None, ranks.size)
+    seen = staged(source, chosen, rows.calibration, ranks=ranks)
+    stream, mine = seen.source, slice(ranks.rank, None, ranks.size)
     x = stream.embed(torch.cat([rows.calibration[mine], rows.held_out[mine]]))
-    streams, kwargs = Streams(x, x, len(rows.calibration), ranks=ranks), stream.block_kwargs(32)
-    chosen = surveyed(stream, chosen, streams, kwargs, 0)
+    streams = Streams(x, x, len(rows.calibration), ranks=ranks)
     codes, notes = {}, []
-    for block, after in run(stream, chosen, streams, 0, kwargs, kwargs):
-        codes |= {f"{block.name}.{n}": q.codes for n, q in block.coded.items()}
+
+    def told(block):
+        codes.update({f"{block.name}.{n}": q.codes for n, q in block.coded.items()})
         notes.append(dict(block.notes))
+
+    for after in run(seen, streams, told):
         streams = after
     floating, quantized = Tally(), Tally()
     for at, i in enumerate(ranks.mine(len(rows.held_out)), ranks.count(len(rows.calibration))):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, begin, save_tiny
+from helpers import FAMILIES, apply_methods, begin, save_tiny, staged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -21,7 +21,6 @@ from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
-from lowbit.stages import apply_methods
 
 W4A4 = Recipe(Affine(4), activations=PerToken(4))
 IDS = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))
@@ -222,7 +221,7 @@ def test_rotations_keep_the_logits_of_every_family(tmp_path, family, quarot):
     recipe, plain = Recipe(Affine(8), (quarot,)), ModelStream(folder, compute=torch.float64)
     if family == "opt-post-norm" and quarot.residual:
         with pytest.raises(LowbitError, match="cannot be rotated"):
-            staged(plain, recipe).source
+            staged(plain, recipe)
         return
     rotated = staged(plain, recipe).source
     x = rotated.embed(IDS, torch.float64)
@@ -371,7 +370,7 @@ def test_tuning_helps_under_quantized_activations(stream, methods):
     losses = []
     for chain in (methods, tuned):
         recipe = Recipe(Affine(3, 16), chain, activations=PerToken(6))
-        block = apply_methods(opened(staged(stream, recipe).source, recipe.methods), recipe)
+        block = apply_methods(opened(staged(stream, recipe).source, recipe), recipe)
         assert set(block.coded) == set(block.wiring.linears)
         losses.append(block.notes["loss_after"])
     assert losses[1] < 0.9 * losses[0]

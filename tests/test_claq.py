@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import begin, planned, save_tiny, staged
+from helpers import apply_methods, begin, planned, save_tiny, staged
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -26,7 +26,6 @@ from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
-from lowbit.stages import apply_methods
 
 Q = "self_attn.q_proj"
 
@@ -151,7 +150,7 @@ def test_a_budget_for_the_whole_model_is_met_where_it_is_surveyed(model):
     bits = weights = 0
     averages = set()
     for i in range(len(stream)):
-        done = apply_methods(begin(stream, i, recipe, streams, kwargs[i], 0), recipe.methods)
+        done = apply_methods(begin(stream, i, recipe, streams, kwargs[i], 0), recipe)
         streams = replace(streams, x=done.target, xq=done.run(streams.xq, done.decoded()))
         for q in done.coded.values():
             bits += int(q.params.widths.sum()) * len(q.codes)
@@ -225,7 +224,7 @@ def test_reserved_counts(block, reserve, grid):
 def test_official_looks_rates_up_by_the_place_in_a_block():
     rows, columns = 200, 300
     score = torch.arange(columns)  # the first tenth ranks first
-    counts = CLAQ(outlier_bits=0.7, reserve="official")._reserve("b", "x", rows, score, {}).counts
+    counts = CLAQ(outlier_bits=0.7, reserve="official")._selector("b", "x", rows, score, {}).counts
     assert counts[:30] == [28] * 30 and counts[30:128] == [8] * 98
     assert counts[128:256] == counts[:128] and counts[256:] == counts[:44]
 
@@ -348,7 +347,7 @@ def test_a_column_too_short_for_its_outliers_is_named():
         LowbitError,
         match=r"claq.outlier_bits = 3.5 keeps 5 weights of some columns of 'b.x', which have only 3",
     ):
-        CLAQ(outlier_bits=3.5, reserve="two_sided")._reserve("b", "x", 3, torch.arange(64), {})
+        CLAQ(outlier_bits=3.5, reserve="two_sided")._selector("b", "x", 3, torch.arange(64), {})
 
 
 @pytest.mark.parametrize(
@@ -537,17 +536,17 @@ def test_families_and_combinations(tmp_path, family, scheme, recipe):
 
 
 def test_interrupted_it_ends_with_the_same_bytes(artifact, model, tmp_path, monkeypatch):
-    from lowbit import job
+    from lowbit.run.shards import Shards
 
-    real, calls = job._Run._told, []
+    real, calls = Shards.keep, []
 
-    def stop(self, record, resumed):
-        calls.append(record)
+    def stop(self, i, block, seconds):
+        calls.append(real(self, i, block, seconds))
         if len(calls) == 1:
             raise KeyboardInterrupt
-        real(self, record, resumed)
+        return calls[-1]
 
-    monkeypatch.setattr(job._Run, "_told", stop)
+    monkeypatch.setattr(Shards, "keep", stop)
     quantized(model, tmp_path / "out", "--scheme", "W2A16", "--recipe", "claq-fused")
     done = quantized(model, tmp_path / "out", "--scheme", "W2A16", "--recipe", "claq-fused")
     assert done.exit_code == 0, done.output

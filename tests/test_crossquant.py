@@ -6,23 +6,23 @@ import math
 
 import pytest
 import torch
-from helpers import TEXT, begin, save_tiny
+from helpers import TEXT, apply_methods, begin, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit import job
 from lowbit.errors import LowbitError
 from lowbit.evaluate import evaluate, load_causal_lm
 from lowbit.grid import Affine, CrossQuant, PerToken, Reading
 from lowbit.grid.names import parse_scheme
 from lowbit.methods import AWQ, RTN
 from lowbit.model import block as block_module
+from lowbit.model import context
 from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
+from lowbit.run import closing
 from lowbit.run.quantize import quantize
-from lowbit.stages import apply_methods
 
 IDS = torch.randint(3, 280, (12, 24), generator=torch.Generator().manual_seed(0))
 
@@ -178,7 +178,7 @@ def test_methods_see_whole_calls(folder):
     block = block.with_readings(
         dict.fromkeys(block.wiring.linears, Reading(grid=Spy(4, 0.15, "sequence")))
     )
-    apply_methods(block, recipe.methods)
+    apply_methods(block, recipe)
     assert seen and {shape[1] for shape in seen} == {24} and all(len(shape) == 3 for shape in seen)
 
 
@@ -217,8 +217,8 @@ def test_the_result_tells_how_many_rows_column_maxima_were_taken_over(
         return out
 
     monkeypatch.setattr(block_module.Block, "run", running)
-    monkeypatch.setattr(block_module, "TOKENS_PER_PASS", per_pass)
-    monkeypatch.setattr(job, "TOKENS_PER_PASS", per_pass)
+    for module in (block_module, context, closing):
+        monkeypatch.setattr(module, "TOKENS_PER_PASS", per_pass)
     out = tmp_path / "out"
     made = quantize(
         str(folder),
@@ -245,5 +245,5 @@ def test_it_helps_where_channels_stand_out(folder):
     for grid in (PerToken(4, symmetric=True), CrossQuant(4, 0.15)):
         recipe = Recipe(Affine(8), (RTN(),), activations=grid)
         block = begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(24)[0], 0)
-        losses[type(grid)] = apply_methods(block, recipe.methods).notes["loss_after"]
+        losses[type(grid)] = apply_methods(block, recipe).notes["loss_after"]
     assert losses[CrossQuant] < losses[PerToken]

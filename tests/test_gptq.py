@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import begin, save_tiny
+from helpers import apply_methods, begin, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.errors import LowbitError
-from lowbit.grid import Affine, PerToken, Reading
+from lowbit.grid import Affine, Codebook, PerToken, Reading
 from lowbit.grid.kmeans import kmeans
 from lowbit.methods import AWQ, GPTQ, RTN
 from lowbit.methods._coder import GridColumns
@@ -25,7 +25,6 @@ from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
-from lowbit.stages import apply_methods
 
 
 def solve(weight, factor, grid, params, stored, *, order, clip="none", block_size=128):
@@ -177,9 +176,16 @@ def test_ranges_by_squared_error_are_never_worse_and_include_zero():
 
     plain, searched = (fit_range(grid, weight, clip, torch.bfloat16) for clip in ("none", "mse"))
     assert bool((errors(searched) <= errors(plain)).all())
-    tried = [grid.stored(grid.fit(weight, 1 - i / 100), torch.bfloat16) for i in range(80)]
+    tried = shrunk_ranges(grid, weight)
     assert torch.equal(errors(searched), torch.stack([errors(p) for p in tried]).amin(0))
     assert bool((searched.zero_point >= 0).all() and (searched.zero_point <= grid.top).all())
+
+
+def shrunk_ranges(grid, weight):
+    """The ranges that "mse" tries."""
+    low, high = grid.ends(weight)
+    factors = [1 - i / 100 for i in range(80)]
+    return [grid.stored(grid.from_range(low * f, high * f), torch.bfloat16) for f in factors]
 
 
 class _Signs:
@@ -324,8 +330,7 @@ def test_dead_inputs_leave_the_damping_alone(block):
     hessian[:, 5] = 0
     hessian[5] = 0
     inputs = [
-        factored(block, "gptq", "self_attn.q_proj", hessian * s, 0.01, False, [])
-        for s in (1.0, 2.0**-20)
+        factored(block, GPTQ().walk, "self_attn.q_proj", hessian * s, []) for s in (1.0, 2.0**-20)
     ]
     codes = [GPTQ()._site(block, ["self_attn.q_proj"], i)["self_attn.q_proj"] for i in inputs]
     assert codes[0].same_as(codes[1]) is None
@@ -522,7 +527,7 @@ def test_the_compiled_range_search_finds_the_least_error(shape, size, scale, sym
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(4)) ** 3 * scale
     weight[0] = 0
     grid = Affine(2, size, symmetric)
-    tried = [grid.stored(grid.fit(weight, 1 - i / 100), torch.bfloat16) for i in range(80)]
+    tried = shrunk_ranges(grid, weight)
     errors = torch.stack(
         [
             grid.grouped((grid.decode(grid.encode(weight, p), p) - weight).double())

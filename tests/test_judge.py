@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import begin, save_tiny
+from helpers import apply_methods, begin, save_tiny
 
 from lowbit.grid import Affine, PerToken
 from lowbit.methods import AWQ, RTN, QuaRot
@@ -10,7 +10,6 @@ from lowbit.model.judge import linear_errors
 from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
-from lowbit.stages import apply_methods
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def stream(tmp_path_factory):
 def finished(stream, recipe):
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
     block = begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
-    return apply_methods(block, recipe.methods)
+    return apply_methods(block, recipe)
 
 
 def test_the_first_linear_by_definition(stream):

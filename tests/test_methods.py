@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_slopes, begin, projected, save_tiny
+from helpers import apply_methods, assert_slopes, begin, projected, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +25,6 @@ from lowbit.model.model import Streams
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
-from lowbit.stages import apply_methods
 
 FAST = TesseraQ(schedule="exponential-4-6", iters=8, lr=3e-2)
 
@@ -125,9 +124,10 @@ def test_another_round_aims_each_weight_where_its_own_loss_falls(block):
     assert float(rectified(b.nu).max()) <= 0.2 + 1e-6
     key = soft.keys[0]
     place = soft.places[soft.names[0]]
-    step, scale = b.way[place.rows], b.scale[place.rows]
-    codes = b.code[place.rows] + step
-    assert float(codes.min()) >= 0 and float(codes.max()) <= 3
+    scale, codes = b.now().scale[place.rows], b.other[place.rows].to(torch.int8)
+    step = codes - b.base[place.rows].to(torch.int8)
+    assert float(codes.min()) >= 0
+    assert float(codes.max()) <= 3
     before = job.loss(hard, 8)
     free = step.nonzero()[::97]
     assert len(free) > 10

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, begin, run, save_tiny
+from helpers import FAMILIES, apply_methods, begin, model_of, needs_of, planned, run, save_tiny
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit import job, memory
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
@@ -29,11 +28,12 @@ from lowbit.model.block import Block
 from lowbit.model.model import Streams
 from lowbit.model.storage import Storage
 from lowbit.model.stream import ModelStream
-from lowbit.plan import needs_of
-from lowbit.plan.memory import Layer, Needs, Rows, needs
+from lowbit.plan import memory
+from lowbit.plan.memory import Needs
 from lowbit.proof import verify
 from lowbit.recipe.presets import load_recipe
-from lowbit.stages import apply_methods
+from lowbit.run import closing
+from lowbit.run import quantize as job
 
 CPU = torch.device("cpu")
 ARGS = dict(samples=8, length=32)
@@ -49,7 +49,7 @@ def model(tmp_path_factory):
 def no_loader():
     """Where streams live is over when the loader comes, and it takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "verify", partial(verify, loader=False))
+        patch.setattr(closing, "verify", partial(verify, loader=False))
         yield
 
 
@@ -329,22 +329,17 @@ def test_how_many_streams_live_at_a_time(deep, monkeypatch, name, most):
     x = stream.embed(
         torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)), storage=storage
     )
-    streams, kwargs = Streams(x, x, 8, storage=storage), stream.block_kwargs(32)
+    streams = Streams(x, x, 8, storage=storage)
     del x
     counts, made = [], []
     count_after_every_pass(monkeypatch, counts)
-    blocks = run(
-        stream, recipe, streams, 0, kwargs, kwargs, announce=lambda _: counts.append(alive())
-    )
+    seen = model_of(stream, recipe, announce=lambda _: counts.append(alive()))
+    blocks = run(seen, streams)
     del streams  # as a run lets go of what entered
-    for block, after in blocks:
+    for after in blocks:
         made.append(len(ALIVE))
-        del block, after
-    assert (
-        max(counts)
-        == most
-        == needs(Layer({"a": (4, 4)}, 0, 0, 4, 4), Rows(1, 1, 2, 4), recipe).copies
-    )
+        del after
+    assert max(counts) == most == planned(stream, recipe).memory.copies
     if most == 3:
         assert made == [3, 4, 4, 4]
 
@@ -381,8 +376,11 @@ def test_tensors_used_again_hold_what_new_ones_would(deep):
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
     kwargs = stream.block_kwargs(32)
     fresh = Streams(x.clone(), x.clone(), 8)
-    for i, (block, after) in enumerate(run(stream, recipe, Streams(x, x, 8), 0, kwargs, kwargs)):
-        alone = apply_methods(begin(stream, i, recipe, fresh, kwargs[i], 0), recipe.methods)
+    made = []
+    tuned = run(model_of(stream, recipe), Streams(x, x, 8), made.append)
+    for i, after in enumerate(tuned):
+        block = made.pop()
+        alone = apply_methods(begin(stream, i, recipe, fresh, kwargs[i], 0), recipe)
         fresh = Streams(alone.target.clone(), alone.run(alone.xq, alone.decoded()), 8)
         assert all(torch.equal(block.coded[n].codes, alone.coded[n].codes) for n in block.coded)
         assert torch.equal(after.x, fresh.x) and torch.equal(after.xq, fresh.xq)
@@ -391,15 +389,9 @@ def test_tensors_used_again_hold_what_new_ones_would(deep):
 def test_streams_of_the_caller_are_not_written_over(model):
     stream = ModelStream(model)
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
-    before, kwargs = x.clone(), stream.block_kwargs(32)
-    for _ in run(
-        stream,
-        load_recipe("rtn", scheme=parse_scheme("W2A16g16")),
-        Streams(x, x, 8),
-        0,
-        kwargs,
-        kwargs,
-    ):
+    before = x.clone()
+    recipe = load_recipe("rtn", scheme=parse_scheme("W2A16g16"))
+    for _ in run(model_of(stream, recipe), Streams(x, x, 8)):
         pass
     assert torch.equal(x, before)
 
@@ -588,6 +580,6 @@ def test_begin_takes_the_room_it_is_given(model):
     room = torch.full_like(x, float("nan"))
     kwargs = stream.block_kwargs(32)[0]
     plain = begin(stream, 0, recipe, Streams(x, x, 4), kwargs, 0).target
-    reused = begin(stream, 0, recipe, Streams(x, x, 4, room=room), kwargs, 0).target
+    reused = begin(stream, 0, recipe, Streams(x, x, 4, scratch=room), kwargs, 0).target
     assert reused.data_ptr() == room.data_ptr()
     assert torch.equal(plain, reused)

@@ -623,7 +623,7 @@ def test_ctrl_c_says_what_is_kept(model, tmp_path, monkeypatch):
     def interrupted(block, recipe):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowbit.XLOOP.apply_methods", interrupted)
+    monkeypatch.setattr("lowbit.stages.blocks.apply_methods", interrupted)
     with pytest.raises(
         Interrupted, match="No block is finished yet: the same command starts again"
     ):

@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 import transformers as T
-from helpers import FAMILIES
+from helpers import FAMILIES, needs_of
 from typer.testing import CliRunner
 
 import lowbit.display.plan
-from lowbit import estimate, machine, memory
+from lowbit import machine
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
-from lowbit.plan import make_plan, needs_of, read_config
+from lowbit.plan import make_plan, memory, read_config
+from lowbit.plan import speed as estimate
 from lowbit.plan.speed import Speed, measure_speed
 from lowbit.recipe.presets import load_recipe
 
@@ -362,9 +363,10 @@ H100 = Speed(650e12, 50e12, 2.6e12)
 
 def seconds(name, scheme="W2A16g128", speed=H100, shape=L8B, device=GPU, settings=(), **given):
     chosen = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
-    return make_plan(
-        llama(*shape), chosen, chosen.calibration.samples, 2048, speed, device=device, **given
-    ).seconds
+    plan = make_plan(
+        llama(*shape), chosen, chosen.calibration.samples, 2048, device=device, **given
+    )
+    return plan.seconds(speed)
 
 
 def test_every_kind_of_work_counts_at_its_own_rate():
@@ -412,8 +414,7 @@ def test_steps_in_float32_on_a_checkpoint_in_float16_are_seen(dtype, slower):
                 load_recipe("tesseraq-paper", settings=settings),
                 512,
                 2048,
-                H100,
                 device=GPU,
-            ).seconds
+            ).seconds(H100)
         )
     assert (found[1] > 5 * found[0]) == slower

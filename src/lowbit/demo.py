@@ -22,7 +22,7 @@ from .model.checkpoint import Checkpoint
 from .model.stream import load_tokenizer
 from .output import working
 from .report import write_page
-from .run.quantize import quantize
+from .run.quantize import Result, quantize
 from .tree import emptied, entries
 from .verbatim import shell
 

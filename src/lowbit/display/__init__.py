@@ -4,7 +4,7 @@ from .analysis import analysis_tables
 from .artifact import artifact_lines, linears_table
 from .closing import summary
 from .comparison import comparison_table
-from .plan import memory_rows, runtime_table, runtimes_table
+from .plan import memory_rows, plan_rows, runtime_table, runtimes_table
 from .progress import Progress, progress_bar
 from .units import duration, size
 
@@ -16,6 +16,7 @@ __all__ = [
     "duration",
     "linears_table",
     "memory_rows",
+    "plan_rows",
     "progress_bar",
     "runtime_table",
     "runtimes_table",

@@ -87,6 +87,10 @@ class Codebook(ColumnGrid[CodebookParams]):
     def with_bits(self, bits: int) -> Codebook:
         return replace(self, bits=bits)
 
+    def __str__(self) -> str:
+        shared = f"{self.group_size} columns" if self.group_size else self.per
+        return f"W{self.bits} codebook per {shared}"
+
     def check(self, width: int) -> None:
         self.books(1, width)
 

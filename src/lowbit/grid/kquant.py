@@ -124,7 +124,7 @@ class KQuant(LinearGrid[KQuantParams], GroupedGrid[KQuantParams]):
     def check(self, width: int) -> None:
         if width % SUPER:
             raise ValueError(
-                f"{self} comes in blocks of {SUPER} inputs, which do not divide {width}"
+                f"{self} comes in blocks of {SUPER} inputs, which do not divide the {width} inputs"
             )
 
     @property

@@ -39,16 +39,17 @@ class Bucket:
         block: what is tuned. names: the linears. from_codes: start on their codes, frozen.
 
     Attributes:
+        grid: of the lists. places: rows of each linear.
         nu: (rows, length) rounding variable of every weight. v: variables that tune the levels.
-        places: rows of each linear.
+        base, other: (rows, length) codes, see the module.
     """
 
     def __init__(self, block: Block, names: Sequence[str], from_codes: bool) -> None:
         own = block.grids[names[0]]
         assert isinstance(own, OrderedGrid)  # `SoftBlock` has asked
         self._own: OrderedGrid[Any] = own
-        self._grid: OrderedGrid[Any] = own.of_lists
-        self._line = self._grid if isinstance(self._grid, LinearGrid) else None
+        self.grid: OrderedGrid[Any] = own.of_lists
+        self._line = self.grid if isinstance(self.grid, LinearGrid) else None
         self._stored = block.stored
         self.places: list[slice] = []
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -59,9 +60,9 @@ class Bucket:
             at = self.places[-1].stop if self.places else 0
             self.places.append(slice(at, at + len(lists)))
             params.append(held)
-        self.nu, self._base, self._other = (torch.cat(c) for c in zip(*parts, strict=True))
+        self.nu, self.base, self.other = (torch.cat(c) for c in zip(*parts, strict=True))
         self._params = stacked(params)
-        self.v = torch.zeros(self._grid.freedom(self._params), device=self.nu.device)
+        self.v = torch.zeros(self.grid.freedom(self._params), device=self.nu.device)
         self._nu_moments, self._v_moments = Moments(self.nu), Moments(self.v)
         self._scratch = Scratch()
         self._turned()
@@ -73,7 +74,7 @@ class Bucket:
         if from_codes:
             frozen = torch.full(lists.shape, -FROZEN, device=lists.device)
             return frozen, self._codes(lists), self._codes(lists)
-        found = self._grid.neighbours(lists, params)
+        found = self.grid.neighbours(lists, params)
         nu = inverse_rectified(found.fraction)
         return nu, self._codes(found.low), self._codes(found.high)
 
@@ -85,25 +86,29 @@ class Bucket:
         """Note what follows from base and other."""
         self._way: Tensor | None = None
         if self._line is not None:
-            self._way = self._other.to(torch.int8) - self._base.to(torch.int8)
+            self._way = self.other.to(torch.int8) - self.base.to(torch.int8)
 
     # --- weights ----------------------------------------------------------------------------------
 
-    def _now(self) -> Params:
-        """The params as tuned so far, as an artifact will hold them; differentiable by v."""
-        tuned = self._grid.moved(self._params, 2 * soft_rectified(self.v))
-        held: Params = self._grid.stored(tuned, self._stored)
+    def now(self, v: Tensor | None = None) -> Params:
+        """The params of all lists as tuned so far, as an artifact will hold them.
+
+        Args:
+            v: in place of the bucket's own; they are differentiable by it.
+        """
+        tuned = self.grid.moved(self._params, 2 * soft_rectified(self.v if v is None else v))
+        held: Params = self.grid.stored(tuned, self._stored)
         return held
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """(rows, length) soft weights, good until the next call."""
         with torch.enable_grad():
-            self.v.requires_grad_()
-            now = self._now()
+            self._leaf = self.v.detach().clone().requires_grad_()
+            now = self.now(self._leaf)
             if self._line is not None:
                 self._form = self._line.linear(now)
                 return self._in_one_pass(self._form, dtype)
-            decoded = [self._grid.decode(c, now) for c in (self._base, self._other)]
+            decoded = [self.grid.decode(c, now) for c in (self.base, self.other)]
             self._ends = [through(t, t.to(self._stored).to(t.dtype)) for t in decoded]
         low, high = (t.detach() for t in self._ends)
         self._gap = high - low
@@ -113,7 +118,7 @@ class Bucket:
         assert self._way is not None
         out = self._scratch.like(self.nu, dtype)
         length = self.nu.numel() // len(form.scale)
-        nu, code, way, to = (t.view(-1, length) for t in (self.nu, self._base, self._way, out))
+        nu, code, way, to = (t.view(-1, length) for t in (self.nu, self.base, self._way, out))
         zero, scale, offset = (None if t is None else t.detach().contiguous() for t in form)
         assert zero is not None and scale is not None
         self._held = zero, scale
@@ -153,7 +158,7 @@ class Bucket:
         here = slice(rows.start * per_row, rows.stop * per_row)
         length = self.nu.numel() // len(scale)
         nu, code, way, first, second = (
-            t[rows].view(-1, length) for t in (self.nu, self._base, self._way, m.first, m.second)
+            t[rows].view(-1, length) for t in (self.nu, self.base, self._way, m.first, m.second)
         )
         gradient = gradient.reshape(-1, length)
         self._by[here] = _rounding.descend(
@@ -163,26 +168,28 @@ class Bucket:
     def retune(self, adam: Adam, decay: float) -> None:
         """Move v by what `descend` noted since `values`; ``decay`` is L2 inside Adam."""
         if self._way is None:
-            [gradient] = torch.autograd.grad(self._ends, self.v, self._by_ends)
+            [gradient] = torch.autograd.grad(
+                self._ends, self._leaf, self._by_ends, retain_graph=True
+            )
         else:
             by_scale, by_offset = self._by[:, :1], self._by[:, 1:]
             made, by = [self._form.scale], [by_scale]
             if self._form.offset is not None:
                 made, by = [*made, self._form.offset], [*by, -by_offset]
-            [gradient] = torch.autograd.grad(made, self.v, by)
-        m, v = self._v_moments, self.v.detach()
-        moved(v, gradient.add_(v, alpha=decay), m.first, m.second, adam)
+            [gradient] = torch.autograd.grad(made, self._leaf, by, retain_graph=True)
+        m = self._v_moments
+        moved(self.v, gradient.add_(self.v, alpha=decay), m.first, m.second, adam)
 
     # --- the result -------------------------------------------------------------------------------
 
     def _hard(self) -> Tensor:
         """(rows, length) codes by the sign of nu."""
-        return torch.where(self.nu > 0, self._other, self._base)
+        return torch.where(self.nu > 0, self.other, self.base)
 
     def coded(self, rows: slice, shape: torch.Size) -> Coded:
         """One linear on its grid, each weight by the sign of its nu."""
-        params = self._now().map(torch.Tensor.detach).rows(rows)
-        codes, params = self._grid.arranged(self._hard()[rows].to(torch.uint8), params)
+        params = self.now().rows(rows)
+        codes, params = self.grid.arranged(self._hard()[rows].to(torch.uint8), params)
         return QTensor(
             self._own,
             self._own.unlisted(codes, shape[0]),
@@ -193,15 +200,15 @@ class Bucket:
         """Let one linear's weights start again between their codes and the neighbours toward which
         the loss falls.
         """
-        params = self._now().map(torch.Tensor.detach).rows(rows)
+        params = self.now().rows(rows)
         hard = self._hard()[rows]
-        other = self._codes(self._grid.beside(hard.to(torch.uint8), -torch.sign(gradient), params))
+        other = self._codes(self.grid.beside(hard.to(torch.uint8), -torch.sign(gradient), params))
         if self._line is not None:
             scale = self._line.linear(params).scale  # (lists * groups, 1)
             gap = scale.abs().expand(-1, hard.numel() // len(scale)).reshape(hard.shape)
         else:
-            gap = (self._grid.decode(other, params) - self._grid.decode(hard, params)).abs()
-        self._base[rows], self._other[rows] = hard, other
+            gap = (self.grid.decode(other, params) - self.grid.decode(hard, params)).abs()
+        self.base[rows], self.other[rows] = hard, other
         self._turned()
         nu = aimed(gradient, curvature, gap.clamp(min=1e-12), other == hard)
         self.nu[rows] = nu

@@ -168,7 +168,7 @@ class SoftBlock:
 
     def snapshot(self) -> list[tuple[Tensor, Tensor]]:
         """Copies of (nu, v) of every bucket."""
-        return [(b.nu.clone(), b.v.detach().clone()) for b in self.buckets]
+        return [(b.nu.clone(), b.v.clone()) for b in self.buckets]
 
     @torch.no_grad()
     def restore(self, saved: list[tuple[Tensor, Tensor]]) -> None:

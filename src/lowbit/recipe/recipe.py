@@ -156,4 +156,6 @@ def _check_order(earlier: str, other: str, name: str, role: str) -> None:
         )
     if after < before:
         why = _REASONS.get(role, f"a {role} comes before a {other}")
+        if other == "clip":
+            why = "what scales weights comes before what fixes their ranges"
         raise LowbitError(f"'{name}' after '{earlier}' in a recipe: {why}.")

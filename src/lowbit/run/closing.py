@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ def quality(model: Model, rows: Rows) -> dict[str, Any] | None:
         "float": floating.result(together).as_dict(),
         "quantized": tuned.result(together).as_dict(),
     }
+
+
+def verified(folder: Path) -> Verification:
+    """What a finished directory is found to be."""
+    return verify(folder)
 
 
 def close(

@@ -26,10 +26,10 @@ from ..model.stream import ModelStream, load_tokenizer
 from ..output import Output, claimed
 from ..plan import HELD_OUT, Plan, Setting, calibration_of
 from ..plan.memory import Offload
-from ..proof import Verification, read_report, verify
+from ..proof import Verification, read_report
 from ..recipe import Recipe, load_recipe
 from ..stages import Blocks, Entered
-from .closing import close, proof_ids, quality
+from .closing import close, proof_ids, quality, verified
 from .events import Progress, Watch, Working
 from .identity import Original, fingerprint, sources
 from .record import command_of, source_of
@@ -341,7 +341,7 @@ class _Run:
     def _told(self, verification: Verification | None = None, *, repeated: bool = False) -> Result:
         """What rank 0 has found of the finished directory, told to all."""
         out = self.output.given
-        found = (read_report(out), verification or verify(out)) if self.ranks.first else None
+        found = (read_report(out), verification or verified(out)) if self.ranks.first else None
         report, verification = self.ranks.told(found)
         return Result(out, report, verification, repeated)
 
