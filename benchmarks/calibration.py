@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowbit.XLOOP import Streams, begin
 from shapes import random_llama
+from tuning import first_block
 
 import lowbit.methods._hessian as hessian
 import lowbit.methods.awq as awq
@@ -33,6 +33,7 @@ import lowbit.methods.gptq as gptq
 from lowbit.grid.names import parse_scheme
 from lowbit.machine import pick_device
 from lowbit.model.block import Block
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe.presets import load_recipe
 
@@ -117,10 +118,10 @@ def watched(method: str) -> dict[str, tuple[Any, str]]:
     """Part -> the function that does it, where it is looked up."""
     if method == "awq":
         return {
-            "capture": (awq, "seen_at"),
-            "scale search": (awq, "search_scale"),
+            "capture": (awq, "collect_inputs"),
+            "scale search": (awq, "best_scale"),
             "clip search": (awq, "search_clip"),
-            "capture for the clip": (awq.AWQ, "_group_moments"),
+            "capture for the clip": (awq.AWQ, "_moments"),
         }
     parts: dict[str, tuple[Any, str]] = {
         "capture": (hessian, "input_hessians"),
@@ -162,7 +163,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         device = pick_device("auto")
         stream = ModelStream(model(folder, h, f), device)
-        kwargs = stream.block_kwargs(length)[0]
         single, double = (
             rate(min(rows * length, 8192), h, f, torch.float32, device),
             rate(h, h, h, torch.float64, device),
@@ -172,7 +172,7 @@ def main() -> None:
         for method, scheme in (("awq", "W2A16g64"), ("gptq", "W2A16g64"), ("claq", "W2A16")):
             recipe = load_recipe(method, scheme=parse_scheme(scheme))
             needed = floors(method, rows * length, length, h, f)
-            seconds = timed(method, recipe, begin(stream, 0, recipe, streams, kwargs, 0))
+            seconds = timed(method, recipe, first_block(stream, recipe, streams, length))
             if method == "awq":
                 seconds["capture"] += seconds.pop("capture for the clip")
             needed["capture"] += needed.pop("statistics")

@@ -10,13 +10,15 @@ import warnings
 
 import numpy as np
 import torch
-from lowbit.methods._books import ColumnBooks
 from sklearn.cluster import KMeans
 from torch.distributions import StudentT
 
-from lowbit.grid import Affine
+from lowbit.grid import Affine, Codebook
 from lowbit.grid.kmeans import kmeans
+from lowbit.methods import CLAQ
+from lowbit.methods._coder import GridColumns
 from lowbit.methods._columns import code_columns, inverse_factor
+from lowbit.methods._hessian import Inputs
 from lowbit.methods.gptq import solve
 
 _SAMPLED = 64  # columns that scikit-learn is timed on
@@ -89,16 +91,18 @@ def loop(size: int) -> list[dict]:
     factor = inverse_factor(x.T @ x / len(x) + 0.01 * torch.eye(size, dtype=torch.float64)).float()
     w = StudentT(5.0).sample((size, size))
     order = torch.arange(size)
-    affine = best(lambda: solve(w, factor, Affine(2), None, torch.bfloat16, order=order), 1)
+    inputs = Inputs(factor, order, torch.zeros(size, dtype=torch.bool))
+    affine = best(lambda: solve(w, inputs, Affine(2), None, torch.bfloat16), 1)
     rows = [{"size": size, "loop": "gptq, one scale per row", "seconds": affine, "over_gptq": 1.0}]
     for levels in ("sequential", "refined", "precomputed"):
         widths = torch.full((size,), 2)
-        seconds = best(
-            lambda how=levels, b=widths: code_columns(
-                w, factor, ColumnBooks(w, b, torch.bfloat16, levels=how), 128
-            ),
-            1,
-        )
+
+        def code(how: str = levels, b: torch.Tensor = widths) -> torch.Tensor:
+            grid = Codebook(2)
+            fit = CLAQ(levels=how)._levels(grid, w, b, None, torch.bfloat16)
+            return code_columns(w, factor, GridColumns(grid, order, torch.bfloat16, fit=fit), 128)
+
+        seconds = best(code, 1)
         rows.append(
             {
                 "size": size,

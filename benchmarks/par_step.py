@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowbit.XLOOP import Streams, begin
 from shapes import random_llama
+from tuning import first_block
 
 from lowbit.grid import Affine
 from lowbit.methods import _rounding
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import Adam
 from lowbit.methods._soft import SoftBlock
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 
@@ -81,14 +82,7 @@ def measure(size: tuple[int, int, int, int], device: torch.device, speed: float)
     with tempfile.TemporaryDirectory() as folder:
         stream = ModelStream(random_llama(Path(folder), hidden, ffn, 1), device)
         x = stream.embed(torch.randint(0, 4000, (4 * batch, length)))
-        block = begin(
-            stream,
-            0,
-            Recipe(Affine(2, 64)),
-            Streams(x, x, len(x)),
-            stream.block_kwargs(length)[0],
-            0,
-        )
+        block = first_block(stream, Recipe(Affine(2, 64)), Streams(x, x, len(x)), length)
     job, softs = Reconstruction(block, batch), {b: SoftBlock(block) for b in backends(device)}
     keys = next(iter(softs.values())).keys
     plain_weights = {k: v.to(block.compute) for k, v in block.weights.items()}

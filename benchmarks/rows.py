@@ -19,13 +19,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import lowbit.methods._probe
 import torch
-from lowbit.XLOOP import Streams, prepared, run, surveyed
+import tuning
 
+import lowbit.methods._scale_search
 import lowbit.model.block
 from lowbit.evaluate import Tally
 from lowbit.grid.names import parse_scheme
+from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe.presets import load_recipe
 
@@ -46,25 +47,30 @@ class Clock:
 
 def main() -> None:
     clock = Clock(lowbit.model.block.functional_call)
-    lowbit.model.block.functional_call = lowbit.methods._probe.functional_call = clock
+    lowbit.model.block.functional_call = lowbit.methods._scale_search.functional_call = clock
     model, rows_file, scheme, out, *recipes = sys.argv[1:]
     rows = json.load(open(rows_file))
     calibration, evaluation = torch.tensor(rows["calibration"]), torch.tensor(rows["evaluation"])
     plain = ModelStream(model)
-    kwargs = plain.block_kwargs(calibration.shape[1])
     results = []
     for entry in recipes:
         name, *settings = entry.split(",")
         recipe = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
-        stream = prepared(plain, recipe, 0)
+        begun, spent = time.perf_counter(), time.process_time()
+        seen = tuning.staged(plain, recipe, calibration)
+        stream, before_blocks = seen.source, time.perf_counter() - begun
+        before_spent = time.process_time() - spent
         x, held = stream.embed(calibration), stream.embed(evaluation)
         float_held = held
         blocks, start, apart, clock.seconds, forward = [], time.perf_counter(), 0.0, 0.0, 0.0
         spent = time.process_time()
-        recipe = surveyed(stream, recipe, Streams(x, x, len(x)), kwargs, 0)
-        for i, (block, _) in enumerate(
-            run(stream, recipe, Streams(x, x, len(x)), 0, kwargs, kwargs)
-        ):
+        made: list[Any] = []
+
+        def show(_: int, block: Any, made: list[Any] = made) -> None:
+            made.append(block)
+
+        for i, _ in enumerate(tuning.tuned(seen, Streams(x, x, len(x)), show)):
+            block = made.pop()
             pause, forward, own = time.perf_counter(), forward + clock.seconds, time.process_time()
             float_held = replace(block.exact(), readings={}).run(
                 float_held, stream.block_weights(i)
@@ -76,7 +82,8 @@ def main() -> None:
             apart += time.perf_counter() - pause
             spent += time.process_time() - own
             clock.seconds = 0.0
-        seconds, spent = time.perf_counter() - start - apart, time.process_time() - spent
+        seconds = before_blocks + time.perf_counter() - start - apart
+        spent = before_spent + time.process_time() - spent
         tuned, floating = Tally(), Tally()
         for at in range(0, len(evaluation), 8):
             ids = evaluation[at : at + 8]

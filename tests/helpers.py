@@ -14,7 +14,7 @@ from lowbit.model.context import silent
 from lowbit.model.model import Model, Streams
 from lowbit.model.outline import Outline
 from lowbit.model.ranks import ALONE
-from lowbit.plan import HELD_OUT, Plan, Setting
+from lowbit.plan import HELD_OUT, Plan, Setting, plan_for
 from lowbit.stages import Blocks, Entered
 from lowbit.stages import apply_methods as _applied
 
@@ -147,8 +147,7 @@ def save_tiny(
 
 def planned(stream, recipe, samples=8, length=24):
     """The plan of a recipe for a model that is open."""
-    setting = Setting(samples, length, stream.device, stream.dtype, stream.compute)
-    return Plan.of(Outline.of(stream.config), recipe, setting)
+    return plan_for(stream, recipe, samples, length)
 
 
 def needs_of(config, recipe, rows, length, device, dtype, ranks=1, here=1):

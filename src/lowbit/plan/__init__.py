@@ -5,4 +5,5 @@ from .plan import Plan as Plan
 from .plan import Setting as Setting
 from .plan import calibration_of as calibration_of
 from .plan import make_plan as make_plan
+from .plan import plan_for as plan_for
 from .plan import read_config as read_config

@@ -257,6 +257,25 @@ class Plan:
         }
 
 
+def plan_for(
+    source: ModelStream,
+    recipe: Recipe,
+    samples: int,
+    length: int,
+    *,
+    ranks: int = 1,
+    here: int = 1,
+    plain: bool = False,
+) -> Plan:
+    """The plan of a run on a model that is open.
+
+    Args:
+        samples, length, ranks, here: as in `Setting`. plain: as in `Plan.of`.
+    """
+    setting = Setting(samples, length, source.device, source.dtype, source.compute, ranks, here)
+    return Plan.of(Outline.of(source.config), recipe, setting, plain=plain)
+
+
 def make_plan(
     config: Any,
     recipe: Recipe,

@@ -18,13 +18,12 @@ from ..machine import device_of_rank, give_back_memory, pick_device
 from ..model.calibration import Rows, draw_rows
 from ..model.carried import source_files
 from ..model.model import SEEDS, Model, Stage
-from ..model.outline import Outline
 from ..model.parts import ran_out
 from ..model.ranks import ALONE, Ranks
 from ..model.storage import Storage
 from ..model.stream import ModelStream, load_tokenizer
 from ..output import Output, claimed
-from ..plan import HELD_OUT, Plan, Setting, calibration_of
+from ..plan import HELD_OUT, calibration_of, plan_for
 from ..plan.memory import Offload
 from ..proof import Verification, read_report
 from ..recipe import Recipe, load_recipe
@@ -189,17 +188,15 @@ class _Run:
             recipe.calibration, self.stream.config, asked.calib, asked.samples, asked.length
         )
         recipe = replace(recipe, calibration=calibration)
-        setting = Setting(
+        self.plan = plan_for(
+            self.stream,
+            recipe,
             calibration.samples,
             calibration.length,
-            device,
-            self.stream.dtype,
-            self.stream.compute,
-            ranks.size,
-            ranks.here,
+            ranks=ranks.size,
+            here=ranks.here,
+            plain=asked.plain,
         )
-        outline = Outline.of(self.stream.config)
-        self.plan = Plan.of(outline, recipe, setting, plain=asked.plain)
         if output.lock is None and ranks.first:
             _check_finished(output, recipe, asked.seed)
         self.offload = self._placed()
