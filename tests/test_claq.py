@@ -16,7 +16,7 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, Codebook, PerToken
 from lowbit.grid.kmeans import kmeans
-from lowbit.linears import CodebookLinear
+from lowbit.runtime.linears import CodebookLinear
 from lowbit.loop import Streams, apply_methods, begin, surveyed
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
 from lowbit.methods._columns import inverse_factor

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli import app
 from lowbit.errors import VerificationError
-from lowbit.formats.layouts import LAYOUTS
+from lowbit.formats.by_name import FORMATS
 from lowbit.formats.packing import local_tensors, unpack
 from lowbit.proof import compare_logits, loader_logits, verify
 from lowbit.scheme import parse_scheme
@@ -210,7 +210,7 @@ def test_the_same_codes_in_another_layout(tmp_path, plain, to, scheme, biases):
     stored = sum(s["bytes"] for s in report["shards"].values())
     assert report["size"]["after"] == stored and entries["lm_head"]["skipped"]
     config = json.loads((tmp_path / "e" / "config.json").read_text())
-    layout, tensors = LAYOUTS[to], {}
+    layout, tensors = FORMATS[to], {}
     for shard in report["shards"]:
         tensors |= load_file(tmp_path / "e" / shard)
     original = {}

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
-from lowbit.formats import blocks
+from lowbit.formats import kquant as blocks
 from lowbit.formats.packing import pack, tensor_bytes, unpack
 from lowbit.grid import Affine, KQuant, QTensor
-from lowbit.linears import DecodedLinear
+from lowbit.runtime.linears import DecodedLinear
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, TesseraQ
 from lowbit.methods._columns import inverse_factor

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
-from lowbit.formats import awq, gptq, mlx
-from lowbit.formats import compressed_tensors as ct
+from lowbit.formats import affine, awq, gptq, mlx
 from lowbit.grid import Affine, QTensor
 
 
@@ -130,6 +129,6 @@ def test_awq_as_compressed_tensors_own_converter_reads_it(group):
     q = weight(4, group, False)
     converter = AutoAWQConverter(group_size=group)
     found = converter.process({f"layer.{k}": t for k, t in awq.pack(q, "layer").items()})
-    expected = ct.pack(q, torch.float16)
+    expected = affine.pack(q, torch.float16)
     for key in ("weight_packed", "weight_scale", "weight_zero_point"):
         assert torch.equal(found[f"layer.{key}"], expected[key]), key

@@ -18,7 +18,7 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import native
 from lowbit.grid import Affine, Codebook, KVGrid, PerToken, Reading, Rotation
-from lowbit.linears import DecodedLinear
+from lowbit.runtime.linears import DecodedLinear
 from lowbit.proof import verify
 
 ARGS = dict(samples=8, length=32)

@@ -27,7 +27,7 @@ from transformers import (
 import lowbit
 import lowbit.job
 from lowbit.errors import LowbitError
-from lowbit.linears import CodebookLinear, DecodedLinear, PackedLinear
+from lowbit.runtime.linears import CodebookLinear, DecodedLinear, PackedLinear
 from lowbit.proof import verify
 
 IDS = torch.randint(3, 280, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from .disk import disk
 from .errors import VerificationError
 from .formats.packing import local_tensors, pack, unpack
-from .grid import Grid, QTensor
+from .grid import AnyGrid, Coded
 from .lock import LOCK
 from .model.block import Block
 from .output import INSIDE
@@ -143,7 +143,7 @@ def compare_block(block: Block, tensors: Mapping[str, Tensor]) -> None:
 
 
 def unpack_linear(
-    tensors: Mapping[str, Tensor], full: str, grid: Grid, device: torch.device
-) -> QTensor:
+    tensors: Mapping[str, Tensor], full: str, grid: AnyGrid, device: torch.device
+) -> Coded:
     """One linear of a shard by its full name, on a device."""
     return unpack(local_tensors(tensors, full), grid, full).to(device)

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .formats import awq, gptq, mlx, native
+from .formats import LAYOUTS, awq, gptq, mlx, native
 from .formats import compressed_tensors as ct
-from .grid import Affine, KQuant
+from .formats.uniform import as_uniform
+from .grid import AnyGrid
 from .names import hub_id, hub_of, model_name
 from .proof import EXACT, Verification
 from .scheme import parse_scheme
@@ -307,7 +308,7 @@ def _loading(report: Mapping[str, Any]) -> str:
                 ),
             )
         ]
-        if any(isinstance(g, KQuant) for g in _grids(report)):
+        if any(LAYOUTS[type(g)].is_gguf for g in _grids(report)):
             ways.append(
                 _way(
                     "llama.cpp",
@@ -401,10 +402,11 @@ def _vllm(report: Mapping[str, Any]) -> list[str]:
     share theirs).
     """
     scheme, grids = parse_scheme(report["recipe"]["scheme"]), _grids(report)
-    grid, activations = grids[0], scheme.activation_bits
-    size = grid.group_size
+    grid, activations = as_uniform(grids[0]), scheme.activation_bits
+    size = grids[0].group_size
     if (
         len(grids) > 1
+        or grid is None
         or grid.bits == 1
         or (size is not None and (size < 8 or size & (size - 1)))
         or (activations == 4 and grid.bits > 4)
@@ -444,7 +446,7 @@ def _for_vllm(report: Mapping[str, Any]) -> bool:
 # --- forms ----------------------------------------------------------------------------------------
 
 
-def _grids(report: Mapping[str, Any]) -> list[Affine | KQuant]:
+def _grids(report: Mapping[str, Any]) -> list[AnyGrid]:
     """The different grids of the quantized linears; of codebooks, the uniform ones of as many
     bits.
     """

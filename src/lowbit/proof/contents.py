@@ -9,7 +9,7 @@ from typing import Any
 from ..artifact import REPORT, file_hash, read_shard, tensor_hash
 from ..errors import LowbitError, VerificationError
 from ..formats import gguf
-from ..formats.layouts import LAYOUTS
+from ..formats.by_name import FORMATS
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
             raise VerificationError(f"'{path}' is not what was written: its bytes have changed.")
     if report["format"] == gguf.NAME:
         return _check_gguf(folder, report)
-    config, layout = json.loads((folder / "config.json").read_text()), LAYOUTS[report["format"]]
+    config, format_ = json.loads((folder / "config.json").read_text()), FORMATS[report["format"]]
     tensors = linears = 0
     for shard, record in report["shards"].items():
         path = folder / shard
@@ -68,10 +68,10 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
             raise VerificationError(
                 f"the header of '{path}' is not what was written, though its tensors are."
             )
-        for linear in layout.linears(held):
+        for linear in format_.linears(held):
             linears += 1
             try:
-                layout.read(held, linear, config)
+                format_.read(held, linear, config)
             except LowbitError as e:
                 raise VerificationError(str(e)) from e
     if linears != sum(1 for entry in report["linears"] if "skipped" not in entry):

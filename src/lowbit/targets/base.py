@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import LowbitError
-from ..grid import Affine, Grid
+from ..formats.uniform import Uniform, as_uniform
+from ..grid import AnyGrid
 from ..methods import CLAQ
 from ..model.wiring import Wiring
 from ..recipe import Recipe
@@ -41,16 +42,16 @@ class Planned:
     tensor_parallel: int = 1
 
     @cached_property
-    def grids(self) -> dict[str, Grid]:
+    def grids(self) -> dict[str, AnyGrid]:
         """Full linear name -> grid."""
         return {n: self.recipe.grid_of(n) for n in self.shapes}
 
     @cached_property
-    def affine(self) -> dict[str, Affine]:
+    def uniform(self) -> dict[str, Uniform]:
         """The linears on uniform grids: all of them, where a runtime that needs that has not
         refused.
         """
-        return {n: g for n, g in self.grids.items() if isinstance(g, Affine)}
+        return {n: g for n, own in self.grids.items() if (g := as_uniform(own)) is not None}
 
     def local(self, name: str) -> str:
         """A linear's name inside its block."""
@@ -101,25 +102,17 @@ def tally(words: Iterable[str]) -> str:
     )
 
 
-def said(grid: Affine) -> str:
-    """A uniform grid in words."""
-    kind = "symmetric" if grid.symmetric else "asymmetric"
-    return f"{grid.bits}-bit {kind}, " + (
-        f"groups of {grid.group_size}" if grid.group_size else "one scale per output"
-    )
-
-
 # --- rules ----------------------------------------------------------------------------------------
 
 
-def misfits(p: Planned, check: Callable[[Grid, int, int, str], object]) -> list[str]:
+def misfits(p: Planned, check: Callable[[AnyGrid, int, int, str], object]) -> list[str]:
     """The first complaint about every grid.
 
     Args:
         check: called with a linear's grid, outputs, inputs and full name; raises LowbitError if the
             runtime cannot have it.
     """
-    found: dict[Grid, str] = {}
+    found: dict[AnyGrid, str] = {}
     for name, grid in p.grids.items():
         if grid not in found:
             try:
@@ -127,20 +120,6 @@ def misfits(p: Planned, check: Callable[[Grid, int, int, str], object]) -> list[
             except LowbitError as e:
                 found[grid] = str(e)
     return list(found.values())
-
-
-def uniform(grid: Grid, name: str, runtime: str) -> Affine:
-    """The grid as a uniform one.
-
-    Raises:
-        LowbitError: it is of another kind, and the runtime reads uniform weights only.
-    """
-    if isinstance(grid, Affine):
-        return grid
-    raise LowbitError(
-        f"'{name}' is on {grid}, which {runtime} does not read: choose a recipe and a scheme for "
-        "uniform weights, such as W4A16g128."
-    )
 
 
 def only_weights(p: Planned, runtime: str) -> list[str | None]:
@@ -210,7 +189,7 @@ def unlike(p: Planned, runtime: str) -> str | None:
     return None
 
 
-def parallel(p: Planned, packs_outputs: Callable[[Affine], bool]) -> str | None:
+def parallel(p: Planned, packs_outputs: Callable[[Uniform], bool]) -> str | None:
     """What the number of devices does not fit to.
 
     Args:
@@ -222,12 +201,12 @@ def parallel(p: Planned, packs_outputs: Callable[[Affine], bool]) -> str | None:
     return f"{problem}: --tensor-parallel may be {', '.join(map(str, degrees(p, packs_outputs)))}."
 
 
-def degrees(p: Planned, packs_outputs: Callable[[Affine], bool]) -> list[int]:
+def degrees(p: Planned, packs_outputs: Callable[[Uniform], bool]) -> list[int]:
     """The usual numbers of devices that fit; see `parallel`."""
     return [d for d in _DEGREES if _undivided(p, d, packs_outputs) is None]
 
 
-def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Affine], bool]) -> str | None:
+def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Uniform], bool]) -> str | None:
     """What does not divide among that many devices: heads, inputs of what writes to the residual
     stream, outputs of what reads it.
 
@@ -242,7 +221,7 @@ def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Affine], bool])
         return f"{heads} attention heads do not divide among {degree} devices"
     if max(kv, degree) % min(kv, degree):
         return f"{kv} key and value heads do not divide among {degree} devices"
-    for name, grid in p.affine.items():
+    for name, grid in p.uniform.items():
         columns = p.shapes[name][1]
         if p.local(name) in p.wiring.writers:
             if columns % degree or (columns // degree) % (grid.group_size or 1):
@@ -259,7 +238,7 @@ def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Affine], bool])
                     f"Each of {degree} devices gets {share} of '{name}', whose {grid.bits}-bit "
                     "codes end inside a word"
                 )
-    for name, grid in p.affine.items():
+    for name, grid in p.uniform.items():
         shares = (
             [s for s in _outputs(p, name, degree, heads, kv) if s * grid.bits % WORD]
             if packs_outputs(grid)

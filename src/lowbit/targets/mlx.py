@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..formats import mlx
-from ..grid import Grid
-from .base import Planned, Verdict, export_to, misfits, only_weights, refusal, tally, uniform
+from ..formats.uniform import uniform
+from ..grid import AnyGrid
+from .base import Planned, Verdict, export_to, misfits, only_weights, refusal, tally
 
 NAME = "MLX"
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
@@ -15,13 +16,13 @@ def judge(p: Planned) -> Verdict:
     no = refusal(NAME, (_family(p), *misfits(p, _check), *only_weights(p, NAME)))
     if no is not None:
         return no
-    sizes = {n: mlx.group_of(g, p.shapes[n][1], n) for n, g in p.affine.items()}
-    repeated = any(g.group(p.shapes[n][1]) != sizes[n] for n, g in p.affine.items())
+    sizes = {n: mlx.group_of(g, p.shapes[n][1], n) for n, g in p.uniform.items()}
+    repeated = any(g.group(p.shapes[n][1]) != sizes[n] for n, g in p.uniform.items())
     return Verdict(
         NAME,
         True,
         mlx.NAME,
-        tally(f"{g.bits}-bit, groups of {sizes[n]}" for n, g in p.affine.items()),
+        tally(f"{g.bits}-bit, groups of {sizes[n]}" for n, g in p.uniform.items()),
         export_to(mlx.NAME),
         "mlx-lm 0.32 was tried",
         notes=("zero points are kept as offsets, rounded to the model's dtype",)
@@ -29,7 +30,7 @@ def judge(p: Planned) -> Verdict:
     )
 
 
-def _check(grid: Grid, rows: int, columns: int, name: str) -> None:
+def _check(grid: AnyGrid, rows: int, columns: int, name: str) -> None:
     mlx.group_of(uniform(grid, name, NAME), columns, name)
 
 

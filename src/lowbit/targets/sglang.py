@@ -11,7 +11,9 @@ from functools import partial
 from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import gptq
-from ..grid import Affine, Grid
+from ..formats.packing import said
+from ..formats.uniform import Uniform, most_common, uniform
+from ..grid import AnyGrid
 from .base import (
     Planned,
     Verdict,
@@ -22,9 +24,7 @@ from .base import (
     only_weights,
     parallel,
     refusal,
-    said,
     tally,
-    uniform,
     unlike,
 )
 
@@ -36,8 +36,8 @@ _START = 128
 def judge(p: Planned) -> Verdict:
     """By the rules of its loaders and of the export to GPTQ."""
     shared = [*only_weights(p, NAME), unlike(p, NAME)]
-    version = gptq.V1 if all(g.symmetric for g in p.affine.values()) else gptq.V2
-    plain = len(p.affine) == len(p.grids) and all(map(_marlin, p.affine.values()))
+    version = gptq.V1 if all(g.symmetric for g in p.uniform.values()) else gptq.V2
+    plain = len(p.uniform) == len(p.grids) and all(map(_marlin, p.uniform.values()))
     if plain:
         no = refusal(NAME, (*shared, parallel(p, _has_zero_points)))
         to, fitting = ct.NAME, degrees(p, _has_zero_points)
@@ -51,14 +51,14 @@ def judge(p: Planned) -> Verdict:
         NAME,
         True,
         to,
-        tally(map(said, p.affine.values())),
+        tally(map(said, p.grids.values())),
         "" if plain else export_to(to),
         f"{NAME} 0.5.23 or newer; older ones were not read",
         notes=(f"tensor parallel degrees that fit: {', '.join(map(str, fitting))}",),
     )
 
 
-def _marlin(grid: Affine) -> bool:
+def _marlin(grid: Uniform) -> bool:
     """Whether its loader of compressed-tensors has a kernel for this grid: 4 bits, or 8 symmetric
     ones.
     """
@@ -67,15 +67,15 @@ def _marlin(grid: Affine) -> bool:
     ) and grid.group_size in _MARLIN_GROUPS
 
 
-def _check(version: str, grid: Grid, rows: int, columns: int, name: str) -> None:
-    affine = uniform(grid, name, NAME)
-    if affine.bits not in gptq.BITS:
+def _check(version: str, grid: AnyGrid, rows: int, columns: int, name: str) -> None:
+    own = uniform(grid, name, NAME)
+    if own.bits not in gptq.BITS:
         raise LowbitError(
             f"'{name}' is {grid}, and {NAME} takes GPTQ with 2, 3, 4 and 8 bits, "
             "compressed-tensors with 4 and 8: choose one of these."
         )
-    gptq.check(affine, rows, columns, version, name)
-    size, least = affine.group_size, 16 if affine.bits == 2 else 32
+    gptq.check(own, rows, columns, version, name)
+    size, least = own.group_size, 16 if own.bits == 2 else 32
     if size is not None and size % _START and (size < least or _START % size):
         fitting = "g16, g32, g64 or g128" if least == 16 else "g32, g64 or g128"
         raise LowbitError(
@@ -88,7 +88,7 @@ def _exceptions(p: Planned) -> str | None:
     """GPTQ's loaders look exceptions up by the names of their own, fused layers, which the linears'
     names in the file do not match.
     """
-    common, others = gptq.most_common(p.affine) if p.affine else (None, {})
+    common, others = most_common(p.uniform) if p.uniform else (None, {})
     name = next((n for names in fused(p) for n in names if n in others), None)
     if name is None:
         return None
@@ -99,9 +99,9 @@ def _exceptions(p: Planned) -> str | None:
     )
 
 
-def _has_zero_points(grid: Affine) -> bool:
+def _has_zero_points(grid: Uniform) -> bool:
     return not grid.symmetric
 
 
-def _always(grid: Affine) -> bool:
+def _always(grid: Uniform) -> bool:
     return True

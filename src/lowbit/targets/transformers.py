@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..formats import compressed_tensors as ct
 from ..formats import native
-from ..grid import Codebook
-from .base import Planned, Verdict, said, tally
+from ..formats.packing import said, stays_packed
+from .base import Planned, Verdict, tally
 
 # Bits whose codes cross words, packed otherwise before compressed-tensors 0.17.
 _STRADDLING = (
@@ -20,13 +20,13 @@ def judge(p: Planned) -> Verdict:
     """It takes everything that `quantize` writes."""
     name = "transformers"
     if p.beyond is not None:
-        packed = all(isinstance(g, Codebook) and g.scales_with_inputs for g in p.grids.values())
+        packed = all(map(stays_packed, p.grids.values()))
         weights = "stay packed" if packed else "are decoded at the first use"
         return Verdict(
             name,
             True,
             native.NAME,
-            tally(said(p.affine[n]) if n in p.affine else str(g) for n, g in p.grids.items()),
+            tally(map(said, p.grids.values())),
             requires="this library",
             notes=(
                 f"after 'import lowbit'; the format of lowbit, for {p.beyond}",
@@ -34,12 +34,12 @@ def judge(p: Planned) -> Verdict:
                 + (", quantized activations are active" if p.recipe.activations else ""),
             ),
         )
-    new = any(g.bits in _STRADDLING for g in p.affine.values())
+    new = any(g.bits in _STRADDLING for g in p.uniform.values())
     return Verdict(
         name,
         True,
         ct.NAME,
-        tally(map(said, p.affine.values())),
+        tally(map(said, p.grids.values())),
         requires=f"compressed-tensors {'0.17' if new else '0.15'} or newer",
         notes=("weights become 16-bit at load or in the first forward pass: no memory is saved",)
         + (("activations are quantized in every forward pass",) if p.recipe.activations else ()),

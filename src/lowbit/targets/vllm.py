@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
-from ..grid import Affine, Grid
+from ..formats.packing import said
+from ..formats.uniform import Uniform, uniform
+from ..grid import AnyGrid
 from ..methods import QuaRot
 from .base import (
     Planned,
@@ -20,9 +22,7 @@ from .base import (
     misfits,
     parallel,
     refusal,
-    said,
     tally,
-    uniform,
     unlike,
 )
 
@@ -40,14 +40,14 @@ def judge(p: Planned) -> Verdict:
         NAME,
         True,
         ct.NAME,
-        tally(map(said, p.affine.values())),
+        tally(map(said, p.grids.values())),
         "" if p.beyond is None else export_to(ct.NAME),
         f"{NAME} {_version(p)} or newer",
         notes=_notes(p),
     )
 
 
-def _check(grid: Grid, rows: int, columns: int, name: str) -> None:
+def _check(grid: AnyGrid, rows: int, columns: int, name: str) -> None:
     uniform(grid, name, NAME)
     if grid.bits == 1:
         raise LowbitError(
@@ -61,7 +61,7 @@ def _check(grid: Grid, rows: int, columns: int, name: str) -> None:
         )
 
 
-def _packs_outputs(grid: Affine) -> bool:
+def _packs_outputs(grid: Uniform) -> bool:
     """Zero points are packed along the outputs."""
     return not grid.symmetric
 
@@ -70,14 +70,14 @@ def _activations(p: Planned) -> str | None:
     grid = p.recipe.activations
     if grid is None:
         return None
-    if not ct.carries(p.affine.values(), grid):
+    if not ct.carries(p.uniform.values(), grid):
         return (
             f"{NAME} takes activations of 4 or 8 bits, symmetric, under symmetric weights: add "
             "'sym' to the scheme, with "
             "--set activations.symmetric=true --set activations.full_range=true --set "
             "activations.clip=1 or the recipe crossquant-deploy."
         )
-    if grid.bits < 8 and any(g.bits > 4 for g in p.affine.values()):
+    if grid.bits < 8 and any(g.bits > 4 for g in p.uniform.values()):
         return (
             f"{NAME} takes {grid.bits}-bit activations with weights of at most 4 bits only: write "
             "A8, or fewer bits of weights."
@@ -110,7 +110,7 @@ def _rotations(p: Planned) -> list[str]:
 
 
 def _version(p: Planned) -> str:
-    late = any(not g.symmetric and g.bits not in _COMMON for g in p.affine.values())
+    late = any(not g.symmetric and g.bits not in _COMMON for g in p.uniform.values())
     return "0.33" if late or p.recipe.activations is not None or p.recipe.rotates_online else "0.25"
 
 
@@ -119,7 +119,7 @@ def _notes(p: Planned) -> tuple[str, ...]:
     notes = [f"tensor parallel degrees that fit: {', '.join(map(str, fitting))}"]
     if p.recipe.activations is not None:
         return (*notes, "NVIDIA GPUs from compute capability 8.0 on")
-    if all(g.bits in _COMMON for g in p.affine.values()):
+    if all(g.bits in _COMMON for g in p.uniform.values()):
         return (
             (*notes, "CPU and ROCm take 4 and 8 bits too")
             if not p.recipe.rotates_online
@@ -129,6 +129,6 @@ def _notes(p: Planned) -> tuple[str, ...]:
         "NVIDIA GPUs from compute capability 7.5 on, 8.0 in bfloat16; CPU and ROCm take 4 and 8 "
         "bits only"
     )
-    if any(g.group_size == 8 for g in p.affine.values()):
+    if any(g.group_size == 8 for g in p.uniform.values()):
         notes.append("Hopper's fastest kernels need groups of 16 or more")
     return tuple(notes)

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import kernels
-from .errors import LowbitError
-from .formats import blocks
-from .formats import columns as layout
-from .formats.packing import unpack
-from .grid import Affine, Codebook, Grid, KQuant, Reading
-from .grid.bits import packed_words
-from .grid.packed import PackedColumns
+from .. import kernels
+from ..errors import LowbitError
+from ..formats import codebook
+from ..formats.packing import buffers, unpack
+from ..grid import AnyGrid, Codebook, Reading
+from ..grid.packed import PackedColumns
 
 # What these return shares memory and is no tensor.
 _UNGUARDED = (
@@ -108,19 +106,20 @@ class PackedLinear(nn.Linear):
 
     Args:
         name: full name, for errors. linear: what it replaces; may be on the meta device.
+        columns: bits -> number of columns, by rising bits, where columns may differ.
         outliers: number of weights kept apart, None without any.
         reading: what happens to the input. stored: dtype to which decoded weights are rounded.
     """
 
     # nn.Linear's type leaves out that it may have none.
     bias: nn.Parameter | None  # type: ignore[assignment]
-    weight_shape: Tensor
 
     def __init__(
         self,
         name: str,
         linear: nn.Linear,
-        grid: Grid,
+        grid: AnyGrid,
+        columns: Mapping[int, int],
         outliers: int | None,
         reading: Reading,
         stored: torch.dtype,
@@ -130,17 +129,19 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # else transformers decodes the weight while it loads, to see whether it wants initializing
         self._is_hf_initialized = True
-        self._device = linear.weight.device
         self._made: Any = None
-        self._hold("weight_shape", (2,), torch.int64)
-        if outliers is not None:
-            self._hold("weight_outlier_starts", (self.out_features + 1,), torch.int32)
-            self._hold("weight_outlier_columns", (outliers,), layout.index_dtype(self.in_features))
-            self._hold("weight_outlier_values", (outliers,), torch.float16)
+        place, size = linear.weight.device, (self.out_features, self.in_features)
+        held = buffers(grid, size, stored, columns, outliers)
+        self._first = next(iter(held))
+        for local, (shape, dtype) in held.items():
+            self.register_buffer(local, torch.empty(shape, dtype=dtype, device=place))
         self.register_parameter("bias", linear.bias)
 
-    def _hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.register_buffer(name, torch.empty(shape, dtype=dtype, device=self._device))
+    @property
+    def place(self) -> torch.device:
+        """The device of the packed tensors."""
+        first: Tensor = getattr(self, self._first)
+        return first.device
 
     def held(self) -> dict[str, Tensor]:
         """The packed tensors by their local names."""
@@ -153,7 +154,7 @@ class PackedLinear(nn.Linear):
         Raises:
             LowbitError: a tensor is damaged.
         """
-        where = self.weight_shape.device
+        where = self.place
         if where.type == "meta":
             return torch.empty(self.out_features, self.in_features, dtype=self.stored, device=where)
         held = {k: t.cpu() for k, t in self.held().items()}
@@ -207,42 +208,18 @@ class PackedLinear(nn.Linear):
 
 
 class DecodedLinear(PackedLinear):
-    """A linear on a uniform grid or a K-quant; its weight is decoded at the first use and kept.
-    Arguments as `PackedLinear`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        linear: nn.Linear,
-        grid: Affine | KQuant,
-        outliers: int | None,
-        reading: Reading,
-        stored: torch.dtype,
-    ) -> None:
-        super().__init__(name, linear, grid, outliers, reading, stored)
-        rows, width = self.out_features, self.in_features
-        if isinstance(grid, KQuant):
-            self._hold("weight_blocks", (rows, blocks.row_bytes(grid, width)), torch.uint8)
-        else:
-            groups = width // grid.group(width)
-            self._hold("weight_packed", (rows, packed_words(width, grid.bits)), torch.int32)
-            self._hold("weight_scale", (rows, groups), stored)
-            if not grid.symmetric:
-                self._hold(
-                    "weight_zero_point", (packed_words(rows, grid.bits), groups), torch.int32
-                )
+    """A linear whose weight is decoded at the first use and kept. Arguments as `PackedLinear`."""
 
     def _looked_at(self) -> Tensor:
         """What is kept, if anything is. To look is no reason to keep it: who only asks for a dtype
         would fill the memory.
         """
         made: Tensor | None = self._made
-        return self.decoded() if made is None or made.device != self.weight_shape.device else made
+        return self.decoded() if made is None or made.device != self.place else made
 
     def kept(self) -> Tensor:
         """The decoded weight, made at the first use."""
-        if self._made is None or self._made.device != self.weight_shape.device:
+        if self._made is None or self._made.device != self.place:
             self._keep()
         made: Tensor = self._made
         return made
@@ -263,36 +240,10 @@ class DecodedLinear(PackedLinear):
 
 class CodebookLinear(PackedLinear):
     """A linear on codebooks. Those of single columns stay packed in memory; shared ones are decoded
-    for every product.
-
-    Args:
-        columns: bits -> number of columns, by rising bits. Others as `PackedLinear`.
+    for every product. Arguments as `PackedLinear`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        linear: nn.Linear,
-        grid: Codebook,
-        columns: Mapping[int, int],
-        outliers: int | None,
-        reading: Reading,
-        stored: torch.dtype,
-    ) -> None:
-        super().__init__(name, linear, grid, outliers, reading, stored)
-        books = grid.books(self.out_features, self.in_features)
-        if len(columns) > 1:
-            self._hold("weight_columns", (self.in_features,), layout.index_dtype(self.in_features))
-        for bits, count in columns.items():
-            self._hold(
-                f"weight_codes_{bits}", (packed_words(count, bits), self.out_features), torch.int32
-            )
-            self._hold(
-                f"weight_levels_{bits}",
-                (count if len(columns) > 1 else books, 1 << bits),
-                torch.float16,
-            )
-        self.grid: Codebook = grid
+    grid: Codebook
 
     @property
     def packed(self) -> PackedColumns:
@@ -301,8 +252,8 @@ class CodebookLinear(PackedLinear):
         Raises:
             LowbitError: a tensor is damaged.
         """
-        if self._made is None or self._made.segments[0].codes.device != self.weight_shape.device:
-            self._made = layout.read(self.held(), self.grid, self.stored, self.name)
+        if self._made is None or self._made.segments[0].codes.device != self.place:
+            self._made = codebook.read(self.held(), self.grid, self.stored, self.name)
         made: PackedColumns = self._made
         return made
 
@@ -322,3 +273,12 @@ class CodebookLinear(PackedLinear):
     )
     def _product(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.packed)
+
+
+MODULES: dict[type[AnyGrid], type[PackedLinear]] = {Codebook: CodebookLinear}
+"""Modules for weights that are not decoded once and kept."""
+
+
+def module_for(grid: AnyGrid) -> type[PackedLinear]:
+    """The kind of module for weights on a grid."""
+    return MODULES.get(type(grid), DecodedLinear)

@@ -17,10 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import LowbitError
-from .formats import native
-from .grid import Affine, Codebook, KQuant, KVGrid, QuantizedStates
-from .linears import CodebookLinear, DecodedLinear, PackedLinear
+from ..errors import LowbitError
+from ..formats import native
+from ..formats.packing import is_packed
+from ..grid import KVGrid, QuantizedStates
+from .linears import PackedLinear, module_for
 
 
 @register_quantization_config(native.NAME)
@@ -136,7 +137,7 @@ def _replace_linears(model: Any, config: Mapping[str, Any], stored: set[str] | N
     replaced = 0
     for name, module in list(model.named_modules()):
         full = prefix + name
-        if isinstance(module, nn.Linear) and (stored is None or f"{full}.weight_shape" in stored):
+        if isinstance(module, nn.Linear) and (stored is None or is_packed(full, stored)):
             quantized = _quantized(full, module, config)
             if quantized is None:
                 continue
@@ -157,17 +158,12 @@ def _replace_linears(model: Any, config: Mapping[str, Any], stored: set[str] | N
 
 
 def _quantized(name: str, linear: nn.Linear, config: Mapping[str, Any]) -> PackedLinear | None:
-    grid, outliers = native.grid_of(config, name), native.outliers_of(config, name)
+    grid = native.grid_of(config, name)
+    if grid is None:
+        return None
+    columns, outliers = native.columns_of(config, name), native.outliers_of(config, name)
     reading, stored = native.reading_of(config, name), native.dtype_of(config)
-    if isinstance(grid, Codebook):
-        return CodebookLinear(
-            name, linear, grid, native.columns_of(config, name), outliers, reading, stored
-        )
-    return (
-        DecodedLinear(name, linear, grid, outliers, reading, stored)
-        if isinstance(grid, (Affine, KQuant))
-        else None
-    )
+    return module_for(grid)(name, linear, grid, columns, outliers, reading, stored)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

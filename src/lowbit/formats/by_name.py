@@ -1,4 +1,4 @@
-"""The layouts that keep every linear's codes as tensors of a safetensors model, by name: one pack /
+"""The formats that keep every linear's codes as tensors of a safetensors model, by name: one pack /
 unpack pair each.
 """
 
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Grid, QTensor
+from ..grid import AnyGrid, Coded, QTensor
 from . import awq, gptq, mlx, native, packing
 from . import compressed_tensors as ct
 
 
 @dataclass(frozen=True)
-class Layout:
+class Format:
     """How a format stores linears.
 
     Attributes:
         name: as in report.json. mark: local name of a tensor that quantized linears have and others
-            do not. tensors: all local names.
+            do not; None for those of an artifact, which differ from grid to grid. tensors: all
+            local names; none for those of an artifact.
         key: of config.json, where the format says what it holds.
         pack: (weight, dtype of the model, full name) -> tensors by local names. unpack: (tensors,
             grid, full name) -> weight.
@@ -32,15 +33,17 @@ class Layout:
     """
 
     name: str
-    mark: str
+    mark: str | None
     tensors: tuple[str, ...]
     key: str
-    pack: Callable[[QTensor, torch.dtype, str], dict[str, Tensor]]
-    unpack: Callable[[Mapping[str, Tensor], Any, str], QTensor]
-    grid_of: Callable[[Mapping[str, Any], str], Grid | None]
+    pack: Callable[[QTensor[Any], torch.dtype, str], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor], Any, str], QTensor[Any]]
+    grid_of: Callable[[Mapping[str, Any], str], AnyGrid | None]
 
     def linears(self, held: Mapping[str, Tensor]) -> list[str]:
         """Full names of the linears among the tensors of a file."""
+        if self.mark is None:
+            return packing.packed_linears(held)
         return sorted(k.rpartition(".")[0] for k in held if k.rpartition(".")[2] == self.mark)
 
     def local(self, held: Mapping[str, Tensor], full: str) -> dict[str, Tensor]:
@@ -49,7 +52,7 @@ class Layout:
             return packing.local_tensors(held, full)
         return {t: held[f"{full}.{t}"] for t in self.tensors if f"{full}.{t}" in held}
 
-    def read(self, held: Mapping[str, Tensor], full: str, config: Mapping[str, Any]) -> QTensor:
+    def read(self, held: Mapping[str, Tensor], full: str, config: Mapping[str, Any]) -> Coded:
         """One linear of a file, on the grid that config.json gives it.
 
         Raises:
@@ -61,8 +64,8 @@ class Layout:
         return self.unpack(self.local(held, full), grid, full)
 
 
-def _gptq(version: str) -> Layout:
-    return Layout(
+def _gptq(version: str) -> Format:
+    return Format(
         version,
         "qweight",
         ("qweight", "qzeros", "scales", "g_idx"),
@@ -73,10 +76,10 @@ def _gptq(version: str) -> Layout:
     )
 
 
-def _own(name: str) -> Layout:
-    return Layout(
+def _own(name: str) -> Format:
+    return Format(
         name,
-        "weight_shape",
+        None,
         (),
         "quantization_config",
         lambda q, dtype, _: packing.pack(q, dtype),
@@ -85,14 +88,14 @@ def _own(name: str) -> Layout:
     )
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
+FORMATS = {
+    format_.name: format_
+    for format_ in (
         _own(ct.NAME),
         _own(native.NAME),
         _gptq(gptq.V1),
         _gptq(gptq.V2),
-        Layout(
+        Format(
             awq.NAME,
             "qweight",
             ("qweight", "qzeros", "scales"),
@@ -101,7 +104,7 @@ LAYOUTS = {
             awq.unpack,
             awq.grid_of,
         ),
-        Layout(
+        Format(
             mlx.NAME,
             "scales",
             ("weight", "scales", "biases"),

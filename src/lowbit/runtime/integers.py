@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .artifact import INDEX, read_shard
-from .errors import LowbitError
-from .formats import native
-from .formats.compressed_tensors import activations_of
-from .formats.packing import local_tensors, unpack
-from .grid import CrossQuant, LLMInt8, PerToken, Reading
-from .kernels.integer import IntegerWeight, linear
+from ..artifact import INDEX, read_shard
+from ..errors import LowbitError
+from ..formats import native
+from ..formats.compressed_tensors import activations_of
+from ..formats.packing import local_tensors, packed_linears, unpack
+from ..grid import CrossQuant, LLMInt8, PerToken, Reading
+from ..kernels.integer import IntegerWeight, linear
 
 
 class IntegerLinear(nn.Module):
@@ -61,7 +61,7 @@ def in_integers(model: Any, folder: Path) -> Any:
     replaced = 0
     for shard in shards:
         held = read_shard(folder / shard)
-        for name in sorted({k.rpartition(".")[0] for k in held if k.endswith(".weight_shape")}):
+        for name in packed_linears(held):
             grid = native.grid_of(config, name)
             own = config["quant_method"] == native.NAME
             reading = (
