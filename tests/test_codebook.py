@@ -172,7 +172,8 @@ def test_on_disk_and_back(rows, width, bits, kind, kept, seed):
     )
     w = torch.randn(rows, width, generator=g)
     widths = torch.randint(1, 5, (width,), generator=g) if kind == "mixed" else None
-    params = grid.stored(grid.fit(w, widths), torch.float32)
+    fitted = grid.fit(w) if widths is None else grid.fit_columns(w, widths)
+    params = grid.stored(fitted, torch.float32)
     index = torch.randperm(rows * width, generator=g)[: rows * width // 7].sort().values
     outliers = (
         Outliers(index, torch.randn(len(index), generator=g).half().float())
@@ -196,7 +197,7 @@ def test_on_disk_and_back(rows, width, bits, kind, kept, seed):
 def test_columns_of_one_width_may_be_stored_in_any_order():
     grid = Codebook(2)
     w = torch.randn(9, 8)
-    params = grid.stored(grid.fit(w, torch.tensor([2, 4] * 4)), torch.float32)
+    params = grid.stored(grid.fit_columns(w, torch.tensor([2, 4] * 4)), torch.float32)
     q = QTensor(grid, grid.encode(w, params), params)
     tensors = packing.pack(q, torch.float32)
     turned = tensors["weight_columns"].long()[[3, 1, 0, 2, 4, 5, 6, 7]]
@@ -211,7 +212,7 @@ def test_columns_of_one_width_may_be_stored_in_any_order():
 def test_codes_are_those_of_the_nearest_levels():
     w = torch.randn(50, 9)
     grid = Codebook(3)
-    params = grid.fit(w, torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 2]))
+    params = grid.fit_columns(w, torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 2]))
     decoded = grid.decode(grid.encode(w, params), params)
     for j, bits in enumerate(params.widths.tolist()):
         best = (w[:, j, None] - params.levels[j, : 1 << bits]).abs().amin(1)
@@ -227,7 +228,7 @@ def damaged(tensors, key, change):
 def test_damaged_files_are_refused_by_name():
     w = torch.randn(20, 12)
     grid = Codebook(2)
-    params = grid.stored(grid.fit(w, torch.tensor([2, 4] * 6)), torch.float32)
+    params = grid.stored(grid.fit_columns(w, torch.tensor([2, 4] * 6)), torch.float32)
     q = QTensor(
         grid, grid.encode(w, params), params, Outliers(torch.tensor([3, 17, 18]), torch.ones(3))
     )
@@ -275,8 +276,9 @@ def test_bad_grids():
     ):
         with pytest.raises(ValueError):
             Codebook(**bad)
+    grid = Codebook(1)
     with pytest.raises(ValueError, match="float16"):
-        Codebook(1).stored(Codebook(1).fit(torch.tensor([[1e5], [1.0]])), torch.float32)
+        grid.check_finite(grid.stored(grid.fit(torch.tensor([[1e5], [1.0]])), torch.float32))
 
 
 # --- soft rounding --------------------------------------------------------------------------------

@@ -84,7 +84,9 @@ def test_format_is_exactly_invertible(grid, dtype):
     q = QTensor(grid, grid.encode(w, params), params)
     packed = affine.pack(q, dtype)
     assert affine.unpack(packed, grid).same_as(q) is None
-    assert sum(t.nbytes for t in packed.values()) == affine.tensor_bytes(grid, 20, 48, dtype.itemsize)
+    assert sum(t.nbytes for t in packed.values()) == affine.tensor_bytes(
+        grid, 20, 48, dtype.itemsize
+    )
 
 
 def test_bad_grids_are_refused():

@@ -26,7 +26,7 @@ from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._soft import SoftBlock
-from lowbit.methods.gptq import solve_blocks
+from lowbit.methods.gptq import cost, solve
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.proof import verify
@@ -113,7 +113,7 @@ def test_gptq_in_blocks_against_brute_force(kind):
         inverse_factor(hessian.clone()), torch.arange(256), torch.zeros(256, dtype=torch.bool)
     )
     params = grid.fit(w)
-    q = solve_blocks(w, inputs, grid, params, torch.float64, 64)
+    q = solve(w, inputs, grid, params, torch.float64, block_size=64)
     expected = brute_force(w, hessian, grid, params)
     # Positions are in float32 here, halves may fall to either side.
     assert float((q.codes == expected).double().mean()) > 0.995
@@ -127,7 +127,8 @@ def test_gptq_in_blocks_against_brute_force(kind):
         )
 
     assert loss(params, q.codes) < 0.9 * loss(params, grid.encode(w, params))
-    own = solve_blocks(w, inputs, grid, None, torch.float64, 64)
+    weighted = grid.stored(grid.fit(w, cost(inputs)), torch.float64)
+    own = solve(w, inputs, grid, weighted, torch.float64, block_size=64)
     assert loss(own.params, own.codes) < 1.3 * loss(params, q.codes)
 
 

@@ -195,7 +195,8 @@ def _levels(codes: Tensor, like: Tensor) -> Tensor:
 
 
 def _power(scale: Tensor, above: float) -> Tensor:
-    """Powers of two for positive scales, the larger one from a ratio on.
+    """Powers of two for scales, the larger one from a ratio on, the least one for zero; what is not
+    finite stays.
 
     Args:
         above: of the scale to the power of two below it, 1 to 2; at 1 only powers of two stay.
@@ -207,4 +208,5 @@ def _power(scale: Tensor, above: float) -> Tensor:
     wanted = (exponent.to(torch.int32) - 1 + up.to(torch.int32)).clamp(LEAST, MOST)
     wanted = torch.where(scale > 0, wanted, LEAST)
     # The bits of a float32 with that exponent: exp2 may be off by a digit.
-    return ((wanted + 127) << 23).view(torch.float32).to(scale.dtype)
+    power = ((wanted + 127) << 23).view(torch.float32).to(scale.dtype)
+    return torch.where(scale.isfinite(), power, scale.detach())
