@@ -86,21 +86,23 @@ def _described(source: Source) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
             "--set activations.symmetric=true --set activations.full_range=true --set "
             "activations.clip=1."
         )
+    dtype = native.dtype_of(own)
+    ct.check_mixed(grids.values(), dtype)
     rotations = {n: r.rotation for n, r in readings.items() if r.rotation is not None}
-    biased = [n for n in rotations if f"{n}.bias" in source.index["weight_map"]]
     odd = next((g for n, g in grids.items() if n in rotations and as_uniform(g) is None), None)
     if odd is not None:
         raise LowbitError(
             f"'{folder}' rotates the inputs of weights on {odd}, which vLLM is not known to take: "
             "quantize with --set quarot.online=false."
         )
+    biased = [n for n in rotations if f"{n}.bias" in source.index["weight_map"]]
     if biased:
         raise LowbitError(
             f"'{biased[0]}' has a bias and a rotated input, which vLLM refuses: quantize with "
             "--set quarot.online=false."
         )
-    plain = ct.describe(grids, own["ignore"], activations)
+    plain = ct.describe(grids, own["ignore"], activations, dtype)
     if not rotations:
         return plain, {}
-    entry, matrices = transforms.describe(rotations, native.dtype_of(own))
+    entry, matrices = transforms.describe(rotations, dtype)
     return {**plain, "transform_config": entry}, matrices

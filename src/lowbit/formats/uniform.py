@@ -31,12 +31,12 @@ class Uniform(Protocol):
 U = TypeVar("U", bound=Uniform)
 
 
-def as_uniform(grid: AnyGrid) -> Affine | None:
+def as_uniform(grid: AnyGrid) -> Uniform | None:
     """The grid as a uniform one; None if it is of another kind."""
     return grid if isinstance(grid, Affine) else None
 
 
-def uniform(grid: AnyGrid, name: str, runtime: str) -> Affine:
+def uniform(grid: AnyGrid, name: str, runtime: str) -> Uniform:
     """The grid as a uniform one.
 
     Args:

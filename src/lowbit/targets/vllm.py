@@ -70,7 +70,7 @@ def _activations(p: Planned) -> str | None:
     grid = p.recipe.activations
     if grid is None:
         return None
-    if not ct.carries(p.uniform.values(), grid):
+    if not ct.carries([p.grids[n] for n in p.uniform], grid):
         return (
             f"{NAME} takes activations of 4 or 8 bits, symmetric, under symmetric weights: add "
             "'sym' to the scheme, with "
