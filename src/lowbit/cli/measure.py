@@ -105,7 +105,7 @@ def eval_(
     """
     from ..display import windows_bar
     from ..evaluate import evaluate, load_causal_lm, together
-    from ..integers import in_integers
+    from ..runtime.integers import in_integers
     from ..machine import pick_device
     from ..model.calibration import evaluation_windows
     from ..model.checkpoint import Checkpoint
@@ -203,7 +203,7 @@ def generate(
 ) -> None:
     """Continue a text, through plain transformers."""
     from ..evaluate import continue_text, load_causal_lm
-    from ..integers import in_integers
+    from ..runtime.integers import in_integers
     from ..machine import pick_device
     from ..model.checkpoint import Checkpoint
     from ..model.stream import load_tokenizer
