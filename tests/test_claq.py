@@ -16,7 +16,6 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, Codebook, PerToken
 from lowbit.grid.kmeans import kmeans
-from lowbit.runtime.linears import CodebookLinear
 from lowbit.loop import Streams, apply_methods, begin, surveyed
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
 from lowbit.methods._columns import inverse_factor
@@ -25,6 +24,7 @@ from lowbit.methods.claq import bit_gains, column_scores, greedy_widths, least_g
 from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.recipe import Recipe
+from lowbit.runtime.linears import CodebookLinear
 
 Q = "self_attn.q_proj"
 

@@ -17,10 +17,10 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.formats import native
 from lowbit.grid import Affine, AffineParams, Codebook, LLMInt8, PerToken, QTensor
-from lowbit.runtime.integers import IntegerLinear, in_integers
 from lowbit.kernels.integer import IntegerWeight, linear, quantized
 from lowbit.proof import compare_logits
 from lowbit.recipe import Recipe
+from lowbit.runtime.integers import IntegerLinear, in_integers
 
 GRIDS = st.sampled_from(
     [

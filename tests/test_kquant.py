@@ -19,7 +19,6 @@ from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import kquant as blocks
 from lowbit.formats.packing import pack, tensor_bytes, unpack
 from lowbit.grid import Affine, KQuant, QTensor
-from lowbit.runtime.linears import DecodedLinear
 from lowbit.loop import Streams, apply_methods, begin
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, TesseraQ
 from lowbit.methods._columns import inverse_factor
@@ -31,6 +30,7 @@ from lowbit.model.stream import ModelStream
 from lowbit.presets import load_recipe
 from lowbit.proof import verify
 from lowbit.recipe import Recipe
+from lowbit.runtime.linears import DecodedLinear
 from lowbit.scheme import parse_scheme
 
 FAST = TesseraQ(schedule="exponential-4-4", iters=6)

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 from lowbit.errors import LowbitError
 from lowbit.formats import affine, mxfp4, native, packing
 from lowbit.formats import compressed_tensors as ct
-from lowbit.grid import MXFP4, Affine, Codebook, MXFP4Params, PerToken, QTensor
+from lowbit.grid import MXFP4, Affine, Codebook, KVGrid, MXFP4Params, PerToken, QTensor
 from lowbit.grid.mxfp4 import LEVELS, MAGNITUDES, ZERO
 from lowbit.loop import Streams, begin
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, TesseraQ
 from lowbit.model.stream import ModelStream
 from lowbit.proof.runtimes import runtime_logits
 from lowbit.recipe import Recipe
+from lowbit.runtime.linears import DecodedLinear
 
 GRID = MXFP4()
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -359,6 +360,25 @@ def test_plain_transformers_reads_it_bit_for_bit(tmp_path, dtype, grid_for, form
         # In a process that never imports lowbit, arithmetic in float32.
         found = runtime_logits(tmp_path, ids, ct.NAME, 12)["logits"]
         torch.testing.assert_close(found, same.float()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_format_of_lowbit_loads_it(tmp_path):
+    """As it must where something else of the model is beyond compressed-tensors."""
+    held = artifact(tmp_path, torch.float16, lambda _: GRID)
+    config = json.loads((tmp_path / "config.json").read_text())
+    grids, kv = {n: q.grid for n, q in held.items()}, KVGrid(PerToken(4))
+    config["quantization_config"] = native.describe(
+        grids, ["lm_head"], torch.float16, {}, kv, "self_attn", {}, {}
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, q in held.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, DecodedLinear) and linear.grid == GRID
+        assert torch.equal(linear.weight, q.decode(torch.float16))
+        assert linear.weight_scale.dtype == torch.uint8
+    with torch.no_grad():
+        assert bool(model(torch.arange(3, 15)[None]).logits.isfinite().all())
 
 
 def test_it_has_no_shape_and_is_found_all_the_same():

@@ -105,11 +105,11 @@ def eval_(
     """
     from ..display import windows_bar
     from ..evaluate import evaluate, load_causal_lm, together
-    from ..runtime.integers import in_integers
     from ..machine import pick_device
     from ..model.calibration import evaluation_windows
     from ..model.checkpoint import Checkpoint
     from ..model.stream import load_config, load_tokenizer
+    from ..runtime.integers import in_integers
     from ..tasks import evaluate_tasks, prepare
     from ..tasks.show import notes, rows_bar, table
 
@@ -203,10 +203,10 @@ def generate(
 ) -> None:
     """Continue a text, through plain transformers."""
     from ..evaluate import continue_text, load_causal_lm
-    from ..runtime.integers import in_integers
     from ..machine import pick_device
     from ..model.checkpoint import Checkpoint
     from ..model.stream import load_tokenizer
+    from ..runtime.integers import in_integers
 
     tokenizer = load_tokenizer(Checkpoint(model))
     loaded = load_causal_lm(model, str(pick_device(device)))
