@@ -25,12 +25,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 import lowbit
 import lowbit.export.place
-from lowbit.artifact import PROOF, file_hash, read_shard, save_shard, tensor_hash
+from lowbit.artifact.files import PROOF, file_hash, read_shard, save_shard, tensor_hash
+from lowbit.artifact.proof import verify
 from lowbit.demo import demo_model
 from lowbit.export import export
+from lowbit.formats import affine
 from lowbit.formats import compressed_tensors as ct
 from lowbit.grid import Affine, AffineParams, QTensor
-from lowbit.proof import verify
 
 HIDDEN, INNER = 4096, 11008
 
@@ -94,7 +95,7 @@ def synthetic(folder: Path, grid: Affine, blocks: int) -> int:
             )
             codes = torch.randint(0, grid.top + 1, (rows, columns), generator=g, dtype=torch.uint8)
             q = QTensor(grid, codes, grid.stored(AffineParams(scale, zero), torch.float16))
-            packed = ct.pack(q, torch.float16)
+            packed = affine.pack(q, torch.float16)
             tensors |= {f"{name}.{k}": t for k, t in packed.items()}
             size = sum(t.nbytes for t in packed.values())
             linears.append(

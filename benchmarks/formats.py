@@ -21,7 +21,7 @@ from lowbit.errors import LowbitError
 from lowbit.export.gguf.types import chosen, held
 from lowbit.formats import awq, gptq, mlx
 from lowbit.formats import compressed_tensors as ct
-from lowbit.formats.layouts import LAYOUTS
+from lowbit.formats.by_name import FORMATS
 from lowbit.grid import Affine, AffineParams, KQuant, QTensor
 
 READERS = {
@@ -56,7 +56,7 @@ def in_format(name: str, q: QTensor, rows: int, columns: int) -> tuple[torch.Ten
         return found.decode(), 8 * found.rows.numel() / q.codes.numel(), f"gguf {kind.name}"
     if name in CHECKS:
         CHECKS[name](q.grid, rows, columns)
-    layout = LAYOUTS[name]
+    layout = FORMATS[name]
     tensors = layout.pack(q, torch.float16, "w")
     grid = q.grid if name != mlx.NAME else Affine(q.grid.bits, mlx.group_of(q.grid, columns, "w"))
     if name == mlx.NAME:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lowbit.artifact import read_shard, unpack_linear
+from lowbit.artifact.files import read_shard, unpack_linear
 from lowbit.grid.names import parse_scheme
 from lowbit.recipe.presets import load_recipe
 

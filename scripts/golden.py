@@ -135,15 +135,16 @@ def side(models: Path, out: Path, presets: Sequence[str]) -> int:
     from functools import partial
 
     import lowbit
+    from lowbit.artifact.proof import verify
     from lowbit.errors import LowbitError
-    from lowbit.proof import verify
 
     try:
         from lowbit.recipe.presets import load_recipe, recipe_names
         from lowbit.run import closing as job
     except ImportError:  # an older revision
-        from lowbit import job
         from lowbit.presets import load_recipe, recipe_names
+
+        from lowbit import job
 
     job.verify = partial(verify, loader=False)
     found: dict[str, Row] = {}

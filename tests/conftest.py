@@ -14,7 +14,7 @@ def forked_readers(request, monkeypatch):
     """
     if "anew" in request.keywords:
         return
-    from lowbit.proof import runtimes
+    from lowbit.artifact.proof import runtimes
 
     monkeypatch.setattr(
         runtimes,

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowbit
 import lowbit.run.quantize
+from lowbit.artifact.proof import verify
 from lowbit.methods import METHODS
 from lowbit.methods.tesseraq import TesseraQ
-from lowbit.proof import verify
 from lowbit.recipe.presets import load_recipe
 
 BLOCKS, PHASES = 2, 3

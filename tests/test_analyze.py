@@ -11,10 +11,10 @@ from helpers import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowbit.analyze.kernels import Site, grids_of, measure
-from lowbit.analyze.removal import Removal, knee, removals, run
 from lowbit.cli import app
 from lowbit.errors import LowbitError
+from lowbit.evaluate.analyze.kernels import Site, grids_of, measure
+from lowbit.evaluate.analyze.removal import Removal, knee, removals, run
 from lowbit.model.wiring import wiring_of
 
 

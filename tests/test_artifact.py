@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.artifact import tensor_hash
+from lowbit.artifact.files import tensor_hash
+from lowbit.artifact.proof import runtime_logits
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
-from lowbit.proof import runtime_logits
 
 ARGS = dict(samples=8, length=32)
 FAST = ["tesseraq.schedule=exponential-4-4", "tesseraq.iters=4"]
@@ -412,7 +412,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_continues_afterwards(
             raise OSError(28, "No space left on device")
         save_file(tensors, path, **options)
 
-    monkeypatch.setattr("lowbit.artifact.save_file", refuse_the_third)
+    monkeypatch.setattr("lowbit.artifact.files.save_file", refuse_the_third)
     out = tmp_path / "out"
     command = [
         "quantize",

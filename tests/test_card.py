@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.card import model_card, terms_of
+from lowbit.artifact.card import model_card, terms_of
 from lowbit.cli import app
 from lowbit.recipe import Recipe
 
@@ -49,7 +49,7 @@ def native(model, tmp_path_factory):
 def quick(monkeypatch):
     """Runs that leave the runtime out of their proof."""
     import lowbit.run.quantize
-    from lowbit.proof import verify
+    from lowbit.artifact.proof import verify
 
     monkeypatch.setattr(lowbit.run.closing, "verify", partial(verify, loader=False))
 

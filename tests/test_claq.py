@@ -16,7 +16,6 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, Codebook, PerToken
 from lowbit.grid.kmeans import kmeans
-from lowbit.linears import CodebookLinear
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
 from lowbit.methods._bit_budget import bit_gains, greedy_widths, least_gain
 from lowbit.methods._columns import inverse_factor
@@ -26,6 +25,7 @@ from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
+from lowbit.runtime.linears import CodebookLinear
 
 Q = "self_attn.q_proj"
 

@@ -20,16 +20,16 @@ from helpers import save_tiny
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import Verification
 from lowbit.cli import app
-from lowbit.console import Console, Table
-from lowbit.display import comparison_table, summary
+from lowbit.cli.console import Console, Table
+from lowbit.cli.display import comparison_table, summary
+from lowbit.cli.pages import write_comparison
 from lowbit.errors import LowbitError
 from lowbit.evaluate import continue_text
 from lowbit.machine import pick_device
 from lowbit.names import hub_id, model_name
-from lowbit.proof import Verification
 from lowbit.recipe.presets import load_recipe, recipe_names
-from lowbit.report import write_comparison
 from lowbit.run.quantize import Result
 from lowbit.verbatim import code, code_block, literal, markdown, plotted, shell
 
@@ -332,7 +332,7 @@ def test_what_the_system_refuses_is_a_sentence_without_a_path_too(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("lowbit.proof.read_report", refuse)
+    monkeypatch.setattr("lowbit.artifact.proof.read_report", refuse)
     assert says in refusal("inspect", "x")
 
 
@@ -340,7 +340,7 @@ def test_a_reader_that_is_gone_is_no_error(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("lowbit.proof.read_report", refuse)
+    monkeypatch.setattr("lowbit.artifact.proof.read_report", refuse)
     status, said = call("inspect", "x")
     assert status == 1 and "error" not in said
 

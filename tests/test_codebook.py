@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.distributions import StudentT
 
 from lowbit.errors import LowbitError
-from lowbit.formats import columns, packing
+from lowbit.formats import codebook, packing
 from lowbit.grid import Affine, Codebook, CodebookParams, Outliers, QTensor
 from lowbit.grid import kmeans as module
 from lowbit.grid.compiled import library, pointer
@@ -190,7 +190,7 @@ def test_on_disk_and_back(rows, width, bits, kind, kept, seed):
     if kind in ("column", "mixed"):
         from lowbit import kernels
 
-        packed = columns.read(tensors, grid, torch.float32, "x")
+        packed = codebook.read(tensors, grid, torch.float32, "x")
         torch.testing.assert_close(kernels.decode(packed), q.decode())
 
 

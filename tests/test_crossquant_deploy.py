@@ -10,6 +10,7 @@ import torch
 from helpers import FAMILIES, apply_methods, begin, save_tiny, staged
 from transformers import AutoModelForCausalLM
 
+from lowbit.artifact.proof import compare_logits
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken
 from lowbit.methods import CrossQuant
@@ -17,7 +18,6 @@ from lowbit.methods.crossquant import Reorder
 from lowbit.model.model import Streams
 from lowbit.model.order import reorder
 from lowbit.model.stream import ModelStream
-from lowbit.proof import compare_logits
 from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
 from lowbit.run.quantize import quantize

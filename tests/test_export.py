@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import compare_logits, loader_logits, verify
 from lowbit.cli import app
 from lowbit.errors import VerificationError
-from lowbit.formats.layouts import LAYOUTS
+from lowbit.formats.by_name import FORMATS
 from lowbit.formats.packing import local_tensors, unpack
 from lowbit.grid.names import parse_scheme
-from lowbit.proof import compare_logits, loader_logits, verify
 
 PLAIN_GRID = ["activations.symmetric=true", "activations.full_range=true", "activations.clip=1"]
 
@@ -90,7 +90,7 @@ def test_the_check_sees_a_missing_rotation(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(VerificationError, match=r"config.json' is not what was written"):
         verify(tmp_path / "v")
-    from lowbit.artifact import file_hash
+    from lowbit.artifact.files import file_hash
 
     report.write_text(
         json.dumps(
@@ -210,7 +210,7 @@ def test_the_same_codes_in_another_layout(tmp_path, plain, to, scheme, biases):
     stored = sum(s["bytes"] for s in report["shards"].values())
     assert report["size"]["after"] == stored and entries["lm_head"]["skipped"]
     config = json.loads((tmp_path / "e" / "config.json").read_text())
-    layout, tensors = LAYOUTS[to], {}
+    layout, tensors = FORMATS[to], {}
     for shard in report["shards"]:
         tensors |= load_file(tmp_path / "e" / shard)
     original = {}

@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.export.gguf import tokens
@@ -31,7 +32,6 @@ from lowbit.export.gguf.types import chosen, held, rounded
 from lowbit.formats import gguf
 from lowbit.formats.ggml import BLOCKS, pack_affine, pack_k, unpack_affine, unpack_k
 from lowbit.grid import Affine, KQuant, KQuantParams, QTensor
-from lowbit.proof import verify
 
 PYTHON = os.environ.get("LOWBIT_LLAMACPP_PYTHON", sys.executable)
 RUNS = importlib.util.find_spec("llama_cpp") is not None or sys.executable != PYTHON

@@ -6,7 +6,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.formats import compressed_tensors as ct
+from lowbit.formats import affine
 from lowbit.grid import Affine, QTensor
 from lowbit.grid.bits import pack, unpack
 
@@ -82,9 +82,11 @@ def test_format_is_exactly_invertible(grid, dtype):
     w = torch.randn(20, 48)
     params = grid.stored(grid.fit(w), dtype)
     q = QTensor(grid, grid.encode(w, params), params)
-    packed = ct.pack(q, dtype)
-    assert ct.unpack(packed, grid).same_as(q) is None
-    assert sum(t.nbytes for t in packed.values()) == ct.tensor_bytes(grid, 20, 48, dtype.itemsize)
+    packed = affine.pack(q, dtype)
+    assert affine.unpack(packed, grid).same_as(q) is None
+    assert sum(t.nbytes for t in packed.values()) == affine.tensor_bytes(
+        grid, 20, 48, dtype.itemsize
+    )
 
 
 def test_bad_grids_are_refused():

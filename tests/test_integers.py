@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import compare_logits
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.formats import native
 from lowbit.grid import Affine, AffineParams, Codebook, LLMInt8, PerToken, QTensor
-from lowbit.integers import IntegerLinear, in_integers
 from lowbit.kernels.integer import IntegerWeight, linear, quantized
-from lowbit.proof import compare_logits
 from lowbit.recipe import Recipe
+from lowbit.runtime.integers import IntegerLinear, in_integers
 
 GRIDS = st.sampled_from(
     [

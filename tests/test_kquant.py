@@ -14,13 +14,13 @@ from test_gguf import artifact, wide
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
-from lowbit.formats import blocks
+from lowbit.formats import kquant as blocks
 from lowbit.formats.packing import pack, tensor_bytes, unpack
 from lowbit.grid import Affine, KQuant, QTensor
 from lowbit.grid.names import parse_scheme
-from lowbit.linears import DecodedLinear
 from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, TesseraQ
 from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
@@ -29,9 +29,9 @@ from lowbit.methods._soft import SoftBlock
 from lowbit.methods.gptq import error_cost, fit_range, solve
 from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
-from lowbit.proof import verify
 from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
+from lowbit.runtime.linears import DecodedLinear
 
 FAST = TesseraQ(schedule="exponential-4-4", iters=6)
 

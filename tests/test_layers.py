@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import lowbit
+from lowbit.grid import GRIDS
+from lowbit.methods import METHODS
 
 ROOT = Path(lowbit.__file__).parent
 ALLOWED = {
@@ -14,7 +16,7 @@ ALLOWED = {
     "methods": {"grid", "model", "errors"},
     "formats": {"grid", "errors"},
     "kernels": {"grid", "errors"},
-    "linears": {"grid", "formats", "kernels", "errors"},
+    "runtime": {"grid", "formats", "kernels", "artifact", "errors"},
     "errors": set(),
     "console": set(),
     "names": set(),
@@ -47,11 +49,8 @@ ALLOWED = {
     "launch": {"machine", "model", "errors"},
     "loop": {"grid", "model", "methods", "recipe", "errors"},
     "presets": {"grid", "methods", "recipe", "scheme", "errors"},
-    "hf": set(),
-    "quantizer": {"grid", "formats", "linears", "errors"},
     "artifact": {"grid", "model", "formats", "disk", "lock", "output", "tree", "errors"},
     "proof": {"artifact", "formats", "errors"},
-    "integers": {"grid", "kernels", "formats", "artifact", "errors"},
     "card": {"grid", "scheme", "formats", "proof", "names", "verbatim", "errors"},
     "push": {"artifact", "proof", "errors"},
     "export": {
@@ -101,6 +100,60 @@ def test_a_part_imports_only_what_lies_below_it(part):
     assert files
     for path in files:
         assert imports(path) - {part} <= ALLOWED[part], path
+
+
+KNOW_GRIDS = ("grid", "formats", "kernels", "runtime", "export", "__init__")
+
+
+def concrete_grids(path: Path) -> set[str]:
+    """What a file imports of single kinds of grids."""
+    names = {n for g in GRIDS for n in (g.__name__, f"{g.__name__}Params")}
+    modules = {g.__module__.rpartition(".")[2] for g in GRIDS}
+    package = ("lowbit", *path.relative_to(ROOT).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            full = (*base, *(node.module or "").split(".")) if node.module else base
+            if full[:2] == ("lowbit", "grid"):
+                one = len(full) > 2 and full[2] in modules
+                found |= {a.name for a in node.names if one or a.name in names | modules}
+    return found
+
+
+def test_single_kinds_of_grids_are_known_where_bytes_are_only():
+    for path in sorted(ROOT.rglob("*.py")):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part not in KNOW_GRIDS:
+            assert not concrete_grids(path), path
+    assert concrete_grids(ROOT / "__init__.py") == {"Affine"}
+
+
+def concrete_methods(path: Path) -> set[str]:
+    """What a file imports of single methods."""
+    names = {entry.kind.__name__ for entry in METHODS.values()}
+    package = ("lowbit", *path.relative_to(ROOT).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            full = (*base, *(node.module or "").split(".")) if node.module else base
+            if full[:2] == ("lowbit", "methods"):
+                paper = len(full) > 2 and full[2] in METHODS
+                found |= {a.name for a in node.names if paper or a.name in {*names, *METHODS}}
+    return found
+
+
+def test_single_methods_are_known_where_they_are_only():
+    """But for plain rounding, which codes what a recipe leaves uncoded."""
+    for path in sorted(ROOT.rglob("*.py")):
+        if path.relative_to(ROOT).parts[0] != "methods" and path != ROOT / "__init__.py":
+            assert concrete_methods(path) <= {"RTN"}, path
+
+
+def test_papers_import_no_papers():
+    for path in sorted((ROOT / "methods").glob("[!_]*.py")):
+        assert not concrete_methods(path), path
 
 
 def test_public_names():

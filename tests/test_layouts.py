@@ -2,16 +2,23 @@
 and their refusals.
 """
 
+import json
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowbit.formats.divides import check_widths
 
 from lowbit.errors import LowbitError
-from lowbit.formats import awq, gptq, mlx
+from lowbit.formats import LAYOUTS, affine, awq, gptq, mlx, native, packing
 from lowbit.formats import compressed_tensors as ct
-from lowbit.grid import Affine, QTensor
+from lowbit.formats.by_name import FORMATS
+from lowbit.formats.layout import Layout
+from lowbit.grid import GRIDS, MXFP4, Affine, AffineParams, Codebook, KQuant, Outliers, QTensor
+from lowbit.runtime.linears import DecodedLinear, module_for
 
 
 def weight(bits, group, symmetric, rows=32, columns=128, seed=0):
@@ -130,6 +137,129 @@ def test_awq_as_compressed_tensors_own_converter_reads_it(group):
     q = weight(4, group, False)
     converter = AutoAWQConverter(group_size=group)
     found = converter.process({f"layer.{k}": t for k, t in awq.pack(q, "layer").items()})
-    expected = ct.pack(q, torch.float16)
+    expected = affine.pack(q, torch.float16)
     for key in ("weight_packed", "weight_scale", "weight_zero_point"):
         assert torch.equal(found[f"layer.{key}"], expected[key]), key
+
+
+# --- the table of layouts -------------------------------------------------------------------------
+
+EVERY = [
+    Affine(4, 64),
+    Affine(3, None, True),
+    Affine(2, 32, True),
+    Codebook(2),
+    Codebook(3, "row"),
+    Codebook(2, "column", 4),
+    *(KQuant(kind) for kind in ("q2_k", "q3_k", "q4_k", "q6_k")),
+    MXFP4(),
+]
+
+
+def on(grid, kept=False, rows=32, columns=256):
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    params = grid.stored(grid.fit(w), torch.bfloat16)
+    index = torch.tensor([3, 300, 8000])
+    outliers = Outliers(index, torch.tensor([1.0, -2.0, 0.5])) if kept else None
+    return QTensor(grid, grid.encode(w, params), params, outliers)
+
+
+def test_every_kind_of_grid_has_a_layout():
+    assert set(LAYOUTS) == set(GRIDS) == {type(g) for g in EVERY}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("grid", EVERY, ids=str)
+def test_a_layout_says_what_it_packs(grid, kept):
+    q = on(grid, kept)
+    tensors = packing.pack(q, torch.bfloat16)
+    assert packing.unpack(tensors, grid, "w").same_as(q) is None
+    assert packing.packed_linears({f"a.w.{k}" for k in tensors}) == ["a.w"]
+    counts = packing.counts(q)
+    assert counts.get("outliers") == (3 if kept else None)
+    columns = {int(b): n for b, n in counts.get("columns", {}).items()}
+    held = packing.buffers(grid, (32, 256), torch.bfloat16, columns, 3 if kept else None)
+    assert {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()} == held
+    own = sum(t.nbytes for k, t in tensors.items() if "outlier" not in k)
+    assert own == packing.tensor_bytes(grid, 32, 256, 2)
+
+
+@pytest.mark.parametrize("grid", EVERY, ids=str)
+def test_a_layout_is_read_from_what_configs_say(grid):
+    columns = {n: {"2": 256} for n in ("m.0.a", "m.0.b")}
+    own = native.describe(
+        dict.fromkeys(columns, grid), ["head"], torch.bfloat16, {}, None, "x", columns, {}
+    )
+    own = json.loads(json.dumps(own))
+    assert native.grid_of(own, "m.0.a") == grid and native.grid_of(own, "head") is None
+    assert (ct.scheme_of(grid) is None) == ("m.0.a" in own["linears"])
+    if ct.scheme_of(grid) is None:
+        assert ct.beyond([grid]) == LAYOUTS[type(grid)].kind
+        with pytest.raises(LowbitError, match="compressed-tensors has no layout for a"):
+            ct.describe({"m.0.a": grid}, [])
+    else:
+        assert ct.beyond([grid]) is None
+        described = json.loads(json.dumps(ct.describe({"m.0.a": grid}, ["head"])))
+        assert FORMATS[ct.NAME].grid_of(described, "m.0.a") == grid
+
+
+@pytest.mark.parametrize(
+    "grid, width, words",
+    [
+        (Affine(4, 64), 96, "group size 64 does not divide the 96 inputs of 'b'.*: 32, 16, 8, or"),
+        (Affine(4, 64), 97, "of this model: none of the usual ones, or a scheme without g"),
+        (Codebook(2, "column", 64), 96, "group size 64 does not divide the 96 inputs of 'b'"),
+        (KQuant("q2_k"), 128, "gguf:q2_k comes in blocks of 256 inputs.*the 128 inputs of 'b'"),
+        (MXFP4(), 80, "mxfp4 comes in blocks of 32 inputs.*the 80 inputs of 'b'.*scheme with g"),
+        (Affine(4), 97, None),
+        (MXFP4(), 96, None),
+    ],
+)
+def test_widths_that_do_not_fit_are_named(grid, width, words):
+    shapes = {"a": (8, 256), "b": (8, width)}
+    if words is None:
+        check_widths(dict.fromkeys(shapes, grid), shapes)
+    else:
+        with pytest.raises(LowbitError, match=words):
+            check_widths(dict.fromkeys(shapes, grid), shapes)
+
+
+@dataclass(frozen=True)
+class Signs(Affine):
+    """A kind of grid that this library does not know."""
+
+    bits: int = 1
+
+    @property
+    def name(self):
+        return "signs"
+
+
+def test_a_new_kind_of_grid_is_a_row_of_the_table(monkeypatch):
+    q = on(Signs())
+    with pytest.raises(LowbitError, match="no format stores a signs"):
+        packing.pack(q, torch.bfloat16)
+    row = Layout(
+        kind="signs",
+        pack=lambda q, dtype: {"weight_signs": q.codes, "weight_step": q.params.scale},
+        unpack=lambda t, grid, name: QTensor(
+            grid, t["weight_signs"], AffineParams(t["weight_step"], q.params.zero_point)
+        ),
+        tensor_bytes=lambda grid, rows, width, scale_bytes: rows * (width + 4),
+        buffers=lambda grid, rows, width, stored, columns: {
+            "weight_signs": ((rows, width), torch.uint8),
+            "weight_step": ((rows, 1), torch.float32),
+        },
+        mark="weight_signs",
+        entry=lambda grid, columns: {"signs": True},
+        read_entry=lambda entry: Signs() if "signs" in entry else None,
+    )
+    monkeypatch.setitem(LAYOUTS, Signs, row)
+    test_a_layout_says_what_it_packs(q.grid, True)
+    test_a_layout_is_read_from_what_configs_say(q.grid)
+    loaded = module_for(q.grid)(
+        "w", torch.nn.Linear(256, 32), q.grid, {}, None, None, torch.float32
+    )
+    assert isinstance(loaded, DecodedLinear)
+    loaded.load_state_dict({**packing.pack(q, torch.bfloat16), "bias": torch.zeros(32)})
+    assert torch.equal(loaded.weight, q.decode())

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import native
 from lowbit.grid import Affine, Codebook, KVGrid, PerToken, Reading, Rotation
-from lowbit.linears import DecodedLinear
-from lowbit.proof import verify
+from lowbit.runtime.linears import DecodedLinear
 
 ARGS = dict(samples=8, length=32)
 

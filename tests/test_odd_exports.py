@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from lowbit.artifact.proof import verify
 from lowbit.demo import demo_model
 from lowbit.export import export
-from lowbit.proof import verify
 
 EMBEDDING = "model.embed_tokens.weight"
 EXTRA = "model.layers.4.eh_proj.weight"

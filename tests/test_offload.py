@@ -19,6 +19,7 @@ from helpers import FAMILIES, apply_methods, begin, model_of, needs_of, planned,
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
@@ -30,7 +31,6 @@ from lowbit.model.storage import Storage
 from lowbit.model.stream import ModelStream
 from lowbit.plan import memory
 from lowbit.plan.memory import Needs
-from lowbit.proof import verify
 from lowbit.recipe.presets import load_recipe
 from lowbit.run import closing
 from lowbit.run import quantize as job

@@ -18,14 +18,14 @@ from helpers import save_tiny
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.artifact import NOTES
+from lowbit.artifact.files import NOTES
+from lowbit.artifact.lock import LOCK, Lock
+from lowbit.artifact.output import INSIDE, Output, claimed, working
+from lowbit.artifact.proof import verify
+from lowbit.artifact.tree import MOVING, entries
 from lowbit.cli import app
 from lowbit.errors import DiskFull, Interrupted, LowbitError
 from lowbit.export import export
-from lowbit.lock import LOCK, Lock
-from lowbit.output import INSIDE, Output, claimed, working
-from lowbit.proof import verify
-from lowbit.tree import MOVING, entries
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +375,7 @@ def test_an_unfinished_run_beside_a_folder_that_has_come_goes_on(
 # --- locks ----------------------------------------------------------------------------------------
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from lowbit.lock import Lock; "
+    "import sys, time; from pathlib import Path; from lowbit.artifact.lock import Lock; "
     "Lock(Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); time.sleep(600)"
 )
 
@@ -565,7 +565,7 @@ def test_a_run_that_died_before_its_first_shard_starts_again(model, tmp_path):
 @pytest.mark.parametrize("name", ["compare.json", "cells/W4A16-rtn.json"])
 @pytest.mark.parametrize("damage", ["empty", "a list", "no keys"])
 def test_damaged_comparisons(model, tmp_path, name, damage):
-    from lowbit.compare import Cell, Terms, opened
+    from lowbit.cli.compare import Cell, Terms, opened
     from lowbit.model.calibration import Calibration
 
     text = str(model / "text.txt")
@@ -595,7 +595,7 @@ def test_damaged_comparisons(model, tmp_path, name, damage):
     "error, kind", [(KeyboardInterrupt(), Interrupted), (DiskFull("no space."), DiskFull)]
 )
 def test_an_interrupted_comparison_says_what_is_kept(model, tmp_path, error, kind):
-    from lowbit.compare import Terms, opened
+    from lowbit.cli.compare import Terms, opened
     from lowbit.model.calibration import Calibration
 
     text = str(model / "text.txt")
@@ -639,7 +639,7 @@ def test_ctrl_c_and_a_full_disk_leave_nothing_of_an_export(made, tmp_path, monke
         def fail(*a, error=error, **k):
             raise error
 
-        monkeypatch.setattr("lowbit.artifact.save_file", fail)
+        monkeypatch.setattr("lowbit.artifact.files.save_file", fail)
         with pytest.raises(
             kind, match="Nothing of the export is kept: the same command starts anew"
         ):
@@ -648,7 +648,7 @@ def test_ctrl_c_and_a_full_disk_leave_nothing_of_an_export(made, tmp_path, monke
 
 
 def test_a_full_disk_says_what_is_kept_of_a_run(model, tmp_path, monkeypatch):
-    from lowbit.artifact import save_file
+    from lowbit.artifact.files import save_file
 
     calls = []
 
@@ -658,7 +658,7 @@ def test_a_full_disk_says_what_is_kept_of_a_run(model, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, **options)
 
-    monkeypatch.setattr("lowbit.artifact.save_file", third)
+    monkeypatch.setattr("lowbit.artifact.files.save_file", third)
     with pytest.raises(
         DiskFull, match="free some and run the same command. 1 of 2 blocks is finished and kept"
     ):

@@ -8,7 +8,7 @@ import transformers as T
 from helpers import FAMILIES, needs_of
 from typer.testing import CliRunner
 
-import lowbit.display.plan
+import lowbit.cli.display.plan
 from lowbit import machine
 from lowbit.cli import app
 from lowbit.errors import LowbitError
@@ -150,7 +150,7 @@ def test_plan_says_where_activations_go_and_refuses_what_cannot_fit(tmp_path, mo
         llama(*shape), recipe("W2A16g128"), 128 + 16, 2048, torch.device("cpu"), torch.bfloat16
     )
     free = [need.peak]
-    for where in (memory, lowbit.display.plan):
+    for where in (memory, lowbit.cli.display.plan):
         monkeypatch.setattr(where, "free_memory", lambda device: free[0])
     monkeypatch.setattr(memory, "disk_free", lambda folder: 1 << 60)
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import verify
 from lowbit.cli import app
-from lowbit.proof import verify
 
 # Of huggingface_hub's own client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.artifact.proof import verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.evaluate import evaluate, load_causal_lm
 from lowbit.model.carried import source_files
 from lowbit.model.checkpoint import Checkpoint, Stored
 from lowbit.model.stream import ModelStream
-from lowbit.proof import verify
 from lowbit.run.identity import Original
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -571,7 +571,7 @@ def test_files_are_carried_or_named(source, tmp_path):
         "model.safetensors.bak": "x",
         "model-00002-of-00002.safetensors.part": "x",
         "shard-00001.json": "{}",
-        "lowbit.lock": "",
+        "lowbit.artifact.lock": "",
         "pytorch_model.bin": "x",
         "model.gguf": "x",
         "quantize_config.json": "{}",

@@ -15,8 +15,8 @@ from lowbit.grid import Affine
 from lowbit.grid.names import parse_scheme
 from lowbit.model.wiring import wiring_of
 from lowbit.plan import make_plan
+from lowbit.plan.targets import TARGETS, Planned, check_target, demand, verdicts
 from lowbit.recipe.presets import load_recipe
-from lowbit.targets import TARGETS, Planned, check_target, demand, verdicts
 
 COMMON = dict(
     hidden_size=512,

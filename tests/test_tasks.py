@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.evaluate import load_causal_lm
-from lowbit.tasks.data import FORMS, read_task
+from lowbit.evaluate.tasks.data import FORMS, read_task
 
 Row = dict[str, Any]
 
@@ -347,7 +347,7 @@ def test_an_artifact_is_asked_like_any_model(model: Path, folder: Path, tmp_path
 
 
 def prompts(folder: Path, model: Path, name: str, shots: int) -> list[tuple[str, str]]:
-    from lowbit.tasks import evaluate_tasks, prepare
+    from lowbit.evaluate.tasks import evaluate_tasks, prepare
 
     prepared = prepare([name], shots=shots, folder=folder)
     evaluate_tasks(prepared, load_causal_lm(str(model), "cpu"), tiny_tokenizer())
@@ -590,7 +590,7 @@ def test_prompts_and_scores_are_those_of_lm_eval(
     import datasets
     import lm_eval.tasks
 
-    from lowbit.tasks import prepare
+    from lowbit.evaluate.tasks import prepare
 
     data = datasets.Dataset.from_list(raw)
     monkeypatch.setattr(
@@ -734,7 +734,7 @@ def test_without_lm_eval_it_says_what_to_install(
 
 def test_the_command_line_does_not_import_lm_eval() -> None:
     code = (
-        "import sys, lowbit.cli, lowbit.tasks; sys.exit('lm_eval' in sys.modules or 'datasets' in "
+        "import sys, lowbit.cli, lowbit.evaluate.tasks; sys.exit('lm_eval' in sys.modules or 'datasets' in "
         "sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,9 +26,9 @@ from transformers import (
 
 import lowbit
 import lowbit.run.quantize
+from lowbit.artifact.proof import verify
 from lowbit.errors import LowbitError
-from lowbit.linears import CodebookLinear, DecodedLinear, PackedLinear
-from lowbit.proof import verify
+from lowbit.runtime.linears import CodebookLinear, DecodedLinear, PackedLinear
 
 IDS = torch.randint(3, 280, (2, 16), generator=torch.Generator().manual_seed(1))
 TWO_GRIDS = (

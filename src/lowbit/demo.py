@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from .console import Console, Table
-from .disk import disk
-from .display import Progress, duration, size
+from .artifact.disk import disk
+from .artifact.output import working
+from .artifact.tree import emptied, entries
+from .cli.console import Console, Table
+from .cli.display import Progress, duration, size
+from .cli.pages import write_page
 from .errors import Interrupted, LowbitError
 from .evaluate import continue_text, evaluate, load_causal_lm
 from .machine import pick_device
 from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.stream import load_tokenizer
-from .output import working
-from .report import write_page
 from .run.quantize import Result, quantize
-from .tree import emptied, entries
 from .verbatim import shell
 
 RECIPES = ("rtn", "awq", "tesseraq")

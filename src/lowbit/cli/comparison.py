@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..compare import Cell, Terms, cells, opened, title_of
-from ..console import Console
-from ..disk import disk
-from ..display import Progress, comparison_table
+from ..artifact.disk import disk
 from ..evaluate import window_length
 from ..model.calibration import Calibration
 from ..model.checkpoint import Checkpoint
 from ..model.stream import load_config
-from ..report import write_comparison
+from .compare import Cell, Terms, cells, opened, title_of
+from .console import Console
+from .display import Progress, comparison_table
+from .pages import write_comparison
 from .sentences import check_needed
 
 

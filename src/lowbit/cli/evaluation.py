@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..console import Console
-from ..display import progress_bar
 from ..evaluate import evaluate, load_causal_lm, together, window_length
-from ..integers import in_integers
+from ..evaluate.tasks import Prepared, TaskResults, evaluate_tasks, prepare
+from ..evaluate.tasks.show import notes, table
 from ..machine import pick_device
 from ..model.calibration import evaluation_windows
 from ..model.checkpoint import Checkpoint
 from ..model.stream import load_config, load_tokenizer
-from ..tasks import Prepared, TaskResults, evaluate_tasks, prepare
-from ..tasks.show import notes, table
+from ..runtime.integers import in_integers
+from .console import Console
+from .display import progress_bar
 from .sentences import check_needed
 
 _USUAL_BATCH = 8

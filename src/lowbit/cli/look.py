@@ -17,8 +17,8 @@ Number = TypeVar("Number", int, float)
 @reported
 def inspect(folder: options.Artifact) -> None:
     """Show an artifact's recipe, its layers, what was skipped and why, and its hashes."""
-    from ..display import artifact_lines, linears_table
-    from ..proof import read_report
+    from ..artifact.proof import read_report
+    from .display import artifact_lines, linears_table
 
     report = read_report(folder)
     out.print(linears_table(report))
@@ -37,7 +37,7 @@ def verify(
     """Compare every tensor and code with what was tuned, and the logits that its runtime computes
     with the tuned model's.
     """
-    from ..proof import verify as check
+    from ..artifact.proof import verify as check
     from ..run.identity import check_source
 
     if source is not None:
@@ -64,10 +64,10 @@ def analyze(
     """Which activations a quantizer turns into zero, outliers of every linear's input, and what
     zeroing them costs.
     """
-    from ..analyze import StudyOptions, study, write_analysis
-    from ..display import analysis_tables, progress_bar
+    from ..artifact.output import working
+    from ..evaluate.analyze import StudyOptions, study, write_analysis
     from ..machine import pick_device
-    from ..output import working
+    from .display import analysis_tables, progress_bar
 
     with (
         working(output, "analyze"),

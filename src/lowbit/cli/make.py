@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ..console import Console, Table
 from ..errors import LowbitError
 from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, Seed, app, out, reported
+from .console import Console, Table
 from .numbers import real, whole
 from .places import json_file, out_folder, write_json
 from .sentences import complain
@@ -98,9 +98,9 @@ def quantize(
 
     On several GPUs: torchrun --nproc-per-node N -m lowbit quantize ...
     """
-    from ..display import Progress, summary
     from ..run.launch import joined
     from ..run.quantize import quantize as job
+    from .display import Progress, summary
 
     with (
         joined(device, complain) as ranks,
@@ -207,13 +207,13 @@ def plan(
     """
     import torch
 
-    from ..display import plan_rows, runtime_table, runtimes_table
     from ..grid.names import parse_scheme
     from ..machine import pick_device
     from ..plan import calibration_of, make_plan, read_config
     from ..plan.speed import measure_speed
+    from ..plan.targets import check_target, demand
     from ..recipe.presets import load_recipe
-    from ..targets import check_target, demand
+    from .display import plan_rows, runtime_table, runtimes_table
 
     if gpu_memory is not None and device != "auto":
         raise LowbitError(
@@ -291,9 +291,9 @@ def export(
     """Lay the codes of an artifact out for another runtime, unchanged, and prove what was written
     with that runtime if it is there.
     """
+    from ..artifact.proof import read_report
     from ..export import export as write
     from ..export.gguf import remarks
-    from ..proof import read_report
 
     done = write(folder, output, to, embeddings=embeddings, python=python)
     report = read_report(output)

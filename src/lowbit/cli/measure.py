@@ -67,10 +67,10 @@ def generate(
 ) -> None:
     """Continue a text, through plain transformers."""
     from ..evaluate import continue_text, load_causal_lm
-    from ..integers import in_integers
     from ..machine import pick_device
     from ..model.checkpoint import Checkpoint
     from ..model.stream import load_tokenizer
+    from ..runtime.integers import in_integers
 
     tokenizer = load_tokenizer(Checkpoint(model))
     loaded = load_causal_lm(model, str(pick_device(device)))

@@ -82,7 +82,7 @@ def _refused(path: Path, param: typer.CallbackParam) -> Iterator[None]:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a JSON file that a command was asked for, and the folder it lies in."""
-    from ..disk import write_atomic
+    from ..artifact.disk import write_atomic
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..artifact import REPORT
+from ..artifact.files import REPORT
+from ..artifact.output import Output, claimed
+from ..artifact.proof import Verification, verify
 from ..errors import DiskFull, Interrupted, LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import gguf as container
-from ..output import Output, claimed
-from ..proof import Verification, verify
 from . import folders, for_vllm, gguf
 from .source import Source
 

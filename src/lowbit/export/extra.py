@@ -5,23 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import VerificationError
-from ..grid import Affine, KQuant, QTensor
+from ..grid import AffineParams, Coded, KQuant, KQuantParams
 
 # Scale and offset of each group, (out, groups) float64: weight = scale * code - offset.
 Steps = tuple[Tensor, Tensor]
 
 
-def steps_of(q: QTensor) -> Steps:
+def steps_of(q: Coded) -> Steps:
     """Of a weight on a uniform grid or a K-quant."""
-    if isinstance(q.grid, KQuant):
-        scale, offset = q.grid.steps(q.params.double())
-        return scale, offset + scale * q.grid.middle
-    assert isinstance(q.grid, Affine)
-    scale = q.params.scale.double()
-    return scale, scale * q.params.zero_point.double()
+    grid, params = q.grid, q.params
+    if isinstance(grid, KQuant) and isinstance(params, KQuantParams):
+        scale, offset = grid.steps(params.double())
+        return scale, offset + scale * grid.middle
+    assert isinstance(params, AffineParams)
+    scale = params.scale.double()
+    return scale, scale * params.zero_point.double()
 
 
-def extra_error(tuned: QTensor, codes: Tensor, held: Steps, name: str) -> float:
+def extra_error(tuned: Coded, codes: Tensor, held: Steps, name: str) -> float:
     """Mean square difference of the weights, as a share of scale^2 / 12, which rounding to the
     tuned grid costs on the average.
 

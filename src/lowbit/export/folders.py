@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..artifact.output import Output
+from ..artifact.proof import Verification
 from ..errors import LowbitError
-from ..formats import awq, gptq, mlx
-from ..formats.layouts import LAYOUTS
-from ..grid import Affine
-from ..output import Output
-from ..proof import Verification
+from ..formats import LAYOUTS, awq, gptq, mlx
+from ..formats import compressed_tensors as ct
+from ..formats.by_name import FORMATS
+from ..formats.uniform import Uniform, as_uniform
 from .extra import extra_error, steps_of
 from .place import place
 from .source import Source
@@ -26,14 +27,18 @@ def export(source: Source, target: str, output: Output, python: str) -> Verifica
         LowbitError: the artifact holds something that the format cannot say. VerificationError: a
             check failed.
     """
-    layout = LAYOUTS[target]
+    format_ = FORMATS[target]
     source.only_weights(target)
-    grids = {n: g for n, g in source.grids.items() if isinstance(g, Affine)}
-    if len(grids) < len(source.grids):
-        raise LowbitError(
-            f"'{source.folder}' has weights on codebooks, which {target} cannot say: only the "
-            "format of lowbit carries them."
-        )
+    grids: dict[str, Uniform] = {}
+    for name, grid in source.grids.items():
+        found = as_uniform(grid)
+        if found is None:
+            only = "" if ct.scheme_of(grid) else ": only the format of lowbit carries them"
+            raise LowbitError(
+                f"'{source.folder}' has weights on {LAYOUTS[type(grid)].kind}, which {target} "
+                f"cannot say{only}."
+            )
+        grids[name] = found
     described = _described(source, target, grids)
     known: dict[str, dict[str, Any]] = {}
     # Mlx-lm refuses names that its class does not know.
@@ -43,17 +48,17 @@ def export(source: Source, target: str, output: Output, python: str) -> Verifica
         for name, coded, others in source.shards():
             tensors: dict[str, Tensor] = {n: t for n, t in others.items() if n not in left}
             for linear, q in coded.items():
-                for key, t in layout.pack(q, source.dtype, linear).items():
+                for key, t in format_.pack(q, source.dtype, linear).items():
                     tensors[f"{linear}.{key}"] = t
             held = made.add(name, tensors)
             for linear, q in coded.items():
-                stored = layout.local(held, linear)
+                stored = format_.local(held, linear)
                 known[linear] = {
                     "bytes": (size := sum(t.nbytes for t in stored.values())),
                     "bits_per_weight": 8 * size / q.codes.numel(),
                     "extra_error": extra_error(
                         q,
-                        (back := layout.read(held, linear, described)).codes,
+                        (back := format_.read(held, linear, described)).codes,
                         steps_of(back),
                         linear,
                     ),
@@ -68,7 +73,7 @@ def export(source: Source, target: str, output: Output, python: str) -> Verifica
         return made.close(target, known, python)
 
 
-def _described(source: Source, target: str, grids: dict[str, Affine]) -> dict[str, Any]:
+def _described(source: Source, target: str, grids: dict[str, Uniform]) -> dict[str, Any]:
     """What config.json says of the weights, with its key; refuses what the format cannot say before
     anything is written.
     """

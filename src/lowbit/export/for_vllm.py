@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..artifact import PROOF, read_shard, save_shard
+from ..artifact.files import PROOF, read_shard, save_shard
+from ..artifact.output import Output
+from ..artifact.proof import EXACT, Verification, loader_logits
 from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import native, transforms
-from ..grid import Affine
-from ..output import Output
-from ..proof import EXACT, Verification, loader_logits
+from ..formats.uniform import as_uniform
 from .place import place
 from .source import Source
 
@@ -66,11 +66,11 @@ def export(source: Source, output: Output) -> Verification:
 def _described(source: Source) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     folder, own, grids = source.folder, source.own, source.grids
     linears = list(grids)
-    affine = {n: g for n, g in grids.items() if isinstance(g, Affine)}
-    if len(affine) < len(grids) or any(native.outliers_of(own, n) for n in linears):
+    other = ct.beyond(grids.values())
+    if other is not None or any(native.outliers_of(own, n) for n in linears):
         raise LowbitError(
-            f"'{folder}' has weights on codebooks or kept in floating point: only the format of "
-            "lowbit carries them."
+            f"'{folder}' has weights on {other or 'codebooks'} or kept in floating point: only the "
+            "format of lowbit carries them."
         )
     if own["kv"] is not None:
         raise LowbitError(
@@ -79,22 +79,30 @@ def _described(source: Source) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         )
     readings = {n: native.reading_of(own, n) for n in linears}
     activations = next((r.grid for r in readings.values()), None)
-    if not ct.carries(affine.values(), activations):
+    if not ct.carries(grids.values(), activations):
         raise LowbitError(
             f"'{folder}' has activations on a grid that compressed-tensors does not carry: it "
             "takes 4 or 8 bits, symmetric weights, and "
             "--set activations.symmetric=true --set activations.full_range=true --set "
             "activations.clip=1."
         )
+    dtype = native.dtype_of(own)
+    ct.check_mixed(grids.values(), dtype)
     rotations = {n: r.rotation for n, r in readings.items() if r.rotation is not None}
+    odd = next((g for n, g in grids.items() if n in rotations and as_uniform(g) is None), None)
+    if odd is not None:
+        raise LowbitError(
+            f"'{folder}' rotates the inputs of weights on {odd}, which vLLM is not known to take: "
+            "quantize with --set quarot.online=false."
+        )
     biased = [n for n in rotations if f"{n}.bias" in source.index["weight_map"]]
     if biased:
         raise LowbitError(
             f"'{biased[0]}' has a bias and a rotated input, which vLLM refuses: quantize with "
             "--set quarot.online=false."
         )
-    plain = ct.describe(affine, own["ignore"], activations)
+    plain = ct.describe(grids, own["ignore"], activations, dtype)
     if not rotations:
         return plain, {}
-    entry, matrices = transforms.describe(rotations, native.dtype_of(own))
+    entry, matrices = transforms.describe(rotations, dtype)
     return {**plain, "transform_config": entry}, matrices

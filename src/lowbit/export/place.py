@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..artifact import (
+from ..artifact.card import model_card
+from ..artifact.disk import copy_atomic, disk, write_atomic
+from ..artifact.files import (
     CARD,
     INDEX,
     NOTES,
@@ -27,12 +29,10 @@ from ..artifact import (
     save_shard,
     tensor_hash,
 )
-from ..card import model_card
-from ..disk import copy_atomic, disk, write_atomic
+from ..artifact.output import Output
+from ..artifact.proof import Verification, verify
 from ..formats.gguf import Reader
 from ..model.checkpoint import Stored
-from ..output import Output
-from ..proof import Verification, verify
 from .source import Source
 
 _RUN = {REPORT, "config.json", INDEX, CARD}  # of the source: written anew, or not

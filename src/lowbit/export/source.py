@@ -15,14 +15,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..artifact import INDEX, read_shard
+from ..artifact.files import INDEX, read_shard
+from ..artifact.proof import read_report
 from ..errors import LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import native
-from ..formats.packing import local_tensors, unpack
-from ..grid import Grid, QTensor
+from ..formats.packing import is_packed, local_tensors, packed_linears, unpack
+from ..grid import AnyGrid, Coded
 from ..model.checkpoint import Stored
-from ..proof import read_report
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Source:
         return bool(self.own["quant_method"] == native.NAME)
 
     @cached_property
-    def grids(self) -> dict[str, Grid]:
+    def grids(self) -> dict[str, AnyGrid]:
         """Full linear name -> grid."""
         out = {}
         for entry in self.report["linears"]:
@@ -138,12 +138,12 @@ class Source:
                 f"'{kept[0]}' keeps weights in floating point, which {target} cannot say."
             )
 
-    def shards(self) -> Iterator[tuple[str, dict[str, QTensor], dict[str, Tensor]]]:
+    def shards(self) -> Iterator[tuple[str, dict[str, Coded], dict[str, Tensor]]]:
         """(file name, its linears, its other tensors), one file in memory at a time."""
         for name in self.report["shards"]:
             held = read_shard(self.folder / name)
             coded = {}
-            for linear in [n for n in self.grids if f"{n}.weight_shape" in held]:
+            for linear in [n for n in self.grids if is_packed(n, held)]:
                 local = local_tensors(held, linear)
                 coded[linear] = unpack(local, self.grids[linear], linear)
                 for key in local:
@@ -156,13 +156,7 @@ class Source:
         for name in self.report["shards"]:
             with safe_open(self.folder / name, framework="pt") as f:
                 keys = set(f.keys())
-                packed = {
-                    n
-                    for n in (
-                        k.removesuffix(".weight_shape") for k in keys if k.endswith(".weight_shape")
-                    )
-                    if n in self.grids
-                }
+                packed = {n for n in packed_linears(keys) if n in self.grids}
                 for key in sorted(keys):
                     if key.rpartition(".")[0] not in packed or not key.rpartition(".")[
                         2

@@ -19,12 +19,13 @@ from ..grid import Affine, AffineParams, QTensor
 from ..grid.bits import pack as pack_bits
 from ..grid.bits import unpack as unpack_bits
 from .half import in_half
+from .uniform import Uniform
 
 NAME = "awq"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def check(grid: Affine, rows: int, name: str) -> None:
+def check(grid: Uniform, rows: int, name: str) -> None:
     """Raise LowbitError if a linear cannot be said in this format."""
     if grid.bits != 4:
         raise LowbitError(f"'{name}' has {grid.bits}-bit weights; AWQ's layout takes 4 bits.")
@@ -32,7 +33,7 @@ def check(grid: Affine, rows: int, name: str) -> None:
         raise LowbitError(f"'{name}' has {rows} outputs; AWQ's layout packs 8 at a time.")
 
 
-def pack(q: QTensor, name: str = "weight") -> dict[str, Tensor]:
+def pack(q: QTensor[AffineParams], name: str = "weight") -> dict[str, Tensor]:
     """The tensors of one linear by their local names. Raises LowbitError if the format cannot say
     it.
     """
@@ -45,7 +46,9 @@ def pack(q: QTensor, name: str = "weight") -> dict[str, Tensor]:
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> QTensor:
+def unpack(
+    tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight"
+) -> QTensor[AffineParams]:
     """The inverse of `pack`. Raises LowbitError if a tensor is missing or does not fit the
     others.
     """
@@ -66,7 +69,7 @@ def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") ->
     return QTensor(grid, codes, AffineParams(scale, zero))
 
 
-def describe(grids: Mapping[str, Affine], skipped: list[str]) -> dict[str, Any]:
+def describe(grids: Mapping[str, Uniform], skipped: list[str]) -> dict[str, Any]:
     """`quantization_config` for config.json.
 
     Raises:

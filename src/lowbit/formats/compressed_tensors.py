@@ -1,11 +1,8 @@
-"""compressed-tensors `pack-quantized`: integer weights that transformers and vLLM load without this
-library.
+"""`quantization_config` of compressed-tensors: weights that transformers and vLLM load without this
+library, in the tensors of every layout that has a scheme there.
 
-Per linear X: X.weight_packed int32 (out, ceil(in*bits/32)), X.weight_scale (out, groups) in the
-model's dtype, X.weight_shape int64 [out, in], and, if asymmetric, X.weight_zero_point int32
-(ceil(out*bits/32), groups), packed along the output dimension. Codes and zero points are stored
-unsigned, least significant bit first, without padding between codes (layout of compressed-tensors
->= 0.17; 2, 4 and 8 bits are the same in older versions).
+A group of linears on one grid is a config group with the name of its format. The format of the
+whole is that of its groups, or "mixed-precision" where they differ.
 """
 
 from __future__ import annotations
@@ -15,95 +12,72 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import ActivationGrid, Affine, AffineParams, PerToken, QTensor
-from ..grid.bits import pack as pack_bits
-from ..grid.bits import packed_words
-from ..grid.bits import unpack as unpack_bits
+from ..grid import ActivationGrid, AnyGrid, PerToken
+from . import LAYOUTS, affine
+from .layout import Scheme
 
 NAME = "compressed-tensors"
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_MIXED = "mixed-precision"
 
 
-def pack(q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one linear by their local names.
+def scheme_of(grid: AnyGrid) -> Scheme | None:
+    """What the format says of weights on a grid; None if it cannot."""
+    return LAYOUTS[type(grid)].scheme(grid) if type(grid) in LAYOUTS else None
+
+
+def beyond(grids: Iterable[AnyGrid]) -> str | None:
+    """Weights that the format cannot say, in words; None if it can say them all."""
+    for grid in grids:
+        if scheme_of(grid) is None:
+            return LAYOUTS[type(grid)].kind if type(grid) in LAYOUTS else str(grid)
+    return None
+
+
+def check_mixed(grids: Iterable[AnyGrid], dtype: torch.dtype | None = None) -> None:
+    """Refuse several grids that plain transformers loads only one at a time: it decodes while it
+    loads, as some grids need, only where all linears have one scheme.
 
     Args:
-        dtype: of the stored scales; they must be representable in it.
+        grids: each with a scheme. dtype: of the model; None if it is not known.
 
     Raises:
-        LowbitError: a scale would change when stored.
+        LowbitError: there are several, and one of them needs that.
     """
-    if not isinstance(q.grid, Affine):
-        raise LowbitError(f"compressed-tensors has no layout for a {q.grid}.")
-    scale = q.params.scale.to(dtype)
-    if not torch.equal(scale.to(q.params.scale.dtype), q.params.scale):
+    kinds = sorted(set(grids), key=str)
+    said = {g: s for g in kinds if (s := scheme_of(g)) is not None}
+    if len(kinds) < 2:
+        return
+    if any(s.unpacked for s in said.values()):
         raise LowbitError(
-            f"scales are not representable in {dtype}: fix their dtype before tuning, not at "
-            "export."
+            "plain transformers loads mixed grids only if all are symmetric: add 'sym' to every "
+            "scheme of the recipe, or use one for all linears."
         )
-    out = {
-        "weight_packed": pack_bits(q.codes, q.grid.bits),
-        "weight_scale": scale.contiguous(),
-        "weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
-    }
-    if not q.grid.symmetric:
-        zero = q.params.zero_point.to(torch.uint8)
-        out["weight_zero_point"] = pack_bits(zero.T.contiguous(), q.grid.bits).T.contiguous()
-    return {k: v.cpu() for k, v in out.items()}
-
-
-def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> QTensor:
-    """The inverse of `pack`.
-
-    Args:
-        tensors: local names -> tensors of one linear.
-        name: full name of the linear, for errors.
-
-    Raises:
-        LowbitError: a tensor is missing or has the wrong shape.
-    """
-    try:
-        rows, columns = (int(n) for n in tensors["weight_shape"])
-        codes = unpack_bits(tensors["weight_packed"], grid.bits, columns)
-        scale = tensors["weight_scale"].float()
-        groups = columns // grid.group(columns)
-        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
-            raise LowbitError(f"'{name}.weight_scale' holds values that are not positive numbers.")
-        if codes.shape[0] != rows or scale.shape != (rows, groups):
-            raise ValueError(
-                f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} do not belong to a "
-                f"{rows} x {columns} weight"
+    for grid, scheme in said.items():
+        if _while_loading(scheme, dtype):
+            given = "another dtype" if dtype is None else _name(dtype)
+            raise LowbitError(
+                f"plain transformers decodes {grid} to {_name(scheme.decoded)}, and in a model in "
+                f"{given} only if all linears are on it: use one scheme for all linears, or a "
+                f"model in {_name(scheme.decoded)}."
             )
-        if grid.symmetric:
-            zero = torch.full_like(scale, 2 ** (grid.bits - 1))
-        else:
-            zero = (
-                unpack_bits(tensors["weight_zero_point"].T.contiguous(), grid.bits, rows)
-                .T.float()
-                .contiguous()
-            )
-    except KeyError as e:
-        raise LowbitError(f"'{name}' has no tensor {e} in this artifact.") from e
-    except ValueError as e:
-        raise LowbitError(f"'{name}' is not a packed {grid} weight: {e}.") from e
-    return QTensor(grid, codes, AffineParams(scale, zero))
 
 
-def tensor_bytes(grid: Affine, rows: int, columns: int, scale_bytes: int = 2) -> int:
-    """Bytes of one packed linear on disk, headers apart."""
-    groups = columns // grid.group(columns)
-    zero = 0 if grid.symmetric else 4 * packed_words(rows, grid.bits) * groups
-    return 4 * rows * packed_words(columns, grid.bits) + scale_bytes * rows * groups + zero + 16
+def _while_loading(scheme: Scheme, dtype: torch.dtype | None) -> bool:
+    """Whether transformers must be told to decode while it loads a model in ``dtype``."""
+    return scheme.unpacked or scheme.decoded not in (None, dtype)
 
 
-def carries(grids: Iterable[Affine], activations: ActivationGrid | None) -> bool:
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def carries(grids: Iterable[AnyGrid], activations: ActivationGrid | None) -> bool:
     """Whether the format can say how activations are quantized, and its loaders do it.
 
-    4 and 8 bits, symmetric on both sides: transformers ignores the activations of asymmetric
-    weights, and vLLM has no kernels for others. Full range, since that is the scale that
+    4 and 8 bits, symmetric integers on both sides: transformers ignores the activations of
+    asymmetric weights, and vLLM has no kernels for others. Full range, since that is the scale that
     transformers computes; vLLM's is larger by 0.4 % at 8 bits.
     """
     if activations is None:
@@ -114,76 +88,81 @@ def carries(grids: Iterable[Affine], activations: ActivationGrid | None) -> bool
         and a.full_range
         and a.clip == 1
         and a.bits in (4, 8)
-        and all(g.symmetric for g in grids)
+        and all(_symmetric(scheme_of(g)) for g in grids)
     )
 
 
+def _symmetric(scheme: Scheme | None) -> bool:
+    """Whether weights are symmetric integers."""
+    w = {} if scheme is None else scheme.weights
+    return w.get("type") == "int" and bool(w["symmetric"])
+
+
 def describe(
-    grids: Mapping[str, Affine], skipped: list[str], activations: ActivationGrid | None = None
+    grids: Mapping[str, AnyGrid],
+    skipped: list[str],
+    activations: ActivationGrid | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """`quantization_config` for config.json.
 
     Args:
-        grids: full linear name -> grid, for every quantized linear.
+        grids: full linear name -> grid with a scheme, for every quantized linear.
         skipped: full names of the linears kept in floating point.
         activations: grid of the linears' inputs, one that `carries` allows.
+        dtype: of the model; None if it is not known, which `check_mixed` then takes into account.
+
+    Raises:
+        LowbitError: a grid has no scheme.
     """
-    dynamic = (
-        None
-        if activations is None
-        else {
-            "num_bits": activations.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "token",
-            "group_size": None,
-            "dynamic": True,
-            "actorder": None,
-            "block_structure": None,
-            "observer": None,
-            "observer_kwargs": {},
-        }
-    )
     kinds = sorted(
         set(grids.values()), key=lambda g: (-sum(x == g for x in grids.values()), str(g))
     )
     groups: dict[str, Any] = {}
+    schemes: list[Scheme] = []
     for i, grid in enumerate(kinds):
+        scheme = scheme_of(grid)
+        if scheme is None:
+            raise LowbitError(f"{NAME} has no layout for a {grid}.")
+        schemes.append(scheme)
         names = sorted(n for n, g in grids.items() if g == grid)
         # As AutoModel calls them.
         names += [headless for n in names if (headless := n.partition(".")[2]) not in grids]
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(kinds) == 1 else names,
-            "input_activations": dynamic,
+            "input_activations": None if activations is None else _dynamic(activations),
             "output_activations": None,
-            "format": "pack-quantized",
-            "weights": {
-                "num_bits": grid.bits,
-                "type": "int",
-                "symmetric": grid.symmetric,
-                "strategy": "group" if grid.group_size else "channel",
-                "group_size": grid.group_size,
-                "dynamic": False,
-                "actorder": None,
-                "block_structure": None,
-                "observer": "minmax",
-                "observer_kwargs": {},
-            },
+            "format": scheme.format,
+            "weights": dict(scheme.weights),
         }
-    # transformers (5.23, with any compressed-tensors) prepares unpacked zero points for packed ones
-    # and refuses asymmetric files, unless it is told to dequantize while loading. Its other path
-    # dequantizes at the first forward pass anyway.
-    asymmetric = any(not grid.symmetric for grid in kinds)
+    formats = sorted({s.format for s in schemes}) or [affine.FORMAT]
+    while_loading = any(_while_loading(s, dtype) for s in schemes)
     return {
         "quant_method": NAME,
-        "format": "pack-quantized",
+        "format": formats[0] if len(formats) == 1 else _MIXED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": sorted({*skipped, *_outside(grids)}),
         "config_groups": groups,
         "version": "0.17.1",
-        **({"dequantize": True} if asymmetric else {}),
+        **({"dequantize": True} if while_loading else {}),
+    }
+
+
+def _dynamic(activations: ActivationGrid) -> dict[str, Any]:
+    """The "input_activations" of a config group."""
+    return {
+        "num_bits": activations.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+        "actorder": None,
+        "block_structure": None,
+        "observer": None,
+        "observer_kwargs": {},
     }
 
 
@@ -200,17 +179,22 @@ def _outside(names: Iterable[str]) -> set[str]:
     return {f"re:(?!{'|'.join(inside)})"} if inside else set()
 
 
-def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
+def grid_of(config: Mapping[str, Any], name: str) -> AnyGrid | None:
     """The grid of a linear in an artifact with this `quantization_config`; None if it is not
     quantized.
+
+    Raises:
+        LowbitError: it is quantized in a way that no layout reads.
     """
     group = _group_of(config, name)
     if group is None:
         return None
-    w = group["weights"]
-    return Affine(
-        w["num_bits"], w["group_size"] if w["strategy"] == "group" else None, w["symmetric"]
-    )
+    said = Scheme(group.get("format") or config["format"], group["weights"])
+    found = (layout.read_scheme(said) for layout in LAYOUTS.values())
+    grid = next((g for g in found if g is not None), None)
+    if grid is None:
+        raise LowbitError(f"'{name}' is in the format '{said.format}', which lowbit does not read.")
+    return grid
 
 
 def _group_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

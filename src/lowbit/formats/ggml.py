@@ -80,10 +80,10 @@ def _halves(b: Tensor) -> Tensor:
 # --- K-quants -------------------------------------------------------------------------------------
 
 
-def pack_k(q: QTensor) -> Tensor:
+def pack_k(q: QTensor[KQuantParams]) -> Tensor:
     """(out, bytes of a row) uint8 of a weight on a `KQuant` grid."""
     grid, p = q.grid, q.params
-    assert isinstance(grid, KQuant) and isinstance(p, KQuantParams)
+    assert isinstance(grid, KQuant)
     rows, columns = q.codes.shape
     n, subs = columns // SUPER, SUPER // grid.group_size
     codes = q.codes.view(rows, n, SUPER)
@@ -123,7 +123,7 @@ def pack_k(q: QTensor) -> Tensor:
     return torch.cat([low, high, scale.to(torch.int8).view(torch.uint8), d], -1).flatten(1)
 
 
-def unpack_k(blocks: Tensor, grid: KQuant) -> QTensor:
+def unpack_k(blocks: Tensor, grid: KQuant) -> QTensor[KQuantParams]:
     """The inverse of `pack_k`."""
     kind = BLOCKS[grid.kind.upper()]
     rows = len(blocks)
@@ -210,7 +210,7 @@ def _from_scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
 # --- uniform grids --------------------------------------------------------------------------------
 
 
-def pack_affine(q: QTensor, kind: BlockType, name: str = "weight") -> Tensor:
+def pack_affine(q: QTensor[AffineParams], kind: BlockType, name: str = "weight") -> Tensor:
     """(out, bytes of a row) uint8 of a weight on a uniform grid in Q4_0, Q4_1, Q8_0 or Q2_0, codes
     kept, scales repeated per block.
 
@@ -243,7 +243,7 @@ def pack_affine(q: QTensor, kind: BlockType, name: str = "weight") -> Tensor:
     ).flatten(1)
 
 
-def unpack_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> QTensor:
+def unpack_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> QTensor[AffineParams]:
     """The inverse of `pack_affine`: codes on the grid that was packed, scale and zero point of each
     block in float64.
     """

@@ -22,12 +22,13 @@ from ..grid import Affine, AffineParams, QTensor
 from ..grid.bits import pack as pack_bits
 from ..grid.bits import unpack as unpack_bits
 from .half import in_half
+from .uniform import Uniform, most_common
 
 V1, V2 = "gptq", "gptq_v2"
 BITS = (2, 3, 4, 8)
 
 
-def check(grid: Affine, rows: int, columns: int, version: str, name: str) -> None:
+def check(grid: Uniform, rows: int, columns: int, version: str, name: str) -> None:
     """Raise LowbitError if a linear cannot be said in this version of the format."""
     if grid.bits not in BITS:
         raise LowbitError(
@@ -45,7 +46,7 @@ def check(grid: Affine, rows: int, columns: int, version: str, name: str) -> Non
         )
 
 
-def pack(q: QTensor, version: str, name: str = "weight") -> dict[str, Tensor]:
+def pack(q: QTensor[AffineParams], version: str, name: str = "weight") -> dict[str, Tensor]:
     """The tensors of one linear by their local names.
 
     Args:
@@ -69,7 +70,7 @@ def pack(q: QTensor, version: str, name: str = "weight") -> dict[str, Tensor]:
 
 def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, version: str, name: str = "weight"
-) -> QTensor:
+) -> QTensor[AffineParams]:
     """The inverse of `pack`; the scales are float16 numbers in float32.
 
     Raises:
@@ -100,7 +101,7 @@ def unpack(
 
 
 def describe(
-    grids: Mapping[str, Affine], skipped: list[str], version: str, maker: str
+    grids: Mapping[str, Uniform], skipped: list[str], version: str, maker: str
 ) -> dict[str, Any]:
     """`quantization_config` for config.json, also written as quantize_config.json.
 
@@ -146,10 +147,3 @@ def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
     return Affine(
         said["bits"], None if said["group_size"] == -1 else said["group_size"], said["sym"]
     )
-
-
-def most_common(grids: Mapping[str, Affine]) -> tuple[Affine, dict[str, Affine]]:
-    """The grid of most linears, and the linears with another."""
-    counted = list(grids.values())
-    common = max(sorted(set(counted), key=str), key=counted.count)
-    return common, {n: g for n, g in sorted(grids.items()) if g != common}

@@ -17,14 +17,14 @@ from ..errors import LowbitError
 from ..grid import Affine, AffineParams, QTensor
 from ..grid.bits import pack as pack_bits
 from ..grid.bits import unpack as unpack_bits
-from .gptq import most_common
+from .uniform import Uniform, most_common
 
 NAME = "mlx"
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
 
 
-def group_of(grid: Affine, columns: int, name: str) -> int:
+def group_of(grid: Uniform, columns: int, name: str) -> int:
     """The group size that the format will have: the grid's, or the largest of `GROUPS` that divides
     it, scales repeated.
 
@@ -44,7 +44,7 @@ def group_of(grid: Affine, columns: int, name: str) -> int:
     )
 
 
-def pack(q: QTensor, dtype: torch.dtype, name: str = "weight") -> dict[str, Tensor]:
+def pack(q: QTensor[AffineParams], dtype: torch.dtype, name: str = "weight") -> dict[str, Tensor]:
     """The tensors of one linear by their local names.
 
     Args:
@@ -65,7 +65,9 @@ def pack(q: QTensor, dtype: torch.dtype, name: str = "weight") -> dict[str, Tens
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> QTensor:
+def unpack(
+    tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight"
+) -> QTensor[AffineParams]:
     """The inverse of `pack`, but for the rounding of biases: zero points are floats, what the file
     says in units of the scale.
 
@@ -90,7 +92,7 @@ def unpack(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") ->
     return QTensor(grid, codes, AffineParams(scales, -biases / scales))
 
 
-def describe(grids: Mapping[str, Affine], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def describe(grids: Mapping[str, Uniform], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """`quantization` for config.json.
 
     Args:
@@ -99,7 +101,7 @@ def describe(grids: Mapping[str, Affine], shapes: Mapping[str, tuple[int, int]])
     """
     common, others = most_common(grids)
 
-    def said(name: str, grid: Affine) -> dict[str, Any]:
+    def said(name: str, grid: Uniform) -> dict[str, Any]:
         return {
             "group_size": group_of(grid, shapes[name][1], name),
             "bits": grid.bits,

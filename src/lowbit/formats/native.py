@@ -1,7 +1,7 @@
 """The library's own `quantization_config`: what compressed-tensors cannot say about activations,
 keys, values and rotations.
 
-Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The config adds
+Weights lie in the tensors of their grid's layout, see `lowbit.formats`. The config adds
 
     dtype        of the scales, to which decoded weights are rounded: quantized activations turn the
                  smallest differences of weights into whole steps. Scales keep it whatever dtype the
@@ -16,12 +16,12 @@ Weights lie in the same tensors as in `lowbit.formats.compressed_tensors`. The c
     hexadecimal number a row
     linears      full name -> what is not in config_groups: {codebook: {bits, per, group_size},
                  columns: bits -> count} for a weight on codebooks, stored as in
-                 `lowbit.formats.columns`; {outliers: count} for one with weights kept apart
+                 `lowbit.formats.codebook`; {outliers: count} for one with weights kept apart
                  (version 2); {kquant: kind} for one in blocks of llama.cpp, stored as in
-                 `lowbit.formats.blocks` (version 5)
+                 `lowbit.formats.kquant` (version 5)
 
 A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers
-quantizer in `lowbit.hf`.
+quantizer in `lowbit.runtime`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import (
-    Affine,
-    Codebook,
-    Grid,
-    KQuant,
-    KVGrid,
-    PerToken,
-    Reading,
-    Rotation,
-    activation_grid,
-)
+from ..grid import AnyGrid, KVGrid, PerToken, Reading, Rotation, activation_grid
 from ..grid.rotation import sylvester
+from . import LAYOUTS
 from . import compressed_tensors as ct
 
 NAME = "lowbit"
@@ -55,7 +46,7 @@ _READ = (1, 2, 3, 4, 5)
 
 
 def describe(
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, AnyGrid],
     skipped: Sequence[str],
     dtype: torch.dtype,
     readings: Mapping[str, Reading],
@@ -73,22 +64,24 @@ def describe(
         readings: linear's name inside its block -> reading; the same in every block, one activation
             grid for all.
         attention: name of the attention module inside a block.
-        columns: full linear name -> bits -> number of columns, for every weight on codebooks.
+        columns: full linear name -> bits -> number of columns, where columns differ, see
+            `lowbit.formats.packing.counts`.
         outliers: full linear name -> number of weights kept apart, where there are any.
     """
     tables: dict[str, list[str]] = {}
     activations = {r.grid for r in readings.values() if r.grid is not None}
     if len(activations) > 1:
         raise LowbitError("linears of one model with different activation grids cannot be stored.")
-    linears: dict[str, dict[str, Any]] = {
-        n: {"codebook": asdict(g), "columns": {str(b): c for b, c in columns[n].items()}}
-        for n, g in grids.items()
-        if isinstance(g, Codebook)
-    }
-    linears |= {n: {"kquant": g.kind} for n, g in grids.items() if isinstance(g, KQuant)}
+    linears: dict[str, dict[str, Any]] = {}
+    for kind, layout in LAYOUTS.items():
+        for name, weights_on in grids.items():
+            if type(weights_on) is kind:
+                entry = layout.entry(weights_on, columns.get(name, {}))
+                linears |= {name: entry} if entry else {}
     for name, count in outliers.items():
         linears.setdefault(name, {})["outliers"] = count
-    weights = ct.describe({n: g for n, g in grids.items() if isinstance(g, Affine)}, list(skipped))
+    plain = {n: g for n, g in grids.items() if ct.scheme_of(g) is not None}
+    weights = ct.describe(plain, list(skipped))
     grid = next(iter(activations), None)
     return {
         "quant_method": NAME,
@@ -168,17 +161,19 @@ def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     return found
 
 
-def grid_of(config: Mapping[str, Any], name: str) -> Grid | None:
+def grid_of(config: Mapping[str, Any], name: str) -> AnyGrid | None:
     """The grid of a linear, also of a compressed-tensors config; None if it is not quantized."""
-    own = config.get("linears", {}).get(name, {})
-    if "kquant" in own:
-        return KQuant(own["kquant"])
-    return Codebook(**own["codebook"]) if "codebook" in own else ct.grid_of(config, name)
+    entry = config.get("linears", {}).get(name, {})
+    found = (layout.read_entry(entry) for layout in LAYOUTS.values())
+    return next((g for g in found if g is not None), None) or ct.grid_of(config, name)
 
 
 def columns_of(config: Mapping[str, Any], name: str) -> dict[int, int]:
-    """Bits -> number of columns, by rising bits, of a weight on codebooks."""
-    return dict(sorted((int(b), n) for b, n in config["linears"][name]["columns"].items()))
+    """Bits -> number of columns, by rising bits, of a weight whose columns may differ; empty for
+    another.
+    """
+    said = config.get("linears", {}).get(name, {}).get("columns", {})
+    return dict(sorted((int(b), n) for b, n in said.items()))
 
 
 def outliers_of(config: Mapping[str, Any], name: str) -> int | None:

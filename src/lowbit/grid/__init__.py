@@ -18,6 +18,8 @@ from .codebook import Codebook as Codebook
 from .codebook import CodebookParams as CodebookParams
 from .kquant import KQuant as KQuant
 from .kquant import KQuantParams as KQuantParams
+from .mxfp4 import MXFP4 as MXFP4
+from .mxfp4 import MXFP4Params as MXFP4Params
 from .params import Params as Params
 from .qtensor import Coded as Coded
 from .qtensor import Outliers as Outliers
@@ -27,4 +29,4 @@ from .reading import QuantizedStates as QuantizedStates
 from .reading import Reading as Reading
 from .rotation import Rotation as Rotation
 
-GRIDS: tuple[type[AnyGrid], ...] = (Affine, Codebook, KQuant)
+GRIDS: tuple[type[AnyGrid], ...] = (Affine, Codebook, KQuant, MXFP4)

@@ -72,6 +72,10 @@ class Codebook(ColumnGrid[CodebookParams]):
         group = f"g{self.group_size}" if self.group_size else ""
         return f"W{self.bits}{group}:{self.per}"
 
+    def __str__(self) -> str:
+        shared = f"{self.group_size} columns" if self.group_size else self.per
+        return f"W{self.bits} codebook per {shared}"
+
     @classmethod
     def parse(cls, text: str) -> Codebook | None:
         found = _NAME.fullmatch(text)
@@ -86,10 +90,6 @@ class Codebook(ColumnGrid[CodebookParams]):
 
     def with_bits(self, bits: int) -> Codebook:
         return replace(self, bits=bits)
-
-    def __str__(self) -> str:
-        shared = f"{self.group_size} columns" if self.group_size else self.per
-        return f"W{self.bits} codebook per {shared}"
 
     def check(self, width: int) -> None:
         self.books(1, width)

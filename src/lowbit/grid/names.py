@@ -15,7 +15,8 @@ from . import GRIDS
 from .activation import PerToken
 from .affine import Affine
 from .base import AnyGrid
-from .codebook import Codebook, Per
+from .codebook import Codebook
+from .codebook import Per as Per
 
 _WEIGHTS = re.compile(r"(w\d+)(?:a(\d+))?(?:kv(\d+))?(.*)", re.IGNORECASE)
 _OTHERS = re.compile(r"(.*?)(?:\+(?:a(\d+))?(?:kv(\d+))?)?", re.IGNORECASE)

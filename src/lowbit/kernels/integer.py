@@ -8,6 +8,7 @@ All of it is exact; only the scales are floating point.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class IntegerWeight:
     group: int
 
     @classmethod
-    def of(cls, q: QTensor, name: str = "weight") -> IntegerWeight:
+    def of(cls, q: QTensor[Any], name: str = "weight") -> IntegerWeight:
         """From codes and scales.
 
         Raises:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from ..errors import LowbitError
-from ..formats.compressed_tensors import carries
-from ..grid import Affine, KQuant
+from ..formats import compressed_tensors as ct
 from ..model.outline import Outline
 from ..recipe import Recipe
 
@@ -46,19 +47,17 @@ def beyond_compressed_tensors(recipe: Recipe, outline: Outline) -> str | None:
     """What plain loaders of compressed-tensors could not run of the result; None if they can run it
     all.
     """
-    names = list(outline.shapes)
-    if any(isinstance(recipe.grid_of(n), KQuant) for n in names):
-        return "K-quants"
-    if not all(isinstance(recipe.grid_of(n), Affine) for n in names):
-        return "codebooks"
+    grids = {recipe.grid_of(n) for n in outline.shapes}
+    unsaid = ct.beyond(sorted(grids, key=str))
+    if unsaid is not None:
+        return unsaid
     if recipe.outliers:
         return f"weights kept in floating point ({recipe.outliers})"
     if recipe.kv is not None:
         return "quantized keys and values"
     if outline.online:
         return "online rotations (--set quarot.online=false leaves them out)"
-    affine = [g for n in names if isinstance(g := recipe.grid_of(n), Affine)]
-    if not carries(affine, recipe.activations):
+    if not ct.carries(grids, recipe.activations):
         return (
             "these activations: compressed-tensors takes 4- or 8-bit ones with "
             "activations.symmetric and activations.full_range, no clip, under symmetric weights "
@@ -74,24 +73,20 @@ def beyond_compressed_tensors(recipe: Recipe, outline: Outline) -> str | None:
     return None
 
 
-def check_loadable(recipe: Recipe, outline: Outline, beyond: str | None) -> None:
+def check_loadable(
+    recipe: Recipe, outline: Outline, beyond: str | None, dtype: torch.dtype
+) -> None:
     """Refuse what plain transformers could not load, before any work.
 
     Args:
         beyond: what compressed-tensors cannot carry; the library's own format has no such limit.
+        dtype: of the checkpoint.
 
     Raises:
-        LowbitError: several grids of which one is asymmetric; its loader takes one scheme for all
-            asymmetric linears.
+        LowbitError: several grids that its loader takes only one at a time.
     """
-    if beyond:
-        return
-    grids = {recipe.grid_of(n) for n in outline.shapes}
-    if len(grids) > 1 and not all(isinstance(g, Affine) and g.symmetric for g in grids):
-        raise LowbitError(
-            "plain transformers loads mixed grids only if all are symmetric: add 'sym' to every "
-            "scheme of the recipe, or use one for all linears."
-        )
+    if not beyond:
+        ct.check_mixed({recipe.grid_of(n) for n in outline.shapes}, dtype)
 
 
 def check_shared(recipe: Recipe, outline: Outline, samples: int, ranks: int) -> None:

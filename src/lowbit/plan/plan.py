@@ -23,10 +23,10 @@ from ..model.model import Model, Stage
 from ..model.outline import Outline
 from ..model.stream import ModelStream
 from ..recipe import Recipe
-from ..targets import Planned, Verdict, verdicts
 from .checks import beyond_compressed_tensors, check_divides, check_loadable, check_shared
 from .memory import PROCESS, Needs, needs
 from .speed import Speed, run_work, seconds
+from .targets import Planned, Verdict, verdicts
 
 HELD_OUT = 16  # rows that a run draws besides the calibration's, to judge the result on
 _SCALE_BYTES = 2
@@ -112,7 +112,7 @@ class Plan:
         for stage in stages:
             outline = stage.planned(outline)
         beyond = beyond_compressed_tensors(recipe, outline)
-        check_loadable(recipe, outline, beyond)
+        check_loadable(recipe, outline, beyond, setting.dtype)
         if plain and beyond:
             raise LowbitError(
                 f"compressed-tensors cannot carry {beyond}. Choose another scheme or recipe, or "

@@ -9,8 +9,7 @@ from typing import Any
 
 from ..errors import LowbitError, unknown
 from ..grid import ActivationGrid, AnyGrid, PerToken, activation_grid
-from ..grid.codebook import Per
-from ..grid.names import as_codebook, parse_scheme, weights_only
+from ..grid.names import Per, as_codebook, parse_scheme, weights_only
 from ..methods import METHODS
 from ..model.calibration import Calibration
 

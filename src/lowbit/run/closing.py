@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifact import HASHED, INDEX, RECIPE, REPORT, file_hash
-from ..card import model_card
-from ..disk import write_atomic
+from ..artifact.card import model_card
+from ..artifact.disk import write_atomic
+from ..artifact.files import HASHED, INDEX, RECIPE, REPORT, file_hash
+from ..artifact.proof import Verification, verify
 from ..evaluate import Tally
 from ..formats import compressed_tensors as ct
 from ..formats import native
@@ -20,7 +21,6 @@ from ..model.calibration import Rows
 from ..model.context import TOKENS_PER_PASS
 from ..model.model import Model
 from ..plan import Plan
-from ..proof import Verification, verify
 from .report import Facts, format_of, report_of
 from .workplace import Workplace
 
@@ -104,7 +104,7 @@ def _described(model: Model, plan: Plan, records: Sequence[Record]) -> dict[str,
     linears = [e for r in records[1:] for e in r["linears"]]
     grids = {e["name"]: plan.recipe.grid_of(e["name"]) for e in linears}
     if format_of(plan) == ct.NAME:
-        return ct.describe(grids, skipped, plan.recipe.activations)
+        return ct.describe(grids, skipped, plan.recipe.activations, source.dtype)
     return native.describe(
         grids,
         skipped,

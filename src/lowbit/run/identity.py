@@ -13,14 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..artifact import file_hash
+from ..artifact.files import file_hash
+from ..artifact.proof import read_report
 from ..errors import LowbitError, VerificationError
 from ..model.calibration import Rows
 from ..model.carried import SourceFiles, source_files
 from ..model.checkpoint import Checkpoint
 from ..model.ranks import ALONE, Ranks
 from ..model.stream import ModelStream
-from ..proof import read_report
 from ..recipe import Recipe
 
 

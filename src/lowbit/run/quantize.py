@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from ..artifact import REPORT
+from ..artifact.files import REPORT
+from ..artifact.output import Output, claimed
+from ..artifact.proof import Verification, read_report
 from ..errors import DiskFull, Interrupted, LowbitError
 from ..grid import AnyGrid
 from ..grid.names import Scheme, parse_scheme
@@ -22,10 +24,8 @@ from ..model.parts import ran_out
 from ..model.ranks import ALONE, Ranks
 from ..model.storage import Storage
 from ..model.stream import ModelStream, load_tokenizer
-from ..output import Output, claimed
 from ..plan import HELD_OUT, calibration_of, plan_for
 from ..plan.memory import Offload
-from ..proof import Verification, read_report
 from ..recipe import Recipe, load_recipe
 from ..stages import Blocks, Entered
 from .closing import close, proof_ids, quality, verified

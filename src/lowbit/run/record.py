@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifact import CARD, RECIPE
-from ..card import terms_of
+from ..artifact.card import terms_of
+from ..artifact.files import CARD, RECIPE
 from ..errors import LowbitError
-from ..formats.columns import column_widths
-from ..formats.packing import local_tensors
-from ..grid import Codebook, Coded
+from ..formats.packing import counts, local_tensors
+from ..grid import Coded, GroupedGrid
 from ..grid.names import scheme_name
 from ..machine import peak_memory
 from ..model.block import Block
@@ -94,7 +93,7 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
                 "moved": _moved(block, name, q),
                 "error_nearest": error.nearest,
                 "error": error.tuned,
-                **_parts(q),
+                **counts(q),
             }
         )
     return {
@@ -137,22 +136,11 @@ def _peak(block: Block) -> int:
     return int(most)
 
 
-def _parts(q: Coded) -> dict[str, Any]:
-    """What only some weights have: columns by their bits, and outliers by their number."""
-    out: dict[str, Any] = {}
-    if isinstance(q.grid, Codebook):
-        widths = column_widths(q)
-        out["columns"] = {str(b): int((widths == b).sum()) for b in sorted(set(widths.tolist()))}
-    if q.outliers is not None:
-        out["outliers"] = len(q.outliers.index)
-    return out
-
-
 def _moved(block: Block, linear: str, q: Coded) -> float:
     """The share of codes that are not the nearest ones to the weight on its range before scales
     were tuned.
     """
-    # Levels have no others to compare with.
-    params = q.params if isinstance(q.grid, Codebook) else block.range_of(linear)
+    # Only groups have a range: levels have no others to compare with.
+    params = block.range_of(linear) if isinstance(q.grid, GroupedGrid) else q.params
     nearest: Tensor = q.grid.encode(block.weight(linear), params)
     return float((q.codes != nearest).double().mean())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..artifact import block_tensors, compare_block, read_shard, unpack_linear
+from ..artifact.files import block_tensors, compare_block, read_shard, unpack_linear
 from ..grid import Coded
 from ..model.block import Block
 from ..model.model import Model

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..artifact import (
+from ..artifact.disk import copy_atomic, disk, write_atomic
+from ..artifact.files import (
     CARD,
     NOTES,
     PROOF,
@@ -25,13 +26,12 @@ from ..artifact import (
     shard_name,
     tensor_hash,
 )
-from ..disk import copy_atomic, disk, write_atomic
+from ..artifact.lock import LOCK
+from ..artifact.output import INSIDE, Output
+from ..artifact.tree import MOVING, entries
 from ..errors import LowbitError
-from ..lock import LOCK
 from ..model.checkpoint import Checkpoint
 from ..model.ranks import ALONE, Ranks
-from ..output import INSIDE, Output
-from ..tree import MOVING, entries
 
 RESUMES = (STATE, "shard-*.json")  # what tells that a directory is an unfinished run
 _DIFFERENCES = {  # of a run's fingerprint, in words

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...artifact import PROOF, read_shard, save_shard
-from ...disk import disk
+from ...artifact.disk import disk
+from ...artifact.files import PROOF, read_shard, save_shard
+from ...artifact.output import Output
+from ...artifact.proof import Verification, compare_logits
 from ...errors import LowbitError
 from ...formats import gguf
 from ...formats.ggml import BLOCKS, BlockType
-from ...grid import Affine, AffineParams, KQuant, KQuantParams, QTensor
+from ...grid import Affine, Coded, QTensor
 from ...model.checkpoint import Stored, config_at
 from ...names import model_name
-from ...output import Output
-from ...proof import Verification, compare_logits
 from ...verbatim import encodable
 from ..place import Place, place
 from ..source import Source
@@ -248,15 +248,9 @@ def _place_in_file(entry: gguf.Entry) -> tuple[int, int, str]:
     return (0 if entry.name == "token_embd.weight" else 2), 0, entry.name
 
 
-def _ordered(q: QTensor, order: Tensor) -> QTensor:
-    """The weight with its rows in another order."""
-    p = q.params
-    if isinstance(p, KQuantParams):
-        params: Any = KQuantParams(p.unit[order], p.scale[order], p.unit_min[order], p.min[order])
-    else:
-        params = AffineParams(p.scale[order], p.zero_point[order])
-    assert isinstance(q.grid, (Affine, KQuant))
-    return QTensor(q.grid, q.codes[order], params)
+def _ordered(q: Coded, order: Tensor) -> Coded:
+    """The weight with its rows in another order; every tensor of its params has them first."""
+    return QTensor(q.grid, q.codes[order], q.params.map(lambda t: t[order]))
 
 
 def _back(architecture: Architecture, full: str, value: Tensor) -> Tensor:

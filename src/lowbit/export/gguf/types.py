@@ -4,7 +4,7 @@ can say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...formats.ggml import BLOCKS, BlockType, pack_affine, pack_k, unpack_affine, unpack_k
-from ...grid import Affine, AffineParams, Grid, KQuant, QTensor
+from ...grid import Affine, AffineParams, AnyGrid, KQuant, QTensor
 from ..extra import extra_error, steps_of
 
 FLOATS = ("f32", "f16", "bf16")
@@ -21,6 +21,8 @@ FLOATS = ("f32", "f16", "bf16")
 # Q4_1 for Q4_K, no more
 _LARGER = 1.2
 REST = (*FLOATS, "q8_0", "q6_k")
+_EXACT = ("Q2_0", "Q4_0", "Q8_0")
+_GROUPS = (64, 128, 32)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Held:
     extra: float
 
 
-def types_of(grid: Grid) -> tuple[BlockType, ...]:
+def types_of(grid: AnyGrid) -> tuple[BlockType, ...]:
     """The types that keep the codes of a grid, most fitting first; their rows and groups may still
     not fit.
     """
@@ -59,7 +61,7 @@ def types_of(grid: Grid) -> tuple[BlockType, ...]:
     )
 
 
-def chosen(grid: Grid, columns: int, asked: str | None, name: str) -> BlockType:
+def chosen(grid: AnyGrid, columns: int, asked: str | None, name: str) -> BlockType:
     """The block type for a weight.
 
     Args:
@@ -109,7 +111,47 @@ def chosen(grid: Grid, columns: int, asked: str | None, name: str) -> BlockType:
     return fitting[0]
 
 
-def _misfit(grid: Grid, columns: int, kind: BlockType) -> str | None:
+def fitting(grid: AnyGrid, shapes: Mapping[str, tuple[int, int]]) -> AnyGrid | None:
+    """A uniform grid of no fewer bits that every linear could have, better symmetric if the given
+    one is.
+
+    Args:
+        shapes: full linear name -> (out, in).
+    """
+    symmetric = isinstance(grid, Affine) and grid.symmetric
+    tried = (
+        Affine(bits, size, kind)
+        for bits in range(max(2, grid.bits), 9)
+        for kind in (symmetric, not symmetric)
+        for size in _GROUPS
+    )
+    return next((g for g in tried if _fits_all(g, shapes)), None)
+
+
+def _fits_all(grid: Affine, shapes: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether every linear can be on this grid, and has a type then."""
+    try:
+        for name, (_, columns) in shapes.items():
+            if columns % (grid.group_size or 1):
+                return False
+            chosen(grid, columns, None, name)
+    except LowbitError:
+        return False
+    return True
+
+
+def said(kind: BlockType, grid: AnyGrid) -> str:
+    """A type, its bits, scales included, and what becomes of the numbers of a grid in it."""
+    if not isinstance(grid, Affine) or kind.name in _EXACT:
+        kept = "exact"
+    elif kind.name == "Q4_1":
+        kept = "codes kept, offsets rounded to float16"
+    else:
+        kept = "codes kept, scales fitted anew"
+    return f"{kind.name} ({8 * kind.bytes / kind.size:g} bits, {kept})"
+
+
+def _misfit(grid: AnyGrid, columns: int, kind: BlockType) -> str | None:
     """Why rows or groups do not fit, or None if they do."""
     if columns % kind.size:
         return f"its blocks hold {kind.size} inputs, which does not divide {columns}"
@@ -127,7 +169,7 @@ def _misfit(grid: Grid, columns: int, kind: BlockType) -> str | None:
     )
 
 
-def held(q: QTensor, kind: BlockType, name: str) -> Held:
+def held(q: QTensor[Any], kind: BlockType, name: str) -> Held:
     """A weight in a block type, rows in the order in which they come."""
     if isinstance(q.grid, KQuant):
         rows = pack_k(q)
@@ -136,8 +178,8 @@ def held(q: QTensor, kind: BlockType, name: str) -> Held:
     assert isinstance(q.grid, Affine)
     if "_K" not in kind.name:
         rows = pack_affine(q, kind, name)
-        back = unpack_affine(rows, kind, q.grid)
-        return Held(rows, _decoder(back), extra_error(q, back.codes, steps_of(back), name))
+        same = unpack_affine(rows, kind, q.grid)
+        return Held(rows, _decoder(same), extra_error(q, same.codes, steps_of(same), name))
     grid = KQuant(kind.name.lower())  # type: ignore[arg-type]
     repeat = q.grid.group(q.codes.shape[1]) // grid.group_size
     scale = q.params.scale.double().repeat_interleave(repeat, 1)
@@ -160,10 +202,10 @@ def held(q: QTensor, kind: BlockType, name: str) -> Held:
     )
 
 
-def _decoder(q: QTensor) -> Callable[[], Tensor]:
-    if isinstance(q.grid, KQuant):
-        grid = q.grid
-        return lambda: grid.decode(q.codes, q.params.double())
+def _decoder(q: QTensor[Any]) -> Callable[[], Tensor]:
+    grid, params = q.grid, q.params
+    if isinstance(grid, KQuant):
+        return lambda: grid.decode(q.codes, params.double())
     return lambda: q.decode(torch.float64)
 
 

@@ -1,0 +1,200 @@
+"""The proof that comes with an artifact: tokens with the tuned model's logits, and the check that a
+runtime reproduces them.
+
+The runtime runs in a process of its own, see `lowbit.readers`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import VerificationError
+from ...formats import gguf
+from ..files import PROOF, read_shard
+from .contents import check_tensors, read_report
+from .runtimes import (
+    GGUF_DECODER,
+    READERS,
+    WITHIN,
+    Reader,
+    compare_logits,
+    loader_logits,
+    runtime_logits,
+)
+
+__all__ = [
+    "EXACT",
+    "GGUF_DECODER",
+    "READERS",
+    "Reader",
+    "Verification",
+    "check_tensors",
+    "compare_logits",
+    "loader_logits",
+    "read_report",
+    "runtime_logits",
+    "verify",
+]
+EXACT = "activations not quantized"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and how it came out.
+
+    Attributes:
+        tensors: number of tensors whose bytes were compared with the report.
+        linears: number of linears whose codes were unpacked and found in range.
+        loader: "passed", or why it was not run.
+        logits_rms: root mean square difference of the runtime's logits to the proof's, relative to
+            their spread.
+        top1: share of proof positions with the same most likely token.
+        reader: the runtime.
+        reference: whose logits the proof holds.
+        decoded_rms: as ``logits_rms``, from the weights as the runtime decodes them, in float32;
+            None where it computes so anyway, or does not hand them out.
+    """
+
+    tensors: int
+    linears: int
+    loader: str
+    logits_rms: float | None = None
+    top1: float | None = None
+    reader: str = "transformers"
+    decoded_rms: float | None = None
+    reference: str = "the tuned model's"
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        if self.logits_rms is None or self.top1 is None:
+            return (
+                f"{self.tensors} tensors and {self.linears} linears as tuned; loader check "
+                f"{self.loader}"
+            )
+        decoded = (
+            ""
+            if self.decoded_rms is None
+            else f" ({self.decoded_rms:.1e} with its weights in float32)"
+        )
+        missing = "" if self.loader == "passed" else f" ({self.loader.removeprefix('passed; ')})"
+        return (
+            f"{self.tensors} tensors and {self.linears} linears as tuned; logits by {self.reader} "
+            f"within {self.logits_rms:.1e}{decoded} "
+            f"of {self.reference}, top-1 equal at {self.top1:.1%}{missing}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -> Verification:
+    """Check an artifact or an export against its report: every tensor, every code, and the logits
+    that its runtime computes.
+
+    Args:
+        loader: run the runtime. python: interpreter that has it; where it has not, that is said and
+            is no failure.
+
+    Raises:
+        LowbitError: not an artifact, or the runtime could not work here, for want of memory or the
+            like. VerificationError: something differs; it names the tensor.
+    """
+    report = read_report(folder)
+    tensors, linears = check_tensors(folder, report)
+    if not loader:
+        return Verification(tensors, linears, "not asked for")
+    reader, proof = READERS[report["format"]], read_shard(folder / PROOF)
+    last = proof["logits"].shape[1]
+    if report["format"] == gguf.NAME:
+        return _verify_gguf(folder, report, Verification(tensors, linears, "passed"), proof, python)
+    found = runtime_logits(
+        folder,
+        proof["ids"],
+        report["format"],
+        last,
+        exact=report.get("proof") == EXACT,
+        python=python,
+    )
+    if isinstance(found, str):
+        missing = (
+            f"not run: no {found} here (lowbit verify --python names an interpreter that has it)"
+        )
+        return Verification(tensors, linears, missing, reader=reader.name)
+    rms, top1 = _compared(folder, reader, proof["logits"], found["logits"], reader.within)
+    decoded = (
+        _compared(folder, reader, proof["logits"], found["decoded"], WITHIN)[0]
+        if "decoded" in found
+        else None
+    )
+    return Verification(tensors, linears, "passed", rms, top1, reader.name, decoded)
+
+
+def _verify_gguf(
+    folder: Path, report: dict[str, Any], done: Verification, proof: dict[str, Tensor], python: str
+) -> Verification:
+    """The file as the gguf package decodes it, computed by transformers in float32, and as
+    llama.cpp runs it.
+    """
+    decoded, top1, last = None, None, proof["logits"].shape[1]
+    if report["gguf"]["moved"] is not None:
+        done = replace(done, reference="those of the numbers in the file")
+    newer = "Q2_0" in report["gguf"]["types"]  # not known to releases of the package up to 0.19
+    exact = (
+        "no gguf package that knows Q2_0"
+        if newer
+        else runtime_logits(folder, proof["ids"], gguf.NAME, last, reader=GGUF_DECODER)
+    )
+    if not isinstance(exact, str):
+        decoded, top1 = _compared(
+            folder, GGUF_DECODER, proof["logits"], exact["logits"], GGUF_DECODER.within
+        )
+    found = runtime_logits(folder, proof["ids"], gguf.NAME, last, python=python)
+    if isinstance(found, str):
+        missing = (
+            f"llama.cpp not run: no {found} here (lowbit verify --python names an interpreter that "
+            "has it)"
+        )
+        if decoded is None:
+            return replace(
+                done,
+                loader=f"not run: no {str(exact).removeprefix('no ')} here; {missing}",
+                reader=READERS[gguf.NAME].name,
+            )
+        return replace(
+            done,
+            loader=f"passed; {missing}",
+            logits_rms=decoded,
+            top1=top1,
+            reader=GGUF_DECODER.name,
+        )
+    for i, (text, ids) in enumerate(
+        json.loads((folder / PROOF.parent / "tokens.json").read_text()).items()
+    ):
+        if found[f"tokens.{i}"].tolist() != ids:
+            raise VerificationError(
+                f"llama.cpp cuts the text {text!r} into other tokens than the model's own "
+                "tokenizer."
+            )
+    reader = READERS[gguf.NAME]
+    rms, top1 = _compared(folder, reader, proof["logits"], found["logits"], reader.within)
+    return replace(done, logits_rms=rms, top1=top1, reader=reader.name, decoded_rms=decoded)
+
+
+def _compared(
+    folder: Path, reader: Reader, tuned: Tensor, found: Tensor, within: float
+) -> tuple[float, float]:
+    rms, top1 = compare_logits(tuned, found)
+    if not rms <= within:
+        raise VerificationError(
+            f"'{folder}' loads with {reader.name}, but its logits differ from the tuned model's by "
+            f"{rms:.2g} of their spread (at most "
+            f"{within:g} is rounding)."
+        )
+    return rms, top1

@@ -1,0 +1,57 @@
+"""llama.cpp: GGUF, each linear in the block type that `lowbit.export.gguf` would choose for its
+grid.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ...errors import LowbitError
+from ...export.gguf.model import Architecture
+from ...export.gguf.types import chosen, fitting, said
+from ...formats import gguf
+from ...grid import AnyGrid
+from ...grid.names import scheme_name
+from .base import Planned, Verdict, export_to, misfits, only_weights, refusal, tally
+
+NAME = "llama.cpp"
+
+
+def judge(p: Planned) -> Verdict:
+    """By the rules of the export: block types by grid and width, and what llama.cpp computes for
+    the family.
+    """
+    try:
+        remarks = Architecture.of(p.config).remarks
+        other = None
+    except LowbitError as e:
+        remarks, other = (), f"{e} Choose another runtime."
+    no = refusal(NAME, (other, *misfits(p, partial(_check, p)), *only_weights(p, NAME)))
+    if no is not None:
+        return no
+    types = {n: chosen(g, p.shapes[n][1], None, n) for n, g in p.grids.items()}
+    recent = any(t.name == "Q2_0" for t in types.values())
+    return Verdict(
+        NAME,
+        True,
+        gguf.NAME,
+        tally(said(t, p.grids[n]) for n, t in types.items()),
+        export_to(gguf.NAME),
+        f"{NAME} of August 2026 or newer" if recent else f"{NAME}, no oldest version known",
+        notes=remarks
+        + (
+            ("Q2_0 is GGUF type 42, which older programs and the gguf package 0.19 do not know",)
+            if recent
+            else ()
+        ),
+    )
+
+
+def _check(p: Planned, grid: AnyGrid, rows: int, columns: int, name: str) -> None:
+    try:
+        chosen(grid, columns, None, name)
+    except LowbitError as e:
+        better = fitting(grid, p.shapes)
+        raise LowbitError(
+            f"{e} Scheme {scheme_name(better)} would fit." if better is not None else str(e)
+        ) from e

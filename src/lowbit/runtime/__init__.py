@@ -1,0 +1,1 @@
+"""Artifacts in a running model: linears with packed weights, and how transformers loads them."""
