@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.artifact.proof import Verification
 from lowbit.cli import app
-from lowbit.cli.console import Console, Table
 from lowbit.cli.display import comparison_table, summary
-from lowbit.cli.pages import write_comparison
+from lowbit.console import Console, Table
 from lowbit.errors import LowbitError
 from lowbit.evaluate import continue_text
+from lowbit.evaluate.pages import write_comparison
 from lowbit.machine import pick_device
 from lowbit.names import hub_id, model_name
 from lowbit.recipe.presets import load_recipe, recipe_names

@@ -163,7 +163,7 @@ def test_a_recipe_file_is_a_cell_and_a_changed_one_is_measured_again(model, tmp_
 
 
 def test_accuracies_of_tasks_are_in_every_report(tmp_path):
-    from lowbit.cli.pages import write_comparison
+    from lowbit.evaluate.pages import write_comparison
 
     tasks = {"each": {"piqa": {"acc": 0.5, "acc_norm": 0.25}}, "mean_acc": 0.5}
     row = {

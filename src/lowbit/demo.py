@@ -14,11 +14,11 @@ from torch import Tensor
 from .artifact.disk import disk
 from .artifact.output import working
 from .artifact.tree import emptied, entries
-from .cli.console import Console, Table
 from .cli.display import Progress, duration, size
-from .cli.pages import write_page
+from .console import Console, Table
 from .errors import Interrupted, LowbitError
 from .evaluate import continue_text, evaluate, load_causal_lm
+from .evaluate.pages import write_page
 from .machine import pick_device
 from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint

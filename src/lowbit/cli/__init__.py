@@ -6,8 +6,8 @@ import os
 import sys
 
 from . import make, measure, look, share  # isort: skip  # noqa: F401 - the order of --help
+from ..console import lose_nothing
 from .app import app
-from .console import lose_nothing
 from .sentences import err
 
 

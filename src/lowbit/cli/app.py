@@ -12,9 +12,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..console import Console
 from ..errors import Interrupted
 from . import numbers
-from .console import Console
 from .sentences import Commands, complain
 
 app = typer.Typer(

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.disk import disk
+from ..console import Console
 from ..evaluate import window_length
+from ..evaluate.pages import write_comparison
 from ..model.calibration import Calibration
 from ..model.checkpoint import Checkpoint
 from ..model.stream import load_config
 from .compare import Cell, Terms, cells, opened, title_of
-from .console import Console
 from .display import Progress, comparison_table
-from .pages import write_comparison
 from .sentences import check_needed
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..console import Console
 from ..evaluate import evaluate, load_causal_lm, together, window_length
 from ..evaluate.tasks import Prepared, TaskResults, evaluate_tasks, prepare
 from ..evaluate.tasks.show import notes, table
@@ -16,7 +17,6 @@ from ..model.calibration import evaluation_windows
 from ..model.checkpoint import Checkpoint
 from ..model.stream import load_config, load_tokenizer
 from ..runtime.integers import in_integers
-from .console import Console
 from .display import progress_bar
 from .sentences import check_needed
 

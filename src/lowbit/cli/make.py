@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ..console import Console, Table
 from ..errors import LowbitError
 from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, Seed, app, out, reported
-from .console import Console, Table
 from .numbers import real, whole
 from .places import json_file, out_folder, write_json
 from .sentences import complain

@@ -10,8 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from ..console import Console
 from ..errors import LowbitError, ToldElsewhere, VerificationError
-from .console import Console
 
 err = Console(stderr=True)
 _USAGE: Any = typer.BadParameter.__base__  # UsageError, which typer does not export

@@ -18,7 +18,7 @@ def push(
     """Verify every tensor, then upload the directory to the Hugging Face Hub; prints where it is
     and its hash.
     """
-    from ..artifact.push import push as send
+    from ..run.push import push as send
 
     with out.status("verifying and uploading"):
         done = send(folder, repo, private=private, revision=revision, token=token)

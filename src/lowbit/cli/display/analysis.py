@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..console import Table
+from ...console import Table
 
 
 def analysis_tables(data: Mapping[str, Any]) -> list[Table]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..console import Table
+from ...console import Table
 from .units import duration, size
 
 

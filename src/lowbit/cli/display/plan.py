@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from ...console import Table
 from ...errors import LowbitError
 from ...machine import free_memory
 from ...plan import Plan
 from ...plan.memory import FreeMemory
 from ...plan.speed import Speed
 from ...plan.targets import Verdict
-from ..console import Table
 from .units import duration
 
 

@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from ...console import Console, Table
 from ...run.events import BlockDone, Working
-from ..console import Console, Table
 from .units import duration, size
 
 _SHOWN = 12  # rows of the live table

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...artifact.disk import disk, write_atomic
-from ...cli.pages.page import Plot, figures, has_matplotlib, new_axes, svg, table, write_html
+from ..pages.page import Plot, figures, has_matplotlib, new_axes, svg, table, write_html
 
 
 def write_analysis(folder: Path, data: Mapping[str, Any]) -> Path:

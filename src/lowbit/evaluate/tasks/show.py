@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...cli.console import Table
+from ...console import Table
 from .score import TaskResult, TaskResults
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact.files import NOTES, REPORT
+from ..artifact.proof import read_report, verify
 from ..errors import LowbitError
-from .files import NOTES, REPORT
-from .proof import read_report, verify
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
