@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowbit.formats.divides import check_widths
 
 from lowbit.errors import LowbitError
 from lowbit.formats import LAYOUTS, affine, awq, gptq, mlx, native, packing
@@ -18,6 +17,8 @@ from lowbit.formats import compressed_tensors as ct
 from lowbit.formats.by_name import FORMATS
 from lowbit.formats.layout import Layout
 from lowbit.grid import GRIDS, MXFP4, Affine, AffineParams, Codebook, KQuant, Outliers, QTensor
+from lowbit.plan.checks import check_divides
+from lowbit.recipe import Recipe
 from lowbit.runtime.linears import DecodedLinear, module_for
 
 
@@ -218,10 +219,10 @@ def test_a_layout_is_read_from_what_configs_say(grid):
 def test_widths_that_do_not_fit_are_named(grid, width, words):
     shapes = {"a": (8, 256), "b": (8, width)}
     if words is None:
-        check_widths(dict.fromkeys(shapes, grid), shapes)
+        check_divides(shapes, Recipe(grid))
     else:
         with pytest.raises(LowbitError, match=words):
-            check_widths(dict.fromkeys(shapes, grid), shapes)
+            check_divides(shapes, Recipe(grid))
 
 
 @dataclass(frozen=True)

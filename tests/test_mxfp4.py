@@ -170,7 +170,7 @@ def test_rounded_has_the_slopes_of_rounding_straight_through():
 
 def test_names_and_widths():
     assert MXFP4.parse("MXFP4") == GRID and MXFP4.parse("w4g32") is None and str(GRID) == "mxfp4"
-    with pytest.raises(ValueError, match="blocks of 32 inputs, which do not divide 40"):
+    with pytest.raises(ValueError, match="blocks of 32 inputs, which do not divide the 40"):
         GRID.check(40)
 
 

@@ -571,7 +571,7 @@ def test_files_are_carried_or_named(source, tmp_path):
         "model.safetensors.bak": "x",
         "model-00002-of-00002.safetensors.part": "x",
         "shard-00001.json": "{}",
-        "lowbit.artifact.lock": "",
+        "lowbit.lock": "",
         "pytorch_model.bin": "x",
         "model.gguf": "x",
         "quantize_config.json": "{}",

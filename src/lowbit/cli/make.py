@@ -4,94 +4,31 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from ..console import Console, Table
-from ..errors import LowbitError
+from ..console import Console
+from . import making, options
 from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, Seed, app, out, reported
-from .numbers import real, whole
-from .places import json_file, out_folder, write_json
 from .sentences import complain
-
-if TYPE_CHECKING:
-    from ..plan.memory import FreeMemory
 
 
 @app.command()
 @reported
 def quantize(
-    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            help=(
-                "Artifact folder, new or empty; it is made in OUT.partial, or in OUT/.partial if "
-                "OUT exists (a mount point, the current directory)."
-            ),
-        ),
-    ],
+    model: options.Model,
+    output: making.Artifact,
     scheme: OwnScheme = None,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "A named recipe (README lists them), names joined by + (smoothquant+gptq), or a "
-                ".toml file."
-            )
-        ),
-    ] = "tesseraq",
-    set_: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable."
-        ),
-    ] = None,
+    recipe: making.Recipe = "tesseraq",
+    set_: making.Settings = None,
     calib: Calib = None,
-    samples: Annotated[
-        Optional[int],
-        typer.Option(
-            help=(
-                "Calibration rows; exactly as many or an error. Default: the recipe's, 512 for "
-                "best and for those with 'tesseraq-best' or 'tesseraq-paper' in their name, else "
-                "128."
-            ),
-            callback=whole(),
-        ),
-    ] = None,
-    length: Annotated[
-        Optional[int],
-        typer.Option(
-            help=(
-                "Tokens per row. Default: the recipe's 2048, or the model's context if that is "
-                "shorter."
-            ),
-            callback=whole(2),
-        ),
-    ] = None,
+    samples: making.Samples = None,
+    length: making.RowLength = None,
     seed: Seed = 0,
     offload: Offload = "auto",
-    offload_dir: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--offload-dir",
-            help="Folder for activations on disk. Default: that of the unfinished artifact.",
-            show_default=False,
-        ),
-    ] = None,
-    plain: Annotated[
-        bool,
-        typer.Option(
-            "--plain",
-            help=(
-                "Refuse what only this library could load: online rotations, quantized keys and "
-                "values, most quantized activations."
-            ),
-        ),
-    ] = False,
+    offload_dir: making.OffloadDir = None,
+    plain: making.Plain = False,
     device: Device = "auto",
 ) -> None:
     """Quantize a model into a verified artifact. Repeating an interrupted command continues it.
@@ -99,14 +36,14 @@ def quantize(
     On several GPUs: torchrun --nproc-per-node N -m lowbit quantize ...
     """
     from ..run.launch import joined
-    from ..run.quantize import quantize as job
+    from ..run.quantize import quantize as run
     from .display import Progress, summary
 
     with (
         joined(device, complain) as ranks,
         Progress(out if ranks.first else Console(quiet=True)) as progress,
     ):
-        result = job(
+        result = run(
             model,
             scheme,
             recipe,
@@ -131,133 +68,45 @@ def quantize(
 @app.command()
 @reported
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="Model folder, a config.json, or hub id; weights are not needed.")
-    ],
+    model: making.PlannedModel,
     scheme: OwnScheme = None,
-    recipe: Annotated[str, typer.Option(help="Recipe whose cost to estimate.")] = "tesseraq",
-    set_: Annotated[
-        Optional[list[str]], typer.Option("--set", help="Change one option of the recipe.")
-    ] = None,
-    samples: Annotated[
-        Optional[int],
-        typer.Option(help="Calibration rows; default: the recipe's.", callback=whole()),
-    ] = None,
-    length: Annotated[
-        Optional[int],
-        typer.Option(
-            help="Tokens per row; default: the recipe's, or the model's context if that is "
-            "shorter.",
-            callback=whole(2),
-        ),
-    ] = None,
-    target: Annotated[
-        Optional[str],
-        typer.Option(
-            help=(
-                "Runtime that is to load the result: vllm, sglang, llama.cpp, mlx or transformers. "
-                "What it will not load is refused."
-            )
-        ),
-    ] = None,
-    tensor_parallel: Annotated[
-        int,
-        typer.Option(
-            help="Devices among which vLLM or SGLang will divide every linear.", callback=whole()
-        ),
-    ] = 1,
+    recipe: making.PlannedRecipe = "tesseraq",
+    set_: making.PlannedSettings = None,
+    samples: making.PlannedSamples = None,
+    length: making.PlannedLength = None,
+    target: making.Target = None,
+    tensor_parallel: making.TensorParallel = 1,
     device: Device = "auto",
-    gpu_memory: Annotated[
-        Optional[float],
-        typer.Option(
-            "--gpu-memory",
-            help=(
-                "Plan for a GPU with so many GiB free, which need not be here, instead of --device."
-            ),
-            callback=real(0.001, 1e6, "of GiB"),
-        ),
-    ] = None,
-    ranks: Annotated[
-        int,
-        typer.Option(
-            help=(
-                "Processes that will share the run on this machine, as torchrun --nproc-per-node "
-                "starts them."
-            ),
-            callback=whole(),
-        ),
-    ] = 1,
+    gpu_memory: making.GpuMemory = None,
+    ranks: making.PlannedRanks = 1,
     offload: Offload = "auto",
-    offload_dir: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--offload-dir",
-            help="Folder for activations on disk. Default: this one.",
-            show_default=False,
-            callback=out_folder,
-        ),
-    ] = None,
-    json_: Annotated[
-        Optional[Path],
-        typer.Option("--json", help="Also write the plan as JSON.", callback=json_file),
-    ] = None,
+    offload_dir: making.PlannedFolder = None,
+    json_: making.PlanJson = None,
 ) -> None:
     """Say before any work what a run will need, which runtimes will load its result, and how to
     export it for them.
     """
-    import torch
+    from .planning import PlanOptions, run_plan
 
-    from ..grid.names import parse_scheme
-    from ..machine import pick_device
-    from ..plan import calibration_of, make_plan, read_config
-    from ..plan.speed import measure_speed
-    from ..plan.targets import check_target, demand
-    from ..recipe.presets import load_recipe
-    from .display import plan_rows, runtime_table, runtimes_table
-
-    if gpu_memory is not None and device != "auto":
-        raise LowbitError(
-            "--gpu-memory plans for a GPU that is not here, --device for one that is: give one of "
-            "them."
-        )
-    wanted = None if target is None else check_target(target, tensor_parallel)
-    own = None if scheme is None else parse_scheme(scheme)
-    chosen, config = load_recipe(recipe, scheme=own, settings=set_ or []), read_config(model)
-    c = calibration_of(chosen.calibration, config, None, samples, length)
-    where = pick_device(device) if gpu_memory is None else torch.device("cuda")
-    speed = measure_speed(where) if gpu_memory is None else None
-    p = make_plan(
-        config,
-        chosen,
-        c.samples,
-        c.length,
-        tensor_parallel=tensor_parallel,
-        device=where,
-        ranks=ranks,
+    run_plan(
+        PlanOptions(
+            model,
+            scheme,
+            recipe,
+            set_ or [],
+            samples,
+            length,
+            target,
+            tensor_parallel,
+            device,
+            gpu_memory,
+            ranks,
+            offload,
+            offload_dir or Path.cwd(),
+            json_,
+        ),
+        out,
     )
-    if wanted is not None:
-        demand(p.verdict(wanted))
-    folder, free = offload_dir or Path.cwd(), _free(gpu_memory)
-    table = Table(show_header=False)
-    for row in plan_rows(p, speed, offload, folder, free):
-        table.add_row(*row)
-    out.print(table)
-    out.print(runtimes_table(p.runtimes) if wanted is None else runtime_table(p.verdict(wanted)))
-    if json_:
-        said = {"target": wanted, "tensor_parallel": tensor_parallel}
-        write_json(json_, {**p.as_dict(speed), **said})
-    p.memory.check(where, free)
-    if gpu_memory is None:  # else it is not this machine's memory and disk that count
-        p.memory.placed(offload, where, folder, free)
-
-
-def _free(gpu_memory: float | None) -> FreeMemory | None:
-    """How much memory a device has free, where a GPU is planned for that is not here."""
-    from ..machine import free_memory
-
-    if gpu_memory is None:
-        return None
-    return lambda d: free_memory(d) if d.type == "cpu" else int(gpu_memory * 2**30)
 
 
 @app.command()
@@ -278,7 +127,7 @@ def export(
         ),
     ] = "compressed-tensors",
     embeddings: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help=(
                 "GGUF: type of embeddings and head: f32, f16, bf16, q8_0, q6_k. Default: their "
