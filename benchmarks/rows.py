@@ -72,7 +72,7 @@ def main() -> None:
         for i, _ in enumerate(tuning.tuned(seen, Streams(x, x, len(x)), show)):
             block = made.pop()
             pause, forward, own = time.perf_counter(), forward + clock.seconds, time.process_time()
-            float_held = replace(block.exact(), readings={}).run(
+            float_held = replace(block.exact(), input_quantizers={}).run(
                 float_held, stream.block_weights(i)
             )
             held = block.run(held, block.decoded())

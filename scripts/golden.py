@@ -135,14 +135,15 @@ def side(models: Path, out: Path, presets: Sequence[str]) -> int:
     from functools import partial
 
     import lowbit
-    from lowbit.artifact.proof import verify
     from lowbit.errors import LowbitError
 
     try:
+        from lowbit.artifact.proof import verify
         from lowbit.recipe.presets import load_recipe, recipe_names
         from lowbit.run import closing as job
     except ImportError:  # an older revision
         from lowbit.presets import load_recipe, recipe_names
+        from lowbit.proof import verify
 
         from lowbit import job
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError
-from lowbit.grid import Affine, KVGrid, LLMInt8, PerToken, QuantizedStates, Reading, Rotation
+from lowbit.grid import Affine, InputQuantizer, KVGrid, LLMInt8, PerToken, QuantizedStates, Rotation
 from lowbit.grid.names import parse_scheme
 from lowbit.grid.rotation import dense
 from lowbit.methods import AWQ, RTN, QuaRot, SmoothQuant, TesseraQ
@@ -147,7 +147,7 @@ def test_a_linear_reads_a_rotated_input_that_is_rounded_once(dtype):
         torch.randn(4, 14336, generator=torch.Generator().manual_seed(0)).to(dtype),
         Rotation.hadamard(14336),
     )
-    assert torch.equal(Reading(rotation)(x), rotation(x.float()).to(dtype))
+    assert torch.equal(InputQuantizer(rotation)(x), rotation(x.float()).to(dtype))
 
 
 def test_factors_are_placed_once_for_a_device_and_dtype(monkeypatch):
@@ -379,9 +379,9 @@ def test_tuning_helps_under_quantized_activations(stream, methods):
 def test_readings_apply_rotation_then_factor_then_grid():
     x, factor, rotation = torch.randn(3, 8), torch.rand(8) + 0.5, Rotation.hadamard(8)
     torch.testing.assert_close(
-        Reading(rotation, PerToken(4), factor)(x), PerToken(4)(rotation(x) / factor) * factor
+        InputQuantizer(rotation, PerToken(4), factor)(x), PerToken(4)(rotation(x) / factor) * factor
     )
-    torch.testing.assert_close(Reading(rotation, PerToken(4)).exact()(x), rotation(x))
+    torch.testing.assert_close(InputQuantizer(rotation, PerToken(4)).exact()(x), rotation(x))
 
 
 # --- recipes --------------------------------------------------------------------------------------

@@ -296,16 +296,16 @@ def test_transforms_before_codebooks(block, methods):
 
 def test_awq_leaves_alone_what_a_book_per_column_cannot_feel(block):
     assert AWQ()(block).notes["awq_exponents"].keys() == set()
-    quantized = block.with_readings(
-        dict.fromkeys(block.wiring.linears, block.readings.get(Q) or _reading())
+    quantized = block.with_input_quantizers(
+        dict.fromkeys(block.wiring.linears, block.input_quantizers.get(Q) or _reading())
     )
     assert AWQ(rows=4, exponents=3)(quantized).notes["awq_exponents"].keys() != set()
 
 
 def _reading():
-    from lowbit.grid import Reading
+    from lowbit.grid import InputQuantizer
 
-    return Reading(grid=PerToken(8))
+    return InputQuantizer(grid=PerToken(8))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.evaluate import evaluate, load_causal_lm
-from lowbit.grid import Affine, CrossQuant, PerToken, Reading
+from lowbit.grid import Affine, CrossQuant, InputQuantizer, PerToken
 from lowbit.grid.names import parse_scheme
 from lowbit.methods import AWQ, RTN
 from lowbit.model import block as block_module
@@ -175,8 +175,8 @@ def test_methods_see_whole_calls(folder):
         activations=CrossQuant(4, 0.15, "sequence"),
     )
     block = begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(24)[0], 0)
-    block = block.with_readings(
-        dict.fromkeys(block.wiring.linears, Reading(grid=Spy(4, 0.15, "sequence")))
+    block = block.with_input_quantizers(
+        dict.fromkeys(block.wiring.linears, InputQuantizer(grid=Spy(4, 0.15, "sequence")))
     )
     apply_methods(block, recipe)
     assert seen and {shape[1] for shape in seen} == {24} and all(len(shape) == 3 for shape in seen)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.errors import LowbitError
-from lowbit.grid import Affine, Codebook, PerToken, Reading
+from lowbit.grid import Affine, Codebook, InputQuantizer, PerToken
 from lowbit.grid.kmeans import kmeans
 from lowbit.methods import AWQ, GPTQ, RTN
 from lowbit.methods._coder import GridColumns
@@ -601,7 +601,9 @@ def test_calls_kept_for_the_next_site_give_the_same_codes(tmp_path, monkeypatch,
 
 def test_what_is_kept_sees_codes_and_activation_grids(tmp_path, monkeypatch):
     block = block_of(tmp_path, Affine(3, 16))
-    block = block.with_readings(dict.fromkeys(block.wiring.linears, Reading(grid=PerToken(4))))
+    block = block.with_input_quantizers(
+        dict.fromkeys(block.wiring.linears, InputQuantizer(grid=PerToken(4)))
+    )
     fast = GPTQ()(block)
     monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
     assert all(q.same_as(GPTQ()(block).coded[n]) is None for n, q in fast.coded.items())

@@ -165,7 +165,7 @@ def test_an_artifact_in_integers_is_the_simulated_one(model, tmp_path, scheme, r
         config = json.loads((out / "config.json").read_text())["quantization_config"]
         assert (
             config["activations"] == {"bits": 8, "threshold": 6.0}
-            and native.reading_of(config, "x").grid == LLMInt8()
+            and native.input_quantizer_of(config, "x").grid == LLMInt8()
         )
 
 

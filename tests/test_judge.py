@@ -6,7 +6,7 @@ from helpers import apply_methods, begin, save_tiny
 
 from lowbit.grid import Affine, PerToken
 from lowbit.methods import AWQ, RTN, QuaRot
-from lowbit.model.judge import linear_errors
+from lowbit.model.linear_errors import linear_errors
 from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import Recipe

@@ -298,7 +298,7 @@ def test_no_step_is_made_in_float16(block, monkeypatch):
 
 
 class Side:
-    """A stream of an accelerator, as far as `Feed` uses it."""
+    """A stream of an accelerator, as far as `Prefetcher` uses it."""
 
     def wait_stream(self, other):
         pass
@@ -319,11 +319,11 @@ def test_what_was_read_ahead_is_what_a_step_gets(block, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Side())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None, raising=False)
     job = Reconstruction(block, 4)
-    job._feed._side = Side()
+    job._prefetcher._side = Side()
     keys, asked, taken = ["mlp.down_proj.weight"], [], []
-    plain = job._feed.take
-    job._feed.take = lambda rows: (
-        (asked.append(job._feed._ahead), taken.append(plain(rows)))[1] or taken[-1]
+    plain = job._prefetcher.take
+    job._prefetcher.take = lambda rows: (
+        (asked.append(job._prefetcher._ahead), taken.append(plain(rows)))[1] or taken[-1]
     )
     for _ in range(3):
         rows = job.draw()

@@ -18,7 +18,7 @@ from lowbit.artifact.proof import verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import native
-from lowbit.grid import Affine, Codebook, KVGrid, PerToken, Reading, Rotation
+from lowbit.grid import Affine, Codebook, InputQuantizer, KVGrid, PerToken, Rotation
 from lowbit.runtime.linears import DecodedLinear
 
 ARGS = dict(samples=8, length=32)
@@ -58,8 +58,12 @@ def test_every_quantized_linear_is_replaced_and_the_head_is_not(artifact):
     loaded = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
     kinds = {n: m for n, m in loaded.named_modules() if isinstance(m, DecodedLinear)}
     assert len(kinds) == 14
-    assert all(m.reading.grid == PerToken(4, symmetric=True, clip=0.9) for m in kinds.values())
-    assert {n.rsplit(".", 1)[1] for n, m in kinds.items() if m.reading.rotation is not None} == {
+    assert all(
+        m.input_quantizer.grid == PerToken(4, symmetric=True, clip=0.9) for m in kinds.values()
+    )
+    assert {
+        n.rsplit(".", 1)[1] for n, m in kinds.items() if m.input_quantizer.rotation is not None
+    } == {
         "o_proj",
         "down_proj",
     }
@@ -156,16 +160,18 @@ def test_another_version_is_named(artifact, tmp_path):
 
 
 def test_the_config_is_inverse(tmp_path):
-    readings = {
-        "self_attn.o_proj": Reading(Rotation.across_heads(12, 8), PerToken(4, True, 0.9)),
-        "mlp.down_proj": Reading(Rotation.hadamard(172), PerToken(4, True, 0.9)),
-        "mlp.up_proj": Reading(grid=PerToken(4, True, 0.9)),
+    input_quantizers = {
+        "self_attn.o_proj": InputQuantizer(Rotation.across_heads(12, 8), PerToken(4, True, 0.9)),
+        "mlp.down_proj": InputQuantizer(Rotation.hadamard(172), PerToken(4, True, 0.9)),
+        "mlp.up_proj": InputQuantizer(grid=PerToken(4, True, 0.9)),
     }
     kv = KVGrid(PerToken(3, clip=0.95), Rotation.hadamard(8))
-    grids = {f"model.layers.0.{n}": Affine(4) for n in readings} | {"model.layers.0.k": Codebook(2)}
+    grids = {f"model.layers.0.{n}": Affine(4) for n in input_quantizers} | {
+        "model.layers.0.k": Codebook(2)
+    }
     columns, outliers = {"model.layers.0.k": {"4": 3, "2": 97}}, {"model.layers.0.mlp.up_proj": 12}
     described = native.describe(
-        grids, ["lm_head"], torch.bfloat16, readings, kv, "self_attn", columns, outliers
+        grids, ["lm_head"], torch.bfloat16, input_quantizers, kv, "self_attn", columns, outliers
     )
     config = json.loads(json.dumps(described))
     native.check(config)
@@ -175,8 +181,8 @@ def test_the_config_is_inverse(tmp_path):
     assert native.grid_of(config, "lm_head") is None
     assert native.columns_of(config, "model.layers.0.k") == {2: 97, 4: 3}
     x = torch.randn(3, 172)
-    for name, reading in readings.items():
-        found = native.reading_of(config, f"model.layers.0.{name}")
+    for name, reading in input_quantizers.items():
+        found = native.input_quantizer_of(config, f"model.layers.0.{name}")
         assert asdict(found.grid) == asdict(reading.grid)
         if reading.rotation is None:
             assert found.rotation is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.model.parts import Parts, ran_out
+from lowbit.model.microbatches import MicroBatches, ran_out
 
 
 def limited(limit, asked):
@@ -22,7 +22,7 @@ def limited(limit, asked):
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
 def test_every_row_counts_once_whatever_fits(limit):
     said, asked = [], []
-    parts = Parts("tuning", 8, said.append)
+    parts = MicroBatches("tuning", 8, said.append)
     assert parts.over(21, lambda: 0, limited(limit, asked)) == sum(range(21))
     assert len(said) == {1: 3, 2: 2, 3: 2, 7: 1, 100: 0}[limit]
     assert all("while tuning" in s for s in said)
@@ -37,7 +37,7 @@ def test_a_single_row_that_does_not_fit_is_an_error():
         LowbitError,
         match="ran out of memory while tuning, with a single row at a time: use a shorter --length",
     ):
-        Parts("tuning", 4, lambda _: None).over(4, lambda: 0, limited(0, []))
+        MicroBatches("tuning", 4, lambda _: None).over(4, lambda: 0, limited(0, []))
 
 
 def test_a_cpu_that_cannot_allocate_is_out_of_memory_and_other_errors_are_not():
@@ -51,8 +51,8 @@ def test_a_cpu_that_cannot_allocate_is_out_of_memory_and_other_errors_are_not():
         return total + part.stop - part.start
 
     said = []
-    assert Parts("tuning", 8, said.append).over(9, lambda: 0, add) == 9 and len(said) == 2
+    assert MicroBatches("tuning", 8, said.append).over(9, lambda: 0, add) == 9 and len(said) == 2
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        Parts("tuning", 8, said.append).over(
+        MicroBatches("tuning", 8, said.append).over(
             9, lambda: 0, lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3)
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import begin, save_tiny
 
-from lowbit.grid import Affine, PerToken, Reading
+from lowbit.grid import Affine, InputQuantizer, PerToken
 from lowbit.methods import RTN
 from lowbit.model.model import Streams
 from lowbit.model.ranks import Ranks
@@ -54,7 +54,9 @@ def test_the_float_stream_is_the_float_models(block):
 
 def test_inputs_are_met_as_their_grid_leaves_them(block):
     grid = PerToken(3)
-    read = block.with_readings(dict.fromkeys(block.wiring.linears, Reading(grid=grid)))
+    read = block.with_input_quantizers(
+        dict.fromkeys(block.wiring.linears, InputQuantizer(grid=grid))
+    )
     name = "self_attn.q_proj"
     x = reached(block, name, read.xq[:8], block.weights)
     both = read.statistics(

@@ -314,7 +314,7 @@ def test_dequantized_it_is_a_plain_model_with_the_same_weights(artifact, tmp_pat
     model = load(artifact)
     for module in model.modules():  # what is left when nothing but weights is quantized
         if isinstance(module, PackedLinear):
-            module.reading = module.reading.exact()
+            module.input_quantizer = module.input_quantizer.exact()
     for block in model.model.layers:
         block.self_attn._forward_pre_hooks.clear()
     expected = logits(model)

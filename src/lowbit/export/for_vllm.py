@@ -77,8 +77,8 @@ def _described(source: Source) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
             f"'{folder}' quantizes keys and values, which vLLM does otherwise: quantize without KV "
             "in the scheme."
         )
-    readings = {n: native.reading_of(own, n) for n in linears}
-    activations = next((r.grid for r in readings.values()), None)
+    input_quantizers = {n: native.input_quantizer_of(own, n) for n in linears}
+    activations = next((r.grid for r in input_quantizers.values()), None)
     if not ct.carries(grids.values(), activations):
         raise LowbitError(
             f"'{folder}' has activations on a grid that compressed-tensors does not carry: it "
@@ -88,7 +88,7 @@ def _described(source: Source) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         )
     dtype = native.dtype_of(own)
     ct.check_mixed(grids.values(), dtype)
-    rotations = {n: r.rotation for n, r in readings.items() if r.rotation is not None}
+    rotations = {n: r.rotation for n, r in input_quantizers.items() if r.rotation is not None}
     odd = next((g for n, g in grids.items() if n in rotations and as_uniform(g) is None), None)
     if odd is not None:
         raise LowbitError(

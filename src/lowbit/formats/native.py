@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import AnyGrid, KVGrid, PerToken, Reading, Rotation, activation_grid
+from ..grid import AnyGrid, InputQuantizer, KVGrid, PerToken, Rotation, activation_grid
 from ..grid.rotation import sylvester
 from . import LAYOUTS
 from . import compressed_tensors as ct
@@ -49,7 +49,7 @@ def describe(
     grids: Mapping[str, AnyGrid],
     skipped: Sequence[str],
     dtype: torch.dtype,
-    readings: Mapping[str, Reading],
+    input_quantizers: Mapping[str, InputQuantizer],
     kv: KVGrid | None,
     attention: str,
     columns: Mapping[str, Mapping[int, int]],
@@ -61,15 +61,15 @@ def describe(
         grids: full linear name -> grid, for every quantized linear. skipped: linears kept in
             floating point.
         dtype: of the stored scales.
-        readings: linear's name inside its block -> reading; the same in every block, one activation
-            grid for all.
+        input_quantizers: linear's name inside its block -> input quantizer; the same in every
+            block, one activation grid for all.
         attention: name of the attention module inside a block.
         columns: full linear name -> bits -> number of columns, where columns differ, see
             `lowbit.formats.packing.counts`.
         outliers: full linear name -> number of weights kept apart, where there are any.
     """
     tables: dict[str, list[str]] = {}
-    activations = {r.grid for r in readings.values() if r.grid is not None}
+    activations = {r.grid for r in input_quantizers.values() if r.grid is not None}
     if len(activations) > 1:
         raise LowbitError("linears of one model with different activation grids cannot be stored.")
     linears: dict[str, dict[str, Any]] = {}
@@ -93,7 +93,7 @@ def describe(
         "activations": None if grid is None else asdict(grid),
         "rotations": {
             f"*.{n}": _factors(r.rotation, tables)
-            for n, r in readings.items()
+            for n, r in input_quantizers.items()
             if r.rotation is not None
         },
         "kv": None
@@ -182,14 +182,14 @@ def outliers_of(config: Mapping[str, Any], name: str) -> int | None:
     return found
 
 
-def reading_of(config: Mapping[str, Any], name: str) -> Reading:
+def input_quantizer_of(config: Mapping[str, Any], name: str) -> InputQuantizer:
     """What happens to the input of the linear with this full name."""
     given = config["activations"]
     grid = None if given is None else activation_grid(given)(**given)
     factors = next(
         (f for pattern, f in config["rotations"].items() if fnmatchcase(name, pattern)), None
     )
-    return Reading(None if factors is None else _rotation(factors, config["tables"]), grid)
+    return InputQuantizer(None if factors is None else _rotation(factors, config["tables"]), grid)
 
 
 def kv_of(config: Mapping[str, Any]) -> tuple[KVGrid, str] | None:

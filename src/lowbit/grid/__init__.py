@@ -16,6 +16,9 @@ from .base import OrderedGrid as OrderedGrid
 from .base import RangedGrid as RangedGrid
 from .codebook import Codebook as Codebook
 from .codebook import CodebookParams as CodebookParams
+from .inputs import InputQuantizer as InputQuantizer
+from .inputs import KVGrid as KVGrid
+from .inputs import QuantizedStates as QuantizedStates
 from .kquant import KQuant as KQuant
 from .kquant import KQuantParams as KQuantParams
 from .mxfp4 import MXFP4 as MXFP4
@@ -24,9 +27,6 @@ from .params import Params as Params
 from .qtensor import Coded as Coded
 from .qtensor import Outliers as Outliers
 from .qtensor import QTensor as QTensor
-from .reading import KVGrid as KVGrid
-from .reading import QuantizedStates as QuantizedStates
-from .reading import Reading as Reading
 from .rotation import Rotation as Rotation
 
 GRIDS: tuple[type[AnyGrid], ...] = (Affine, Codebook, KQuant, MXFP4)

@@ -20,7 +20,11 @@ def foldable(block: Block, site: Site) -> bool:
     """Whether a per-channel factor can be folded at a site: not behind an online rotation, where
     channels are mixed.
     """
-    return all(block.readings[n].rotation is None for n in site.reads if n in block.readings)
+    return all(
+        block.input_quantizers[n].rotation is None
+        for n in site.reads
+        if n in block.input_quantizers
+    )
 
 
 def channel_ranges(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..model.block import Block
-from ..model.parts import Parts
+from ..model.microbatches import MicroBatches
 from ._batches import gathered, summed
-from ._feed import Feed
+from ._prefetch import Prefetcher
 
 Objective = Literal["block", "logits"]
 
@@ -46,10 +46,10 @@ class Reconstruction:
         self.objective: Objective = "logits" if self._readout else "block"
         self._generator = torch.Generator().manual_seed(block.seed)
         self._drawn: Tensor | None = None
-        self._feed = Feed(block)
+        self._prefetcher = Prefetcher(block)
         self.remarks: list[str] = []  # what became of the batch where memory ran out
-        self._parts = Parts(f"tuning '{block.name}'", self.batch, self.remarks.append)
-        self._judged = Parts(
+        self._parts = MicroBatches(f"tuning '{block.name}'", self.batch, self.remarks.append)
+        self._judged = MicroBatches(
             f"judging '{block.name}'",
             max(1, JUDGED_TOKENS // block.x.shape[1]),
             self.remarks.append,
@@ -184,9 +184,9 @@ class Reconstruction:
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
         b, part = self.block, self.block.ranks.share(len(rows))
-        x, target = self._feed.take(rows)
+        x, target = self._prefetcher.take(rows)
         if self._drawn is not None:
-            self._feed.prepare(self._drawn)
+            self._prefetcher.prepare(self._drawn)
         tokens = len(rows) * x.shape[1]
 
         def add(total: _Found | None, at: slice) -> _Found | None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..grid import AnyGrid, Reading
+from ..grid import AnyGrid, InputQuantizer
 from ..model.block import Block, first
-from ..model.hooks import reading
+from ..model.hooks import quantized_inputs
 from ..model.statistics import Call
 from ..model.wiring import Site
 
@@ -86,7 +86,7 @@ def collect_inputs(block: Block, sites: Sequence[Site], rows: int) -> dict[str, 
 
     # Few rows at a time can be told apart sooner; but an activation grid may look at all rows of a
     # pass.
-    whole = block.kv is not None or bool(block.readings) or block.device.type != "cpu"
+    whole = block.kv is not None or bool(block.input_quantizers) or block.device.type != "cpu"
     most = None if whole else max(1, _TOKENS // block.x.shape[1])
     block.observe(list(of), "float", rows, visit, most)
     for site in sites:
@@ -111,8 +111,8 @@ def _over_ranks(block: Block, site: Site, seen: Seen) -> None:
 
 def on_grid(block: Block, site: Site) -> bool:
     """Whether the readers of a site quantize their input."""
-    reading = block.readings.get(site.reads[0])
-    return reading is not None and reading.grid is not None
+    input_quantizer = block.input_quantizers.get(site.reads[0])
+    return input_quantizer is not None and input_quantizer.grid is not None
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def least(firsts: Sequence[float], parts: int, error: Callable[[int, int], float
     return best
 
 
-Trial = tuple[dict[str, Tensor], dict[str, Reading]]
+Trial = tuple[dict[str, Tensor], dict[str, InputQuantizer]]
 
 
 class _Trials:
@@ -188,7 +188,7 @@ class _Trials:
             scaled = (weight.double() * factor).to(weight.dtype)
             rounded = _rtn(scaled, block.grids[name], block.stored)
             quantized[name] = (rounded.double() / factor).to(weight.dtype)
-        own, read = block.readings.get(self._site.reads[0]), dict[str, Reading]()
+        own, read = block.input_quantizers.get(self._site.reads[0]), dict[str, InputQuantizer]()
         if own is not None:
             read = dict.fromkeys(self._site.reads, own.with_factor(factor))
         if self._held:
@@ -230,7 +230,10 @@ class _LinearProbe:
         self.complete = seen.gram is not None  # else an error is that of this rank's rows
 
     def error(
-        self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading], part: int
+        self,
+        quantized: Mapping[str, Tensor],
+        input_quantizers: Mapping[str, InputQuantizer],
+        part: int,
     ) -> Tensor:
         weight, gram = quantized[self.name], self.seen.gram
         if gram is not None:
@@ -239,7 +242,8 @@ class _LinearProbe:
             return ((delta @ gram) * delta).sum(dtype=torch.float64)
         x = self.seen.inputs[part]
         delta = (
-            readings[self.name](x).to(weight.dtype) @ weight.T - x.to(weight.dtype) @ self.weight.T
+            input_quantizers[self.name](x).to(weight.dtype) @ weight.T
+            - x.to(weight.dtype) @ self.weight.T
         )
         return delta.float().pow(2).sum(dtype=torch.float64)
 
@@ -252,7 +256,7 @@ class _ModuleProbe:
     def __init__(self, block: Block, site: Site, calls: list[Call]) -> None:
         self.block, self.calls, self.prefix = block, calls, f"{site.probe}."
         self.module = block.module.get_submodule(site.probe)
-        self.compute, self.exact = block.compute, block.exact().readings
+        self.compute, self.exact = block.compute, block.exact().input_quantizers
         self.weights = {
             k[len(self.prefix) :]: v for k, v in block.weights.items() if k.startswith(self.prefix)
         }
@@ -261,19 +265,25 @@ class _ModuleProbe:
         self.complete = False
 
     def _run(
-        self, call: Call, weights: Mapping[str, Tensor], readings: Mapping[str, Reading]
+        self,
+        call: Call,
+        weights: Mapping[str, Tensor],
+        input_quantizers: Mapping[str, InputQuantizer],
     ) -> Tensor:
         cast = {k: w.to(self.compute) for k, w in weights.items()}
-        with reading(self.block.module, readings):
+        with quantized_inputs(self.block.module, input_quantizers):
             return first(functional_call(self.module, cast, call.args, dict(call.kwargs)))
 
     def error(
-        self, quantized: Mapping[str, Tensor], readings: Mapping[str, Reading], part: int
+        self,
+        quantized: Mapping[str, Tensor],
+        input_quantizers: Mapping[str, InputQuantizer],
+        part: int,
     ) -> Tensor:
         weights = {
             **self.weights,
             **{f"{k[len(self.prefix) :]}.weight": v for k, v in quantized.items()},
         }
-        y = self._run(self.calls[part], weights, {**self.exact, **readings})
+        y = self._run(self.calls[part], weights, {**self.exact, **input_quantizers})
         # Squares overflow 16 bits.
         return (y.float() - self.expected[part].float()).pow(2).sum(dtype=torch.float64)

@@ -11,7 +11,7 @@ linear's grid, and a is one of n / ``exponents``. The output compared is that of
 attention or the MLP as a whole, a linear where nothing else reads x. s is folded into the norm or
 linear that makes x.
 
-Clip (the authors' code, not in the paper). The range of each group is shrunk by 1 - i / 20,
+ClipKind (the authors' code, not in the paper). The range of each group is shrunk by 1 - i / 20,
 
     argmin ||Q(clamp(w)) x - w x||^2
 
@@ -41,7 +41,7 @@ from ._equivalent import foldable
 from ._scale_search import best_scale, collect_inputs, on_grid
 from .cost import Cost, Shapes, Work
 
-Clip = Literal["asymmetric", "symmetric", "none"]
+ClipKind = Literal["asymmetric", "symmetric", "none"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class AWQ:
     """
 
     scales: bool = True
-    clip: Clip = "asymmetric"
+    clip: ClipKind = "asymmetric"
     exponents: int = 20
     shrinks: int = 10
     rows: int = 32
@@ -189,8 +189,8 @@ def scale_candidates(mean: Tensor, exponents: int) -> list[tuple[Tensor, float]]
 
 def quantized(block: Block, linear: str) -> bool:
     """Whether a linear's input is quantized."""
-    reading = block.readings.get(linear)
-    return reading is not None and reading.grid is not None
+    input_quantizer = block.input_quantizers.get(linear)
+    return input_quantizer is not None and input_quantizer.grid is not None
 
 
 def _grouped(block: Block, linear: str) -> GroupedGrid[Any]:

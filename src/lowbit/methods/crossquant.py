@@ -34,7 +34,7 @@ from ._scale_search import best_scale, collect_inputs
 _LEAST_COLUMN = 1e-5  # of the largest column's, as in the dynamic grid
 _TRIED = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
 
-Columns = Literal["max", "percentile"]
+ColumnSize = Literal["max", "percentile"]
 Fold = Literal["channel", "group"]
 
 
@@ -63,7 +63,7 @@ class CrossQuant:
 
     row_exponent: float = 0.15
     search: bool = False
-    columns: Columns = "max"
+    columns: ColumnSize = "max"
     percentile: float = 99.99
     skip_first: bool = True
     rows: int = 0

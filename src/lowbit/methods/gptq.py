@@ -35,7 +35,7 @@ from ._columns import code_in_order, least_range
 from ._hessian import Inputs, Walk, column_cost, solve_sites
 from .cost import Cost, Shapes
 
-Clip = Literal["none", "mse"]
+RangeKind = Literal["none", "mse"]
 
 # Factors 1 - i/100 and the norm of the error, as in the published code.
 _CLIP_STEPS, _CLIP_NORM = 80, 2.4
@@ -78,7 +78,7 @@ class GPTQ:
     static_groups: bool = False
     true_sequential: bool = True
     block_size: int = 128
-    clip: Clip = "none"
+    clip: RangeKind = "none"
     rows: int = 0
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ def solve(
     grid: AnyGrid,
     params: Params | None,
     stored: torch.dtype,
-    clip: Clip = "none",
+    clip: RangeKind = "none",
     block_size: int = 128,
 ) -> Coded:
     """Codes of one weight (algorithm 1); the arithmetic is done in the weight's dtype.
@@ -173,7 +173,7 @@ def error_cost(inputs: Inputs) -> Tensor:
 def fit_range(
     grid: AnyGrid,
     weight: Tensor,
-    clip: Clip,
+    clip: RangeKind,
     stored: torch.dtype,
     importance: Tensor | None = None,
 ) -> Params:

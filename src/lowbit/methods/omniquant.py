@@ -122,7 +122,7 @@ class OmniQuant:
         return self.second_loss == "on" or (self.second_loss == "auto" and bits <= 2)
 
     def _sites(self, block: Block) -> tuple[Site, ...]:
-        quantized = any(r.grid is not None for r in block.readings.values())
+        quantized = any(r.grid is not None for r in block.input_quantizers.values())
         if self.transform == "off" or (self.transform == "auto" and not quantized):
             return ()
         able = [s for s in block.wiring.sites if s.source is not None and foldable(block, s)]

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import AnyGrid, KVGrid, Reading, Rotation
+from ..grid import AnyGrid, InputQuantizer, KVGrid, Rotation
 from ..model.block import Block
 from ..model.model import Model
 from ..model.outline import Outline
@@ -198,8 +198,8 @@ def _online(block: Block, linear: str, rotation: Rotation) -> Block:
     """Rotate a linear's input while the model runs and its weight once."""
     weight = block.weight(linear)
     block = block.with_weights({f"{linear}.weight": rotation(weight.double()).to(weight.dtype)})
-    return block.with_readings(
-        {linear: replace(block.readings.get(linear, Reading()), rotation=rotation)}
+    return block.with_input_quantizers(
+        {linear: replace(block.input_quantizers.get(linear, InputQuantizer()), rotation=rotation)}
     )
 
 

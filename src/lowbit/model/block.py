@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import LowbitError
-from ..grid import AnyGrid, Coded, KVGrid, Params, QTensor, QuantizedStates, Reading
+from ..grid import AnyGrid, Coded, InputQuantizer, KVGrid, Params, QTensor, QuantizedStates
 from ..grid.kmeans import NotFiniteError
 from .context import TOKENS_PER_PASS, Announce, Context
-from .hooks import AllSeen, reading, watched
-from .parts import Parts
+from .hooks import AllSeen, quantized_inputs, watched
+from .microbatches import MicroBatches
 from .ranks import Ranks
 from .statistics import Call, Reduce, Seen, Statistic, Stream, statistics
 from .wiring import Wiring
@@ -41,8 +41,8 @@ class Block:
         context: the module, the inputs and everything else that no method decides.
         weights: every parameter by its name inside the block, in float32 (float64 if that is the
             compute dtype): methods reason in it whatever the forward pass runs in.
-        readings: linear -> what happens to its input (activation grid, online rotation); nothing
-            where it is missing.
+        input_quantizers: linear -> what happens to its input (activation grid, online rotation);
+            nothing where it is missing.
         kv: grid of keys and values, None for floating point.
         params: linear -> fixed grid parameters.
         coded: linear -> codes.
@@ -52,7 +52,7 @@ class Block:
 
     context: Context
     weights: Mapping[str, Tensor]
-    readings: Mapping[str, Reading] = field(default_factory=dict)
+    input_quantizers: Mapping[str, InputQuantizer] = field(default_factory=dict)
     kv: KVGrid | None = None
     params: Mapping[str, Params] = field(default_factory=dict)
     coded: Mapping[str, Coded] = field(default_factory=dict)
@@ -132,14 +132,16 @@ class Block:
         kwargs = dict(self.context.kwargs)
         if self.kv is not None:
             kwargs["past_key_values"] = QuantizedStates(self.kv)
-        with reading(self.module, self.readings):
+        with quantized_inputs(self.module, self.input_quantizers):
             return first(functional_call(self.module, cast, (x,), kwargs))
 
     def exact(self) -> Block:
         """The block with activations, keys and values in floating point."""
         return replace(
             self,
-            readings={n: r.exact() for n, r in self.readings.items() if r.rotation is not None},
+            input_quantizers={
+                n: r.exact() for n, r in self.input_quantizers.items() if r.rotation is not None
+            },
             kv=None,
         )
 
@@ -153,7 +155,7 @@ class Block:
 
     def entering(self, linear: str, x: Tensor) -> Tensor:
         """What meets a linear's weight when ``x`` arrives at it."""
-        return self.readings[linear](x) if linear in self.readings else x
+        return self.input_quantizers[linear](x) if linear in self.input_quantizers else x
 
     @torch.no_grad()
     def run(
@@ -176,7 +178,7 @@ class Block:
 
         # No row depends on another.
         most = TOKENS_PER_PASS // x.shape[1]
-        Parts(f"running '{self.name}'", most, self.announce).over(len(x), int, add)
+        MicroBatches(f"running '{self.name}'", most, self.announce).over(len(x), int, add)
         return out
 
     def decoded(self) -> dict[str, Tensor]:
@@ -232,9 +234,9 @@ class Block:
         """Tell ``visit`` what each of these submodules is called with when the first rows of a
         stream pass, of all ranks' rows those that are here.
 
-        A linear's input is shown as it arrives, before its reading; `entering` gives what meets the
-        weight. ``visit`` is called once per submodule and batch of rows, and need not keep what it
-        sees. A pass ends where the last of them is called.
+        A linear's input is shown as it arrives, before its input quantizer; `entering` gives what
+        meets the weight. ``visit`` is called once per submodule and batch of rows, and need not
+        keep what it sees. A pass ends where the last of them is called.
 
         Args:
             most: rows at a time, at most.
@@ -264,7 +266,7 @@ class Block:
         with watched(self.module, modules, visit) as left:
             for call in calls:
                 left.update(modules)
-                with suppress(AllSeen), reading(self.module, self.readings):
+                with suppress(AllSeen), quantized_inputs(self.module, self.input_quantizers):
                     functional_call(
                         self.module.get_submodule(part), cast, call.args, dict(call.kwargs)
                     )
@@ -342,9 +344,9 @@ class Block:
         except NotFiniteError as e:
             raise LowbitError(f"'{self.name}.{linear}' cannot be stored on a {grid}: {e}.") from e
 
-    def with_readings(self, readings: Mapping[str, Reading]) -> Block:
+    def with_input_quantizers(self, input_quantizers: Mapping[str, InputQuantizer]) -> Block:
         """The block with some linears' inputs read in another way."""
-        return replace(self, readings={**self.readings, **readings})
+        return replace(self, input_quantizers={**self.input_quantizers, **input_quantizers})
 
     def with_codes(self, codes: Mapping[str, Coded]) -> Block:
         """The block with codes for some linears."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..grid import Reading
+from ..grid import InputQuantizer
 from .statistics import Call
 
 
@@ -18,22 +18,24 @@ class AllSeen(Exception):
 
 
 @contextmanager
-def reading(module: nn.Module, readings: Mapping[str, Reading]) -> Iterator[None]:
-    """Within, linears that run get their inputs through these readings."""
+def quantized_inputs(
+    module: nn.Module, input_quantizers: Mapping[str, InputQuantizer]
+) -> Iterator[None]:
+    """Within, linears that run get their inputs through these input quantizers."""
     handles: list[RemovableHandle] = []
     # Linears of a site read the same tensor: prepare it once.
-    last: list[tuple[Tensor, Reading, Tensor]] = []
+    last: list[tuple[Tensor, InputQuantizer, Tensor]] = []
 
-    def hook_of(reading: Reading) -> Any:
+    def hook_of(input_quantizer: InputQuantizer) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            if not (last and last[0][0] is args[0] and last[0][1] is reading):
-                last[:] = [(args[0], reading, reading(args[0]))]
+            if not (last and last[0][0] is args[0] and last[0][1] is input_quantizer):
+                last[:] = [(args[0], input_quantizer, input_quantizer(args[0]))]
             return (last[0][2], *args[1:])
 
         return hook
 
     try:
-        for name, one in readings.items():
+        for name, one in input_quantizers.items():
             handles.append(module.get_submodule(name).register_forward_pre_hook(hook_of(one)))
         yield
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import ActivationGrid, AnyGrid, KVGrid, PerToken, Reading, Rotation
+from ..grid import ActivationGrid, AnyGrid, InputQuantizer, KVGrid, PerToken, Rotation
 from .block import Block
 from .context import Announce, Context, silent
 from .outline import Outline
@@ -91,12 +91,12 @@ class Model:
     announce: Announce = silent
 
     @property
-    def readings(self) -> dict[str, Reading]:
+    def input_quantizers(self) -> dict[str, InputQuantizer]:
         """How the finished model reads the inputs of a block's linears; nothing where it is
         missing.
         """
         return {
-            n: Reading(self.online.get(n), self.activations)
+            n: InputQuantizer(self.online.get(n), self.activations)
             for n in self.source.wiring.linears
             if self.activations is not None or n in self.online
         }
@@ -155,8 +155,10 @@ class Model:
             )
         block = block.within(target=target)
         if self.activations is not None:
-            reading = Reading(grid=self.activations)
-            block = block.with_readings(dict.fromkeys(block.wiring.linears, reading))
+            input_quantizer = InputQuantizer(grid=self.activations)
+            block = block.with_input_quantizers(
+                dict.fromkeys(block.wiring.linears, input_quantizer)
+            )
         return block if self.kv is None else replace(block, kv=KVGrid(self.kv))
 
 

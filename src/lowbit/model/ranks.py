@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..errors import LowbitError
-from .parts import ran_out
+from .microbatches import ran_out
 
 _SHOWN = 4  # differences named in an error
 _TOGETHER = 1 << 24  # bytes of tensors that are sent in one message
@@ -154,7 +154,7 @@ class Ranks:
 
     # --- values -----------------------------------------------------------------------------------
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value; the others' do not count, and they wait for it as long as it takes."""
         if self.size == 1:
             return value

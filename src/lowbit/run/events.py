@@ -37,5 +37,5 @@ class Working:
     what: str
 
 
-Progress = Callable[[BlockDone], None]
-Watch = Callable[[Working], None]
+OnBlock = Callable[[BlockDone], None]
+OnStep = Callable[[Working], None]

@@ -61,7 +61,7 @@ class Original:
 
     def hashed(self, ranks: Ranks = ALONE) -> Original:
         """With the hash of every byte of every file, which rank 0 reads for all."""
-        return replace(self, hashes=ranks.told(self._hashes() if ranks.first else None))
+        return replace(self, hashes=ranks.broadcast(self._hashes() if ranks.first else None))
 
     def _hashes(self) -> dict[str, str]:
         with ThreadPoolExecutor() as pool:  # hashing lets other threads work

@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..errors import LowbitError, ToldElsewhere
 from ..machine import device_of_rank
-from ..model.parts import ran_out
+from ..model.microbatches import ran_out
 from ..model.ranks import ALONE, RankGone, Ranks
 
 Say = Callable[[str], None]

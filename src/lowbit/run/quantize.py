@@ -19,8 +19,8 @@ from ..grid.names import Scheme, parse_scheme
 from ..machine import device_of_rank, give_back_memory, pick_device
 from ..model.calibration import Rows, draw_rows
 from ..model.carried import source_files
+from ..model.microbatches import ran_out
 from ..model.model import SEEDS, Model, Stage
-from ..model.parts import ran_out
 from ..model.ranks import ALONE, Ranks
 from ..model.storage import Storage
 from ..model.stream import ModelStream, load_tokenizer
@@ -29,7 +29,7 @@ from ..plan.memory import Offload
 from ..recipe import Recipe, load_recipe
 from ..stages import Blocks, Entered
 from .closing import close, proof_ids, quality, verified
-from .events import Progress, Watch, Working
+from .events import OnBlock, OnStep, Working
 from .identity import Original, fingerprint, sources
 from .record import command_of, source_of
 from .report import Facts
@@ -92,8 +92,8 @@ class Options:
 
     offload: str = "auto"
     offload_dir: str | Path | None = None
-    progress: Progress | None = None
-    watch: Watch | None = None
+    progress: OnBlock | None = None
+    watch: OnStep | None = None
     ranks: Ranks = ALONE
 
 
@@ -129,8 +129,8 @@ def quantize(
     plain: bool = False,
     offload: str = "auto",
     offload_dir: str | Path | None = None,
-    progress: Progress | None = None,
-    watch: Watch | None = None,
+    progress: OnBlock | None = None,
+    watch: OnStep | None = None,
     ranks: Ranks = ALONE,
 ) -> Result:
     """Quantize a model and write a verified artifact; continue an unfinished run of the same
@@ -339,7 +339,7 @@ class _Run:
         """What rank 0 has found of the finished directory, told to all."""
         out = self.output.given
         found = (read_report(out), verification or verified(out)) if self.ranks.first else None
-        report, verification = self.ranks.told(found)
+        report, verification = self.ranks.broadcast(found)
         return Result(out, report, verification, repeated)
 
     def _out_of_memory(self, error: BaseException) -> str:

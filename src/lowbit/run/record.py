@@ -20,7 +20,7 @@ from ..grid.names import scheme_name
 from ..machine import peak_memory
 from ..model.block import Block
 from ..model.checkpoint import Checkpoint, Stored
-from ..model.judge import linear_errors
+from ..model.linear_errors import linear_errors
 from ..names import hub_id
 from ..recipe import Recipe
 

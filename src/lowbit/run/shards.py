@@ -12,7 +12,7 @@ from ..grid import Coded
 from ..model.block import Block
 from ..model.model import Model
 from ..model.outline import Outline
-from .events import BlockDone, Progress
+from .events import BlockDone, OnBlock
 from .identity import Original
 from .record import block_record
 from .workplace import Workplace
@@ -33,7 +33,7 @@ class Shards:
     place: Workplace
     original: Original
     records: list[Record]
-    progress: Progress | None = None
+    progress: OnBlock | None = None
 
     def finished(self, i: int) -> Record | None:
         record = self.place.finished(i + 1)

@@ -69,7 +69,7 @@ class Workplace:
         state = json.dumps(fingerprint, indent=1, sort_keys=True)
         self.run = hashlib.sha256(state.encode()).hexdigest()
         self.done: bool
-        self.done, self.partial = ranks.told(
+        self.done, self.partial = ranks.broadcast(
             (self._entered(state), output.partial) if ranks.first else None
         )
 
@@ -147,7 +147,7 @@ class Workplace:
         """The record of a shard that an earlier run completed, its bytes checked; None if it has to
         be made.
         """
-        found: dict[str, Any] | None = self.ranks.told(
+        found: dict[str, Any] | None = self.ranks.broadcast(
             self._finished(number) if self.ranks.first else None
         )
         return found

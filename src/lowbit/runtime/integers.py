@@ -15,7 +15,7 @@ from ..errors import LowbitError
 from ..formats import native
 from ..formats.compressed_tensors import activations_of
 from ..formats.packing import local_tensors, packed_linears, unpack
-from ..grid import CrossQuant, LLMInt8, PerToken, Reading
+from ..grid import CrossQuant, InputQuantizer, LLMInt8, PerToken
 from ..kernels.integer import IntegerWeight, linear
 
 
@@ -23,16 +23,22 @@ class IntegerLinear(nn.Module):
     """A linear with an int8 weight and int32 sums.
 
     Args:
-        weight: on the device of the model. reading: of the input, its grid one of `PerToken` and
-            `LLMInt8`. bias: (out,) or None.
+        weight: on the device of the model. input_quantizer: of the input, its grid one of
+            `PerToken` and `LLMInt8`. bias: (out,) or None.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: IntegerWeight, reading: Reading, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self, weight: IntegerWeight, input_quantizer: InputQuantizer, bias: nn.Parameter | None
+    ) -> None:
         super().__init__()
-        assert isinstance(reading.grid, (PerToken, LLMInt8))
-        self.integers, self.turned, self.grid = weight, reading.exact(), reading.grid
+        assert isinstance(input_quantizer.grid, (PerToken, LLMInt8))
+        self.integers, self.turned, self.grid = (
+            weight,
+            input_quantizer.exact(),
+            input_quantizer.grid,
+        )
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,15 +70,15 @@ def in_integers(model: Any, folder: Path) -> Any:
         for name in packed_linears(held):
             grid = native.grid_of(config, name)
             own = config["quant_method"] == native.NAME
-            reading = (
-                native.reading_of(config, name)
+            input_quantizer = (
+                native.input_quantizer_of(config, name)
                 if own
-                else Reading(grid=activations_of(config, name))
+                else InputQuantizer(grid=activations_of(config, name))
             )
-            if reading.grid is None or isinstance(reading.grid, CrossQuant):
+            if input_quantizer.grid is None or isinstance(input_quantizer.grid, CrossQuant):
                 kind = (
                     "stay in floating point"
-                    if reading.grid is None
+                    if input_quantizer.grid is None
                     else "have a scale for every element"
                 )
                 raise LowbitError(
@@ -85,7 +91,7 @@ def in_integers(model: Any, folder: Path) -> Any:
             setattr(
                 model.get_submodule(parent),
                 last,
-                IntegerLinear(_on(weight, model.device), reading, old.bias),
+                IntegerLinear(_on(weight, model.device), input_quantizer, old.bias),
             )
             replaced += 1
     if not replaced:

@@ -13,7 +13,7 @@ from .. import kernels
 from ..errors import LowbitError
 from ..formats import codebook
 from ..formats.packing import buffers, unpack
-from ..grid import AnyGrid, Codebook, Reading
+from ..grid import AnyGrid, Codebook, InputQuantizer
 from ..grid.packed import PackedColumns
 
 # What these return shares memory and is no tensor.
@@ -108,7 +108,8 @@ class PackedLinear(nn.Linear):
         name: full name, for errors. linear: what it replaces; may be on the meta device.
         columns: bits -> number of columns, by rising bits, where columns may differ.
         outliers: number of weights kept apart, None without any.
-        reading: what happens to the input. stored: dtype to which decoded weights are rounded.
+        input_quantizer: what happens to the input. stored: dtype to which decoded weights are
+            rounded.
     """
 
     # nn.Linear's type leaves out that it may have none.
@@ -121,11 +122,16 @@ class PackedLinear(nn.Linear):
         grid: AnyGrid,
         columns: Mapping[int, int],
         outliers: int | None,
-        reading: Reading,
+        input_quantizer: InputQuantizer,
         stored: torch.dtype,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
-        self.name, self.grid, self.reading, self.stored = name, grid, reading, stored
+        self.name, self.grid, self.input_quantizer, self.stored = (
+            name,
+            grid,
+            input_quantizer,
+            stored,
+        )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # else transformers decodes the weight while it loads, to see whether it wants initializing
         self._is_hf_initialized = True
@@ -180,8 +186,8 @@ class PackedLinear(nn.Linear):
         online rotation goes into its weight.
         """
         weight = self.decoded()
-        if self.reading.rotation is not None:
-            weight = self.reading.rotation.inverse(weight.float())
+        if self.input_quantizer.rotation is not None:
+            weight = self.input_quantizer.rotation.inverse(weight.float())
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(weight.to(dtype))
         plain.register_parameter("bias", self.bias)
@@ -235,7 +241,7 @@ class DecodedLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return nn.functional.linear(self.reading(x), self.kept().to(x.dtype), self.bias)
+        return nn.functional.linear(self.input_quantizer(x), self.kept().to(x.dtype), self.bias)
 
 
 class CodebookLinear(PackedLinear):
@@ -259,7 +265,7 @@ class CodebookLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        x = self.reading(x)
+        x = self.input_quantizer(x)
         if self.grid.scales_with_inputs:
             y: Tensor = self._product(x)
             return y if self.bias is None else y + self.bias

@@ -162,8 +162,8 @@ def _quantized(name: str, linear: nn.Linear, config: Mapping[str, Any]) -> Packe
     if grid is None:
         return None
     columns, outliers = native.columns_of(config, name), native.outliers_of(config, name)
-    reading, stored = native.reading_of(config, name), native.dtype_of(config)
-    return module_for(grid)(name, linear, grid, columns, outliers, reading, stored)
+    input_quantizer, stored = native.input_quantizer_of(config, name), native.dtype_of(config)
+    return module_for(grid)(name, linear, grid, columns, outliers, input_quantizer, stored)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

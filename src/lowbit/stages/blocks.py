@@ -141,4 +141,4 @@ class Blocks:
 
 def _as_finished(block: Block, model: Model) -> Block:
     """A block just begun that reads its inputs as the finished model does."""
-    return replace(block.with_readings(model.readings), kv=model.kv_grid)
+    return replace(block.with_input_quantizers(model.input_quantizers), kv=model.kv_grid)

@@ -53,8 +53,8 @@ def in_float32(model, folder, exact):
             )
             if exact:
                 module.quantization_scheme.input_activations = None
-        if exact and hasattr(module, "reading"):
-            module.reading = module.reading.exact()
+        if exact and hasattr(module, "input_quantizer"):
+            module.input_quantizer = module.input_quantizer.exact()
     torch.nn.Module.float(model)  # weights as users get them, arithmetic as in tuning
     transforms = json.loads(Path(folder, "config.json").read_text())["quantization_config"].get(
         "transform_config"

@@ -15,7 +15,7 @@ from .rotation import Rotation
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class InputQuantizer:
     """A linear's input x becomes grid(x R / factor) * factor before it meets the weight.
 
     Attributes:
@@ -40,11 +40,11 @@ class Reading:
         factor = self.factor.to(x.dtype)
         return self.grid(x / factor) * factor
 
-    def exact(self) -> Reading:
+    def exact(self) -> InputQuantizer:
         """The same without quantization."""
-        return Reading(self.rotation)
+        return InputQuantizer(self.rotation)
 
-    def with_factor(self, factor: Tensor) -> Reading:
+    def with_factor(self, factor: Tensor) -> InputQuantizer:
         """The same with the activation divided by ``factor`` before its grid."""
         return replace(self, factor=factor)
 

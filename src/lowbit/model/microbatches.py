@@ -19,7 +19,7 @@ def ran_out(e: BaseException) -> bool:
     )
 
 
-class Parts:
+class MicroBatches:
     """Rows in parts as large as fit, found out once and kept.
 
     Args:

@@ -9,7 +9,7 @@ from ..model.block import Block
 from ._batches import copied, gathered
 
 
-class Feed:
+class Prefetcher:
     """Rows of a block's quantized stream and target, step after step.
 
     Where an accelerator computes, the next ones are copied meanwhile, on a stream of their own.
