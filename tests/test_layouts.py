@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowbit.formats.divides import check_widths
+from test_axes import GRIDS_TRIED
 
 from lowbit.errors import LowbitError
 from lowbit.formats import LAYOUTS, affine, awq, gptq, mlx, native, packing
@@ -18,6 +18,9 @@ from lowbit.formats import compressed_tensors as ct
 from lowbit.formats.by_name import FORMATS
 from lowbit.formats.layout import Layout
 from lowbit.grid import GRIDS, MXFP4, Affine, AffineParams, Codebook, KQuant, Outliers, QTensor
+from lowbit.grid.names import parse_grid
+from lowbit.plan.checks import check_divides
+from lowbit.recipe import Recipe
 from lowbit.runtime.linears import DecodedLinear, module_for
 
 
@@ -145,14 +148,9 @@ def test_awq_as_compressed_tensors_own_converter_reads_it(group):
 # --- the table of layouts -------------------------------------------------------------------------
 
 EVERY = [
-    Affine(4, 64),
-    Affine(3, None, True),
-    Affine(2, 32, True),
-    Codebook(2),
-    Codebook(3, "row"),
-    Codebook(2, "column", 4),
-    *(KQuant(kind) for kind in ("q2_k", "q3_k", "q4_k", "q6_k")),
-    MXFP4(),
+    *map(parse_grid, GRIDS_TRIED),
+    *(Affine(4, 64), Affine(3, None, True), Affine(2, 32, True)),
+    *(KQuant(kind) for kind in ("q3_k", "q4_k")),
 ]
 
 
@@ -218,10 +216,10 @@ def test_a_layout_is_read_from_what_configs_say(grid):
 def test_widths_that_do_not_fit_are_named(grid, width, words):
     shapes = {"a": (8, 256), "b": (8, width)}
     if words is None:
-        check_widths(dict.fromkeys(shapes, grid), shapes)
+        check_divides(shapes, Recipe(grid))
     else:
         with pytest.raises(LowbitError, match=words):
-            check_widths(dict.fromkeys(shapes, grid), shapes)
+            check_divides(shapes, Recipe(grid))
 
 
 @dataclass(frozen=True)
