@@ -45,6 +45,8 @@ GRIDS_TRIED = [
     "gguf:q6_k",
     "mxfp4",
 ]
+
+
 def ranged(grid):
     return isinstance(grid, RangedGrid)
 

@@ -18,7 +18,6 @@ import test_layouts
 import torch
 import transformers as T
 from helpers import apply_methods, opened, planned, save_tiny
-from safetensors import safe_open
 
 import lowbit
 from lowbit.artifact.files import read_shard
@@ -84,7 +83,8 @@ def test_the_pages_list_all_fields_and_all_capabilities():
     listed = re.findall(r"^ +\| `(\w+)` \|", method, re.M)
     assert listed == [f for f in Entry.__dataclass_fields__ if f not in ("kind", "role")]
     listed = re.findall(r"^ +\| `(\w+)` \|", grid, re.M)
-    assert listed == re.findall(r"^    (\w*Grid) +\S", sys.modules["lowbit.grid.base"].__doc__, re.M)
+    capabilities = sys.modules["lowbit.grid.base"].__doc__
+    assert listed == re.findall(r"^    (\w*Grid) +\S", capabilities, re.M)
 
 
 # --- a method -------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def seen_by(layer, model, ids):
 
 def test_its_means_are_of_what_really_reaches_the_linears(toy, opt):
     """Biases against a plain transformers model that holds the decoded weights."""
-    recipe = Recipe(Affine(3), (RTN(), toy()))
+    recipe = Recipe(Affine(2), (RTN(), toy()))
     done = apply_methods(first_block(opt, recipe), recipe)
     floating, quantized = (T.AutoModelForCausalLM.from_pretrained(opt) for _ in range(2))
     layer, plain = (m.model.decoder.layers[0] for m in (quantized, floating))
@@ -138,6 +138,7 @@ def test_its_means_are_of_what_really_reaches_the_linears(toy, opt):
     with torch.no_grad():
         for name, q in done.coded.items():
             layer.get_submodule(name).weight.copy_(q.decode())
+        before = seen_by(layer, quantized, IDS)
         for site in done.wiring.sites:
             met = seen_by(layer, quantized, IDS)
             for name in site.reads:
@@ -146,9 +147,9 @@ def test_its_means_are_of_what_really_reaches_the_linears(toy, opt):
                 torch.testing.assert_close(
                     done.weights[f"{name}.bias"], linear.bias, rtol=1e-4, atol=1e-5
                 )
-    # What a pass with float weights would give is far off.
-    wrong, right = expected["fc2"], met["fc2"]
-    assert float((wrong - right).norm() / right.norm()) > 0.05
+    # What a pass with float weights gives is off, so that the test can tell.
+    wrong, right = expected["fc2"], before["fc2"]
+    assert float((wrong - right).norm() / right.norm()) > 0.1
 
 
 @pytest.mark.parametrize("before", [(), (RTN(),), (AWQ(exponents=4, shrinks=3),), (GPTQ(),)])
@@ -162,7 +163,8 @@ def test_it_helps_and_leaves_codes(toy, opt, before):
 
 
 @pytest.mark.parametrize(
-    "late, words", [(RTN(), "everything is coded"), (TesseraQ(), "a learner comes before a refiner")]
+    "late, words",
+    [(RTN(), "everything is coded"), (TesseraQ(), "a learner comes before a refiner")],
 )
 def test_its_role_is_behind_codes(toy, late, words):
     with pytest.raises(LowbitError, match=words):
@@ -239,7 +241,7 @@ def test_ranks_share_its_means(toy, opt):
     for thread in threads:
         thread.join()
     half = toy(3)(RTN()(first_block(opt, recipe, IDS[::2]))).weights
-    for key in (k for k in alone.weights if k.endswith("proj.bias") or "fc" in k and "bias" in k):
+    for key in (f"{n}.bias" for n in alone.wiring.linears):
         assert torch.equal(found[0][key], found[1][key])
         torch.testing.assert_close(found[0][key], alone.weights[key], rtol=1e-4, atol=1e-5)
         assert not torch.allclose(half[key], alone.weights[key], rtol=1e-3, atol=1e-4)
@@ -254,9 +256,8 @@ def here(monkeypatch):
 
 def quantized(model, recipe, out, **options):
     text = f"{model}/text.txt"
-    return lowbit.quantize(
-        str(model), recipe=recipe, out=out, calib=text, samples=8, length=32, device="cpu", **options
-    )
+    options |= dict(calib=text, samples=8, length=32, device="cpu")
+    return lowbit.quantize(str(model), recipe=recipe, out=out, **options)
 
 
 def test_it_is_quantized_with_verified_and_resumed(toy, here, tmp_path):
@@ -350,9 +351,10 @@ def test_methods_get_better_on_it(log, opt):
         recipe = Recipe(log(3), methods)
         return apply_methods(first_block(opt, recipe), recipe).notes["loss_after"]
 
-    rtn, gptq, tesseraq = loss(RTN()), loss(GPTQ()), loss(TesseraQ(**QUICK))
-    assert gptq < 0.9 * rtn
-    assert tesseraq < 0.9 * gptq
+    learner = TesseraQ(**QUICK)
+    rtn, gptq, learned, both = loss(RTN()), loss(GPTQ()), loss(learner), loss(GPTQ(), learner)
+    assert max(gptq, learned) < 0.9 * rtn
+    assert both < 0.9 * min(gptq, learned)
 
 
 def test_a_plan_knows_it(log, opt):
@@ -362,10 +364,9 @@ def test_a_plan_knows_it(log, opt):
     )
     assert plan.packed == packed
     assert plan.beyond == "powers of two"
-    said = {v.runtime: v for v in plan.runtimes}
-    refused = [v for v in said.values() if not v.accepts]
-    assert said["Transformers"].accepts and len(refused) == len(said) - 1
-    assert all(v.reasons for v in refused)
+    assert [v.runtime for v in plan.runtimes if v.accepts] == ["transformers"]
+    assert "lowbit, for powers of two" in plan.verdict("transformers").notes[0]
+    assert all("is on log3, which" in v.reasons[-1] for v in plan.runtimes if not v.accepts)
     with pytest.raises(LowbitError, match="compressed-tensors cannot carry powers of two"):
         type(plan).of(plan.outline, plan.recipe, plan.setting, plain=True)
 
@@ -380,19 +381,24 @@ def test_it_is_quantized_to_and_verified(log, here, tmp_path, methods):
     assert Recipe.from_toml((out / "recipe.toml").read_text()).grid == log(3)
     assert verify(out, loader=False).linears == 14
     name = "model.layers.0.mlp.up_proj"
-    shard = next(s for s, r in done.report["shards"].items() if f"{name}.weight_log" in r["tensors"])
-    assert native.grid_of(json.loads((out / "config.json").read_text())["quantization_config"], name)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert native.grid_of(said, name) == log(3)
+    shards = done.report["shards"].items()
+    shard = next(s for s, r in shards if f"{name}.weight_log" in r["tensors"])
     codes = packing.unpack(packing.local_tensors(read_shard(out / shard), name), log(3), name).codes
     assert codes.unique().tolist() == list(range(7))
-    with safe_open(out / shard, "pt") as held:
-        assert held.get_slice(f"{name}.weight_log").get_dtype() == "I32"
+    proof = read_shard(out / "proof" / "logits.safetensors")
+    loaded = T.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = loaded(proof["ids"]).logits[:, -proof["logits"].shape[1] :]
+    torch.testing.assert_close(logits, proof["logits"], rtol=1e-4, atol=1e-4)
 
 
 def test_where_it_is_not_known_its_artifacts_are_refused_in_words(log, here, tmp_path):
     """By a version of the library that has no line for it."""
     quantized(save_tiny(tmp_path / "m"), Recipe(log(3)), tmp_path / "out")
     del LAYOUTS[log]
-    with pytest.raises(VerificationError, match=r"holds 0 packed linears|does not know \('log'\)"):
+    with pytest.raises(VerificationError, match=r"does not know \('log'\)"):
         verify(tmp_path / "out", loader=False)
 
 

@@ -208,7 +208,7 @@ def test_a_layout_is_read_from_what_configs_say(grid):
         (Affine(4, 64), 97, "of this model: none of the usual ones, or a scheme without g"),
         (Codebook(2, "column", 64), 96, "group size 64 does not divide the 96 inputs of 'b'"),
         (KQuant("q2_k"), 128, "gguf:q2_k comes in blocks of 256 inputs.*the 128 inputs of 'b'"),
-        (MXFP4(), 80, "mxfp4 comes in blocks of 32 inputs.*the 80 inputs of 'b'.*scheme with g"),
+        (MXFP4(), 80, "mxfp4 comes in blocks of 32 inputs.*the 80 inputs of 'b'.*scheme without g"),
         (Affine(4), 97, None),
         (MXFP4(), 96, None),
     ],
