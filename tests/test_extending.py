@@ -41,9 +41,10 @@ IDS = torch.randint(3, 280, (8, 24), generator=torch.Generator().manual_seed(0))
 QUICK = dict(schedule="exponential-4-6", iters=8, lr=3e-2)
 
 
-def blocks_of(page):
+def blocks_of(page, language="python"):
     """The code of a page, block by block."""
-    found = re.findall(r"^ *```python\n(.*?)^ *```$", (DOCS / page).read_text(), re.M | re.S)
+    text = (DOCS / page).read_text()
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.M | re.S)
     return [textwrap.dedent(code) for code in found]
 
 
@@ -172,6 +173,8 @@ def test_its_role_is_behind_codes(toy, late, words):
     recipe = Recipe(Affine(4, 16), (late, toy(5)), activations=PerToken(8))
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert "[biascorrection]\nrows = 5" in recipe.to_toml()
+    (preset,) = blocks_of("add-a-method.md", "toml")
+    assert Recipe.from_toml(preset) == Recipe(Affine(4, 128), (RTN(), toy()))
 
 
 def test_bad_options_of_it_are_refused(toy):
