@@ -174,7 +174,7 @@ def test_its_role_is_behind_codes(toy, late, words):
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert "[biascorrection]\nrows = 5" in recipe.to_toml()
     (preset,) = blocks_of("add-a-method.md", "toml")
-    assert Recipe.from_toml(preset) == Recipe(Affine(4, 128), (RTN(), toy()))
+    assert Recipe.from_toml(preset) == Recipe(Affine(4, 128), (RTN(), toy()), name="biascorrection")
 
 
 def test_bad_options_of_it_are_refused(toy):
