@@ -1,6 +1,7 @@
 """The dependency direction of docs/architecture.md, and the size of the public interface."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,15 @@ def test_a_part_imports_only_what_lies_below_it(part):
 def test_every_part_has_a_row():
     """But for what is above all: the package itself, and the command line."""
     assert set(parts()) - set(ALLOWED) == {"__init__", "__main__", "cli"}
+
+
+def test_the_map_names_every_part_and_every_path_of_the_page_is_there():
+    text = (ROOT.parents[1] / "docs" / "architecture.md").read_text()
+    for part in set(parts()) - {"__init__", "__main__"}:
+        last = part.rpartition(".")[2]
+        assert f"{last}/" in text or f"{last}.py" in text, part
+    for path in re.findall(r"`([\w./]+(?:\.py|/))`", text):
+        assert (ROOT / path).exists() or (ROOT.parents[1] / path).exists(), path
 
 
 def test_no_part_imports_one_that_imports_it():

@@ -43,6 +43,7 @@ from . import compressed_tensors as ct
 NAME = "lowbit"
 VERSION = 5
 _READ = (1, 2, 3, 4, 5)
+_BESIDE = {"columns", "outliers"}  # of an entry: what does not say which grid
 
 
 def describe(
@@ -162,10 +163,21 @@ def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def grid_of(config: Mapping[str, Any], name: str) -> AnyGrid | None:
-    """The grid of a linear, also of a compressed-tensors config; None if it is not quantized."""
+    """The grid of a linear, also of a compressed-tensors config; None if it is not quantized.
+
+    Raises:
+        LowbitError: no layout reads what the config says of it.
+    """
     entry = config.get("linears", {}).get(name, {})
     found = (layout.read_entry(entry) for layout in LAYOUTS.values())
-    return next((g for g in found if g is not None), None) or ct.grid_of(config, name)
+    grid = next((g for g in found if g is not None), None)
+    unread = sorted(set(entry) - _BESIDE)
+    if grid is None and unread:
+        raise LowbitError(
+            f"'{name}' is on a grid that this version of lowbit does not know "
+            f"('{unread[0]}'): install the version that made the artifact."
+        )
+    return grid or ct.grid_of(config, name)
 
 
 def columns_of(config: Mapping[str, Any], name: str) -> dict[int, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..machine import give_back_memory
-from ..methods import RTN
+from ..methods import METHODS, RTN
 from ..methods._reconstruct import Reconstruction
 from ..model.block import Block
 from ..model.model import BlockMethod, Model, Streams
@@ -38,15 +38,24 @@ class BlockStore(Protocol):
         ...
 
 
+def completed(methods: tuple[BlockMethod, ...]) -> tuple[BlockMethod, ...]:
+    """Methods in the order of their roles, with nearest rounding for whatever they leave uncoded:
+    before refiners, which find everything coded.
+    """
+    refiners = {entry.kind for entry in METHODS.values() if entry.role == "refiner"}
+    before = tuple(m for m in methods if type(m) not in refiners)
+    return (*before, RTN(), *methods[len(before) :])
+
+
 def apply_methods(block: Block, methods: tuple[BlockMethod, ...]) -> Block:
-    """All methods in order, then nearest rounding for whatever is left.
+    """All methods in order, and nearest rounding for whatever is left, see `completed`.
 
     Notes ``loss_before`` and ``loss_after``: the squared error of the block's output on the
     quantized prefix, summed over hidden units and averaged over tokens, of plain nearest rounding
     and of the result.
     """
     before = Reconstruction(block, batch=1).loss(RTN()(block).decoded())
-    for method in (*methods, RTN()):
+    for method in completed(methods):
         block = method(block)
     # As it reads now.
     after = Reconstruction(block, batch=1).loss(block.decoded())
