@@ -69,7 +69,8 @@ Python = Annotated[
 ]
 _SCHEME = (
     "W<bits>A<bits>[KV<bits>][g<group size>][sym], for example W2A16g64, W4A4 or W4A8KV4; without "
-    "g one scale per output channel. Or a K-quant of llama.cpp: gguf:q2_k, q3_k, q4_k, q6_k."
+    "g one scale per output channel. W2A16:column (row, tensor): codebooks. mxfp4: 4-bit floats. "
+    "Or a K-quant of llama.cpp: gguf:q2_k, q3_k, q4_k, q6_k."
 )
 Scheme = Annotated[str, typer.Option(help=_SCHEME)]
 OwnScheme = Annotated[

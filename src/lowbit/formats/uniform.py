@@ -48,8 +48,8 @@ def uniform(grid: AnyGrid, name: str, runtime: str) -> Uniform:
     found = as_uniform(grid)
     if found is None:
         raise LowbitError(
-            f"'{name}' is on {grid}, which {runtime} does not read: choose a recipe and a scheme "
-            "for uniform weights, such as W4A16g128."
+            f"'{name}' is on {grid}, and {runtime} is known to read uniform weights only: choose a "
+            "recipe and a scheme for them, such as W4A16g128."
         )
     return found
 
