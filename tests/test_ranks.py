@@ -111,7 +111,7 @@ def test_alone_nothing_is_exchanged():
     ALONE.agree("nothing", {"a": 1}, "")
     assert (
         t.tolist() == [1, 1]
-        and ALONE.told(5) == 5
+        and ALONE.broadcast(5) == 5
         and ALONE.total(2, 3.5) == [2, 3.5]
         and ALONE.first
     )
@@ -293,7 +293,8 @@ def test_a_dead_rank_is_named_and_another_number_of_ranks_goes_on(model, tmp_pat
         and "with any number of ranks" in done.said
     )
     assert "lowbit/" not in done.said.split("Traceback", 1)[-1]  # torchrun prints one of its own
-    assert done.said.count("LowbitError") == 1
+    # Raised by the other rank, or said by it if torchrun ended it first.
+    assert done.said.count("rank 1 of 2 is gone") == 1
     assert {p.name for p in out.with_name("out.partial").glob("shard-*.json")} >= {
         "shard-00000.json",
         "shard-00001.json",
