@@ -39,7 +39,7 @@ def export(source: Source, output: Output) -> Verification:
     """
     if not source.is_native:
         raise LowbitError(
-            f"'{source.folder}' is in the format {ct.NAME} already: vLLM loads it as it is."
+            f"'{source.folder}' is in the format {ct.NAME} already: it needs no copy."
         )
     described, matrices = _described(source)
     with place(source, output) as made:

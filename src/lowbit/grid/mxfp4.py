@@ -11,7 +11,6 @@ weight down. Here it is chosen by the squared error.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -180,13 +179,13 @@ class _Column:
 
 
 def _codes(steps: Tensor) -> Tensor:
-    """The nearest codes, uint8, of weights divided by their scale."""
-    bounds = [(a + b) / 2 for a, b in pairwise(MAGNITUDES)]
-    middle = torch.tensor(bounds, dtype=steps.dtype, device=steps.device)
-    size = steps.abs().contiguous()
-    below, above = torch.bucketize(size, middle), torch.bucketize(size, middle, right=True)
-    nearest = torch.where(below % 2 == 0, below, above)  # they differ halfway only
-    return torch.where(steps < 0, ZERO - nearest, ZERO + nearest).to(torch.uint8)
+    """The nearest codes, uint8, of weights divided by their scale; halfway, the even ones."""
+    size = steps.abs().clamp(max=MAGNITUDES[-1])
+    octave = (size >= 2).to(size.dtype) + (size >= 4)  # levels are 0.5, 1 and 2 apart in it
+    # Even multiples of the distance have even codes, and `round` picks them halfway.
+    number = (size * torch.exp2(1 - octave)).round() + 2 * octave
+    number = number.to(torch.uint8).clamp(max=TOP - ZERO)  # whatever a weight that is not finite is
+    return torch.where(steps < 0, ZERO - number, ZERO + number)
 
 
 def _levels(codes: Tensor, like: Tensor) -> Tensor:

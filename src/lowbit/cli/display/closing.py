@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...formats.uniform import as_uniform
+from ...grid.names import parse_scheme
 from ...run.quantize import Result
 from ...verbatim import literal, shell
 from .units import duration, size
@@ -82,9 +84,16 @@ def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
             "          if vLLM can run it all the same, this makes a copy for it, or says why "
             f"not: lowbit export {shell(folder)} -o DIR",
         ]
+    scheme = report["recipe"]["scheme"]
+    if as_uniform(parse_scheme(scheme).weights) is None:
+        serve = f"no server is known here to run {scheme}, though it may read compressed-tensors"
+    else:
+        serve = (
+            f"vllm serve {shell(folder)}    (which versions: lowbit plan {shell(report['model'])} "
+            f"--scheme {scheme})"
+        )
     return [
         f"load      AutoModelForCausalLM.from_pretrained({literal(folder)})    (plain "
         "transformers with compressed-tensors)",
-        f"serve     vllm serve {shell(folder)}    (which versions: lowbit plan "
-        f"{shell(report['model'])} --scheme {report['recipe']['scheme']})",
+        f"serve     {serve}",
     ]
