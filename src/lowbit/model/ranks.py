@@ -211,8 +211,5 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _said(value: Any) -> str:
     text = "not there" if value is None else str(value)
-    return (
-        text[:12] + "..."
-        if len(text) in (32, 64) and all(c in "0123456789abcdef" for c in text)
-        else text
-    )
+    is_hash = len(text) in (32, 64) and all(c in "0123456789abcdef" for c in text)
+    return text[:12] + "..." if is_hash else text
