@@ -13,8 +13,8 @@ K-means here is solved on sorted values without random starts; the paper starts 
 the paper: other rankings, and bits given one by one within a matrix or over the model.
 
 Helpers: `_columns` and `_hessian` (as in `gptq`), `_coder` (a column on any grid), `_outliers`
-(what stays in floating point), `_bit_budget` (bits one by one; over the model it is the stage
-`lowbit.stages.allocate`).
+(what stays in floating point), `_bit_budget` (bits one by one; over the model by its stage
+`Allocate`).
 """
 
 from __future__ import annotations
