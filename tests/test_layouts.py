@@ -184,10 +184,8 @@ def test_a_layout_says_what_it_packs(grid, kept):
 
 @pytest.mark.parametrize("grid", EVERY, ids=str)
 def test_a_layout_is_read_from_what_configs_say(grid):
-    columns = {n: {"2": 256} for n in ("m.0.a", "m.0.b")}
-    own = native.describe(
-        dict.fromkeys(columns, grid), ["head"], torch.bfloat16, {}, None, "x", columns, {}
-    )
+    counts = {n: {"columns": {"2": 256}} for n in ("m.0.a", "m.0.b")}
+    own = native.describe(dict.fromkeys(counts, grid), ["head"], torch.bfloat16, {}, None, counts)
     own = json.loads(json.dumps(own))
     assert native.grid_of(own, "m.0.a") == grid and native.grid_of(own, "head") is None
     assert (ct.scheme_of(grid) is None) == ("m.0.a" in own["linears"])

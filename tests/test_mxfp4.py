@@ -293,8 +293,8 @@ def test_the_config_of_both_formats_is_inverse():
     said = json.loads(json.dumps(ct.describe(plain, ["lm_head"], dtype=torch.bfloat16)))
     assert said["format"] == "mxfp4-pack-quantized" and "dequantize" not in said
     assert all(ct.grid_of(said, n) == GRID for n in plain) and ct.grid_of(said, "lm_head") is None
-    columns = {"model.layers.0.v": {"2": 8}}
-    own = native.describe(grids, ["lm_head"], torch.float16, {}, None, "attn", columns, {})
+    counts = {"model.layers.0.v": {"columns": {"2": 8}}}
+    own = native.describe(grids, ["lm_head"], torch.float16, {}, None, counts)
     assert {n: native.grid_of(json.loads(json.dumps(own)), n) for n in grids} == grids
     assert list(own["linears"]) == ["model.layers.0.v"]
     said["config_groups"]["group_0"]["format"] = "nvfp4-pack-quantized"
@@ -368,7 +368,7 @@ def test_the_format_of_lowbit_loads_it(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     grids, kv = {n: q.grid for n, q in held.items()}, KVGrid(PerToken(4))
     config["quantization_config"] = native.describe(
-        grids, ["lm_head"], torch.float16, {}, kv, "self_attn", {}, {}
+        grids, ["lm_head"], torch.float16, {}, (kv, "self_attn"), {}
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

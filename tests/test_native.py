@@ -169,9 +169,11 @@ def test_the_config_is_inverse(tmp_path):
     grids = {f"model.layers.0.{n}": Affine(4) for n in input_quantizers} | {
         "model.layers.0.k": Codebook(2)
     }
-    columns, outliers = {"model.layers.0.k": {"4": 3, "2": 97}}, {"model.layers.0.mlp.up_proj": 12}
+    outliers = {"model.layers.0.mlp.up_proj": 12}
+    counts = {n: {"outliers": count} for n, count in outliers.items()}
+    counts["model.layers.0.k"] = {"columns": {"4": 3, "2": 97}}
     described = native.describe(
-        grids, ["lm_head"], torch.bfloat16, input_quantizers, kv, "self_attn", columns, outliers
+        grids, ["lm_head"], torch.bfloat16, input_quantizers, (kv, "self_attn"), counts
     )
     config = json.loads(json.dumps(described))
     native.check(config)

@@ -16,7 +16,7 @@ from lowbit.errors import LowbitError
 from lowbit.grid.openmp import Team, team
 from lowbit.grid.sums import _masked, sums_by
 from lowbit.methods import _rounding as rounding
-from lowbit.methods._rounding import FROZEN, Adam, cpu
+from lowbit.methods._rounding import FROZEN, Adam, SoftRows, cpu
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler")
 
@@ -39,7 +39,8 @@ def sample(rows, length, seed=0, dtype=torch.float32, device="cpu"):
         torch.randn(rows, 1, generator=g, dtype=dtype),
     )
     gradient = torch.randn(rows, length, generator=g, dtype=dtype)
-    return [t.to(device) for t in (nu, code, way, zero, scale, offset, gradient)]
+    soft = SoftRows(*(t.to(device) for t in (nu, code, way, zero, scale, offset)))
+    return soft, gradient.to(device)
 
 
 def straight(nu, code, way, zero, scale, offset):
@@ -49,8 +50,9 @@ def straight(nu, code, way, zero, scale, offset):
 
 
 def test_gradients_match_autograd_and_finite_differences_in_float64():
-    nu, code, way, zero, scale, offset, gradient = sample(6, 20, dtype=torch.float64)
-    by_nu, sums = rounding.gradients(gradient, nu, code, way, zero, scale)
+    soft, gradient = sample(6, 20, dtype=torch.float64)
+    nu, code, way, zero, scale, offset = soft
+    by_nu, sums = rounding.gradients(gradient, soft)
     leaves = [t.clone().requires_grad_() for t in (nu, scale, offset)]
     (straight(leaves[0], code, way, zero, *leaves[1:]) * gradient).sum().backward()
     torch.testing.assert_close(by_nu, leaves[0].grad, rtol=1e-12, atol=1e-12)
@@ -58,10 +60,8 @@ def test_gradients_match_autograd_and_finite_differences_in_float64():
     torch.testing.assert_close(-sums[:, 1:], leaves[2].grad, rtol=1e-12, atol=1e-12)
 
     def loss(nu, scale, offset):
-        out = torch.empty_like(nu)
-        return (
-            rounding.weights(nu, code, way, zero, scale, offset, out, "reference") * gradient
-        ).sum()
+        at = soft._replace(nu=nu, scale=scale, offset=offset)
+        return (rounding.weights(at, torch.empty_like(nu), "reference") * gradient).sum()
 
     eps = 1e-6
     for variable, found in ((0, by_nu), (1, sums[:, :1]), (2, -sums[:, 1:])):
@@ -77,13 +77,14 @@ def test_gradients_match_autograd_and_finite_differences_in_float64():
 
 
 def test_frozen_weights_are_exact_and_stay():
-    nu, code, way, zero, scale, _, gradient = sample(8, 33)
+    soft, gradient = sample(8, 33)
+    nu, code, way, zero, scale, _ = soft = soft._replace(offset=None)
     frozen = nu.abs() == FROZEN
     first, second, before = torch.zeros_like(nu), torch.zeros_like(nu), nu.clone()
-    out = rounding.weights(nu, code, way, zero, scale, None, torch.empty_like(nu))
+    out = rounding.weights(soft, torch.empty_like(nu))
     assert torch.equal(out[frozen], ((code - zero + way * (nu > 0)) * scale)[frozen])
     for step in range(1, 4):
-        rounding.descend(gradient, nu, code, way, zero, scale, first, second, Adam(0.1, step))
+        rounding.descend(gradient, soft, first, second, Adam(0.1, step))
     assert torch.equal(nu[frozen], before[frozen])
     assert not bool((nu[~frozen & (way != 0)] == before[~frozen & (way != 0)]).all())
 
@@ -104,24 +105,23 @@ def test_adam_is_torchs():
 
 def assert_like_the_plain_one(backend, rows, length, dtype, seed=0, device="cpu"):
     """Weights and three steps of Adam."""
-    nu, code, way, zero, scale, offset, gradient = sample(rows, length, seed, device=device)
-    scale = scale / 255
+    soft, gradient = sample(rows, length, seed, device=device)
+    soft = soft._replace(scale=soft.scale / 255)
     out = [torch.empty(rows, length, dtype=dtype, device=device) for _ in range(2)]
-    for shift in (None, offset):
+    for shift in (None, soft.offset):
         for to, b in zip(out, ("reference", backend), strict=True):
-            rounding.weights(nu, code, way, zero, scale, shift, to, b)
+            rounding.weights(soft._replace(offset=shift), to, b)
         torch.testing.assert_close(
             out[1], out[0], rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6
         )
     gradient = gradient.to(dtype)
     found = []
     for b in ("reference", backend):
-        own, first, second = nu.clone(), torch.zeros_like(nu), torch.zeros_like(nu)
+        own = soft._replace(nu=soft.nu.clone())
+        first, second = torch.zeros_like(own.nu), torch.zeros_like(own.nu)
         for step in range(1, 4):
-            sums = rounding.descend(
-                gradient, own, code, way, zero, scale, first, second, Adam(1e-3, step), b
-            )
-        found.append((own, first, second, sums))
+            sums = rounding.descend(gradient, own, first, second, Adam(1e-3, step), b)
+        found.append((own.nu, first, second, sums))
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
 
@@ -149,13 +149,12 @@ def test_compiled_c_does_not_depend_on_threads(shared, monkeypatch):
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            nu, code, way, zero, scale, _, gradient = sample(701, 128)
-            first, second = torch.zeros_like(nu), torch.zeros_like(nu)
-            out = rounding.weights(nu, code, way, zero, scale, None, torch.empty_like(nu), "c")
-            sums = rounding.descend(
-                gradient, nu, code, way, zero, scale, first, second, Adam(0.1, 1), "c"
-            )
-            found.append((out, sums, nu, first, second))
+            soft, gradient = sample(701, 128)
+            first, second = torch.zeros_like(soft.nu), torch.zeros_like(soft.nu)
+            plain = soft._replace(offset=None)
+            out = rounding.weights(plain, torch.empty_like(soft.nu), "c")
+            sums = rounding.descend(gradient, plain, first, second, Adam(0.1, 1), "c")
+            found.append((out, sums, soft.nu, first, second))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -163,17 +162,12 @@ def test_compiled_c_does_not_depend_on_threads(shared, monkeypatch):
 
 @needs_compiler
 def test_compiled_c_rounds_to_bfloat16_as_torch_does():
-    nu, code, way, zero, scale, _, _ = sample(64, 128)
-    wide = rounding.weights(nu, code, way, zero, scale, None, torch.empty_like(nu), "c")
-    half = rounding.weights(
-        nu, code, way, zero, scale, None, torch.empty_like(nu, dtype=torch.bfloat16), "c"
-    )
+    soft = sample(64, 128)[0]._replace(offset=None)
+    wide = rounding.weights(soft, torch.empty_like(soft.nu), "c")
+    half = rounding.weights(soft, torch.empty_like(soft.nu, dtype=torch.bfloat16), "c")
     assert torch.equal(half, wide.bfloat16())
-    nu[0, 0] = float("nan")
-    assert (
-        rounding.weights(nu, code, way, zero, scale, None, half, "c")[0, 0].isnan()
-        or way[0, 0] == 0
-    )
+    soft.nu[0, 0] = float("nan")
+    assert rounding.weights(soft, half, "c")[0, 0].isnan() or soft.way[0, 0] == 0
 
 
 def test_the_version_can_be_named(monkeypatch):

@@ -67,21 +67,10 @@ def soft_rounding(length, dtype, shifted):
 
     nu, row = torch.zeros(32, length), torch.ones(32, 1)
     code, way = nu.to(torch.uint8), nu.to(torch.int8)
-    gpu.weights(
-        nu, code, way, row, row, row if shifted else None, torch.empty_like(nu, dtype=dtype)
-    )
-    gpu.descend(
-        nu.to(dtype),
-        nu,
-        code,
-        way,
-        row,
-        row,
-        nu.clone(),
-        nu.clone(),
-        Adam(1e-3, 1),
-        torch.empty(32, 2),
-    )
+    soft = _rounding.SoftRows(nu, code, way, row, row, row if shifted else None)
+    gpu.weights(soft, torch.empty_like(nu, dtype=dtype))
+    step = Adam(1e-3, 1)
+    gpu.descend(nu.to(dtype), soft, nu.clone(), nu.clone(), step, torch.empty(32, 2))
 
 
 def codebook_product(bits, tokens, dtype):

@@ -65,25 +65,16 @@ def control_groups(
     for line in _text(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, names, cache = (
-                root,
-                ("memory.max", "memory.current"),
-                ("inactive_file", "active_file", "slab_reclaimable"),
-            )
+            base, names = root, ("memory.max", "memory.current")
+            cache = ("inactive_file", "active_file", "slab_reclaimable")
         elif "memory" in controllers.split(","):
-            base, names, cache = (
-                root / "memory",
-                ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-                ("total_inactive_file", "total_active_file"),
-            )
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cache = ("total_inactive_file", "total_active_file")
         else:
             continue
         group = base / path.lstrip("/")
         # A limit of a parent binds its children.
-        for folder in (
-            group,
-            *(p for p in group.parents if p.is_relative_to(base)),
-        ):
+        for folder in (group, *(p for p in group.parents if p.is_relative_to(base))):
             limit, used = (_text(folder / n).strip() for n in names)
             if limit.isdigit() and used.isdigit():
                 dropped = re.findall(

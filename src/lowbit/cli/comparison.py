@@ -49,7 +49,7 @@ class CompareOptions:
         check_needed(of_tasks, "--tasks", bool(self.tasks))
 
     def cells(self) -> list[Cell]:
-        """Return the combinations. Raises LowbitError as `lowbit.compare.cells`."""
+        """Return the combinations. Raises LowbitError as `lowbit.cli.compare.terms.cells`."""
         return cells(_names(self.schemes), _names(self.recipes), self.settings)
 
     def terms(self) -> Terms:

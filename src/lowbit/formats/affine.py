@@ -26,7 +26,7 @@ from .layout import Buffers, Layout, Scheme
 FORMAT = "pack-quantized"
 
 
-def pack(q: QTensor[AffineParams], dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(q: QTensor[Affine, AffineParams], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one linear by their local names.
 
     Args:
@@ -35,9 +35,7 @@ def pack(q: QTensor[AffineParams], dtype: torch.dtype) -> dict[str, Tensor]:
     Raises:
         LowbitError: a scale would change when stored.
     """
-    grid = q.grid
-    assert isinstance(grid, Affine)
-    scale = q.params.scale.to(dtype)
+    grid, scale = q.grid, q.params.scale.to(dtype)
     if not torch.equal(scale.to(q.params.scale.dtype), q.params.scale):
         raise LowbitError(
             f"scales are not representable in {dtype}: fix their dtype before tuning, not at "
@@ -56,7 +54,7 @@ def pack(q: QTensor[AffineParams], dtype: torch.dtype) -> dict[str, Tensor]:
 
 def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight"
-) -> QTensor[AffineParams]:
+) -> QTensor[Affine, AffineParams]:
     """The inverse of `pack`.
 
     Args:

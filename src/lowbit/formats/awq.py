@@ -33,11 +33,10 @@ def check(grid: Uniform, rows: int, name: str) -> None:
         raise LowbitError(f"'{name}' has {rows} outputs; AWQ's layout packs 8 at a time.")
 
 
-def pack(q: QTensor[AffineParams], name: str = "weight") -> dict[str, Tensor]:
+def pack(q: QTensor[Affine, AffineParams], name: str = "weight") -> dict[str, Tensor]:
     """The tensors of one linear by their local names. Raises LowbitError if the format cannot say
     it.
     """
-    assert isinstance(q.grid, Affine)
     check(q.grid, q.codes.shape[0], name)
     return {
         "qweight": pack_bits(_interleaved(q.codes.T), 4),
@@ -48,7 +47,7 @@ def pack(q: QTensor[AffineParams], name: str = "weight") -> dict[str, Tensor]:
 
 def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight"
-) -> QTensor[AffineParams]:
+) -> QTensor[Affine, AffineParams]:
     """The inverse of `pack`. Raises LowbitError if a tensor is missing or does not fit the
     others.
     """

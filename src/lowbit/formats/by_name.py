@@ -36,8 +36,8 @@ class Format:
     mark: str | None
     tensors: tuple[str, ...]
     key: str
-    pack: Callable[[QTensor[Any], torch.dtype, str], dict[str, Tensor]]
-    unpack: Callable[[Mapping[str, Tensor], Any, str], QTensor[Any]]
+    pack: Callable[[QTensor[Any, Any], torch.dtype, str], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor], Any, str], QTensor[Any, Any]]
     grid_of: Callable[[Mapping[str, Any], str], AnyGrid | None]
 
     def linears(self, held: Mapping[str, Tensor]) -> list[str]:

@@ -27,7 +27,7 @@ from . import outliers
 from .layout import Buffers, Layout
 
 
-def pack(q: QTensor[CodebookParams], dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(q: QTensor[Codebook, CodebookParams], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one weight by their local names.
 
     Args:
@@ -57,7 +57,7 @@ def pack(q: QTensor[CodebookParams], dtype: torch.dtype) -> dict[str, Tensor]:
     return out
 
 
-def column_widths(q: QTensor[CodebookParams]) -> Tensor:
+def column_widths(q: QTensor[Codebook, CodebookParams]) -> Tensor:
     """(in,) int64, the bits of each column's codes.
 
     Raises:
@@ -73,7 +73,7 @@ def column_widths(q: QTensor[CodebookParams]) -> Tensor:
 
 def unpack(
     tensors: Mapping[str, Tensor], grid: Codebook, name: str = "weight"
-) -> QTensor[CodebookParams]:
+) -> QTensor[Codebook, CodebookParams]:
     """The inverse of `pack`.
 
     Args:
@@ -89,11 +89,9 @@ def unpack(
     for s in packed.segments:
         codes[:, s.columns.long()] = unpack_bits(s.codes.T.contiguous(), s.bits, len(s.columns))
         of_columns[s.columns.long()] = s.bits
-    widths = (
-        of_columns[:: grid.group_size or 1].clone()
-        if grid.per == "column"
-        else of_columns[:1].expand(grid.books(rows, columns)).clone()
-    )
+    widths = of_columns[:: grid.group_size or 1].clone()
+    if grid.per != "column":
+        widths = of_columns[:1].expand(grid.books(rows, columns)).clone()
     levels = torch.empty(len(widths), 1 << int(widths.max()))
     for s in packed.segments:
         books = s.columns.long() if grid.scales_with_inputs else widths == s.bits
@@ -140,11 +138,9 @@ def _read(
             f"'{name}' has codes of {len(kinds)} widths, and weight_columns is "
             f"{'there' if len(kinds) < 2 else 'missing'}."
         )
-    order = (
-        tensors["weight_columns"].to(torch.int32)
-        if len(kinds) > 1
-        else torch.arange(columns, dtype=torch.int32, device=device)
-    )
+    order = torch.arange(columns, dtype=torch.int32, device=device)
+    if len(kinds) > 1:
+        order = tensors["weight_columns"].to(torch.int32)
     segments, at = [], 0
     for bits in kinds:
         levels = outliers.held(tensors, f"weight_levels_{bits}", name)
@@ -181,7 +177,7 @@ def _buffers(
     return held
 
 
-def _counts(q: QTensor[CodebookParams]) -> dict[str, Any]:
+def _counts(q: QTensor[Codebook, CodebookParams]) -> dict[str, Any]:
     widths = column_widths(q)
     return {"columns": {str(b): int((widths == b).sum()) for b in sorted(set(widths.tolist()))}}
 

@@ -80,10 +80,9 @@ def _halves(b: Tensor) -> Tensor:
 # --- K-quants -------------------------------------------------------------------------------------
 
 
-def pack_k(q: QTensor[KQuantParams]) -> Tensor:
+def pack_k(q: QTensor[KQuant, KQuantParams]) -> Tensor:
     """(out, bytes of a row) uint8 of a weight on a `KQuant` grid."""
     grid, p = q.grid, q.params
-    assert isinstance(grid, KQuant)
     rows, columns = q.codes.shape
     n, subs = columns // SUPER, SUPER // grid.group_size
     codes = q.codes.view(rows, n, SUPER)
@@ -123,7 +122,7 @@ def pack_k(q: QTensor[KQuantParams]) -> Tensor:
     return torch.cat([low, high, scale.to(torch.int8).view(torch.uint8), d], -1).flatten(1)
 
 
-def unpack_k(blocks: Tensor, grid: KQuant) -> QTensor[KQuantParams]:
+def unpack_k(blocks: Tensor, grid: KQuant) -> QTensor[KQuant, KQuantParams]:
     """The inverse of `pack_k`."""
     kind = BLOCKS[grid.kind.upper()]
     rows = len(blocks)
@@ -143,16 +142,9 @@ def unpack_k(blocks: Tensor, grid: KQuant) -> QTensor[KQuantParams]:
         nibbles = b[..., 16:].reshape(rows, n, 4, 1, 32)
         codes = torch.cat([nibbles & 15, nibbles >> 4], 3).flatten(2)
     else:
-        low, high = (
-            b[..., :128].reshape(rows, n, 2, 2, 32),
-            b[..., 128:192].reshape(rows, n, 2, 1, 32),
-        )
-        quarters = [
-            low[:, :, :, 0] & 15,
-            low[:, :, :, 1] & 15,
-            low[:, :, :, 0] >> 4,
-            low[:, :, :, 1] >> 4,
-        ]
+        low = b[..., :128].reshape(rows, n, 2, 2, 32)
+        high = b[..., 128:192].reshape(rows, n, 2, 1, 32)
+        quarters = [*(low & 15).unbind(3), *(low >> 4).unbind(3)]
         codes = torch.stack(
             [q | ((high[:, :, :, 0] >> 2 * i) & 3) << 4 for i, q in enumerate(quarters)], 3
         ).flatten(2)
@@ -210,7 +202,7 @@ def _from_scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
 # --- uniform grids --------------------------------------------------------------------------------
 
 
-def pack_affine(q: QTensor[AffineParams], kind: BlockType, name: str = "weight") -> Tensor:
+def pack_affine(q: QTensor[Affine, AffineParams], kind: BlockType, name: str = "weight") -> Tensor:
     """(out, bytes of a row) uint8 of a weight on a uniform grid in Q4_0, Q4_1, Q8_0 or Q2_0, codes
     kept, scales repeated per block.
 
@@ -218,7 +210,6 @@ def pack_affine(q: QTensor[AffineParams], kind: BlockType, name: str = "weight")
         LowbitError: float16 does not hold a scale.
     """
     grid, params = q.grid, q.params
-    assert isinstance(grid, Affine)
     rows, columns = q.codes.shape
     n, repeat = columns // kind.size, grid.group(columns) // kind.size
     scale = in_half(params.scale, name).repeat_interleave(repeat, 1)
@@ -243,7 +234,7 @@ def pack_affine(q: QTensor[AffineParams], kind: BlockType, name: str = "weight")
     ).flatten(1)
 
 
-def unpack_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> QTensor[AffineParams]:
+def unpack_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> QTensor[Affine, AffineParams]:
     """The inverse of `pack_affine`: codes on the grid that was packed, scale and zero point of each
     block in float64.
     """

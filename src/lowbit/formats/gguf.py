@@ -77,11 +77,10 @@ def _value(value: Any) -> bytes:
     if isinstance(value, float):
         return struct.pack("<If", _F32, value)
     kind = {str: _STRING, int: _I32, float: _F32}[type(value[0]) if value else str]
-    items = (
-        b"".join(map(_text, value))
-        if kind == _STRING
-        else struct.pack(f"<{len(value)}{'i' if kind == _I32 else 'f'}", *value)
-    )
+    if kind == _STRING:
+        items = b"".join(map(_text, value))
+    else:
+        items = struct.pack(f"<{len(value)}{'i' if kind == _I32 else 'f'}", *value)
     return struct.pack("<IIQ", _ARRAY, kind, len(value)) + items
 
 
@@ -199,10 +198,8 @@ class Reader:
                 number, offset = cursor.take("<IQ")
                 if number not in BY_NUMBER:
                     raise ValueError(f"tensor '{name}' has type {number}, which is not known")
-                self.entries[name], self._offsets[name] = (
-                    Entry(name, shape, BY_NUMBER[number]),
-                    offset,
-                )
+                self.entries[name] = Entry(name, shape, BY_NUMBER[number])
+                self._offsets[name] = offset
             self._data = -(-cursor.at // _ALIGNMENT) * _ALIGNMENT
             for name, e in self.entries.items():
                 if self._data + self._offsets[name] + e.bytes > len(self._map):

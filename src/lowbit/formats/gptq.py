@@ -46,7 +46,7 @@ def check(grid: Uniform, rows: int, columns: int, version: str, name: str) -> No
         )
 
 
-def pack(q: QTensor[AffineParams], version: str, name: str = "weight") -> dict[str, Tensor]:
+def pack(q: QTensor[Affine, AffineParams], version: str, name: str = "weight") -> dict[str, Tensor]:
     """The tensors of one linear by their local names.
 
     Args:
@@ -56,7 +56,6 @@ def pack(q: QTensor[AffineParams], version: str, name: str = "weight") -> dict[s
         LowbitError: the format cannot say it.
     """
     grid, codes = q.grid, q.codes
-    assert isinstance(grid, Affine)
     rows, columns = codes.shape
     check(grid, rows, columns, version, name)
     zero = q.params.zero_point.to(torch.uint8) - (1 if version == V1 else 0)
@@ -70,7 +69,7 @@ def pack(q: QTensor[AffineParams], version: str, name: str = "weight") -> dict[s
 
 def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, version: str, name: str = "weight"
-) -> QTensor[AffineParams]:
+) -> QTensor[Affine, AffineParams]:
     """The inverse of `pack`; the scales are float16 numbers in float32.
 
     Raises:

@@ -25,7 +25,7 @@ def row_bytes(grid: KQuant, width: int) -> int:
     return BLOCKS[grid.kind.upper()].row_bytes(width)
 
 
-def pack(q: QTensor[KQuantParams], dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(q: QTensor[KQuant, KQuantParams], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one weight by their local names.
 
     Args:
@@ -37,7 +37,7 @@ def pack(q: QTensor[KQuantParams], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], grid: KQuant, name: str) -> QTensor[KQuantParams]:
+def unpack(tensors: Mapping[str, Tensor], grid: KQuant, name: str) -> QTensor[KQuant, KQuantParams]:
     """The inverse of `pack`.
 
     Raises:

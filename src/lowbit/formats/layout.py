@@ -70,8 +70,8 @@ class Layout(Generic[P]):
     """
 
     kind: str
-    pack: Callable[[QTensor[P], torch.dtype], dict[str, Tensor]]
-    unpack: Callable[[Mapping[str, Tensor], Any, str], QTensor[P]]
+    pack: Callable[[QTensor[Any, P], torch.dtype], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor], Any, str], QTensor[Any, P]]
     tensor_bytes: Callable[[Any, int, int, int], int]
     buffers: Callable[[Any, int, int, torch.dtype, Mapping[int, int]], Buffers]
     mark: str = "weight_shape"
@@ -79,7 +79,7 @@ class Layout(Generic[P]):
     read_scheme: Callable[[Scheme], AnyGrid | None] = _nothing
     entry: Callable[[Any, Mapping[Any, int]], dict[str, Any]] = _empty
     read_entry: Callable[[Mapping[str, Any]], AnyGrid | None] = _nothing
-    counts: Callable[[QTensor[P]], dict[str, Any]] = _empty
+    counts: Callable[[QTensor[Any, P]], dict[str, Any]] = _empty
     words: Callable[[Any], str] = str
     stays_packed: Callable[[Any], bool] = _never
     is_gguf: bool = False

@@ -44,15 +44,15 @@ def group_of(grid: Uniform, columns: int, name: str) -> int:
     )
 
 
-def pack(q: QTensor[AffineParams], dtype: torch.dtype, name: str = "weight") -> dict[str, Tensor]:
+def pack(
+    q: QTensor[Affine, AffineParams], dtype: torch.dtype, name: str = "weight"
+) -> dict[str, Tensor]:
     """The tensors of one linear by their local names.
 
     Args:
         dtype: of scales and biases. name: full name, for errors.
     """
-    grid = q.grid
-    assert isinstance(grid, Affine)
-    columns = q.codes.shape[1]
+    grid, columns = q.grid, q.codes.shape[1]
     repeat = grid.group(columns) // group_of(grid, columns, name)
     scale = q.params.scale
     biases = (-scale.double() * q.params.zero_point.double()).to(dtype)
@@ -67,7 +67,7 @@ def pack(q: QTensor[AffineParams], dtype: torch.dtype, name: str = "weight") -> 
 
 def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight"
-) -> QTensor[AffineParams]:
+) -> QTensor[Affine, AffineParams]:
     """The inverse of `pack`, but for the rounding of biases: zero points are floats, what the file
     says in units of the scale.
 

@@ -22,7 +22,7 @@ FORMAT = "mxfp4-pack-quantized"
 _BIAS, _SIGN = 127, 8
 
 
-def pack(q: QTensor[MXFP4Params], dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(q: QTensor[MXFP4, MXFP4Params], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one linear by their local names.
 
     Args:
@@ -47,7 +47,7 @@ def pack(q: QTensor[MXFP4Params], dtype: torch.dtype) -> dict[str, Tensor]:
 
 def unpack(
     tensors: Mapping[str, Tensor], grid: MXFP4, name: str = "weight"
-) -> QTensor[MXFP4Params]:
+) -> QTensor[MXFP4, MXFP4Params]:
     """The inverse of `pack`.
 
     Args:

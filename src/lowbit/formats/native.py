@@ -51,10 +51,8 @@ def describe(
     skipped: Sequence[str],
     dtype: torch.dtype,
     input_quantizers: Mapping[str, InputQuantizer],
-    kv: KVGrid | None,
-    attention: str,
-    columns: Mapping[str, Mapping[int, int]],
-    outliers: Mapping[str, int],
+    kv: tuple[KVGrid, str] | None,
+    counts: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """`quantization_config` for config.json.
 
@@ -64,26 +62,16 @@ def describe(
         dtype: of the stored scales.
         input_quantizers: linear's name inside its block -> input quantizer; the same in every
             block, one activation grid for all.
-        attention: name of the attention module inside a block.
-        columns: full linear name -> bits -> number of columns, where columns differ, see
-            `lowbit.formats.packing.counts`.
-        outliers: full linear name -> number of weights kept apart, where there are any.
+        kv: of keys and values, and the name of the attention module inside a block.
+        counts: full linear name -> what `lowbit.formats.packing.counts` says of it, of which
+            "columns" and "outliers" are taken.
+
+    Raises:
+        LowbitError: linears have different activation grids.
     """
     tables: dict[str, list[str]] = {}
-    activations = {r.grid for r in input_quantizers.values() if r.grid is not None}
-    if len(activations) > 1:
-        raise LowbitError("linears of one model with different activation grids cannot be stored.")
-    linears: dict[str, dict[str, Any]] = {}
-    for kind, layout in LAYOUTS.items():
-        for name, weights_on in grids.items():
-            if type(weights_on) is kind:
-                entry = layout.entry(weights_on, columns.get(name, {}))
-                linears |= {name: entry} if entry else {}
-    for name, count in outliers.items():
-        linears.setdefault(name, {})["outliers"] = count
     plain = {n: g for n, g in grids.items() if ct.scheme_of(g) is not None}
     weights = ct.describe(plain, list(skipped))
-    grid = next(iter(activations), None)
     return {
         "quant_method": NAME,
         "version": VERSION,
@@ -91,22 +79,43 @@ def describe(
         "ignore": weights["ignore"],
         "config_groups": weights["config_groups"],
         "dtype": str(dtype).removeprefix("torch."),
-        "activations": None if grid is None else asdict(grid),
+        "activations": _activations(input_quantizers),
         "rotations": {
             f"*.{n}": _factors(r.rotation, tables)
             for n, r in input_quantizers.items()
             if r.rotation is not None
         },
-        "kv": None
-        if kv is None
-        else {
-            **asdict(kv.grid),
-            "attention": f"*.{attention}",
-            "rotation": None if kv.rotation is None else _factors(kv.rotation, tables),
-        },
+        "kv": None if kv is None else _kv(*kv, tables),
         "tables": tables,
-        "linears": linears,
+        "linears": _linears(grids, counts),
     }
+
+
+def _activations(input_quantizers: Mapping[str, InputQuantizer]) -> dict[str, Any] | None:
+    found = {r.grid for r in input_quantizers.values() if r.grid is not None}
+    if len(found) > 1:
+        raise LowbitError("linears of one model with different activation grids cannot be stored.")
+    return next((asdict(grid) for grid in found), None)
+
+
+def _kv(kv: KVGrid, attention: str, tables: dict[str, list[str]]) -> dict[str, Any]:
+    rotation = None if kv.rotation is None else _factors(kv.rotation, tables)
+    return {**asdict(kv.grid), "attention": f"*.{attention}", "rotation": rotation}
+
+
+def _linears(
+    grids: Mapping[str, AnyGrid], counts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+    for kind, layout in LAYOUTS.items():
+        for name in (n for n, grid in grids.items() if type(grid) is kind):
+            entry = layout.entry(grids[name], counts.get(name, {}).get("columns", {}))
+            if entry:
+                out[name] = entry
+    for name, found in counts.items():
+        if "outliers" in found:
+            out.setdefault(name, {})["outliers"] = found["outliers"]
+    return out
 
 
 def _factors(rotation: Rotation, tables: dict[str, list[str]]) -> list[dict[str, int]]:

@@ -65,10 +65,8 @@ class PerToken:
         """
         wide = x.detach().float()
         grid = Affine(self.bits, symmetric=self.symmetric)
-        low, high = (
-            wide.amin(-1, keepdim=True).clamp(max=0),
-            wide.amax(-1, keepdim=True).clamp(min=0),
-        )
+        low = wide.amin(-1, keepdim=True).clamp(max=0)
+        high = wide.amax(-1, keepdim=True).clamp(min=0)
         params = grid.from_range(low * self.clip, high * self.clip)
         scale = params.scale
         if self.full_range:
@@ -144,11 +142,10 @@ class CrossQuant:
         wide = x.detach().float()
         size = wide.abs()
         rows = size.amax(-1, keepdim=True)
-        columns = (
-            size.amax(-2, keepdim=True)
-            if self.columns == "sequence"
-            else size.flatten(0, -2).amax(0)
-        )
+        if self.columns == "sequence":
+            columns = size.amax(-2, keepdim=True)
+        else:
+            columns = size.flatten(0, -2).amax(0)
         columns = columns.clamp(min=_LEAST_COLUMN * columns.amax(-1, keepdim=True))
         top = 2 ** (self.bits - 1) - 1
         scale = (rows.pow(self.row_exponent) * columns.pow(1 - self.row_exponent) / top).clamp(

@@ -82,14 +82,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for at in range(0, rows, step):
         squeezed = octets[at : at + step] if bits == 8 else _squeeze(octets[at : at + step], bits)
         stream[at : at + step] = squeezed.unsqueeze(-1).view(torch.uint8)[..., :bits]
-    flat, size = stream.flatten(1), 4 * packed_words(n, bits)
-    if flat.shape[1] != size:
-        flat = (
-            torch.nn.functional.pad(flat, (0, size - flat.shape[1]))
-            if flat.shape[1] < size
-            else flat[:, :size]
-        )
+    flat = _resized(stream.flatten(1), 4 * packed_words(n, bits))
     return flat.reshape(-1).view(torch.int32).view(rows, -1)
+
+
+def _resized(stream: Tensor, size: int) -> Tensor:
+    """(rows, n) -> (rows, size): cut, or filled up with zeros."""
+    missing = size - stream.shape[1]
+    return stream[:, :size] if missing <= 0 else torch.nn.functional.pad(stream, (0, missing))
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -112,14 +112,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     # A single column may keep an odd stride and still count as contiguous: flatten before changing
     # the element size.
     stream = words.contiguous().reshape(-1).view(torch.uint8).view(rows, -1)
-    size = octets * bits
-    if stream.shape[1] != size:
-        stream = (
-            torch.nn.functional.pad(stream, (0, size - stream.shape[1]))
-            if stream.shape[1] < size
-            else stream[:, :size]
-        )
-    stream = stream.reshape(rows, octets, bits)
+    stream = _resized(stream, octets * bits).reshape(rows, octets, bits)
     codes = words.new_empty((rows, octets * 8), dtype=torch.uint8)
     step = max(1, _CHUNK // max(1, codes.shape[1]))
     for at in range(0, rows, step):

@@ -131,11 +131,9 @@ class Codebook(ColumnGrid[CodebookParams]):
 
     def unlisted(self, lists: Tensor, rows: int) -> Tensor:
         """The inverse of `lists` for a weight of so many rows."""
-        return (
-            lists.reshape(-1, rows).T.contiguous()
-            if self.per == "column"
-            else lists.reshape(rows, -1)
-        )
+        if self.per == "column":
+            return lists.reshape(-1, rows).T.contiguous()
+        return lists.reshape(rows, -1)
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> CodebookParams:
         """Levels by K-means, the same number in every book.

@@ -163,19 +163,13 @@ class KQuant(LinearGrid[KQuantParams], GroupedGrid[KQuantParams]):
     def _fit(self, w: Tensor, importance: Tensor | None) -> KQuantParams:
         # Inputs of a sub-block come first: sums over a short last dimension are slow.
         g = self.grouped(w).permute(2, 0, 1).contiguous()
-        weight = (
-            torch.ones_like(g[:, :1])
-            if importance is None
-            else self.grouped(importance[None]).permute(2, 0, 1).contiguous()
-        )
+        weight = torch.ones_like(g[:, :1])
+        if importance is not None:
+            weight = self.grouped(importance[None]).permute(2, 0, 1).contiguous()
         weight = weight / weight.mean().clamp(min=1e-30) + 1e-6
         moments = Moments(g, weight)
-        found = (
-            signed_ranges(g, moments, self.middle)
-            if self.symmetric
-            else ranges(g, moments, self.top)
-        )
-        best = self.from_steps(*found)
+        search, end = (signed_ranges, self.middle) if self.symmetric else (ranges, self.top)
+        best = self.from_steps(*search(g, moments, end))
         least = self._error(g, weight, best)
         for _ in range(2):  # codes as they came out, and least squares again for them
             codes = self._nearest(g, *self.steps(best))
@@ -229,20 +223,11 @@ class KQuant(LinearGrid[KQuantParams], GroupedGrid[KQuantParams]):
         """
         subs = SUPER // self.group_size
         one = torch.ones_like(scale)
-        cut = [
-            t.reshape(len(scale), -1, subs)
-            for t in (
-                scale,
-                offset,
-                one if spread is None else spread,
-                one if count is None else count,
-            )
-        ]
-        tried = (
-            range(1, self.most + 1)
-            if exact
-            else range(self.most - self.most // 2, self.most + 1, max(1, self.most // 15))
-        )
+        spread, count = (one if t is None else t for t in (spread, count))
+        cut = [t.reshape(len(scale), -1, subs) for t in (scale, offset, spread, count)]
+        tried = range(1, self.most + 1)
+        if not exact:
+            tried = range(self.most - self.most // 2, self.most + 1, max(1, self.most // 15))
         unit, multiple = multiples(
             cut[0], cut[2], -self.most - 1 if self.symmetric else 0, self.most, tried
         )

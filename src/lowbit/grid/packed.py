@@ -136,11 +136,9 @@ def _demand(holds: bool, otherwise: str) -> None:
 
 def _tensors(packed: PackedColumns) -> list[Tensor]:
     parts = [t for s in packed.segments for t in (s.columns, s.codes, s.levels)]
-    return (
-        parts
-        if packed.sparse is None
-        else [*parts, packed.sparse.starts, packed.sparse.columns, packed.sparse.values]
-    )
+    if packed.sparse is not None:
+        parts += [packed.sparse.starts, packed.sparse.columns, packed.sparse.values]
+    return parts
 
 
 def _has(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:

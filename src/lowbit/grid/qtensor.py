@@ -11,6 +11,7 @@ from torch import Tensor
 from .base import AnyGrid
 from .params import Params
 
+G_co = TypeVar("G_co", bound=AnyGrid, covariant=True)
 P_co = TypeVar("P_co", bound=Params, covariant=True)
 
 
@@ -38,7 +39,7 @@ class Outliers:
 
 
 @dataclass(frozen=True)
-class QTensor(Generic[P_co]):
+class QTensor(Generic[G_co, P_co]):
     """A weight as it will be stored: the currency between methods, formats and kernels.
 
     The codes are the product of this library: nothing ever re-derives them from floats.
@@ -50,7 +51,7 @@ class QTensor(Generic[P_co]):
         outliers: entries that are not what their codes say, or None.
     """
 
-    grid: AnyGrid
+    grid: G_co
     codes: Tensor
     params: P_co
     outliers: Outliers | None = None
@@ -63,12 +64,12 @@ class QTensor(Generic[P_co]):
             dense = dense.flatten().index_copy(0, self.outliers.index, values)
         return dense.view(self.codes.shape)
 
-    def to(self, device: torch.device) -> QTensor[P_co]:
+    def to(self, device: torch.device) -> QTensor[G_co, P_co]:
         """The same on a device."""
         outliers = self.outliers and self.outliers.to(device)
         return QTensor(self.grid, self.codes.to(device), self.params.to(device), outliers)
 
-    def same_as(self, other: QTensor[Params]) -> str | None:
+    def same_as(self, other: Coded) -> str | None:
         """None if both are equal bit for bit, else which part differs."""
         if self.grid != other.grid:
             return f"grid ({self.grid} against {other.grid})"
@@ -82,4 +83,4 @@ class QTensor(Generic[P_co]):
         return params.differing(other.params)
 
 
-Coded = QTensor[Params]
+Coded = QTensor[AnyGrid, Params]

@@ -65,12 +65,8 @@ def product(x: Tensor, packed: PackedColumns, code: ctypes.CDLL) -> Tensor:
     """
     given = x.float().contiguous()
     weight, _kept = _described(packed)
-    y = (
-        _from_codes(given, packed, code, weight)
-        if 0 < len(x) <= _FEW
-        else _from_tiles(given, packed, code, weight)
-    )
-    return y.to(x.dtype)
+    product = _from_codes if 0 < len(x) <= _FEW else _from_tiles
+    return product(given, packed, code, weight).to(x.dtype)
 
 
 def _described(packed: PackedColumns) -> tuple[_Weight, list[Tensor]]:

@@ -37,7 +37,7 @@ class IntegerWeight:
     group: int
 
     @classmethod
-    def of(cls, q: QTensor[Any], name: str = "weight") -> IntegerWeight:
+    def of(cls, q: QTensor[Any, Any], name: str = "weight") -> IntegerWeight:
         """From codes and scales.
 
         Raises:

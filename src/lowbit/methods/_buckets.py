@@ -20,13 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import LowbitError
 from ..grid import Coded, LinearGrid, OrderedGrid, Params, QTensor
 from ..grid.base import Linear
 from ..grid.params import stacked
 from ..grid.straight import through
 from ..model.block import Block
 from . import _rounding
-from ._rounding import FROZEN, Adam, inverse_rectified, moved, rectified, slope, soft_rectified
+from ._rounding import (
+    FROZEN,
+    Adam,
+    SoftRows,
+    inverse_rectified,
+    moved,
+    rectified,
+    slope,
+    soft_rectified,
+)
 
 # Measured: 0.5 ends no better than without the round, 0.15 to 0.25 are alike.
 _LEAST_AIM, _MOST_AIM = 0.02, 0.2
@@ -45,9 +55,7 @@ class Bucket:
     """
 
     def __init__(self, block: Block, names: Sequence[str], from_codes: bool) -> None:
-        own = block.grids[names[0]]
-        assert isinstance(own, OrderedGrid)  # `SoftBlock` has asked
-        self._own: OrderedGrid[Any] = own
+        self._own = own = ordered(block, names[0])
         self.grid: OrderedGrid[Any] = own.of_lists
         self._line = self.grid if isinstance(self.grid, LinearGrid) else None
         self._stored = block.stored
@@ -122,7 +130,7 @@ class Bucket:
         zero, scale, offset = (None if t is None else t.detach().contiguous() for t in form)
         assert zero is not None and scale is not None
         self._held = zero, scale
-        _rounding.weights(nu, code, way, zero, scale, offset, to)
+        _rounding.weights(SoftRows(nu, code, way, zero, scale, offset), to)
         self._by = torch.zeros(len(scale), 2, device=scale.device)
         return out
 
@@ -160,10 +168,8 @@ class Bucket:
         nu, code, way, first, second = (
             t[rows].view(-1, length) for t in (self.nu, self.base, self._way, m.first, m.second)
         )
-        gradient = gradient.reshape(-1, length)
-        self._by[here] = _rounding.descend(
-            gradient, nu, code, way, zero[here], scale[here], first, second, adam
-        )
+        soft = SoftRows(nu, code, way, zero[here], scale[here])
+        self._by[here] = _rounding.descend(gradient.reshape(-1, length), soft, first, second, adam)
 
     def retune(self, adam: Adam, decay: float) -> None:
         """Move v by what `descend` noted since `values`; ``decay`` is L2 inside Adam."""
@@ -233,6 +239,21 @@ def aimed(gradient: Tensor, curvature: Tensor, gap: Tensor, outside: Tensor) -> 
     """
     newton = (gradient / curvature.clamp(min=1e-30) / gap).abs()
     return inverse_rectified((0.5 * newton).clamp_(_LEAST_AIM, _MOST_AIM).masked_fill_(outside, 0))
+
+
+def ordered(block: Block, linear: str) -> OrderedGrid[Any]:
+    """The grid of a linear, one whose codes have neighbours.
+
+    Raises:
+        LowbitError: it is none.
+    """
+    grid = block.grids[linear]
+    if not isinstance(grid, OrderedGrid):
+        raise LowbitError(
+            f"tesseraq rounds between neighbouring codes, and '{block.name}.{linear}' is on "
+            f"{grid}, whose codes have no order: leave tesseraq out of the recipe."
+        )
+    return grid
 
 
 class Moments:

@@ -129,11 +129,8 @@ def code_columns(weight: Tensor, factor: Tensor, coder: Coder, block_size: int) 
     """
     rest = weight.T.contiguous()  # (columns, rows): what a step reads and writes lies together
     codes = torch.empty_like(rest, dtype=torch.uint8)
-    compiled = (
-        library(_SOURCE)
-        if rest.device.type == "cpu" and rest.dtype == factor.dtype == torch.float32
-        else None
-    )
+    fits = rest.device.type == "cpu" and rest.dtype == factor.dtype == torch.float32
+    compiled = library(_SOURCE) if fits else None
     if compiled is not None and coder.uniform and coder.stored in _STORED:
         factor = factor.contiguous()
         for start, stop in _spans(len(rest), coder.period, block_size):
@@ -218,18 +215,13 @@ def least_range(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor
         return None
     weight, scale, zero = weight.contiguous(), scale.contiguous(), zero.contiguous()
     best = torch.empty(len(weight), dtype=torch.int32)
-    failed = _in_threads(
-        lambda first, last: compiled.least_range(
-            pointer(weight),
-            pointer(scale),
-            pointer(zero),
-            pointer(best),
-            *(ctypes.c_int64(n) for n in (*weight.shape, first, last, len(scale))),
-            ctypes.c_float(top),
-        ),
-        len(weight),
-        weight.numel() * len(scale),
-    )
+
+    def search(first: int, last: int) -> object:
+        tensors = map(pointer, (weight, scale, zero, best))
+        sizes = map(ctypes.c_int64, (*weight.shape, first, last, len(scale)))
+        return compiled.least_range(*tensors, *sizes, ctypes.c_float(top))
+
+    failed = _in_threads(search, len(weight), weight.numel() * len(scale))
     return None if any(failed) else best.long()
 
 

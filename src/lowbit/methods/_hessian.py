@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,14 @@ class Walk:
     damping: float
     act_order: bool
     true_sequential: bool
+
+    def check(self, block_size: int) -> None:
+        """Raise LowbitError if one of these, or the block size, is out of range."""
+        damped = math.isfinite(self.damping) and self.damping >= 0
+        if not damped or block_size < 1 or self.rows < 0:
+            raise LowbitError(
+                f"{self.method} needs a finite damping >= 0, block_size >= 1 and rows >= 0."
+            )
 
     def steps(self, block: Block) -> list[list[tuple[str, ...]]]:
         """The linears still to be coded: by step, in one pass each, and by site."""

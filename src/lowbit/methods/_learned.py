@@ -75,13 +75,11 @@ class Learned:
                 )
                 out[key] = out[key] / scale[:, None]
             if bias in out:
-                taken = 0.0 if shift is None else shift
-                part = (out[bias][rows] - taken) / factor
-                out[bias] = (
-                    part
-                    if part.shape == out[bias].shape
-                    else torch.cat([out[bias][: rows.start], part, out[bias][rows.stop :]])
-                )
+                whole, taken = out[bias], 0.0 if shift is None else shift
+                part = (whole[rows] - taken) / factor
+                out[bias] = part
+                if source.rows:
+                    out[bias] = torch.cat([whole[: rows.start], part, whole[rows.stop :]])
             for name in site.reads:
                 if shift is not None:
                     out[f"{name}.bias"] = out[f"{name}.bias"] + out[f"{name}.weight"] @ shift

@@ -19,11 +19,8 @@ class Prefetcher:
 
     def __init__(self, block: Block) -> None:
         self._block = block
-        self._side = (
-            torch.Stream(device=block.device)
-            if block.device.type != "cpu" and block.ranks.size == 1
-            else None
-        )
+        beside = block.device.type != "cpu" and block.ranks.size == 1
+        self._side = torch.Stream(device=block.device) if beside else None
         self._ahead: tuple[Tensor, list[Tensor], torch.Event] | None = None
 
     def prepare(self, rows: Tensor) -> None:

@@ -127,11 +127,9 @@ class Reconstruction:
             )
             second = torch.autograd.grad(self._probe(y, wanted, chance[at]), list(leaves.values()))
             found = tuple(g.float() for g in (*first, *second))
-            return (
-                found
-                if total is None
-                else tuple(t.add_(g) for t, g in zip(total, found, strict=True))
-            )
+            if total is None:
+                return found
+            return tuple(t.add_(g) for t, g in zip(total, found, strict=True))
 
         found = self._parts.over(len(x), _none, add)
         assert found is not None

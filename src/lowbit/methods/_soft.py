@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import LowbitError
-from ..grid import AnyGrid, Coded, LinearGrid, OrderedGrid
+from ..grid import AnyGrid, Coded, LinearGrid
 from ..model.block import Block
-from ._buckets import Bucket
+from ._buckets import Bucket, ordered
 from ._rounding import FROZEN, Adam, rectified
 
 
@@ -180,21 +178,6 @@ class SoftBlock:
     def finite(self) -> bool:
         """Whether all variables are finite."""
         return all(bool(torch.isfinite(b.nu.sum() + b.v.sum())) for b in self.buckets)
-
-
-def ordered(block: Block, linear: str) -> OrderedGrid[Any]:
-    """The grid of a linear, one whose codes have neighbours.
-
-    Raises:
-        LowbitError: it is none.
-    """
-    grid = block.grids[linear]
-    if not isinstance(grid, OrderedGrid):
-        raise LowbitError(
-            f"tesseraq rounds between neighbouring codes, and '{block.name}.{linear}' is on "
-            f"{grid}, whose codes have no order: leave tesseraq out of the recipe."
-        )
-    return grid
 
 
 _BINS = 1 << 16

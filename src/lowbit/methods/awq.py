@@ -25,6 +25,7 @@ Helpers: `_scale_search` (what arrives at a site, the error under a candidate), 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,8 +93,9 @@ class AWQ:
         rows = min(self.rows, block.tuned_rows)
         if self.scales:
             block = self._scaled(block, rows)
-        if all(isinstance(g, GroupedGrid) for g in block.grids.values()):
-            return block if self.clip == "none" else self._clipped(block, rows)
+        grouped = {n: g for n, g in block.grids.items() if isinstance(g, GroupedGrid)}
+        if len(grouped) == len(block.grids):
+            return block if self.clip == "none" else self._clipped(block, grouped, rows)
         done = "no clip" if block.notes.get("awq_exponents") else _NOTHING
         return block.remarked(f"awq: on codebooks {done}")
 
@@ -114,14 +116,14 @@ class AWQ:
                 block = fold(block, site, factor)
         return block.with_notes(awq_exponents=chosen)
 
-    def _clipped(self, block: Block, rows: int) -> Block:
+    def _clipped(self, block: Block, grids: Mapping[str, GroupedGrid[Any]], rows: int) -> Block:
         spared = dict(block.wiring.unclipped)
         weights, params = {}, {}
-        moments = self._moments(block, rows)
+        moments = self._moments(block, grids, rows)
         for site in block.wiring.sites:
             for name in site.reads:
                 block.announce(f"awq: clip of {name}")
-                weight, grid = block.weight(name), _grouped(block, name)
+                weight, grid = block.weight(name), grids[name]
                 gram, drift = moments[site.reads[0], grid.group(weight.shape[1])]
                 low, high = search_clip(
                     weight,
@@ -139,7 +141,7 @@ class AWQ:
         return block.clipped(weights, params)
 
     def _moments(
-        self, block: Block, rows: int
+        self, block: Block, grids: Mapping[str, GroupedGrid[Any]], rows: int
     ) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
         """(first reader of a site, group length) -> sums over the quantized stream, (groups, group,
         group) each.
@@ -149,7 +151,7 @@ class AWQ:
         """
         lengths: dict[int, list[str]] = {}
         for site in block.wiring.sites:
-            widths = {_grouped(block, n).group(block.weight(n).shape[1]) for n in site.reads}
+            widths = {grids[n].group(block.weight(n).shape[1]) for n in site.reads}
             for length in sorted(widths):
                 lengths.setdefault(length, []).append(site.reads[0])
         total, generator = rows * block.xq.shape[1], torch.Generator().manual_seed(block.seed)
@@ -191,12 +193,6 @@ def quantized(block: Block, linear: str) -> bool:
     """Whether a linear's input is quantized."""
     input_quantizer = block.input_quantizers.get(linear)
     return input_quantizer is not None and input_quantizer.grid is not None
-
-
-def _grouped(block: Block, linear: str) -> GroupedGrid[Any]:
-    grid = block.grids[linear]
-    assert isinstance(grid, GroupedGrid)  # or `_clipped` is not called
-    return grid
 
 
 def _importance(gram: Tensor) -> Tensor:

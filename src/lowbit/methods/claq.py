@@ -13,8 +13,8 @@ K-means here is solved on sorted values without random starts; the paper starts 
 the paper: other rankings, and bits given one by one within a matrix or over the model.
 
 Helpers: `_columns` and `_hessian` (as in `gptq`), `_coder` (a column on any grid), `_outliers`
-(what stays in floating point), `_bit_budget` (bits one by one; over the model it is the stage
-`lowbit.stages.allocate`).
+(what stays in floating point), `_bit_budget` (bits one by one; over the model by its stage
+`Allocate`).
 """
 
 from __future__ import annotations
@@ -104,12 +104,7 @@ class CLAQ:
     rows: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            not (math.isfinite(self.damping) and self.damping >= 0)
-            or self.block_size < 1
-            or self.rows < 0
-        ):
-            raise LowbitError("claq needs a finite damping >= 0, block_size >= 1 and rows >= 0.")
+        self.walk.check(self.block_size)
         if not 2 <= self.upper <= 8 or not self.threshold > 0:
             raise LowbitError("claq needs upper from 2 to 8 bits and threshold > 0.")
         if not 0 <= self.adaptive_bits <= self.upper or not 0 <= self.outlier_bits <= _NOMINAL / 4:

@@ -177,11 +177,9 @@ class CrossQuant:
                 "crossquant: calibration rows of one token have nothing after their first: set "
                 "crossquant.skip_first=false."
             )
-        keep = (
-            1
-            if self.columns == "max"
-            else max(1, math.floor(rows * (length - skipped) * (1 - self.percentile / 100)) + 1)
-        )
+        keep = 1
+        if self.columns != "max":
+            keep = max(1, math.floor(rows * (length - skipped) * (1 - self.percentile / 100)) + 1)
 
         def largest(seen: Seen) -> Tensor:
             """(keep, channels) float32, falling; -1 where there are fewer tokens."""
@@ -265,14 +263,9 @@ def _shared(block: Block, site: Site) -> Heads | None:
     value.
     """
     heads = block.wiring.heads
-    return (
-        heads
-        if site.source is None
-        and heads is not None
-        and heads.norm is None
-        and site.reads == (heads.output,)
-        else None
-    )
+    if heads is None or heads.norm is not None or site.source is not None:
+        return None
+    return heads if site.reads == (heads.output,) else None
 
 
 def _times(block: Block, heads: Heads) -> int:

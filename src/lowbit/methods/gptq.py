@@ -18,7 +18,6 @@ from site to site).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,12 +81,7 @@ class GPTQ:
     rows: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            not (math.isfinite(self.damping) and self.damping >= 0)
-            or self.block_size < 1
-            or self.rows < 0
-        ):
-            raise LowbitError("gptq needs a finite damping >= 0, block_size >= 1 and rows >= 0.")
+        self.walk.check(self.block_size)
         if self.clip not in ("none", "mse"):
             raise LowbitError(f"gptq.clip must be none or mse, got {self.clip!r}.")
 

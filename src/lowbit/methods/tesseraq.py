@@ -185,15 +185,9 @@ class TesseraQ:
         """The block with the precision of its steps. None is made in float16, where gradients
         vanish.
         """
-        if block.compute == torch.float16:
-            return block.computing(
-                torch.bfloat16 if self.in_bfloat16(block.device) else torch.float32
-            )
-        return (
-            block.computing(torch.bfloat16)
-            if block.compute == torch.float32 and self.in_bfloat16(block.device)
-            else block
-        )
+        if block.compute in (torch.float16, torch.float32) and self.in_bfloat16(block.device):
+            return block.computing(torch.bfloat16)
+        return block.computing(torch.float32) if block.compute == torch.float16 else block
 
     def _phase(self, soft: SoftBlock, job: Reconstruction, trouble: list[str]) -> bool:
         """Adam from fresh state. On a non-finite result: back to the phase's start with half the

@@ -284,11 +284,9 @@ class Block:
         value = self.weights[name]
         own = self.context.dtypes.get(name, self.stored)
         exact = value.to(own)
-        return (
-            exact
-            if own == self.stored or torch.equal(exact.to(value.dtype), value)
-            else value.to(torch.promote_types(own, self.stored))
-        )
+        if own == self.stored or torch.equal(exact.to(value.dtype), value):
+            return exact
+        return value.to(torch.promote_types(own, self.stored))
 
     def with_weights(self, changes: Mapping[str, Tensor]) -> Block:
         """The block with some parameters replaced.

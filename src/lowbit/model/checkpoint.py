@@ -229,12 +229,8 @@ class Checkpoint:
                 "adapter's files away."
             )
         base = self._read_json(_ADAPTER).get("base_model_name_or_path")
-        wanted = (
-            f"of '{base}'"
-            if isinstance(base, str) and base
-            else "of a base model that it does not name"
-        )
-        raise LowbitError(f"'{self.name}' holds an adapter {wanted} and no model ({path}): {how}.")
+        of = f"'{base}'" if isinstance(base, str) and base else "a base model that it does not name"
+        raise LowbitError(f"'{self.name}' holds an adapter of {of} and no model ({path}): {how}.")
 
     def _find_shards(self) -> tuple[str, ...]:
         """Names of the files that hold the weights, by transformers' own rule."""
@@ -250,11 +246,9 @@ class Checkpoint:
             if self.file(name) is not None:
                 return self._listed(name) if name.endswith(".json") else (name,)
         unreached = "" if self.folder else " (or none is cached, and the hub was not reached)"
-        wanted = (
-            f"neither {_SINGLE} nor {_INDEX}"
-            if named is None
-            else f"no '{named}', which its config.json names as {_NAMED}"
-        )
+        wanted = f"neither {_SINGLE} nor {_INDEX}"
+        if named is not None:
+            wanted = f"no '{named}', which its config.json names as {_NAMED}"
         raise LowbitError(
             f"'{self.name}' has {wanted}{unreached}. Only safetensors are read; convert other "
             "formats with transformers' save_pretrained."

@@ -58,12 +58,7 @@ def folder_files(folder: Path, split: Split) -> list[Path]:
         if p.is_file() and _is_meant(p.relative_to(folder))
     ]
     shards = [p for p in found if p.parent == folder / "data" and _SHARD.search(p.name)]
-    named = (
-        [(shards, _in_name), (found, _in_folders), (found, _in_name)]
-        if shards
-        else [(found, _in_folders), (found, _in_name)]
-    )
-    for files, rule in named:
+    for files, rule in ((shards, _in_name), (found, _in_folders), (found, _in_name)):
         sides = _sides(files, folder, rule)
         if any(sides.values()):
             held = next((sides[s] for s in SIDES[split] if sides[s]), [])
@@ -132,11 +127,7 @@ def _in_name(path: Path, word: str) -> int | None:
 
 def _in_folders(path: Path, word: str) -> int | None:
     forms = (rf"{word}", rf"{word}{_APART}.*", rf".*{_APART}{word}", rf".*{_APART}{word}{_APART}.*")
-    return next(
-        (
-            n
-            for n, form in enumerate(forms)
-            if any(re.fullmatch(form, part) for part in path.parts[:-1])
-        ),
-        None,
-    )
+    for n, form in enumerate(forms):
+        if any(re.fullmatch(form, part) for part in path.parts[:-1]):
+            return n
+    return None

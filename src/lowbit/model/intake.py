@@ -132,14 +132,10 @@ def check_floats(
             "quantize other numbers than those. Remove the entry from its config.json if the "
             "weights are meant as they are."
         )
-    return (
-        ()
-        if said is None
-        else (
-            f"config.json has a {said.replace(' says ', ' of ')}, but all weights are floats: it "
-            "is left out",
-        )
-    )
+    if said is None:
+        return ()
+    what = said.replace(" says ", " of ")
+    return (f"config.json has a {what}, but all weights are floats: it is left out",)
 
 
 def is_leftover(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> bool:

@@ -3,7 +3,7 @@
 Row i of a stream belongs to rank i % size, so the first n rows, of which methods take statistics,
 are spread evenly whatever n is. What is summed over rows is summed over ranks; what follows from
 the sums is computed by all alike. Communication is torch.distributed's default group; nothing here
-starts it (`lowbit.launch` does).
+starts it (`lowbit.run.launch` does).
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _TOGETHER = 1 << 24  # bytes of tensors that are sent in one message
 
 
 class RankGone(LowbitError):
-    """Communication with the other ranks has ended. `lowbit.launch` finds out why and says so."""
+    """Communication with the other ranks has ended. `lowbit.run.launch` finds out why and says
+    so.
+    """
 
 
 @contextmanager
@@ -211,8 +213,5 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _said(value: Any) -> str:
     text = "not there" if value is None else str(value)
-    return (
-        text[:12] + "..."
-        if len(text) in (32, 64) and all(c in "0123456789abcdef" for c in text)
-        else text
-    )
+    is_hash = len(text) in (32, 64) and all(c in "0123456789abcdef" for c in text)
+    return text[:12] + "..." if is_hash else text

@@ -63,11 +63,7 @@ class Basis:
         """(..., hidden) -> x Q in float64."""
         x = x.double()
         signs = self.signs.to(x.device)
-        return (
-            self.rotation(self.rotation.inverse(x) * signs)
-            if self.centred
-            else self.rotation(x * signs)
-        )
+        return self.rotation((self.rotation.inverse(x) if self.centred else x) * signs)
 
     def written(self, x: Tensor) -> Tensor:
         """(..., hidden) -> x Q for what is added to the stream: without its mean if the norms

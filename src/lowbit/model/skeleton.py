@@ -39,8 +39,5 @@ def reason_of(error: BaseException) -> str:
     plain = type(error).__name__
     if not said:
         return plain
-    return (
-        f"{plain} {said}"
-        if isinstance(error, (KeyError, AttributeError, TypeError, AssertionError))
-        else said
-    )
+    unclear = isinstance(error, (KeyError, AttributeError, TypeError, AssertionError))
+    return f"{plain} {said}" if unclear else said

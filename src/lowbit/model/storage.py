@@ -98,11 +98,10 @@ class Storage:
         if self.place != "disk" or not x.is_contiguous() or x.device.type != "cpu":
             return
         size = x[:1].nbytes
-        spans = (
-            [rows.indices(len(x))[:2]]
-            if isinstance(rows, slice)
-            else [(i, i + 1) for i in rows.tolist()]
-        )
+        if isinstance(rows, slice):
+            spans = [rows.indices(len(x))[:2]]
+        else:
+            spans = [(i, i + 1) for i in rows.tolist()]
         for start, stop in spans:
             if stop > start:
                 _willneed(x.data_ptr() + start * size, (stop - start) * size)

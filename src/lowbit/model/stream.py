@@ -4,7 +4,7 @@ and dropped after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,11 @@ class ModelStream:
                 with torch.no_grad():
                     self.skeleton._init_weights(module)
 
+    def _of_blocks(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of all blocks by full name."""
+        for i, block in enumerate(self._blocks):
+            yield from block.named_parameters(prefix=self.block_name(i))
+
     def _check_blocks(self) -> tuple[str, ...]:
         """Refuse blocks that the wiring does not describe, or tensors that are missing, of other
         shapes or no floats; remarks.
@@ -222,11 +227,7 @@ class ModelStream:
                     f"'{name}' is a {parameter.dim()}-D parameter (fused experts?), which is not "
                     "supported; nothing was written."
                 )
-        inside = {
-            f"{self.block_name(i)}.{n}": p.shape
-            for i, b in enumerate(self._blocks)
-            for n, p in b.named_parameters()
-        }
+        inside = {name: p.shape for name, p in self._of_blocks()}
         outside = [n for n, _ in self.skeleton.named_parameters(remove_duplicate=False)]
         remarks = check_floats(
             self.checkpoint,
@@ -271,11 +272,9 @@ class ModelStream:
         }
         if self._order is not None:
             weights = order_block(weights, self.wiring, self._order)
-        return (
-            weights
-            if self._basis is None
-            else rotate_block(weights, self.wiring, self._basis, self.dtype)
-        )
+        if self._basis is None:
+            return weights
+        return rotate_block(weights, self.wiring, self._basis, self.dtype)
 
     def _ready(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)
@@ -314,12 +313,8 @@ class ModelStream:
 
     def copied(self) -> dict[str, str]:
         """Names of these tensors -> why they are not quantized."""
-        used = {*self.outer.names.values(), *self.outer.left_out}
-        used |= {
-            f"{self.block_name(i)}.{n}"
-            for i, b in enumerate(self._blocks)
-            for n, _ in b.named_parameters()
-        }
+        inside = (name for name, _ in self._of_blocks())
+        used = {*self.outer.names.values(), *self.outer.left_out, *inside}
         return {
             n: "not a parameter of the model's class in transformers, copied bit for bit"
             for n in sorted(set(self.stored) - used)
@@ -327,14 +322,12 @@ class ModelStream:
 
     def skipped_linears(self) -> dict[str, str]:
         """Linears outside the blocks, with the reason why they are not quantized."""
-        reason = "output head, kept in the model's dtype" + (
-            " (tied to the embedding)" if self.tied else ""
-        )
+        kept = "kept in the model's dtype"
+        of_head = f"output head, {kept}" + (" (tied to the embedding)" if self.tied else "")
+        elsewhere = f"outside the decoder blocks, {kept}"
         head = self.skeleton.get_output_embeddings()
         return {
-            name: reason
-            if module is head
-            else "outside the decoder blocks, kept in the model's dtype"
+            name: of_head if module is head else elsewhere
             for name, module in self.skeleton.named_modules()
             if isinstance(module, nn.Linear)
         }

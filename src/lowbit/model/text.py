@@ -140,11 +140,9 @@ def named_documents(corpus: Corpus, split: Split, repo: str | None = None) -> li
     where = corpus.split[split]
     # One shard of many: the sizes that the repository announces for the whole split do not hold, so
     # they are not checked.
-    files = (
-        {"data_files": {where: corpus.files[split]}, "verification_mode": "no_checks"}
-        if corpus.files
-        else {}
-    )
+    files: dict[str, Any] = {}
+    if corpus.files:
+        files = {"data_files": {where: corpus.files[split]}, "verification_mode": "no_checks"}
     name = repo or corpus.repo
     rows = _texts(name, _load(name, corpus.config, where, files))
     if corpus.joined:

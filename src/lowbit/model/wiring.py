@@ -226,11 +226,11 @@ def _opt(config: Any) -> Wiring:
     # activations would not allow it.
     before = config.do_layer_norm_before and config.layer_norm_elementwise_affine
     fold_fc1 = Source("fc1", "linear") if config.activation_function == "relu" else None
-    final = (
-        ("final_layer_norm",)
-        if config.do_layer_norm_before and not config._remove_final_layer_norm
-        else ()
-    ) + (("project_out",) if config.word_embed_proj_dim != config.hidden_size else ())
+    final: tuple[str, ...] = ()
+    if config.do_layer_norm_before and not config._remove_final_layer_norm:
+        final = ("final_layer_norm",)
+    if config.word_embed_proj_dim != config.hidden_size:
+        final += ("project_out",)
     return Wiring(
         trunk="model.decoder",
         sites=(

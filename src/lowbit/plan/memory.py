@@ -177,11 +177,8 @@ class Needs:
         elif place == "device":
             free, wanted, where = room(device), self.streams + self.least, f"'{device}'"
         else:
-            free, wanted, where = (
-                room(torch.device("cpu")),
-                self._on_host(device, self.least),
-                "this machine's memory",
-            )
+            free, wanted = room(torch.device("cpu")), self._on_host(device, self.least)
+            where = "this machine's memory"
         if not _has(free, wanted):
             others = {
                 "disk": "another disk (--offload-dir) or --offload host",

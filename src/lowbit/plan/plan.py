@@ -215,7 +215,7 @@ class Plan:
 
     @cached_property
     def runtimes(self) -> tuple[Verdict, ...]:
-        """What each runtime says to the result, in the order of `lowbit.targets.TARGETS`."""
+        """What each runtime says to the result, in the order of `lowbit.plan.targets.TARGETS`."""
         o = self.outline
         return verdicts(
             Planned(
@@ -231,7 +231,7 @@ class Plan:
         )
 
     def verdict(self, target: str) -> Verdict:
-        """What a runtime says, by its name in `lowbit.targets.TARGETS`."""
+        """What a runtime says, by its name in `lowbit.plan.targets.TARGETS`."""
         return next(v for v in self.runtimes if v.runtime.lower() == target)
 
     def as_dict(self, speed: Speed | None = None) -> dict[str, Any]:

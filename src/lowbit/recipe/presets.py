@@ -52,11 +52,8 @@ def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[s
         LowbitError: no such recipe, file, method, option or value.
     """
     origin = name if name.endswith(".toml") else f"recipe '{name}'"
-    data = (
-        _joined(name)
-        if "+" in name and not name.endswith(".toml") and name not in recipe_names()
-        else _read(name, origin)
-    )
+    joined = "+" in name and not name.endswith(".toml") and name not in recipe_names()
+    data = _joined(name) if joined else _read(name, origin)
     for setting in settings:
         _apply(data, setting)
     if scheme is not None:

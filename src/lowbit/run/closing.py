@@ -105,16 +105,9 @@ def _described(model: Model, plan: Plan, records: Sequence[Record]) -> dict[str,
     grids = {e["name"]: plan.recipe.grid_of(e["name"]) for e in linears}
     if format_of(plan) == ct.NAME:
         return ct.describe(grids, skipped, plan.recipe.activations, source.dtype)
-    return native.describe(
-        grids,
-        skipped,
-        source.dtype,
-        model.input_quantizers,
-        model.kv_grid,
-        source.wiring.attention,
-        {e["name"]: e["columns"] for e in linears if "columns" in e},
-        {e["name"]: e["outliers"] for e in linears if "outliers" in e},
-    )
+    kv = None if model.kv_grid is None else (model.kv_grid, source.wiring.attention)
+    counts = {e["name"]: e for e in linears}
+    return native.describe(grids, skipped, source.dtype, model.input_quantizers, kv, counts)
 
 
 @torch.no_grad()

@@ -145,13 +145,9 @@ def check_source(folder: Path, model: str) -> str:
     then, now = report["original"]["files"], Original.of(Checkpoint(model)).hashed().hashes
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name):
-            how = (
-                "is not there"
-                if name not in now
-                else "was not there"
-                if name not in then
-                else "has other bytes"
-            )
+            how = "has other bytes"
+            if name not in now or name not in then:
+                how = "was not there" if name in now else "is not there"
             raise VerificationError(
                 f"'{folder}' was not made of '{model}' as it is now: '{name}' {how}."
             )

@@ -217,10 +217,8 @@ class _Voices:
             return
         near, far = socket.socketpair()
         far.setblocking(False)
-        woken, handler = (
-            signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False),
-            signal.signal(signal.SIGTERM, lambda *_: None),
-        )
+        woken = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+        handler = signal.signal(signal.SIGTERM, lambda *_: None)
         threading.Thread(target=self._listen, args=(near,), daemon=True).start()
         try:
             yield

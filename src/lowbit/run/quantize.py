@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..artifact.files import REPORT
+from ..artifact.files import RECIPE, REPORT
 from ..artifact.output import Output, claimed
 from ..artifact.proof import Verification, read_report
 from ..errors import DiskFull, Interrupted, LowbitError
@@ -31,7 +31,7 @@ from ..stages import Blocks, Entered
 from .closing import close, proof_ids, quality, verified
 from .events import OnBlock, OnStep, Working
 from .identity import Original, fingerprint, sources
-from .record import command_of, source_of
+from .record import source_of
 from .report import Facts
 from .shards import Outside, Shards
 from .workplace import RESUMES, Workplace
@@ -54,17 +54,28 @@ class Asked:
 
     @property
     def command(self) -> list[str]:
-        """The words of a command that makes the same artifact."""
-        options = {
-            "--scheme": self.scheme,
-            "--calib": self.calib,
-            "--samples": self.samples,
-            "--length": self.length,
-        }
-        device = "" if self.device == "auto" else self.device
-        return command_of(
-            self.model, self.recipe, options, self.settings, self.seed, device, self.plain
-        )
+        """The words of a command that makes the same artifact. A recipe without a name is the
+        recipe.toml that lies in it, whole.
+        """
+        out = ["lowbit", "quantize", self.model]
+        if isinstance(self.recipe, str) and not self.recipe.endswith(".toml"):
+            out += ["--recipe", self.recipe]
+            for option, value in (
+                ("--scheme", self.scheme),
+                ("--calib", self.calib),
+                ("--samples", self.samples),
+                ("--length", self.length),
+            ):
+                if value is not None:
+                    out += [option, str(value)]
+            for setting in self.settings:
+                out += ["--set", setting]
+        else:
+            out += ["--recipe", RECIPE]
+        out += ["--seed", str(self.seed)]
+        if self.device != "auto":
+            out += ["--device", self.device]
+        return [*out, *(["--plain"] if self.plain else []), "-o", "OUT"]
 
     def resolved(self) -> Recipe:
         """The recipe on the scheme.

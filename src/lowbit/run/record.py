@@ -1,5 +1,5 @@
-"""What report.json says of a run: where the model comes from, the command, and each block that has
-been quantized.
+"""What report.json says of a run: where the model comes from, and each block that has been
+quantized.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..artifact.card import terms_of
-from ..artifact.files import CARD, RECIPE
+from ..artifact.files import CARD
 from ..errors import LowbitError
 from ..formats.packing import counts, local_tensors
 from ..grid import Coded, GroupedGrid
@@ -22,40 +22,6 @@ from ..model.block import Block
 from ..model.checkpoint import Checkpoint, Stored
 from ..model.linear_errors import linear_errors
 from ..names import hub_id
-from ..recipe import Recipe
-
-
-def command_of(
-    model: str,
-    recipe: str | Recipe,
-    options: Mapping[str, Any],
-    settings: Sequence[str],
-    seed: int,
-    device: str,
-    plain: bool,
-) -> list[str]:
-    """The words of a command that makes the same artifact. A recipe without a name is the
-    recipe.toml that lies in it, whole.
-    """
-    out = ["lowbit", "quantize", model]
-    if isinstance(recipe, str) and not recipe.endswith(".toml"):
-        out += ["--recipe", recipe]
-        for name, value in options.items():
-            if value is not None:
-                out += [name, str(value)]
-        for setting in settings:
-            out += ["--set", setting]
-    else:
-        out += ["--recipe", RECIPE]
-    return [
-        *out,
-        "--seed",
-        str(seed),
-        *(["--device", device] if device else []),
-        *(["--plain"] if plain else []),
-        "-o",
-        "OUT",
-    ]
 
 
 def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -115,16 +81,13 @@ def sizes(
         records: of the shards, that outside the blocks first.
     """
     linears = [e for r in records[1:] for e in r["linears"]]
-    after, kept = (
-        sum(r["bytes"] for r in records),
-        [t for n, t in stored.items() if n not in left_out],
-    )
+    after = sum(r["bytes"] for r in records)
+    kept = [t for n, t in stored.items() if n not in left_out]
+    of_linears = sum(e["bytes"] for e in linears)
     return {
         "before": sum(t.nbytes for t in stored.values()),
         "after": after,
-        "bits_per_weight": 8
-        * sum(e["bytes"] for e in linears)
-        / sum(math.prod(e["shape"]) for e in linears),
+        "bits_per_weight": 8 * of_linears / sum(math.prod(e["shape"]) for e in linears),
         "model_bits_per_weight": 8 * after / sum(t.numel for t in kept),
     }
 

@@ -15,7 +15,7 @@ from ..errors import LowbitError
 from ..formats import native
 from ..formats.compressed_tensors import activations_of
 from ..formats.packing import local_tensors, packed_linears, unpack
-from ..grid import CrossQuant, InputQuantizer, LLMInt8, PerToken
+from ..grid import CrossQuant, InputQuantizer, LLMInt8, PerToken, Rotation
 from ..kernels.integer import IntegerWeight, linear
 
 
@@ -23,22 +23,20 @@ class IntegerLinear(nn.Module):
     """A linear with an int8 weight and int32 sums.
 
     Args:
-        weight: on the device of the model. input_quantizer: of the input, its grid one of
-            `PerToken` and `LLMInt8`. bias: (out,) or None.
+        weight: on the device of the model. grid, rotation: of the input. bias: (out,) or None.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, weight: IntegerWeight, input_quantizer: InputQuantizer, bias: nn.Parameter | None
+        self,
+        weight: IntegerWeight,
+        grid: PerToken | LLMInt8,
+        rotation: Rotation | None,
+        bias: nn.Parameter | None,
     ) -> None:
         super().__init__()
-        assert isinstance(input_quantizer.grid, (PerToken, LLMInt8))
-        self.integers, self.turned, self.grid = (
-            weight,
-            input_quantizer.exact(),
-            input_quantizer.grid,
-        )
+        self.integers, self.grid, self.turned = weight, grid, InputQuantizer(rotation)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,18 +67,12 @@ def in_integers(model: Any, folder: Path) -> Any:
         held = read_shard(folder / shard)
         for name in packed_linears(held):
             grid = native.grid_of(config, name)
-            own = config["quant_method"] == native.NAME
-            input_quantizer = (
-                native.input_quantizer_of(config, name)
-                if own
-                else InputQuantizer(grid=activations_of(config, name))
-            )
-            if input_quantizer.grid is None or isinstance(input_quantizer.grid, CrossQuant):
-                kind = (
-                    "stay in floating point"
-                    if input_quantizer.grid is None
-                    else "have a scale for every element"
-                )
+            if config["quant_method"] == native.NAME:
+                before = native.input_quantizer_of(config, name)
+            else:
+                before = InputQuantizer(grid=activations_of(config, name))
+            if before.grid is None or isinstance(before.grid, CrossQuant):
+                kind = "have a scale for every element" if before.grid else "stay in floating point"
                 raise LowbitError(
                     f"the activations of '{name}' {kind}: no integer product computes that."
                 )
@@ -91,7 +83,7 @@ def in_integers(model: Any, folder: Path) -> Any:
             setattr(
                 model.get_submodule(parent),
                 last,
-                IntegerLinear(_on(weight, model.device), input_quantizer, old.bias),
+                IntegerLinear(_on(weight, model.device), before.grid, before.rotation, old.bias),
             )
             replaced += 1
     if not replaced:

@@ -126,12 +126,8 @@ class PackedLinear(nn.Linear):
         stored: torch.dtype,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
-        self.name, self.grid, self.input_quantizer, self.stored = (
-            name,
-            grid,
-            input_quantizer,
-            stored,
-        )
+        self.name, self.grid, self.stored = name, grid, stored
+        self.input_quantizer = input_quantizer
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # else transformers decodes the weight while it loads, to see whether it wants initializing
         self._is_hf_initialized = True

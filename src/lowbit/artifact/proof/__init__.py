@@ -1,7 +1,7 @@
 """The proof that comes with an artifact: tokens with the tuned model's logits, and the check that a
 runtime reproduces them.
 
-The runtime runs in a process of its own, see `lowbit.readers`.
+The runtime runs in a process of its own, see `lowbit.artifact.readers`.
 """
 
 from __future__ import annotations
@@ -78,11 +78,9 @@ class Verification:
                 f"{self.tensors} tensors and {self.linears} linears as tuned; loader check "
                 f"{self.loader}"
             )
-        decoded = (
-            ""
-            if self.decoded_rms is None
-            else f" ({self.decoded_rms:.1e} with its weights in float32)"
-        )
+        decoded = ""
+        if self.decoded_rms is not None:
+            decoded = f" ({self.decoded_rms:.1e} with its weights in float32)"
         missing = "" if self.loader == "passed" else f" ({self.loader.removeprefix('passed; ')})"
         return (
             f"{self.tensors} tensors and {self.linears} linears as tuned; logits by {self.reader} "
@@ -128,11 +126,9 @@ def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -
         )
         return Verification(tensors, linears, missing, reader=reader.name)
     rms, top1 = _compared(folder, reader, proof["logits"], found["logits"], reader.within)
-    decoded = (
-        _compared(folder, reader, proof["logits"], found["decoded"], WITHIN)[0]
-        if "decoded" in found
-        else None
-    )
+    decoded = None
+    if "decoded" in found:
+        decoded, _ = _compared(folder, reader, proof["logits"], found["decoded"], WITHIN)
     return Verification(tensors, linears, "passed", rms, top1, reader.name, decoded)
 
 
@@ -145,12 +141,9 @@ def _verify_gguf(
     decoded, top1, last = None, None, proof["logits"].shape[1]
     if report["gguf"]["moved"] is not None:
         done = replace(done, reference="those of the numbers in the file")
-    newer = "Q2_0" in report["gguf"]["types"]  # not known to releases of the package up to 0.19
-    exact = (
-        "no gguf package that knows Q2_0"
-        if newer
-        else runtime_logits(folder, proof["ids"], gguf.NAME, last, reader=GGUF_DECODER)
-    )
+    exact: dict[str, Tensor] | str = "no gguf package that knows Q2_0"
+    if "Q2_0" not in report["gguf"]["types"]:  # not known to releases of the package up to 0.19
+        exact = runtime_logits(folder, proof["ids"], gguf.NAME, last, reader=GGUF_DECODER)
     if not isinstance(exact, str):
         decoded, top1 = _compared(
             folder, GGUF_DECODER, proof["logits"], exact["logits"], GGUF_DECODER.within

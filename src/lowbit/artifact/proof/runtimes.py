@@ -23,7 +23,7 @@ from ...formats import compressed_tensors as ct
 _SCRIPTS = Path(__file__).parent.parent / "readers"
 # Torchrun's: a reader is no rank of it.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-# Exit statuses of a script, see `lowbit.readers`.
+# Exit statuses of a script, see `lowbit.artifact.readers`.
 _MISSING = 3
 _REFUSED = 4
 _UNABLE = 5
@@ -34,7 +34,7 @@ class Reader:
     """Who opens a format as a user would.
 
     Attributes:
-        script: file in `lowbit.readers`.
+        script: file in `lowbit.artifact.readers`.
         name: of the runtime, for people.
         within: greatest difference of its logits to the proof's, relative to their standard
             deviation: what its arithmetic may add.
@@ -86,8 +86,8 @@ def runtime_logits(
         reader: None for the format's own.
 
     Returns:
-        "logits", and from some also "decoded", see `lowbit.readers`, each (n, last, vocab) float32;
-            or the packages that are missing.
+        "logits", and from some also "decoded", see `lowbit.artifact.readers`, each (n, last,
+            vocab) float32; or the packages that are missing.
 
     Raises:
         VerificationError: the runtime cannot read the model.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-MISSING, REFUSED, UNABLE = 3, 4, 5  # exit statuses, see `lowbit.readers`
+MISSING, REFUSED, UNABLE = 3, 4, 5  # exit statuses, see `lowbit.artifact.readers`
 _TYPES = {"F32": "<f4", "I64": "<i8"}
 # Of a path in its folder; any other error there is the machine's.
 _OF_THE_MODEL = (

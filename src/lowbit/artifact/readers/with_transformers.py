@@ -92,10 +92,8 @@ def of_gguf(folder):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     (file,) = sorted(Path(folder).glob("*.gguf"))
-    config, own = (
-        AutoConfig.from_pretrained(folder, gguf_file=file.name),
-        AutoConfig.from_pretrained(Path(folder, "proof")),
-    )
+    config = AutoConfig.from_pretrained(folder, gguf_file=file.name)
+    own = AutoConfig.from_pretrained(Path(folder, "proof"))
     # In the file too, but transformers (5.23) does not look for them in all families.
     for key in (
         "head_dim",

@@ -12,7 +12,7 @@ def analysis_tables(data: Mapping[str, Any]) -> list[Table]:
     """Return tables of every input, of the grids, and of the remove-kernel experiment if it ran.
 
     Args:
-        data: as from `lowbit.analyze.study`.
+        data: as from `lowbit.evaluate.analyze.study`.
     """
     tables = [_inputs(data), _grids(data)]
     removed = [r for r in data["removals"] if r["grid"] is None and r["kind"] != "none"]

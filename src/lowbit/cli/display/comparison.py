@@ -13,7 +13,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Return all cells of a comparison, failures included.
 
     Args:
-        rows: as `lowbit.compare.Comparison.run` yields them.
+        rows: as `lowbit.cli.compare.comparison.Comparison.run` yields them.
     """
     tasks = any(r.get("tasks") for r in rows)
     accuracy = ["mean acc"] if tasks else []

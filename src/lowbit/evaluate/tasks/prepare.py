@@ -69,7 +69,7 @@ def prepare(
 
     Args:
         names: lm-eval's names of tasks, groups or tags; with ``folder`` those of
-            `lowbit.tasks.data.FORMS`.
+            `lowbit.evaluate.tasks.data.FORMS`.
         shots: worked examples in each prompt; None is what the task defines, which is none for all
             the usual ones.
         limit: as for `evaluate_tasks`.

@@ -68,12 +68,10 @@ def remarks(report: dict[str, Any]) -> list[str]:
     extra = max(e["extra_error"] for e in report["linears"] if "skipped" not in e)
     lines = [f"{said['file']}: {types}; {outer}"]
     if extra or said["moved"] is not None:
-        moved = (
-            ""
-            if said["moved"] is None
-            else f", which moves the logits by {said['moved']:.1e} of their spread "
-            "(proof made anew)"
-        )
+        moved = ""
+        if said["moved"] is not None:
+            by = f"{said['moved']:.1e} of their spread"
+            moved = f", which moves the logits by {by} (proof made anew)"
         lines.append(
             f"scales and offsets rounded as the type holds them: at most {extra:.1e} of scale^2 / "
             f"12 in a linear{moved}"
@@ -163,11 +161,8 @@ class _Export:
             if len(t.shape) > 1
         )
         ids = read_shard(self.source.folder / PROOF)["ids"]
-        model = (
-            RoundedModel(self.config)
-            if inexact or ids.shape[1] > self.architecture.context
-            else None
-        )
+        anew = inexact or ids.shape[1] > self.architecture.context
+        model = RoundedModel(self.config) if anew else None
         with place(self.source, output, carry=False) as made:
             with (
                 disk(path := made.partial / self.file),

@@ -113,11 +113,8 @@ class Architecture:
         module = full.rpartition(".")[0].rpartition(".")[2]
         if self.name != "llama" or module not in ("q_proj", "k_proj"):
             return None
-        heads = (
-            self.config.num_attention_heads
-            if module == "q_proj"
-            else self.config.num_key_value_heads
-        )
+        of_keys = module == "k_proj"
+        heads = self.config.num_key_value_heads if of_keys else self.config.num_attention_heads
         return torch.arange(count).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 

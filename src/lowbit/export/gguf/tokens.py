@@ -5,6 +5,7 @@ has, or SentencePiece's BPE.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,14 +120,11 @@ def _templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:
     """
     if template is None or isinstance(template, str):
         return {} if template is None else {"tokenizer.chat_template": template}
-    named = {
-        "".join(c if c.isascii() and c.isalnum() else "_" for c in name): text
-        for name, text in template.items()
-        if name != "default"
-    }
-    found: dict[str, Any] = (
-        {"tokenizer.chat_template": template["default"]} if "default" in template else {}
-    )
+    others = {name: text for name, text in template.items() if name != "default"}
+    named = {re.sub("[^a-zA-Z0-9]", "_", name): text for name, text in others.items()}
+    found: dict[str, Any] = {}
+    if "default" in template:
+        found["tokenizer.chat_template"] = template["default"]
     if named:
         found["tokenizer.chat_templates"] = sorted(named)
     return found | {f"tokenizer.chat_template.{name}": text for name, text in named.items()}

@@ -155,27 +155,23 @@ def _misfit(grid: AnyGrid, columns: int, kind: BlockType) -> str | None:
     """Why rows or groups do not fit, or None if they do."""
     if columns % kind.size:
         return f"its blocks hold {kind.size} inputs, which does not divide {columns}"
-    if isinstance(grid, KQuant):
+    if not isinstance(grid, Affine):
         return None
-    assert isinstance(grid, Affine)
     unit = kind.size
     if "_K" in kind.name:
         unit = KQuant(kind.name.lower()).group_size  # type: ignore[arg-type]
     size = grid.group(columns)
-    return (
-        f"it has a scale for every {unit} inputs, which does not divide groups of {size}"
-        if size % unit
-        else None
-    )
+    if size % unit == 0:
+        return None
+    return f"it has a scale for every {unit} inputs, which does not divide groups of {size}"
 
 
-def held(q: QTensor[Any], kind: BlockType, name: str) -> Held:
+def held(q: QTensor[Any, Any], kind: BlockType, name: str) -> Held:
     """A weight in a block type, rows in the order in which they come."""
     if isinstance(q.grid, KQuant):
         rows = pack_k(q)
         back = unpack_k(rows, q.grid)
         return Held(rows, _decoder(back), extra_error(q, back.codes, steps_of(back), name))
-    assert isinstance(q.grid, Affine)
     if "_K" not in kind.name:
         rows = pack_affine(q, kind, name)
         same = unpack_affine(rows, kind, q.grid)
@@ -184,11 +180,9 @@ def held(q: QTensor[Any], kind: BlockType, name: str) -> Held:
     repeat = q.grid.group(q.codes.shape[1]) // grid.group_size
     scale = q.params.scale.double().repeat_interleave(repeat, 1)
     shift = grid.middle - (1 << (q.grid.bits - 1)) if grid.symmetric else 0
-    offset = (
-        torch.zeros_like(scale)
-        if grid.symmetric
-        else scale * q.params.zero_point.double().repeat_interleave(repeat, 1)
-    )
+    offset = torch.zeros_like(scale)
+    if not grid.symmetric:
+        offset = scale * q.params.zero_point.double().repeat_interleave(repeat, 1)
     codes = q.codes + shift
     rows = pack_k(QTensor(grid, codes, grid.keeping(codes, scale, offset)))
     back = unpack_k(rows, grid)
@@ -202,7 +196,7 @@ def held(q: QTensor[Any], kind: BlockType, name: str) -> Held:
     )
 
 
-def _decoder(q: QTensor[Any]) -> Callable[[], Tensor]:
+def _decoder(q: QTensor[Any, Any]) -> Callable[[], Tensor]:
     grid, params = q.grid, q.params
     if isinstance(grid, KQuant):
         return lambda: grid.decode(q.codes, params.double())

@@ -32,6 +32,7 @@ from ...errors import LowbitError, unknown
 from . import cpu
 from ._adam import Adam as Adam
 from ._adam import moved as moved
+from .reference import SoftRows as SoftRows
 from .reference import gradients as gradients
 from .reference import inverse_rectified as inverse_rectified
 from .reference import rectified as rectified
@@ -49,39 +50,23 @@ _MODULES: dict[Backend, str] = {
 }
 
 
-def weights(
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    out: Tensor,
-    backend: Backend | None = None,
-) -> Tensor:
+def weights(soft: SoftRows, out: Tensor, backend: Backend | None = None) -> Tensor:
     """Soft weights.
 
     Args:
-        nu: (rows, length) float32, contiguous like all the others.
-        code: (rows, length) uint8. way: (rows, length) int8, -1, 0 or 1.
-        zero, scale: (rows, 1) in nu's dtype. offset: the same, None for zeros.
-        out: (rows, length) in any float dtype; written.
+        out: (rows, length) in any float dtype, contiguous; written.
         backend: None for the fastest one there is.
 
     Returns:
         out.
     """
-    _module(backend or _fastest(nu, out)).weights(nu, code, way, zero, scale, offset, out)
+    _module(backend or _fastest(soft.nu, out)).weights(soft, out)
     return out
 
 
 def descend(
     gradient: Tensor,
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
+    soft: SoftRows,
     first: Tensor,
     second: Tensor,
     adam: Adam,
@@ -91,7 +76,7 @@ def descend(
 
     Args:
         gradient: (rows, length) by the weights, in any float dtype.
-        first, second: (rows, length) Adam's moments in nu's dtype.
+        first, second: (rows, length) Adam's moments in nu's dtype, contiguous.
         adam: step size and number of this step.
         backend: None for the fastest one there is.
 
@@ -99,10 +84,9 @@ def descend(
         (rows, 2) in nu's dtype: the loss's gradient by the scale, and by minus the offset, of every
             row.
     """
-    sums = nu.new_empty(len(nu), 2)
-    _module(backend or _fastest(nu, gradient)).descend(
-        gradient, nu, code, way, zero, scale, first, second, adam, sums
-    )
+    sums = soft.nu.new_empty(len(soft.nu), 2)
+    module = _module(backend or _fastest(soft.nu, gradient))
+    module.descend(gradient, soft, first, second, adam, sums)
     return sums
 
 

@@ -14,30 +14,20 @@ from ...grid import compiled
 from ...grid.compiled import pointer, threads
 from ...grid.openmp import team
 from ._adam import BETAS, EPSILON, Adam
+from .reference import SoftRows
 
 _ALONE = 1 << 15  # weights that are not worth a second thread
 
 _P, _F = ctypes.c_void_p, ctypes.c_float
 
 
+_KEPT = ("nu", "first", "second", "code", "way", "zero", "scale", "offset")
+_OF_A_STEP = ("gradient", "out", "sums")
+
+
 class _Job(ctypes.Structure):
     _fields_ = [
-        *(
-            (n, _P)
-            for n in (
-                "nu",
-                "first",
-                "second",
-                "code",
-                "way",
-                "zero",
-                "scale",
-                "offset",
-                "gradient",
-                "out",
-                "sums",
-            )
-        ),
+        *((n, _P) for n in (*_KEPT, *_OF_A_STEP)),
         ("length", ctypes.c_int64),
         ("half", ctypes.c_int32),
         *((n, _F) for n in ("size", "root", "beta1", "beta2", "epsilon")),
@@ -58,47 +48,28 @@ def fits(nu: Tensor, other: Tensor) -> bool:
     )
 
 
-def weights(
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    out: Tensor,
-) -> None:
-    job = _job(nu, code, way, zero, scale, half=out.dtype == torch.bfloat16)
+def weights(soft: SoftRows, out: Tensor) -> None:
+    job = _job(soft, half=out.dtype == torch.bfloat16)
     job.out = pointer(out)
-    job.offset = None if offset is None else pointer(offset)
-    _call("rounding_weights", job, nu)
+    job.offset = None if soft.offset is None else pointer(soft.offset)
+    _call("rounding_weights", job, soft.nu)
 
 
 def descend(
-    gradient: Tensor,
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    first: Tensor,
-    second: Tensor,
-    adam: Adam,
-    sums: Tensor,
+    gradient: Tensor, soft: SoftRows, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
 ) -> None:
     gradient = gradient.contiguous()
-    job = _job(nu, code, way, zero, scale, half=gradient.dtype == torch.bfloat16)
+    job = _job(soft, half=gradient.dtype == torch.bfloat16)
     job.gradient, job.first, job.second, job.sums = (
         pointer(t) for t in (gradient, first, second, sums)
     )
     job.size, job.root, job.beta1, job.beta2, job.epsilon = adam.size, adam.root, *BETAS, EPSILON
-    _call("rounding_descend", job, nu)
+    _call("rounding_descend", job, soft.nu)
 
 
-def _job(nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor, *, half: bool) -> _Job:
-    job = _Job(length=nu.shape[1], half=half)
-    job.nu, job.code, job.way, job.zero, job.scale = (
-        pointer(t) for t in (nu, code, way, zero, scale)
-    )
+def _job(soft: SoftRows, *, half: bool) -> _Job:
+    job = _Job(length=soft.nu.shape[1], half=half)
+    job.nu, job.code, job.way, job.zero, job.scale = map(pointer, soft[:5])
     return job
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._adam import BETAS, EPSILON, Adam
+from .reference import SoftRows
 
 _TILE = 2048  # weights that a program holds at a time
 
@@ -118,60 +119,33 @@ def _tile(rows: int, length: int) -> tuple[int, int, int]:
     return held, columns, -(-rows // held)
 
 
-def weights(
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    out: Tensor,
-) -> None:
-    held, columns, programs = _tile(*nu.shape)
+def weights(soft: SoftRows, out: Tensor) -> None:
+    held, columns, programs = _tile(*soft.nu.shape)
     # Triton launches where the current device is, whatever the tensors' is.
-    with torch.cuda.device_of(nu):
+    with torch.cuda.device_of(soft.nu):
         _weights[(programs,)](
-            nu,
-            code,
-            way,
-            zero,
-            scale,
-            zero if offset is None else offset,
+            *soft[:5],
+            soft.zero if soft.offset is None else soft.offset,
             out,
-            len(nu),
-            nu.shape[1],
-            SHIFTED=offset is not None,
+            *soft.nu.shape,
+            SHIFTED=soft.offset is not None,
             ROWS=held,
             COLUMNS=columns,
         )
 
 
 def descend(
-    gradient: Tensor,
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    first: Tensor,
-    second: Tensor,
-    adam: Adam,
-    sums: Tensor,
+    gradient: Tensor, soft: SoftRows, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
 ) -> None:
-    held, columns, programs = _tile(*nu.shape)
-    with torch.cuda.device_of(nu):
+    held, columns, programs = _tile(*soft.nu.shape)
+    with torch.cuda.device_of(soft.nu):
         _descend[(programs,)](
             gradient.contiguous(),
-            nu,
-            code,
-            way,
-            zero,
-            scale,
+            *soft[:5],
             first,
             second,
             sums,
-            len(nu),
-            nu.shape[1],
+            *soft.nu.shape,
             adam.size,
             adam.root,
             BETA1=BETAS[0],
@@ -189,23 +163,11 @@ def works(device: torch.device) -> str | None:
     """
     try:
         nu = torch.zeros(1, 16, device=device)
-        byte, row = (
-            torch.zeros(1, 16, dtype=torch.uint8, device=device),
-            torch.ones(1, 1, device=device),
-        )
-        weights(nu, byte, byte.to(torch.int8), row, row, None, torch.empty_like(nu))
-        descend(
-            nu,
-            nu,
-            byte,
-            byte.to(torch.int8),
-            row,
-            row,
-            nu.clone(),
-            nu.clone(),
-            Adam(1e-3, 1),
-            torch.empty(1, 2, device=device),
-        )
+        row = torch.ones(1, 1, device=device)
+        soft = SoftRows(nu, nu.to(torch.uint8), nu.to(torch.int8), row, row)
+        weights(soft, torch.empty_like(nu))
+        sums = torch.empty(1, 2, device=device)
+        descend(nu, soft, nu.clone(), nu.clone(), Adam(1e-3, 1), sums)
     except torch.OutOfMemoryError:
         raise
     # a compiler or its headers missing, a card too old: Triton has an error of its own for each

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._adam import BETAS, EPSILON, Adam
+from .reference import SoftRows
 
 
 @functools.cache
@@ -21,50 +22,25 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step(
-    gradient: Tensor,
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    first: Tensor,
-    second: Tensor,
-    sums: Tensor,
-    far: Tensor,
+    gradient: Tensor, soft: SoftRows, first: Tensor, second: Tensor, sums: Tensor, far: Tensor
 ) -> None:
     """`reference.descend` with what changes from step to step in a tensor, (2,) size and root, or
     every step would be compiled.
     """
-    by_nu, found = reference.gradients(gradient, nu, code, way, zero, scale)
+    by_nu, found = reference.gradients(gradient, soft)
     sums.copy_(found)
     first.lerp_(by_nu, 1 - BETAS[0])
     second.mul_(BETAS[1]).addcmul_(by_nu, by_nu, value=1 - BETAS[1])
-    nu.sub_(far[0] * first / (second.sqrt() * far[1] + EPSILON))
+    soft.nu.sub_(far[0] * first / (second.sqrt() * far[1] + EPSILON))
 
 
-def weights(
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    out: Tensor,
-) -> None:
-    _compiled(reference.weights)(nu, code, way, zero, scale, offset, out)
+def weights(soft: SoftRows, out: Tensor) -> None:
+    _compiled(reference.weights)(soft, out)
 
 
 def descend(
-    gradient: Tensor,
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    first: Tensor,
-    second: Tensor,
-    adam: Adam,
-    sums: Tensor,
+    gradient: Tensor, soft: SoftRows, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
 ) -> None:
+    nu = soft.nu
     far = torch.tensor([adam.size, adam.root], dtype=nu.dtype).to(nu.device, non_blocking=True)
-    _compiled(_step)(gradient, nu, code, way, zero, scale, first, second, sums, far)
+    _compiled(_step)(gradient, soft, first, second, sums, far)

@@ -1,17 +1,30 @@
-"""Soft rounding in plain torch, in any float dtype: what the faster versions are measured by.
-
-weight = (code - zero + way * h(nu)) * scale - offset, a row at a time: ``zero``, ``scale`` and
-``offset`` are those of a row.
-"""
+"""Soft rounding in plain torch, in any float dtype: what the faster versions are measured by."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._adam import Adam, moved
+
+
+class SoftRows(NamedTuple):
+    """Weights between two codes: (code - zero + way * h(nu)) * scale - offset. All are contiguous.
+
+    Attributes:
+        nu: (rows, length) float32, any float dtype for the plain version.
+        code: (rows, length) uint8. way: (rows, length) int8, -1, 0 or 1.
+        zero, scale: (rows, 1) in nu's dtype. offset: the same, None for zeros.
+    """
+
+    nu: Tensor
+    code: Tensor
+    way: Tensor
+    zero: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
 
 
 def rectified(nu: Tensor) -> Tensor:
@@ -51,52 +64,32 @@ def inverse_rectified(h: Tensor) -> Tensor:
     return -torch.log(1.2 / (h + 0.1) - 1)
 
 
-def _position(nu: Tensor, code: Tensor, way: Tensor, zero: Tensor) -> Tensor:
-    return torch.addcmul(code.to(nu.dtype) - zero, way.to(nu.dtype), rectified(nu))
+def _position(soft: SoftRows) -> Tensor:
+    dtype = soft.nu.dtype
+    return torch.addcmul(soft.code.to(dtype) - soft.zero, soft.way.to(dtype), rectified(soft.nu))
 
 
-def weights(
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Soft weights into ``out``, (rows, length) in any float dtype; see the package for the
-    rest.
-    """
-    soft = _position(nu, code, way, zero).mul_(scale)
-    out.copy_(soft if offset is None else soft.sub_(offset))
+def weights(soft: SoftRows, out: Tensor) -> None:
+    """Soft weights into ``out``, (rows, length) in any float dtype."""
+    found = _position(soft).mul_(soft.scale)
+    out.copy_(found if soft.offset is None else found.sub_(soft.offset))
 
 
-def gradients(
-    gradient: Tensor, nu: Tensor, code: Tensor, way: Tensor, zero: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def gradients(gradient: Tensor, soft: SoftRows) -> tuple[Tensor, Tensor]:
     """By nu (rows, length), and by scale and minus the offset (rows, 2), from the gradient by the
     weights.
 
     Nothing is kept from `weights`: everything is computed from its inputs again.
     """
-    g = gradient.to(nu.dtype)
-    sums = torch.stack([(g * _position(nu, code, way, zero)).sum(1), g.sum(1)], 1)
-    return g * scale * way * slope(nu), sums
+    g = gradient.to(soft.nu.dtype)
+    sums = torch.stack([(g * _position(soft)).sum(1), g.sum(1)], 1)
+    return g * soft.scale * soft.way * slope(soft.nu), sums
 
 
 def descend(
-    gradient: Tensor,
-    nu: Tensor,
-    code: Tensor,
-    way: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    first: Tensor,
-    second: Tensor,
-    adam: Adam,
-    sums: Tensor,
+    gradient: Tensor, soft: SoftRows, first: Tensor, second: Tensor, adam: Adam, sums: Tensor
 ) -> None:
     """One step of Adam on nu in place, and the sums of `gradients`; see the package."""
-    by_nu, found = gradients(gradient, nu, code, way, zero, scale)
+    by_nu, found = gradients(gradient, soft)
     sums.copy_(found)
-    moved(nu, by_nu, first, second, adam)
+    moved(soft.nu, by_nu, first, second, adam)

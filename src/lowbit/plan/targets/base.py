@@ -96,11 +96,9 @@ def export_to(target: str) -> str:
 def tally(words: Iterable[str]) -> str:
     """What linears are, in words, each with the number of linears if there are several."""
     counts = Counter(words).most_common()
-    return (
-        counts[0][0]
-        if len(counts) == 1
-        else "; ".join(f"{word} in {n} linears" for word, n in counts)
-    )
+    if len(counts) == 1:
+        return counts[0][0]
+    return "; ".join(f"{word} in {n} linears" for word, n in counts)
 
 
 # --- rules ----------------------------------------------------------------------------------------
@@ -161,11 +159,11 @@ def activations(p: Planned, runtime: str) -> str | None:
 
 def rotations(p: Planned, runtime: str) -> str | None:
     """Activations rotated while the model runs."""
+    if not p.online:
+        return None
     return (
         f"{runtime} does not rotate activations while it runs: --set quarot.online=false leaves "
         "that out."
-        if p.online
-        else None
     )
 
 
@@ -241,11 +239,9 @@ def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Uniform], bool]
                     "codes end inside a word"
                 )
     for name, grid in p.uniform.items():
-        shares = (
-            [s for s in _outputs(p, name, degree, heads, kv) if s * grid.bits % WORD]
-            if packs_outputs(grid)
-            else []
-        )
+        if not packs_outputs(grid):
+            continue
+        shares = [s for s in _outputs(p, name, degree, heads, kv) if s * grid.bits % WORD]
         if shares:
             return (
                 f"Each of {degree} devices gets {shares[0]} outputs of '{name}', whose "

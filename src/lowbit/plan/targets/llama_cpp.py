@@ -15,6 +15,7 @@ from ...grid.names import scheme_name
 from .base import Planned, Verdict, export_to, misfits, only_weights, refusal, tally
 
 NAME = "llama.cpp"
+_RECENT = "Q2_0 is GGUF type 42, which older programs and the gguf package 0.19 do not know"
 
 
 def judge(p: Planned) -> Verdict:
@@ -31,6 +32,8 @@ def judge(p: Planned) -> Verdict:
         return no
     types = {n: chosen(g, p.shapes[n][1], None, n) for n, g in p.grids.items()}
     recent = any(t.name == "Q2_0" for t in types.values())
+    if recent:
+        remarks += (_RECENT,)
     return Verdict(
         NAME,
         True,
@@ -38,12 +41,7 @@ def judge(p: Planned) -> Verdict:
         tally(said(t, p.grids[n]) for n, t in types.items()),
         export_to(gguf.NAME),
         f"{NAME} of August 2026 or newer" if recent else f"{NAME}, no oldest version known",
-        notes=remarks
-        + (
-            ("Q2_0 is GGUF type 42, which older programs and the gguf package 0.19 do not know",)
-            if recent
-            else ()
-        ),
+        notes=remarks,
     )
 
 

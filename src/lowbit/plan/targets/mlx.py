@@ -37,9 +37,7 @@ def _check(grid: AnyGrid, rows: int, columns: int, name: str) -> None:
 def _family(p: Planned) -> str | None:
     """mlx-lm has no OPT, and packs BitNet's linears in a way of its own."""
     family = p.config.model_type
-    return (
-        None
-        if family in _FAMILIES
-        else f"mlx-lm does not read packed weights of '{family}' models, but of "
-        f"{', '.join(_FAMILIES)}."
-    )
+    if family in _FAMILIES:
+        return None
+    known = ", ".join(_FAMILIES)
+    return f"mlx-lm does not read packed weights of '{family}' models, but of {known}."
