@@ -89,6 +89,12 @@ def said_by_gptq(**more):
         (said_by_gptq(dynamic=DYNAMIC), "model.skip.down_proj", None),  # the first rule counts
         (said_by_gptq(dynamic=DYNAMIC), "model.layers.0.up_proj", FOUR),
         (said_by_gptq(dynamic={"+:a": {"group_size": -1}}), "abc", Affine(4, None, True)),
+        (
+            said_by_gptq(dynamic={"+:a": {"bits": 8}, "+:ab": {"bits": 2}}),
+            "abc",
+            Affine(8, 32, True),
+        ),
+        (said_by_gptq(dynamic={"+:ab": {"bits": 2}, "-:a": {}}), "abc", Affine(2, 32, True)),
         (said_by_gptq(dynamic={"+:b": {"group_size": -1}}), "abc", FOUR),  # from the start
     ],
 )

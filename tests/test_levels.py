@@ -414,6 +414,25 @@ def test_columns_of_other_bits_are_fitted_as_alone(widths):
     assert Codebook(2).with_bits(3) == Codebook(3)
 
 
+@pytest.mark.parametrize("widths", [[1, 3, 2, 3], [3, 1, 1, 1]])
+def test_no_code_of_a_narrow_book_is_one_of_a_wider(widths):
+    """Its repeated last level is there to fill the row."""
+    grid, w = Codebook(3), torch.randn(60, 4, generator=torch.Generator().manual_seed(7)) * 3
+    params = grid.fit_columns(w / 3, torch.tensor(widths))
+    low, high, fraction = grid.neighbours(w, params)
+    up = torch.ones_like(w)
+    beyond = grid.beside(grid.beside(high, up, params), up, params)
+    for column, bits in enumerate(widths):
+        levels = params.levels[column, : 2**bits].double()
+        exact = w[:, column].double()
+        below = [max([i for i, v in enumerate(levels) if v <= x], default=0) for x in exact]
+        above = [min(i + 1, 2**bits - 1) for i in below]
+        assert low[:, column].tolist() == below and high[:, column].tolist() == above
+        assert int(beyond[:, column].max()) == 2**bits - 1
+        last = low[:, column] == 2**bits - 1
+        assert bool(last.any()) and not fraction[:, column][last].any()
+
+
 # --- the search of K-quants -----------------------------------------------------------------------
 
 
