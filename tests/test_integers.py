@@ -17,8 +17,20 @@ from lowbit.artifact.proof import compare_logits
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.formats import native
-from lowbit.grid import Affine, AffineParams, Codebook, LLMInt8, PerToken, QTensor
-from lowbit.kernels.integer import IntegerWeight, linear, quantized
+from lowbit.grid import (
+    MXFP4,
+    Affine,
+    AffineParams,
+    Codebook,
+    InputQuantizer,
+    KQuant,
+    LLMInt8,
+    Outliers,
+    PerToken,
+    QTensor,
+    Rotation,
+)
+from lowbit.kernels.integer import IntegerWeight, columns, linear, quantized
 from lowbit.recipe import Recipe
 from lowbit.runtime.integers import IntegerLinear, in_integers
 
@@ -77,6 +89,76 @@ def test_accumulators_are_exact(bits, symmetric, x_symmetric, seed):
         assert torch.equal(
             weight.accumulate(codes, zero, group).to(torch.int64), a[:, at] @ b[:, at].T
         )
+
+
+ODD = [  # outputs, inputs, inputs that share a scale, tokens
+    (1, 1, None, 1),
+    (1, 7, None, 3),
+    (3, 5, 1, 1),
+    (5, 9, 3, 17),
+    (7, 13, 13, 2),
+    (13, 30, 5, 31),
+    (31, 33, 11, 33),
+    (33, 100, None, 65),
+]
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("out, width, group, tokens", ODD)
+@pytest.mark.parametrize("bits, symmetric", [(8, True), (8, False), (2, False), (5, True)])
+def test_odd_shapes_against_float64(bits, symmetric, out, width, group, tokens, leading):
+    """Sums of products written down from codes, scales and zero points."""
+    q, grid = coded(bits, symmetric, group, out, out, width), PerToken(8, symmetric)
+    x = torch.randn(*leading, tokens, width, generator=torch.Generator().manual_seed(tokens))
+    y = linear(x, IntegerWeight.of(q), grid)
+    size = group or width
+    scale = q.params.scale.double().repeat_interleave(size, 1)
+    weight = (q.codes.double() - q.params.zero_point.double().repeat_interleave(size, 1)) * scale
+    codes, step, zero = (t.double() for t in grid.codes(x))
+    exact = ((codes - zero) * step) @ weight.T
+    assert y.shape == (*leading, tokens, out)
+    limit = 1e-5 * float((codes - zero).abs().mul(step).amax() * weight.abs().sum(1).amax())
+    assert float((y.double() - exact).abs().max()) <= limit
+    for at in ([0], [width - 1], list(range(width))[::2]):
+        chosen = columns(IntegerWeight.of(q), torch.tensor(at))
+        torch.testing.assert_close(chosen.double(), weight[:, at])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("grid", [PerToken(8), PerToken(8, True), LLMInt8(8, 2.0)], ids=str)
+def test_a_linear_rotates_multiplies_and_adds_its_bias(grid, rotated, biased, dtype):
+    q, bias = coded(8, True, 16, 3), torch.nn.Parameter(torch.randn(24).to(dtype))
+    quantizer = InputQuantizer(Rotation.hadamard(32) if rotated else None, grid)
+    module = IntegerLinear(IntegerWeight.of(q), quantizer, bias if biased else None)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4)).to(dtype)
+    expected = quantizer(x).double() @ q.decode(torch.float64).T
+    if biased:
+        expected = expected + bias.detach().double()
+    with torch.no_grad():
+        y = module(x)
+    assert y.dtype == dtype and y.shape == (2, 5, 24)
+    # The simulation rounds what it multiplies to x's dtype, this the product.
+    bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    assert float((y.double() - expected).norm() / expected.norm()) < bound
+    assert [n for n, _ in module.named_parameters()] == (["bias"] if biased else [])
+
+
+@pytest.mark.parametrize(
+    "grid, kept",
+    [(Affine(8), True), (Codebook(2), False), (KQuant("q2_k"), False), (MXFP4(), False)],
+    ids=str,
+)
+def test_weights_without_an_integer_product_are_named(grid, kept):
+    w = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    params = grid.stored(grid.fit(w), torch.float32)
+    outliers = Outliers(torch.tensor([3]), torch.tensor([1.0])) if kept else None
+    q = QTensor(grid, grid.encode(w, params), params, outliers)
+    with pytest.raises(
+        LowbitError, match="'m.a' is not on a uniform grid alone: it has no integer"
+    ):
+        IntegerWeight.of(q, "m.a")
 
 
 def test_extreme_codes_do_not_overflow():

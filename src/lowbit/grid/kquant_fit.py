@@ -25,11 +25,12 @@ def multiples(
 
     Returns:
         unit (...) and integers (..., n), in the values' dtype; whatever is exact for one of
-            ``tried`` is found.
+            ``tried`` is found. A unit that float16 does not hold, or of values that are not finite,
+            is infinite.
     """
     largest = values.abs().amax(-1)
     best = torch.full_like(largest, float("inf"))
-    unit, integers = torch.zeros_like(largest), torch.zeros_like(values)
+    unit, integers = torch.full_like(largest, float("inf")), torch.zeros_like(values)
     for k in tried:
         first = (values / (largest / k).clamp(min=1e-30)[..., None]).round_().clamp_(least, most)
         norm = (weight * first.square()).sum(-1)
@@ -111,11 +112,13 @@ class Moments:
 
 
 def ranges(g: Tensor, moments: Moments, top: int) -> tuple[Tensor, Tensor]:
-    """Scale and offset of each sub-block, free of units."""
+    """Scale and offset of each sub-block, free of units; infinite where the squared error is not
+    finite.
+    """
     low = g.amin(0).clamp(max=0)
     shifted = (g - low) / (g.amax(0) - low).clamp(min=1e-30)
     best = torch.full_like(low, float("inf"))
-    scale, offset = torch.zeros_like(best), torch.zeros_like(best)
+    scale, offset = best.clone(), best.clone()
     for extra in _RANGES:
         s, o, error = moments.line((shifted * (top + extra)).round_().clamp_(0, top))
         better = error < best
@@ -131,7 +134,7 @@ def signed_ranges(g: Tensor, moments: Moments, half: int) -> tuple[Tensor, Tenso
     extreme = g.gather(0, g.abs().argmax(0, keepdim=True))[0]
     shifted = g * torch.where(extreme == 0, 0.0, -1 / torch.where(extreme == 0, 1.0, extreme))
     best = torch.full_like(extreme, float("inf"))
-    scale = torch.zeros_like(best)
+    scale = best.clone()
     for extra in _RANGES:
         s, error = moments.ray((shifted * (half + extra)).round_().clamp_(-half, half - 1))
         better = error < best

@@ -19,7 +19,7 @@ from .codebook import Codebook
 from .codebook import Per as Per
 
 _WEIGHTS = re.compile(r"(w\d+)(?:a(\d+))?(?:kv(\d+))?(.*)", re.IGNORECASE)
-_OTHERS = re.compile(r"(.*?)(?:\+(?:a(\d+))?(?:kv(\d+))?)?", re.IGNORECASE)
+_OTHERS = re.compile(r"(.*?)(?:\+(?=[ak])(?:a(\d+))?(?:kv(\d+))?)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

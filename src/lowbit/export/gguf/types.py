@@ -240,6 +240,8 @@ def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
     else:
         six = KQuant("q6_k")
         levels = six.stored(six.fit(weight.float()), torch.float16)
+        if not levels.finite():
+            raise LowbitError(f"'{name}' has scales beyond float16.")
         rows = pack_k(QTensor(six, six.encode(weight.float(), levels), levels))
         back = unpack_k(rows, six)
         value = six.decode(back.codes, back.params.double())
