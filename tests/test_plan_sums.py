@@ -393,8 +393,7 @@ GRIDS = [
     if (bits, kind) != (1, "sym")
 ] + ["mxfp4", "gguf:q2_k", "gguf:q3_k", "gguf:q4_k", "gguf:q6_k", "W2A16:column", "W3A16:row"]
 WIDE = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_hidden_layers=1)
-
-
+COMMON = (0, 32, 64, 128, 256, 512)  # group sizes, 0 for whole rows
 REMEDY = re.compile(r"choose |would fit|write |leave|--set | takes ")
 
 
@@ -409,9 +408,9 @@ def by_rule(target: str, scheme: str) -> bool | None:
     if target == "vllm":
         return bits > 1 and group != 48
     if target == "sglang":
-        return (bits == 4 and group in (0, 32, 64, 128)) or (bits in (2, 3, 4, 8) and group in (0, 32, 64, 128, 256, 512)) or (bits == 2 and group == 16)  # fmt: skip
+        return bits in (2, 3, 4, 8) and (group in COMMON or (bits, group) == (2, 16))
     if target == "mlx":
-        return bits in (2, 3, 4, 5, 6, 8) and group in (0, 32, 64, 128, 256, 512)
+        return bits in (2, 3, 4, 5, 6, 8) and group in COMMON
     return None
 
 
