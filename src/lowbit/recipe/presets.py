@@ -135,4 +135,6 @@ def _apply(data: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"v = {text.strip()}")["v"]
     except (ValueError, RecursionError):
         value = text.strip()
-    data.setdefault(section, {})[key] = value
+    table = data.setdefault(section, {})
+    if isinstance(table, dict):  # else it is refused where the recipe is read
+        table[key] = value

@@ -40,7 +40,7 @@ class Recipe:
 
     Raises:
         LowbitError: methods in another order than that of their roles, or on a grid they cannot
-            have.
+            have, or one method twice with different options.
     """
 
     grid: AnyGrid
@@ -54,8 +54,13 @@ class Recipe:
     def __post_init__(self) -> None:
         named = [(name, entry.role) for name, entry, _ in self.entries]
         for at, (name, role) in enumerate(named):
-            for earlier, other in named[:at]:
+            for before, (earlier, other) in enumerate(named[:at]):
                 _check_order(earlier, other, name, role)
+                if name == earlier and self.methods[at] != self.methods[before]:
+                    raise LowbitError(
+                        f"'{name}' is in this recipe twice with other options, and a recipe has "
+                        "one table of options for a method: leave one of the two out."
+                    )
         for _, entry, method in self.entries:
             for grid in (self.grid, *(g for _, g in self.overrides)):
                 entry.check(method, grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from ..grid import ActivationGrid, AnyGrid, PerToken, activation_grid
 from ..grid.names import Per, as_codebook, parse_scheme, weights_only
 from ..methods import METHODS
 from ..model.calibration import Calibration
+from ..verbatim import encodable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +22,8 @@ else:
 
 # Of an option's number: no sensible one is near it, and what tensors count and multiply holds it.
 _MOST = 2**31 - 1
+# What a string of TOML cannot hold as it is.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _KEYS = ("name", "scheme", "codebook", "methods", "overrides", "calibration", "activations", "kv")
 
 
@@ -36,7 +40,9 @@ def parsed(text: str, origin: str) -> dict[str, Any]:
 
 
 def written(data: Mapping[str, Any]) -> str:
-    """Plain data, tables of tables not among it, as a TOML document."""
+    """Plain data, tables of tables not among it, as a TOML document. Bytes of a path that were no
+    text become question marks: TOML is UTF-8.
+    """
     lines = [f"{k} = {_toml(v)}" for k, v in data.items() if not isinstance(v, dict)]
     for key, table in data.items():
         if isinstance(table, dict):
@@ -61,6 +67,12 @@ def read(data: Mapping[str, Any], origin: str) -> dict[str, Any]:
             raise LowbitError(f"{origin}: '{key}' must be {wanted}, got {data[key]!r}.")
     scheme = parse_scheme(data.get("scheme", "W4A16" if "codebook" in data else "W4A16g128"))
     overrides = data.get("overrides", {})
+    for pattern, given in overrides.items():
+        if not isinstance(given, str):
+            raise LowbitError(
+                f"{origin}: override '{pattern}' must be a scheme in quotes, as in "
+                f'"*.down_proj" = "W4A16", got {given!r}.'
+            )
     grids: list[AnyGrid] = [scheme.weights, *(weights_only(s) for s in overrides.values())]
     if "codebook" in data:
         per: Per = _checked(data["codebook"], Per, f"{origin}: codebook")
@@ -103,7 +115,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        text = encodable(value).replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + '"'
     return repr(value)
 
 
