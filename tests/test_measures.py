@@ -55,6 +55,15 @@ def test_a_model_that_prefers_one_token(k: float, vocab: int) -> None:
     assert found.top1 == (1.0 if k == 0 else 0.0)
 
 
+def test_a_position_predicts_the_next_token_and_the_last_predicts_nothing() -> None:
+    ids, k = torch.tensor([[3, 1, 4, 1, 5]]), 2.0
+    logits = torch.zeros(1, 5, 7)
+    for at, following in enumerate([1, 4, 1, 5]):
+        logits[0, at, following] = k
+    logits[0, 4] = -math.inf  # whatever it says
+    assert told(logits, ids).nll == pytest.approx(math.log(math.exp(k) + 6) - k, rel=1e-6)
+
+
 @pytest.mark.parametrize("shift", [-1e4, -3.0, 0.0, 100.0, 1e4])
 def test_logits_count_up_to_a_constant(shift: float) -> None:
     g = torch.Generator().manual_seed(1)
