@@ -403,7 +403,7 @@ def test_transform_after_solver_raises(block):
 
 @pytest.mark.parametrize("tokens", [0, 100])
 def test_group_moments_are_the_inputs_seen_by_the_linears(block, tokens):
-    moments = AWQ(rows=8, clip_tokens=tokens)._moments(block, 8)
+    moments = AWQ(rows=8, clip_tokens=tokens)._moments(block, block.grids, 8)
     seen = []
     block.observe(
         ["self_attn.q_proj"],
