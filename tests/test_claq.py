@@ -160,18 +160,21 @@ def test_a_budget_for_the_whole_model_is_met_where_it_is_surveyed(model):
     assert len(averages) > 3
 
 
-def test_a_price_spends_the_budget():
+@pytest.mark.parametrize("wider", [(0, 0), (1, 0), (0, 1)])  # bits of the grids beyond the least
+def test_a_price_spends_the_budget(wider):
     g = torch.Generator().manual_seed(1)
     surveyed_ = [
         (
             torch.rand(50, 2, generator=g, dtype=torch.float64).sort(dim=1, descending=True).values,
             rows,
+            own,
         )
-        for rows in (10, 40)
+        for rows, own in zip((10, 40), wider, strict=True)
     ]
     price = least_gain(surveyed_, 0.7)
-    spent = sum(int((gains >= price).sum()) * rows for gains, rows in surveyed_)
-    assert 0.7 * 50 * 50 - 40 <= spent <= 0.7 * 50 * 50 + 40
+    spent = sum(int((gains >= price).sum()) * rows for gains, rows, _ in surveyed_)
+    budget = sum((own + 0.7) * 50 * rows for _, rows, own in surveyed_)
+    assert budget - 40 <= spent <= budget + 40
     with pytest.raises(LowbitError, match="no 2.5 bits a weight to give"):
         least_gain(surveyed_, 2.5)
 
@@ -401,6 +404,12 @@ def test_awq_says_what_it_leaves_out(block):
     ]
     shared = block.within(grids=dict.fromkeys(block.wiring.linears, Codebook(2, "row")))
     assert AWQ(rows=4, exponents=3)(shared).notes["trouble"] == ["awq: on codebooks no clip"]
+    mixed = block.within(grids={n: Affine(2, 16) for n in block.wiring.linears})
+    mixed = mixed.within(grids={**mixed.grids, "self_attn.o_proj": Codebook(2)})
+    done = AWQ(rows=4, exponents=3)(mixed)
+    assert set(done.params) >= {"mlp.down_proj", "mlp.up_proj"}
+    assert "self_attn.o_proj" not in done.params
+    assert done.notes["trouble"] == ["awq: on codebooks no clip for self_attn.o_proj"]
 
 
 def test_short_columns_are_remarked(block):

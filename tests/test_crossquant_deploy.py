@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lowbit.artifact.proof import compare_logits
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken
+from lowbit.grid.names import parse_scheme
 from lowbit.methods import CrossQuant
 from lowbit.methods.crossquant import Reorder
 from lowbit.model.model import Streams
@@ -295,6 +296,8 @@ def test_artifacts_by_groups_load_in_plain_transformers(tmp_path, family):
 
 def test_what_groups_need(tmp_path):
     model, groups = save_tiny(tmp_path / "m"), ["crossquant.fold=group"]
+    with pytest.raises(LowbitError, match="needs one group size"):  # before any work
+        load_recipe("crossquant-deploy", scheme=parse_scheme("W8A8sym"), settings=groups)
     for scheme, recipe, words in (
         ("W8A8sym", "crossquant-deploy", "needs one group size"),
         ("W4A8g16", "quarot+crossquant-deploy", "that quarot has mixed"),

@@ -20,7 +20,7 @@ ALLOWED = {  # a folder's own row leaves out the folders in it that have rows
     "grid": {"errors"},
     "model": {"grid", "errors"},
     "methods": {"grid", "model", "machine", "errors"},
-    "recipe": {"grid", "model", "methods", "errors"},
+    "recipe": {"grid", "model", "methods", "verbatim", "errors"},
     "stages": {"model", "methods", "machine"},
     "formats": {"grid", "errors"},
     "kernels": {"grid", "errors"},

@@ -220,6 +220,12 @@ def test_widths_that_do_not_fit_are_named(grid, width, words):
             check_divides(shapes, Recipe(grid))
 
 
+def test_a_grid_that_no_format_holds_is_refused_before_any_work(monkeypatch):
+    monkeypatch.delitem(LAYOUTS, MXFP4)
+    with pytest.raises(LowbitError, match="'a' would be on mxfp4, which no format holds"):
+        check_divides({"a": (8, 64)}, Recipe(MXFP4()))
+
+
 @dataclass(frozen=True)
 class Signs(Affine):
     """A kind of grid that this library does not know."""

@@ -234,7 +234,7 @@ ORDER = ["rotation", "transform", "clip", "solver", "learner"]
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(ROLE_OF, 2)))
 def test_methods_stand_in_the_order_of_their_roles(first: str, second: str) -> None:
     one, two = ORDER.index(ROLE_OF[first]), ORDER.index(ROLE_OF[second])
-    fine = one < two or (one == two and ROLE_OF[first] not in ("rotation", "solver"))
+    fine = one < two or (one == two and ROLE_OF[first] not in ("rotation", "clip", "solver"))
     text = f"methods = ['{first}', '{second}']\n"
     if "claq" in (first, second):
         text += "[claq]\noutlier_bits = 0.1\n"  # else it has nothing to do on integers
@@ -247,7 +247,12 @@ def test_methods_stand_in_the_order_of_their_roles(first: str, second: str) -> N
 
 def test_a_method_that_a_file_could_not_say_twice_is_refused() -> None:
     """A file has one table of options for a method."""
-    assert back(Recipe(Affine(4), (AWQ(), AWQ()))).methods == (AWQ(), AWQ())
+    free = AWQ(clip="none")
+    assert back(Recipe(Affine(4), (free, free))).methods == (free, free)
+    with pytest.raises(LowbitError, match="override 'a' is in this recipe twice"):
+        Recipe(Affine(4), overrides=(("a", Affine(2)), ("a", Affine(3))))
+    with pytest.raises(LowbitError, match="int is no method of lowbit.methods.METHODS"):
+        Recipe(Affine(4), (3,))  # type: ignore[arg-type]
     with pytest.raises(LowbitError, match="'awq' is in this recipe twice with other options"):
         Recipe(Affine(4), (AWQ(rows=3), AWQ(rows=4)))
 

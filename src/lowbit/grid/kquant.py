@@ -33,7 +33,6 @@ _KINDS: dict[
     "q4_k": (4, 32, 63, False),
     "q6_k": (6, 16, 127, True),
 }
-# What is added to the highest code when a range is tried.
 _AT_ONCE = 1 << 18  # weights fitted together: their temporaries stay in cache
 
 

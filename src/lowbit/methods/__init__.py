@@ -21,8 +21,8 @@ from .tesseraq import TesseraQ as TesseraQ
 METHODS: dict[str, Entry] = {
     "quarot": Entry(QuaRot, "rotation", before=quarot.before),
     "smoothquant": Entry(SmoothQuant, "transform"),
-    "crossquant": Entry(CrossQuant, "transform", before=crossquant.before),
-    "awq": Entry(AWQ, "clip", awq.cost),
+    "crossquant": Entry(CrossQuant, "transform", check=crossquant.check, before=crossquant.before),
+    "awq": Entry(AWQ, "clip", awq.cost, fixes_ranges=awq.fixes_ranges),
     "omniquant": Entry(
         OmniQuant,
         "clip",

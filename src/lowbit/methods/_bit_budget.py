@@ -58,14 +58,15 @@ def bit_gains(weight: Tensor, diagonal: Tensor, least: int, most: int) -> Tensor
 
 
 @torch.no_grad()
-def survey(block: Block, walk: Walk, upper: int) -> Iterator[tuple[Tensor, int]]:
+def survey(block: Block, walk: Walk, upper: int) -> Iterator[tuple[Tensor, int, int]]:
     """What bits would gain in each linear of a block that nothing was done to.
 
     Args:
         upper: most bits of a column.
 
     Yields:
-        (columns, bits) as `bit_gains`, and how many bits of storage one bit of a column is.
+        (columns, bits) as `bit_gains`, how many bits of storage one bit of a column is, and the
+        bits of a weight that the grid has beyond the least width.
     """
     rows = min(walk.rows or block.tuned_rows, block.tuned_rows)
     hessians = input_hessians(block, [site.reads[0] for site in block.wiring.sites], rows)
@@ -76,25 +77,27 @@ def survey(block: Block, walk: Walk, upper: int) -> Iterator[tuple[Tensor, int]]
             continue
         for name in site.reads:
             weight = block.weight(name).masked_fill(inputs.dead, 0)[:, inputs.order]
-            least = min(LEAST, block.grids[name].bits)
-            yield bit_gains(weight, inputs.factor.diagonal(), least, upper), len(weight)
+            bits = block.grids[name].bits
+            least = min(LEAST, bits)
+            gains = bit_gains(weight, inputs.factor.diagonal(), least, upper)
+            yield gains, len(weight), bits - least
 
 
-def least_gain(surveyed: Sequence[tuple[Tensor, int]], extra: float) -> float:
-    """The gain per bit that spends ``extra`` bits a weight over all linears surveyed, on top of the
-    least width.
+def least_gain(surveyed: Sequence[tuple[Tensor, int, int]], extra: float) -> float:
+    """The gain per bit that spends ``extra`` bits a weight over all linears surveyed, on top of
+    those of their grids.
 
     Raises:
         LowbitError: there are not so many bits to give.
     """
-    gains = torch.cat([g.flatten() for g, _ in surveyed])
-    costs = torch.cat([torch.full((g.numel(),), rows, dtype=torch.float64) for g, rows in surveyed])
-    budget = extra * sum(len(g) * rows for g, rows in surveyed)
+    gains = torch.cat([g.flatten() for g, _, _ in surveyed])
+    costs = [torch.full((g.numel(),), rows, dtype=torch.float64) for g, rows, _ in surveyed]
+    budget = sum((own + extra) * len(g) * rows for g, rows, own in surveyed)
     ordered, by = gains.cpu().sort(descending=True, stable=True)
-    spent = costs[by].cumsum(0)
+    spent = torch.cat(costs)[by].cumsum(0)
     if budget > float(spent[-1]) * (1 + 1e-9):
         raise LowbitError(
-            f"claq has no {extra:g} bits a weight to give beyond the least width: lower "
+            f"claq has no {extra:g} bits a weight to give beyond the scheme's: lower "
             "claq.adaptive_bits."
         )
     at = min(int((spent <= budget).sum()), len(ordered) - 1)
@@ -108,7 +111,7 @@ class Allocate:
 
     Attributes:
         method: whose budget it is. walk: how it goes through a block. upper: most bits of a column.
-        extra: bits a weight beyond the least width.
+        extra: bits a weight beyond those of the grids.
         priced: the method with the gain that was found.
     """
 
@@ -122,9 +125,10 @@ class Allocate:
         return outline
 
     def __call__(self, model: Model) -> Model:
-        found: list[tuple[Tensor, int]] = []
+        found: list[tuple[Tensor, int, int]] = []
         for block in float_blocks(model, f"{self.walk.method}: what a bit would gain"):
             found += survey(block, self.walk, self.upper)
+            del block  # else it would be held while the next one is read
         bought = self.priced(least_gain(found, self.extra))
         methods = tuple(bought if m is self.method else m for m in model.methods)
         return replace(model, methods=methods)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import AnyGrid, LinearGrid, Params
+from ..grid import AnyGrid, GroupedGrid, LinearGrid, Params
 from ..grid.base import Levels
 from ._columns import Steps
 
@@ -48,8 +48,10 @@ class GridColumns:
         self.uniform = self._line is not None and (params is not None or self.period > 1)
         self._steps: Steps | None = None
         if params is not None and self._line is not None:
-            group = (order // shared).to("cpu", torch.int32)
-            self._steps = _laid_out(self._line, params, len(order) // shared, group)
+            width = len(order)
+            size = grid.group(width) if isinstance(grid, GroupedGrid) else shared
+            group = (order // size).to("cpu", torch.int32)
+            self._steps = _laid_out(self._line, params, width // size, group)
 
     def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
         levels = self._levels(column, current)

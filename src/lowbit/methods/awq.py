@@ -11,7 +11,7 @@ linear's grid, and a is one of n / ``exponents``. The output compared is that of
 attention or the MLP as a whole, a linear where nothing else reads x. s is folded into the norm or
 linear that makes x.
 
-ClipKind (the authors' code, not in the paper). The range of each group is shrunk by 1 - i / 20,
+Clip (the authors' code, not in the paper). The range of each group is shrunk by 1 - i / 20,
 
     argmin ||Q(clamp(w)) x - w x||^2
 
@@ -94,10 +94,15 @@ class AWQ:
         if self.scales:
             block = self._scaled(block, rows)
         grouped = {n: g for n, g in block.grids.items() if isinstance(g, GroupedGrid)}
-        if len(grouped) == len(block.grids):
-            return block if self.clip == "none" else self._clipped(block, grouped, rows)
-        done = "no clip" if block.notes.get("awq_exponents") else _NOTHING
-        return block.remarked(f"awq: on codebooks {done}")
+        if self.clip != "none" and grouped:
+            block = self._clipped(block, grouped, rows)
+        bare = [n for n in block.grids if n not in grouped]
+        if not bare:
+            return block
+        if not grouped and not block.notes.get("awq_exponents"):
+            return block.remarked(f"awq: on codebooks {_NOTHING}")
+        where = f" for {', '.join(bare)}" if grouped else ""
+        return block if self.clip == "none" else block.remarked(f"awq: on codebooks no clip{where}")
 
     def _scaled(self, block: Block, rows: int) -> Block:
         sites = [s for s in block.wiring.sites if s.source is not None and foldable(block, s)]
@@ -272,6 +277,11 @@ def search_clip(
 # float64; a range that is tried.
 _CANDIDATE, _SHRINK = 60, 40
 _SEARCHED = 1024  # tokens after which a CPU looks at a candidate
+
+
+def fixes_ranges(method: AWQ) -> bool:
+    """Whether ranges are searched, and not scales alone."""
+    return method.clip != "none"
 
 
 def cost(method: AWQ, shapes: Shapes) -> Cost:

@@ -343,12 +343,11 @@ def before(method: CLAQ, grid: AnyGrid) -> Allocate | None:
     """The stage that finds what a bit must gain, where the budget is the model's."""
     if not method.needs_survey:
         return None
-    extra = grid.bits + method.adaptive_bits - min(LEAST, grid.bits)
 
     def priced(gain: float) -> CLAQ:
         return replace(method, least_gain=gain)
 
-    return Allocate(method, method.walk, method.upper, extra, priced)
+    return Allocate(method, method.walk, method.upper, method.adaptive_bits, priced)
 
 
 def extra_bytes(method: CLAQ, grid: AnyGrid, rows: int, width: int) -> float:

@@ -38,6 +38,12 @@ ColumnSize = Literal["max", "percentile"]
 Fold = Literal["channel", "group"]
 
 
+_ONE_GROUP = (
+    "crossquant.fold=group needs one group size for all linears, as in W4A8g128; or --set "
+    "crossquant.fold=channel."
+)
+
+
 @dataclass(frozen=True)
 class CrossQuant:
     """The knobs of the folded form. The weights quantized are those after the fold, unlike in the
@@ -154,10 +160,7 @@ class CrossQuant:
             or not all(isinstance(g, RangedGrid) for g in grids)
             or any(g.group_size != group for g in grids)
         ):
-            raise LowbitError(
-                "crossquant.fold=group needs one group size for all linears, as in W4A8g128; or "
-                "--set crossquant.fold=channel."
-            )
+            raise LowbitError(_ONE_GROUP)
         g = size.reshape(-1, group)
         alone = g > self.isolate * g.median(1, keepdim=True).values
         return torch.where(alone, g, g.masked_fill(alone, 0).amax(1, keepdim=True)).flatten()
@@ -221,6 +224,7 @@ class Reorder:
         total = torch.zeros(source.config.hidden_size, dtype=torch.float64, device=source.device)
         for block in float_blocks(model, "crossquant: sizes of the residual channels"):
             total += self._sizes(block)
+            del block  # else it would be held while the next one is read
         order = total.argsort(descending=True, stable=True)
         return replace(model, source=source.ordered(order))
 
@@ -272,6 +276,16 @@ def _times(block: Block, heads: Heads) -> int:
     """Query heads that share one head of keys and values."""
     start, stop = heads.values.rows or (0, len(block.weight(heads.values.module)))
     return heads.count * heads.width // (stop - start)
+
+
+def check(method: CrossQuant, grid: AnyGrid) -> None:
+    """Refuse grids without groups where factors are folded by them.
+
+    Raises:
+        LowbitError: naming what to do.
+    """
+    if method.fold == "group" and not (isinstance(grid, RangedGrid) and grid.group_size):
+        raise LowbitError(_ONE_GROUP)
 
 
 def before(method: CrossQuant, grid: AnyGrid) -> Reorder | None:

@@ -51,6 +51,11 @@ def nothing_more(method: Any, grid: AnyGrid, rows: int, width: int) -> float:
     return 0.0
 
 
+def as_its_role(method: Any) -> bool:
+    """A clip fixes ranges; of other roles nobody asks."""
+    return True
+
+
 def none_kept(method: Any) -> None:
     """No weight stays in floating point."""
 
@@ -73,6 +78,7 @@ class Entry:
             blocks, or None.
         extra_bytes: (method, grid, out, in) -> bytes of a weight beyond the grid's.
         outliers: (method) -> the option by which it keeps weights in floating point, or None.
+        fixes_ranges: (method) -> whether this clip does, so that no other can come after it.
         decides: (method, device) -> what decides its result besides its knobs.
     """
 
@@ -83,4 +89,5 @@ class Entry:
     before: Callable[[Any, AnyGrid], Stage | None] = unchanged
     extra_bytes: Callable[[Any, AnyGrid, int, int], float] = nothing_more
     outliers: Callable[[Any], str | None] = none_kept
+    fixes_ranges: Callable[[Any], bool] = as_its_role
     decides: Callable[[Any, torch.device], Decisive] = the_recipe_alone

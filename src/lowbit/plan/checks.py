@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import LowbitError
+from ..formats import LAYOUTS
 from ..formats import compressed_tensors as ct
 from ..model.outline import Outline
 from ..recipe import Recipe
@@ -24,6 +25,11 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
     """
     for name, (_, width) in shapes.items():
         grid = recipe.grid_of(name)
+        if type(grid) not in LAYOUTS:
+            raise LowbitError(
+                f"'{name}' would be on {grid}, which no format holds: choose another scheme, or "
+                "add a row to lowbit.formats.LAYOUTS."
+            )
         try:
             grid.check(width)
         except ValueError as e:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 from ..errors import LowbitError
@@ -61,6 +62,17 @@ class Recipe:
                         f"'{name}' is in this recipe twice with other options, and a recipe has "
                         "one table of options for a method: leave one of the two out."
                     )
+        clips = [(n, e.fixes_ranges(m)) for n, e, m in self.entries if e.role == "clip"]
+        for (name, fixed), (later, _) in pairwise(clips):
+            if fixed:
+                raise LowbitError(
+                    f"'{later}' after '{name}' in a recipe: both fix the ranges of weights, which "
+                    "can be done once. Leave one of the two out."
+                )
+        patterns = [pattern for pattern, _ in self.overrides]
+        for pattern in patterns:
+            if patterns.count(pattern) > 1:
+                raise LowbitError(f"override '{pattern}' is in this recipe twice: leave one out.")
         for _, entry, method in self.entries:
             for grid in (self.grid, *(g for _, g in self.overrides)):
                 entry.check(method, grid)
@@ -69,6 +81,11 @@ class Recipe:
     def entries(self) -> list[tuple[str, Entry, BlockMethod]]:
         """Each method with its name and its row of `METHODS`."""
         rows = {entry.kind: (name, entry) for name, entry in METHODS.items()}
+        for method in self.methods:
+            if type(method) not in rows:
+                raise LowbitError(
+                    f"{type(method).__name__} is no method of lowbit.methods.METHODS: add a row."
+                )
         return [(*rows[type(method)], method) for method in self.methods]
 
     @property

@@ -137,7 +137,7 @@ class Blocks:
             block = model.begin(i, streams, kwargs[i])
             if record is None:
                 block = apply_methods(block, model.methods)
-                block = block.remarked(*(self.remarks if resuming else ()))
+                block = block.remarked(*(self.remarks if i == 0 else ()))
                 resuming = False
                 record = self.store.keep(i, block, time.time() - clock)
             else:
