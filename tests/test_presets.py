@@ -312,7 +312,7 @@ def test_a_transform_after_a_clip_is_refused():
         load_recipe("awq+smoothquant", scheme=parse_scheme("W4A16"))
 
 
-@pytest.mark.parametrize("joined", ["awq+omniquant", "omniquant+awq", "awq+awq"])
+@pytest.mark.parametrize("joined", ["awq+omniquant", "omniquant+awq"])
 def test_ranges_are_fixed_once(joined):
     with pytest.raises(LowbitError, match="both fix the ranges of weights.*Leave one of the two"):
         load_recipe(joined, scheme=parse_scheme("W4A16"))

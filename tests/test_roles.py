@@ -248,6 +248,20 @@ def test_bytes_held(cost, held):
     assert cost.held == held and cost.streams == cost.batch == 0 and cost.work == Work()
 
 
+def test_a_pass_over_the_float_model_is_counted():
+    """10 rows more through the block, and for CLAQ the Hessians of both sites at once."""
+    plain, sorted_ = CrossQuant(), CrossQuant(fold="group")
+    cost = METHODS["crossquant"].cost
+    assert cost(sorted_, shapes()).work == cost(plain, shapes()).work + shapes().forward(10)
+    own = CLAQ(adaptive_bits=0.5, allocation="greedy")
+    survey = CLAQ(adaptive_bits=0.5, allocation="greedy", scope="model")
+    cost = METHODS["claq"].cost
+    assert cost(survey, shapes()).held - cost(own, shapes()).held == 8 * (4 * 4 + 8 * 8)
+    factors = sum(2 * 8 * 16 * n**2 + 2 * n**3 for n in (4, 8))
+    more = cost(own, shapes()).work + shapes().forward(10) + Work(single=factors)
+    assert cost(survey, shapes()).work == more
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_no_cost_falls_with_rows_or_sizes(name):
     wider = Layer({n: (2 * a, 2 * b) for n, (a, b) in LAYER.linears.items()}, 20, 200, 16, 50)

@@ -136,3 +136,13 @@ def test_ranks_hold_half_the_rows_each(block, reduce):
     found = shared.statistics([name], "quantized", of, reduce)[name]
     assert found.tokens == whole.tokens
     torch.testing.assert_close(found.value, whole.value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduce, value", [("sum", 0.0), ("max", float("-inf"))])
+def test_a_linear_that_no_token_reaches_has_seen_nothing(block, reduce, value):
+    none = torch.empty(0, dtype=torch.int64)
+    found = block.statistics(["fc2"], "float", lambda s: s.met.sum(0), reduce, tokens=none)["fc2"]
+    assert found.tokens == 0
+    assert found.value.shape == (block.weight("fc2").shape[1],) and bool(
+        (found.value == value).all()
+    )

@@ -21,7 +21,9 @@ from .tesseraq import TesseraQ as TesseraQ
 METHODS: dict[str, Entry] = {
     "quarot": Entry(QuaRot, "rotation", before=quarot.before),
     "smoothquant": Entry(SmoothQuant, "transform"),
-    "crossquant": Entry(CrossQuant, "transform", check=crossquant.check, before=crossquant.before),
+    "crossquant": Entry(
+        CrossQuant, "transform", crossquant.cost, crossquant.check, crossquant.before
+    ),
     "awq": Entry(AWQ, "clip", awq.cost, fixes_ranges=awq.fixes_ranges),
     "omniquant": Entry(
         OmniQuant,

@@ -126,7 +126,7 @@ class AWQ:
         weights, params = {}, {}
         moments = self._moments(block, grids, rows)
         for site in block.wiring.sites:
-            for name in site.reads:
+            for name in (n for n in site.reads if n in grids):
                 block.announce(f"awq: clip of {name}")
                 weight, grid = block.weight(name), grids[name]
                 gram, drift = moments[site.reads[0], grid.group(weight.shape[1])]
@@ -156,7 +156,8 @@ class AWQ:
         """
         lengths: dict[int, list[str]] = {}
         for site in block.wiring.sites:
-            widths = {grids[n].group(block.weight(n).shape[1]) for n in site.reads}
+            read = [n for n in site.reads if n in grids]
+            widths = {grids[n].group(block.weight(n).shape[1]) for n in read}
             for length in sorted(widths):
                 lengths.setdefault(length, []).append(site.reads[0])
         total, generator = rows * block.xq.shape[1], torch.Generator().manual_seed(block.seed)

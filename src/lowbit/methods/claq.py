@@ -35,7 +35,7 @@ from ._coder import Fit, GridColumns
 from ._columns import Coder, code_in_order
 from ._hessian import Inputs, Walk, column_cost, solve_sites
 from ._outliers import OutlierSelector, Reserving
-from .cost import Cost, Shapes
+from .cost import Cost, Shapes, Work
 
 Allocation = Literal["outliers", "saliency", "greedy"]
 Scope = Literal["matrix", "model"]
@@ -330,8 +330,20 @@ def _without(weight: Tensor, kept: OutlierSelector, order: Tensor) -> Tensor:
 
 
 def cost(method: CLAQ, shapes: Shapes) -> Cost:
-    """See `column_cost`."""
-    return column_cost(method.walk, shapes)
+    """See `column_cost`; and the survey's pass over the float model, whose Hessians of all sites
+    wait together.
+    """
+    own = column_cost(method.walk, shapes)
+    if not method.needs_survey:
+        return own
+    tokens = shapes.learned(method.walk.rows) * shapes.rows.length
+    factored = sum(2.0 * tokens * n**2 + 2.0 * n**3 for n in shapes.widths)
+    passing = shapes.forward(shapes.rows.mine(shapes.rows.count))
+    return replace(
+        own,
+        held=own.held + sum(8 * n * n for n in shapes.widths),
+        work=own.work + passing + Work(single=factored),
+    )
 
 
 def check(method: CLAQ, grid: AnyGrid) -> None:

@@ -7,6 +7,15 @@ the calibration text, c**(1-a) is divided out of the activation by the norm or l
 and multiplied into the weights that read it, before those are quantized. What is left of the scale
 is the row's own maximum after that, never above t**a while |x| <= c: an ordinary per-token grid,
 which integer kernels take.
+
+    t_i = max_j |x_ij|    c_j = max_i |x_ij|    x_ij / c_j**(1-a),  w_jk * c_j**(1-a)
+
+a is ``row_exponent``, or with ``search`` that of the least squared error of the site's output over
+a list of exponents. Where the weight's grid has groups of inputs, ``fold="group"`` takes one factor
+a group, of channels sorted by size before (`Reorder`), so that weights keep their codes.
+
+Helpers: `_scale_search` (the error under a factor), `_equivalent` (where a factor can go),
+`model.rewrite` (folding), `model.order` (another order of channels).
 """
 
 from __future__ import annotations
@@ -30,6 +39,7 @@ from ..model.statistics import Seen
 from ..model.wiring import Heads, Site
 from ._equivalent import foldable
 from ._scale_search import best_scale, collect_inputs
+from .cost import Cost, Shapes, passes
 
 _LEAST_COLUMN = 1e-5  # of the largest column's, as in the dynamic grid
 _TRIED = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
@@ -276,6 +286,14 @@ def _times(block: Block, heads: Heads) -> int:
     """Query heads that share one head of keys and values."""
     start, stop = heads.values.rows or (0, len(block.weight(heads.values.module)))
     return heads.count * heads.width // (stop - start)
+
+
+def cost(method: CrossQuant, shapes: Shapes) -> Cost:
+    """A pass that changes weights, and one of the float model where channels are sorted before."""
+    own = passes(method, shapes)
+    if method.fold != "group":
+        return own
+    return replace(own, work=own.work + shapes.forward(shapes.rows.mine(shapes.rows.count)))
 
 
 def check(method: CrossQuant, grid: AnyGrid) -> None:

@@ -1,10 +1,28 @@
 """TesseraQ (arXiv 2410.19103): progressive adaptive rounding with dequantization-scale tuning,
 block by block.
 
-Weights are rounded between the two codes around them; after a solver, between its code and a
-neighbour. Phase by phase the most decided ones are frozen, and Adam moves the rest, together with
-one scale factor per group, to bring the block's output on the quantized prefix back to the float
-one.
+Soft weights. Every weight lies between its two neighbouring levels; ranges are fixed before.
+
+    w(nu, v) = ((c + h(nu)) - zero) * scale * 2 h(v)        h(x) = clamp(1.2 sigmoid(x) - 0.1, 0, 1)
+
+with c the code below it, nu a variable of the weight that starts where w is the weight itself, and
+v one of the group that starts at 0, where 2 h(v) = 1 (dequantization-scale tuning).
+
+Progressive adaptive rounding. Phase k = 1 ... K first hardens, in each linear, all but a share P_k
+of the weights, those whose h(nu) is farthest from 1/2: nu goes to + or - infinity for good. Then
+Adam makes ``iters`` steps from fresh moments on the soft nu and all v, on
+
+    || f(x; w) - f_q(xq; w(nu, v)) ||^2
+
+f is the block, x the float stream, xq that of the quantized prefix. What is soft at the end is
+rounded by the sign of nu. Shipped are c + [nu > 0], the zero point and scale * 2 h(v).
+
+Beyond the paper, as options: further ``rounds`` between a code and either neighbour, the KL
+divergence of the next token as ``objective`` of the last block, steps on the scales alone
+(``refit``), other ``schedule``s, and ``precision`` of the steps.
+
+Helpers: `_soft` (soft weights of a block, hardening), `_buckets` (those that lie in one matrix, on
+any ordered grid), `_rounding` (h and Adam, compiled), `_reconstruct` (losses and their gradients).
 """
 
 from __future__ import annotations

@@ -111,14 +111,13 @@ def statistics(
     elif linears:
         modules = [*linears, *([keep[0]] if keep else [])]
         block.observe(modules, stream, block.tuned_rows if rows is None else rows, visit)
-    if block.ranks.size == 1:
-        return {name: found[name] for name in linears}
     nothing = torch.empty(0, dtype=torch.int64, device=block.device)
     for name in linears:
         if name not in found:
             x = torch.zeros(1, block.weight(name).shape[1], device=block.device)
             found[name] = _of_nothing(of, viewed, name, x.to(block.compute), nothing, reduce)
-        _over_ranks(block, found[name], reduce)
+        if block.ranks.size > 1:
+            _over_ranks(block, found[name], reduce)
     return {name: found[name] for name in linears}
 
 
@@ -139,7 +138,7 @@ def _of_nothing(
     nothing: Tensor,
     reduce: Reduce,
 ) -> Statistic:
-    """What a rank adds that has seen no token of a linear."""
+    """What a rank finds, or adds to others', that has seen no token of a linear."""
     if reduce == "sum":
         return Statistic(torch.zeros_like(of(Seen(block, name, x, None))), 0)
     if reduce == "max":

@@ -1,5 +1,5 @@
-"""The blocks: the only loop over them. Each is quantized and stored, or taken from where an earlier
-run stored it.
+"""The blocks: the only loop that changes them. Each is quantized and stored, or taken from where an
+earlier run stored it.
 """
 
 from __future__ import annotations
