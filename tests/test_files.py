@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ from lowbit.model.checkpoint import Checkpoint, Stored
 from lowbit.recipe import Recipe
 from lowbit.run.closing import proof_ids
 from lowbit.run.identity import Original, state_of, versions
-from lowbit.run.record import command_of, sizes
+from lowbit.run.quantize import Asked
+from lowbit.run.record import sizes
 
 # --- whole or not at all --------------------------------------------------------------------------
 
@@ -317,16 +319,16 @@ def test_a_lock_tells_who_died_there(tmp_path: Path, left: str | None, before: s
     [
         (dict(recipe="awq"), "--recipe awq --seed 3 -o OUT"),
         (
-            dict(recipe="awq", options={"--scheme": "W2", "--samples": 4, "--calib": None}),
+            dict(recipe="awq", scheme="W2", samples=4),
             "--recipe awq --scheme W2 --samples 4 --seed 3 -o OUT",
         ),
         (
-            dict(recipe="awq", settings=["awq.rows=3", "kv.clip=1"], device="cpu", plain=True),
+            dict(recipe="awq", settings=("awq.rows=3", "kv.clip=1"), device="cpu", plain=True),
             "--recipe awq --set awq.rows=3 --set kv.clip=1 --seed 3 --device cpu --plain -o OUT",
         ),
         # Of a recipe without a name all lies in the artifact's own file.
         (
-            dict(recipe="a/mine.toml", options={"--scheme": "W2"}, settings=["awq.rows=3"]),
+            dict(recipe="a/mine.toml", scheme="W2", settings=("awq.rows=3",)),
             "--recipe recipe.toml --seed 3 -o OUT",
         ),
         (
@@ -336,8 +338,8 @@ def test_a_lock_tells_who_died_there(tmp_path: Path, left: str | None, before: s
     ],
 )
 def test_the_command_that_makes_the_same(given, words: str) -> None:
-    usual = dict(options={}, settings=[], device="", plain=False)
-    found = command_of("a model", seed=3, **{**usual, **given})
+    usual = Asked("a model", None, "", None, None, None, 3, "auto", (), False)
+    found = replace(usual, **given).command
     assert found[:3] == ["lowbit", "quantize", "a model"] and " ".join(found[3:]) == words
 
 

@@ -130,8 +130,9 @@ def test_odd_shapes_against_float64(bits, symmetric, out, width, group, tokens, 
 @pytest.mark.parametrize("grid", [PerToken(8), PerToken(8, True), LLMInt8(8, 2.0)], ids=str)
 def test_a_linear_rotates_multiplies_and_adds_its_bias(grid, rotated, biased, dtype):
     q, bias = coded(8, True, 16, 3), torch.nn.Parameter(torch.randn(24).to(dtype))
-    quantizer = InputQuantizer(Rotation.hadamard(32) if rotated else None, grid)
-    module = IntegerLinear(IntegerWeight.of(q), quantizer, bias if biased else None)
+    rotation = Rotation.hadamard(32) if rotated else None
+    quantizer = InputQuantizer(rotation, grid)
+    module = IntegerLinear(IntegerWeight.of(q), grid, rotation, bias if biased else None)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4)).to(dtype)
     expected = quantizer(x).double() @ q.decode(torch.float64).T
     if biased:

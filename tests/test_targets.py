@@ -493,7 +493,7 @@ def test_k_quants_are_llama_cpps_own(kind, bits):
     assert verdict.weights == f"{kind.upper()} ({bits} bits, exact)"
     accepts(say("transformers", f"gguf:{kind}"), "lowbit", "this library", "")
     for target in ("vllm", "sglang", "mlx"):
-        refuses(say(target, f"gguf:{kind}"), f"is on gguf:{kind}, which")
+        refuses(say(target, f"gguf:{kind}"), f"is on gguf:{kind}, and")
 
 
 def test_llama_cpp_holds_different_types_in_one_file():
