@@ -170,6 +170,13 @@ def test_papers_import_no_papers():
         assert not concrete_methods(path), path
 
 
+def test_papers_know_nothing_of_the_processes_that_share_a_run():
+    """Statistics, losses and gradients are reduced by their helpers."""
+    for path in sorted((ROOT / "methods").glob("[!_]*.py")):
+        if path.stem not in ("cost", "entry"):
+            assert not re.search(r"\.ranks\b|\bRanks\b", path.read_text()), path
+
+
 def test_public_names():
     assert sorted(lowbit.__all__) == sorted(
         [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model.block import Block
 from ..model.microbatches import MicroBatches
-from ._batches import gathered, summed
+from ._batches import gathered, shared, summed
 from ._prefetch import Prefetcher
 
 Objective = Literal["block", "logits"]
@@ -139,19 +139,17 @@ class Reconstruction:
     def backward(
         self,
         weights: Callable[[], Mapping[str, Tensor]],
+        leaves: Sequence[Tensor],
         rows: Tensor,
         loss: Callable[[Tensor, Tensor, slice], Tensor],
-        reset: Callable[[], None],
     ) -> None:
-        """Differentiate ``loss(output, target, part)``, summed over this rank's part of some rows,
-        back into the leaves of ``weights()``.
+        """Differentiate ``loss(output, target, part)``, summed over some rows, back into the
+        ``leaves`` of ``weights()``, which hold the gradients over all ranks then.
 
         Args:
             rows: their numbers over all ranks.
             loss: of (n, length, hidden) float32 each, and of which of this rank's part they are; n
                 may be 0.
-            reset: forgets what the leaves have so far. Called first, and again where memory ran out
-                and smaller parts follow.
         """
         b, part = self.block, self.block.ranks.share(len(rows))
         x, target = (
@@ -159,8 +157,9 @@ class Reconstruction:
             for t in gathered(b.ranks, rows, (b.xq, b.target), b.device)
         )
 
-        def start() -> int:
-            reset()
+        def start() -> int:  # again where memory ran out and smaller parts follow
+            for leaf in leaves:
+                leaf.grad = None
             return 0
 
         def add(done: int, at: slice) -> int:
@@ -171,6 +170,15 @@ class Reconstruction:
             return done + 1
 
         self._parts.over(len(x), start, add)
+        b.ranks.sum_(*(leaf.grad for leaf in leaves if leaf.grad is not None))
+
+    def share(self, rows: Tensor, stream: Tensor) -> Tensor:
+        """This rank's part of some rows of a stream, on the block's device.
+
+        Args:
+            rows: their numbers over all ranks. stream: (rows, length, hidden), those this rank has.
+        """
+        return shared(self.block.ranks, rows, (stream,), self.block.device)[0]
 
     def gradients(
         self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor

@@ -37,7 +37,6 @@ from ..model.block import Block
 from ..model.model import Model
 from ..model.outline import Outline
 from ..model.wiring import Site
-from ._batches import shared
 from ._equivalent import foldable
 from ._learned import Learned, clipped_range, ranged
 from ._reconstruct import Reconstruction
@@ -138,6 +137,7 @@ class OmniQuant:
             {"params": learned.clips(), "lr": self.clip_lr},
             {"params": learned.transforms(), "lr": self.transform_lr},
         ]
+        leaves = [p for g in groups for p in g["params"]]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
         # Float16 loses gradients.
         job = Reconstruction(
@@ -148,7 +148,7 @@ class OmniQuant:
         for epoch in range(epochs):
             block.announce(f"omniquant: epoch {epoch + 1} of {epochs}")
             for picked in torch.split(rows, self.batch):
-                others = [] if own is None else shared(block.ranks, picked, (own,), block.device)
+                others = [] if own is None else [job.share(picked, own)]
 
                 def loss(
                     y: Tensor,
@@ -160,16 +160,13 @@ class OmniQuant:
                     wanted = [target, *(t[part].to(y.device, y.dtype) for t in others)]
                     return torch.stack([_part_of_mean((y - t).pow(2), rows) for t in wanted]).sum()
 
-                job.backward(learned.weights, picked, loss, optimizer.zero_grad)
-                block.ranks.sum_(
-                    *(p.grad for g in groups for p in g["params"] if p.grad is not None)
-                )
+                job.backward(learned.weights, leaves, picked, loss)
                 optimizer.step()
         return job.remarks
 
 
 def _part_of_mean(errors: Tensor, rows: int) -> Tensor:
-    """What this rank's part (n, length, hidden) of a batch adds to the mean over all its ``rows``;
+    """What a part (n, length, hidden) of a batch adds to the mean over all the batch's ``rows``;
     n may be 0.
     """
     return errors.mean() * (len(errors) / rows) if len(errors) else errors.sum()
