@@ -206,9 +206,8 @@ class Codebook(ColumnGrid[CodebookParams]):
         if self.per != "column":
             return Fixed(self, params)
         book = column // (self.group_size or 1)
-        here = slice(book, book + 1)
-        one = CodebookParams(params.levels[here], params.widths[here])  # (1, 2**widest), (1,)
-        return Fixed(replace(self, group_size=None), one)
+        alone = len(params.levels) == 1  # as wide as its levels, which others may not be
+        return _Book(params.levels[book], None if alone else params.widths[book])
 
     def neighbours(self, w: Tensor, params: CodebookParams) -> Neighbours:
         levels, tops = params.levels.float().contiguous(), _tops(params)
@@ -246,6 +245,24 @@ class Codebook(ColumnGrid[CodebookParams]):
         lists = order.argsort(1).gather(1, self.lists(codes).to(torch.int64))
         arranged = self.unlisted(lists.to(torch.uint8), len(codes))
         return arranged, CodebookParams(levels, params.widths.clone())
+
+
+@dataclass(frozen=True, eq=False)
+class _Book:
+    """`Levels` of one column: levels (2**widest,), ascending; width () int64, None for widest."""
+
+    levels: Tensor
+    width: Tensor | None
+
+    def encode(self, w: Tensor) -> Tensor:
+        middle = (self.levels[1:] + self.levels[:-1]) / 2
+        codes = torch.bucketize(w.to(middle.dtype), middle, out_int32=True)
+        if self.width is not None:
+            codes = torch.minimum(codes, (1 << self.width) - 1)
+        return codes.to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.levels[codes.to(torch.int32)]
 
 
 def _tops(params: CodebookParams) -> Tensor:

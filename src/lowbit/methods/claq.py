@@ -233,6 +233,7 @@ class CLAQ:
             widths: (columns,) int64 bits of each column, in coding order.
         """
         bits: list[int] = widths.tolist()
+        grids = {b: grid.with_bits(b) for b in set(bits)}
         table = None if self.levels == "sequential" else grid.fit_columns(weight, widths)
 
         def fit(ahead: Tensor, column: int) -> Params:
@@ -241,7 +242,7 @@ class CLAQ:
                 left = torch.ones(len(values), dtype=torch.bool, device=values.device)
                 left[kept.pick(column, values[:, 0])] = False
                 values = values[left]
-            own = grid.with_bits(bits[column])
+            own = grids[bits[column]]
             if table is None:
                 return _held(own, own.fit(values), stored)
             steps = _REFINING if self.levels == "refined" else 0
