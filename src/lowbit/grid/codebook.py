@@ -256,7 +256,7 @@ class _Book:
 
     def encode(self, w: Tensor) -> Tensor:
         middle = (self.levels[1:] + self.levels[:-1]) / 2
-        codes = torch.bucketize(w.to(middle.dtype), middle, out_int32=True)
+        codes = torch.bucketize(w.to(middle.dtype).contiguous(), middle, out_int32=True)
         if self.width is not None:
             codes = torch.minimum(codes, (1 << self.width) - 1)
         return codes.to(torch.uint8)
