@@ -132,9 +132,9 @@ class _Passes:
         linears = [names[0] for names in step]
         part = self._worth_keeping(block, step, following)
         calls: list[Call] = []
-        keep = None if part is None else (part, calls)
+        keep = {} if part is None else {part: calls}
         found = input_hessians(block, linears, self._rows, inside=self._kept, keep=keep)
-        self._kept = keep
+        self._kept = None if part is None else (part, calls)
         return found
 
     def _worth_keeping(
@@ -213,7 +213,7 @@ def input_hessians(
     linears: Sequence[str],
     rows: int,
     inside: tuple[str, list[Call]] | None = None,
-    keep: tuple[str, list[Call]] | None = None,
+    keep: Mapping[str, list[Call]] | None = None,
 ) -> dict[str, Tensor]:
     """(2/n) sum x x^T over the n tokens that reach each linear (GPTQ, section 2), in float64.
 

@@ -14,7 +14,8 @@ from torch.func import functional_call
 from ..grid import AnyGrid, InputQuantizer
 from ..model.block import Block, first
 from ..model.hooks import quantized_inputs
-from ..model.statistics import Call
+from ..model.statistics import Call, Value
+from ..model.statistics import Seen as Arrived
 from ..model.wiring import Site
 
 _TOKENS = 1024  # of a batch on which a candidate's error is computed before it is looked at
@@ -60,53 +61,39 @@ def collect_inputs(block: Block, sites: Sequence[Site], rows: int) -> dict[str, 
     Returns:
         by each site's first reader.
     """
-    seen: dict[str, Seen] = {}
-    of = {name: site for site in sites for name in (site.reads[0], site.probe)}
+    kept: dict[str, list[Call]] = {}
+    linear = [s.reads[0] for s in sites if s.probe in s.reads]
+    grams = {s.reads[0] for s in sites if s.probe in s.reads and not on_grid(block, s)}
     for site in sites:
-        width = block.weight(site.reads[0]).shape[1]
-        seen[site.reads[0]] = Seen(
-            0, torch.zeros(width, dtype=torch.float64, device=block.device), None, [], []
-        )
+        if site.reads[0] not in grams:
+            kept[_called(site)] = []
 
-    def visit(name: str, call: Call) -> None:
-        site = of[name]
-        at = seen[site.reads[0]]
-        if name == site.probe and name not in site.reads:
-            at.calls.append(call)
-        if name != site.reads[0]:
-            return
-        x = call.args[0]
-        at.tokens += x[..., 0].numel()
-        at.size += x.flatten(0, -2).abs().sum(0, dtype=torch.float64)
-        if site.probe in site.reads and on_grid(block, site):
-            at.inputs.append(x)
-        elif site.probe in site.reads:
-            flat = x.flatten(0, -2).to(block.weight(name).dtype)
-            at.gram = flat.T @ flat if at.gram is None else at.gram.addmm_(flat.T, flat)
+    def sums(seen: Arrived) -> Value:
+        size = seen.arrived.abs().sum(0, dtype=torch.float64)  # (channels,)
+        if seen.linear not in grams:
+            return size
+        x = seen.arrived.to(block.weight(seen.linear).dtype)
+        return size, x.T @ x  # (channels, channels)
 
     # Few rows at a time can be told apart sooner; but an activation grid may look at all rows of a
     # pass.
     whole = block.kv is not None or bool(block.input_quantizers) or block.device.type != "cpu"
     most = None if whole else max(1, _TOKENS // block.x.shape[1])
-    block.observe(list(of), "float", rows, visit, most)
+    first_readers = [site.reads[0] for site in sites]
+    found = block.statistics(first_readers, "float", sums, rows=rows, most=most, keep=kept)
+    out: dict[str, Seen] = {}
     for site in sites:
-        _over_ranks(block, site, seen[site.reads[0]])
-    return seen
+        name = site.reads[0]
+        calls, (size, *gram) = kept.get(_called(site), []), found[name].values
+        inputs = [call.args[0] for call in calls] if name in linear else []
+        held = [] if name in linear else calls
+        out[name] = Seen(found[name].tokens, size, gram[0] if gram else None, inputs, held)
+    return out
 
 
-def _over_ranks(block: Block, site: Site, seen: Seen) -> None:
-    """Complete the sums, in place; batches stay where they are."""
-    ranks = block.ranks
-    if ranks.size == 1:
-        return
-    seen.tokens = int(ranks.total(seen.tokens)[0])
-    ranks.sum_(seen.size)
-    if site.probe in site.reads and not on_grid(block, site):
-        width = len(seen.size)
-        if seen.gram is None:
-            dtype = block.weight(site.probe).dtype
-            seen.gram = torch.zeros(width, width, dtype=dtype, device=block.device)
-        ranks.sum_(seen.gram)
+def _called(site: Site) -> str:
+    """The submodule whose calls a search needs."""
+    return site.reads[0] if site.probe in site.reads else site.probe
 
 
 def on_grid(block: Block, site: Site) -> bool:

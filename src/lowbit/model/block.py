@@ -23,7 +23,7 @@ from .context import TOKENS_PER_PASS, Announce, Context
 from .hooks import AllSeen, quantized_inputs, watched
 from .microbatches import MicroBatches
 from .ranks import Ranks
-from .statistics import Call, Reduce, Seen, Statistic, Stream, statistics
+from .statistics import Call, Reduce, Seen, Statistic, Stream, Value, statistics
 from .wiring import Wiring
 
 
@@ -197,30 +197,33 @@ class Block:
         self,
         linears: Sequence[str],
         stream: Stream,
-        of: Callable[[Seen], Tensor],
+        of: Callable[[Seen], Value],
         reduce: Reduce = "sum",
         *,
         rows: int | None = None,
         tokens: Tensor | None = None,
+        most: int | None = None,
         inside: tuple[str, list[Call]] | None = None,
-        keep: tuple[str, list[Call]] | None = None,
+        keep: Mapping[str, list[Call]] | None = None,
     ) -> dict[str, Statistic]:
         """A statistic of what reaches some linears, over the calibration rows of all ranks.
 
         Args:
             stream: "float", as in the float model, or "quantized", as the quantized model has it.
-            of: what of a batch; a tensor whose shape does not depend on the number of tokens.
+            of: what of a batch; a tensor whose shape does not depend on the number of tokens, or
+                several.
             reduce: "sum" or "max" over batches and ranks, or a function that merges two results (on
                 several ranks ``of`` must then take a batch of no tokens).
             rows: leading rows that pass; None for all that methods may learn from.
             tokens: (n,) int64, those that count, as row * length + position; None for all.
-            inside, keep: (submodule, calls of it): run only that submodule, on these calls; append
-                its calls to this list.
+            most: rows at a time, at most.
+            inside: (submodule, calls of it): run only that submodule, on these calls.
+            keep: submodule -> list that its calls here are appended to; a rank's own, as they are.
 
         Returns:
             linear -> statistic.
         """
-        return statistics(self, linears, stream, of, reduce, rows, tokens, inside, keep)
+        return statistics(self, linears, stream, of, reduce, rows, tokens, most, inside, keep)
 
     @torch.no_grad()
     def observe(

@@ -8,6 +8,7 @@ quantizers. Rows are shared among ranks; a statistic is of all of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Stream = Literal["float", "quantized"]
 Merge = Callable[[Tensor, Tensor], Tensor]
 Reduce = Union[Literal["sum", "max"], Merge]
+Value = Union[Tensor, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Seen:
         self._block, self.linear, self._x, self._at = block, linear, x, at
 
     @cached_property
+    def arrived(self) -> Tensor:
+        """(tokens, channels) as it arrived: before a rotation and a quantizer of the input."""
+        return self._flat(self._x)
+
+    @cached_property
     def met(self) -> Tensor:
         """(tokens, channels) in the compute dtype: what meets the weight."""
         return self._flat(self._block.entering(self.linear, self._x))
@@ -62,33 +69,42 @@ class Statistic:
     """A statistic of one linear's inputs.
 
     Attributes:
-        value: as `of` gave it, reduced over batches and ranks. tokens: how many were seen.
+        values: as `of` gave them, each reduced over batches and ranks. tokens: how many were seen.
     """
 
-    value: Tensor
+    values: tuple[Tensor, ...]
     tokens: int
+
+    @property
+    def value(self) -> Tensor:
+        """The first of them: the only one, where ``of`` gave a tensor."""
+        return self.values[0]
 
 
 def statistics(
     block: Block,
     linears: Sequence[str],
     stream: Stream,
-    of: Callable[[Seen], Tensor],
+    of: Callable[[Seen], Value],
     reduce: Reduce = "sum",
     rows: int | None = None,
     tokens: Tensor | None = None,
+    most: int | None = None,
     inside: tuple[str, list[Call]] | None = None,
-    keep: tuple[str, list[Call]] | None = None,
+    keep: Mapping[str, list[Call]] | None = None,
 ) -> dict[str, Statistic]:
     """See `Block.statistics`."""
     viewed = block.as_seen(stream)
     picked = None if tokens is None else block.ranks.tokens(tokens, block.x.shape[1])
     found: dict[str, Statistic] = {}
     passed = dict.fromkeys(linears, 0)
+    kept = keep or {}
+    modules = [*linears, *(name for name in kept if name not in passed)]
 
     def visit(name: str, call: Call) -> None:
-        if keep is not None and name == keep[0]:
-            keep[1].append(call)
+        if name in kept:
+            kept[name].append(call)
+        if name not in passed:
             return
         x = call.args[0]
         count = x[..., 0].numel()
@@ -99,18 +115,17 @@ def statistics(
             count = len(at)
             if not count:
                 return
-        value = of(Seen(viewed, name, x, at))
+        values = _several(of(Seen(viewed, name, x, at)))
         if name in found:
-            _merge(found[name], value, reduce)
+            _merge(found[name], values, reduce)
             found[name].tokens += count
         else:
-            found[name] = Statistic(value, count)
+            found[name] = Statistic(values, count)
 
     if inside is not None:
-        viewed.observe_inside(inside[0], inside[1], linears, visit)
+        viewed.observe_inside(inside[0], inside[1], modules, visit)
     elif linears:
-        modules = [*linears, *([keep[0]] if keep else [])]
-        block.observe(modules, stream, block.tuned_rows if rows is None else rows, visit)
+        block.observe(modules, stream, block.tuned_rows if rows is None else rows, visit, most)
     nothing = torch.empty(0, dtype=torch.int64, device=block.device)
     for name in linears:
         if name not in found:
@@ -121,17 +136,22 @@ def statistics(
     return {name: found[name] for name in linears}
 
 
-def _merge(total: Statistic, value: Tensor, reduce: Reduce) -> None:
+def _several(value: Value) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _merge(total: Statistic, values: tuple[Tensor, ...], reduce: Reduce) -> None:
+    pairs = zip(total.values, values, strict=True)
     if reduce == "sum":
-        total.value += value
-    elif reduce == "max":
-        total.value = torch.maximum(total.value, value)
+        for sum_, value in pairs:
+            sum_ += value
     else:
-        total.value = reduce(total.value, value)
+        merge = torch.maximum if reduce == "max" else reduce
+        total.values = tuple(merge(one, other) for one, other in pairs)
 
 
 def _of_nothing(
-    of: Callable[[Seen], Tensor],
+    of: Callable[[Seen], Value],
     block: Block,
     name: str,
     x: Tensor,
@@ -139,24 +159,24 @@ def _of_nothing(
     reduce: Reduce,
 ) -> Statistic:
     """What a rank finds, or adds to others', that has seen no token of a linear."""
-    if reduce == "sum":
-        return Statistic(torch.zeros_like(of(Seen(block, name, x, None))), 0)
-    if reduce == "max":
-        return Statistic(torch.full_like(of(Seen(block, name, x, None)), float("-inf")), 0)
-    return Statistic(of(Seen(block, name, x, nothing)), 0)
+    if reduce not in ("sum", "max"):
+        return Statistic(_several(of(Seen(block, name, x, nothing))), 0)
+    least = 0.0 if reduce == "sum" else float("-inf")
+    like = _several(of(Seen(block, name, x, None)))
+    return Statistic(tuple(torch.full_like(value, least) for value in like), 0)
 
 
 def _over_ranks(block: Block, found: Statistic, reduce: Reduce) -> None:
     ranks = block.ranks
     found.tokens = int(ranks.total(found.tokens)[0])
     if reduce == "sum":
-        ranks.sum_(found.value)
+        ranks.sum_(*found.values)
     elif reduce == "max":
-        wide = found.value.double()  # as every backend can compare
-        ranks.max_(wide)
-        found.value = wide.to(found.value.dtype)
+        wide = [value.double() for value in found.values]  # as every backend can compare
+        for value in wide:
+            ranks.max_(value)
+        found.values = tuple(w.to(v.dtype) for w, v in zip(wide, found.values, strict=True))
     else:
-        first, *others = ranks.stacked(found.value).unbind(0)
-        for value in others:
-            first = reduce(first, value)
-        found.value = first
+        found.values = tuple(
+            functools.reduce(reduce, ranks.stacked(value).unbind(0)) for value in found.values
+        )
