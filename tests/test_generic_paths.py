@@ -320,3 +320,20 @@ def test_a_rounded_value_is_exact_and_its_gradient_that_of_what_was_rounded():
     assert smooth.grad.tolist() == [1.0, 2.0, 3.0]
     with torch.no_grad():
         assert not through(smooth, smooth.round()).requires_grad
+
+
+class Whole(Affine):
+    """Groups of inputs whose params are fitted together, as scales of scales would be."""
+
+    def period(self, width):
+        return None
+
+
+def test_groups_that_are_fitted_together_are_told_apart_in_compiled_loops():
+    w = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    w[:, 16:32] *= 8  # ranges differ from group to group
+    grid, order = Whole(3, 16), torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    params = grid.stored(grid.fit(w), torch.float32)
+    steps, stop = GridColumns(grid, order, torch.float32, params).steps(0, 64, w)
+    assert stop == 64 and steps.scale.shape == (4, 6)
+    assert torch.equal(steps.scale[steps.group.long()].T, params.scale[:, order // 16])

@@ -177,6 +177,11 @@ def test_papers_know_nothing_of_the_processes_that_share_a_run():
             assert not re.search(r"\.ranks\b|\bRanks\b", path.read_text()), path
 
 
+def test_inputs_are_seen_through_statistics_only():
+    found = [p for p in sorted(ROOT.rglob("*.py")) if re.search(r"\.observe\w*\(", p.read_text())]
+    assert found == [ROOT / "model" / "statistics.py"]
+
+
 def test_public_names():
     assert sorted(lowbit.__all__) == sorted(
         [

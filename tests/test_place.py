@@ -695,15 +695,22 @@ def test_signals_end_a_command_with_a_sentence(model, tmp_path, number, code):
     ]
     command += ["--samples", "8", "--length", "32", "--set", "tesseraq.iters=2000"]
     process = subprocess.Popen(
-        [str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [str(c) for c in command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with it ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while (
-        not (out.with_name("out.partial") / "shard-00000.json").exists() and process.poll() is None
-    ):
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(number)
-    said = " ".join(process.communicate(timeout=120)[1].split())
+    try:
+        first = out.with_name("out.partial") / "shard-00000.json"
+        while not first.exists() and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(number)
+        said = " ".join(process.communicate(timeout=120)[1].split())
+    finally:
+        process.kill()
     assert process.returncode == code, said
     assert "interrupted. No block is finished yet" in said and "Traceback" not in said
     assert not (out.with_name("out.partial") / LOCK).exists()

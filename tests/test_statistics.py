@@ -146,3 +146,21 @@ def test_a_linear_that_no_token_reaches_has_seen_nothing(block, reduce, value):
     assert found.value.shape == (block.weight("fc2").shape[1],) and bool(
         (found.value == value).all()
     )
+
+
+def test_several_statistics_and_calls_come_from_one_pass(block):
+    def sums(seen):
+        x = seen.arrived
+        return x.abs().sum(0, dtype=torch.float64), x.T @ x
+
+    calls = {"fc2": [], "self_attn": []}
+    found = block.statistics(["fc1", "fc2"], "float", sums, rows=5, most=2, keep=calls)
+    for name in ("fc1", "fc2"):
+        x = reached(block, name, block.x[:5], block.weights)
+        size, gram = found[name].values
+        torch.testing.assert_close(size, x.abs().sum(0, dtype=torch.float64))
+        torch.testing.assert_close(gram, x.T @ x, rtol=1e-4, atol=1e-4)
+        assert found[name].tokens == 5 * 24
+    assert len(calls["self_attn"]) == 3  # 2, 2 and 1 rows
+    held = torch.cat([call.args[0].flatten(0, -2) for call in calls["fc2"]])
+    torch.testing.assert_close(held, reached(block, "fc2", block.x[:5], block.weights))
