@@ -47,7 +47,7 @@ class _Shown:
         return {}
 
     def loaded(self, i: int, block: Block) -> Block:
-        raise NotImplementedError
+        raise NotImplementedError("nothing is kept, so no block is ever finished")
 
 
 def tuned(model: Model, streams: Streams, show: Callable[[int, Block], None]) -> Iterator[Streams]:

@@ -194,6 +194,15 @@ def test_a_plan_for_rows_beyond_the_context(tmp_path) -> None:
     )
 
 
+def test_plan_and_quantize_refuse_alike_what_only_this_library_loads(tmp_path) -> None:
+    options = (save_tiny(tmp_path / "m"), "--scheme", "W4A4KV4", "--recipe", "quarot+gptq")
+    assert call("plan", *options)[0] == 0
+    planned = refusal("plan", *options, "--plain")
+    assert "leave --plain out" in planned
+    assert refusal("quantize", *options, "--plain", "-o", tmp_path / "out") == planned
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_device_without_numbers() -> None:
     with pytest.raises(LowbitError, match="device 'meta' is not available"):
         pick_device("meta")

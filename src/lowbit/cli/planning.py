@@ -33,6 +33,7 @@ class PlanOptions:
     length: int | None
     target: str | None
     tensor_parallel: int
+    plain: bool
     device: str
     gpu_memory: float | None
     ranks: int
@@ -78,6 +79,7 @@ class PlanOptions:
             tensor_parallel=self.tensor_parallel,
             device=self.where,
             ranks=self.ranks,
+            plain=self.plain,
         )
 
 

@@ -262,7 +262,7 @@ class _Book:
         return codes.to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return self.levels[codes.to(torch.int32)]
+        return self.levels.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
 
 def _tops(params: CodebookParams) -> Tensor:

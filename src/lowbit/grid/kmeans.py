@@ -89,43 +89,57 @@ def _compiled(
     lists, n = values.shape
     out = torch.empty(lists, levels, dtype=torch.float32)
     sse = torch.empty(lists, dtype=torch.float64)
-
-    def part(start: int, stop: int) -> int:
-        chosen = values[start:stop].contiguous()
-        if weights is None and n >= _RADIX:
-            ordered, w = torch.empty_like(chosen), None
-            if compiled.sort_rows(
-                pointer(chosen), ctypes.c_int64(stop - start), ctypes.c_int32(n), pointer(ordered)
-            ):
-                return 1
-        else:
-            ordered, w = _sorted(chosen, None if weights is None else weights[start:stop])
-        failed: int = compiled.kmeans_sorted(
-            pointer(ordered),
-            None if w is None else pointer(w),
-            ctypes.c_int64(stop - start),
-            ctypes.c_int32(n),
-            ctypes.c_int(levels),
-            ctypes.c_int32(0 if exact else _CUTS),
-            ctypes.c_int(0 if exact else _LLOYD),
-            pointer(out[start:stop]),
-            pointer(sse[start:stop]),
-        )
-        return failed
-
-    workers = threads() if lists * n > 1 << 16 else 1
     step = max(1, _IN_CACHE // n)
-    spans = [(a, min(a + step, lists)) for a in range(0, lists, step)]
-    if workers == 1:
-        failed = max((part(*s) for s in spans), default=0)
+    if lists <= step:  # one column at a time: slices would cost as much as the clustering
+        failed = _part(compiled, values, weights, exact, out, sse)
     else:
-        with ThreadPoolExecutor(workers) as pool:
-            failed = max(pool.map(lambda s: part(*s), spans))
+
+        def part(at: int) -> int:
+            rows = slice(at, at + step)
+            chosen = None if weights is None else weights[rows]
+            return _part(compiled, values[rows], chosen, exact, out[rows], sse[rows])
+
+        with ThreadPoolExecutor(threads()) as pool:
+            failed = max(pool.map(part, range(0, lists, step)))
     if failed == 2:
         raise NotFiniteError("kmeans takes finite numbers")
     if failed:
         raise MemoryError(f"no memory for clustering lists of {n} numbers")
     return out, sse
+
+
+def _part(
+    compiled: ctypes.CDLL,
+    values: Tensor,
+    weights: Tensor | None,
+    exact: bool,
+    out: Tensor,
+    sse: Tensor,
+) -> int:
+    """Cluster (lists, n) values into (lists, levels) ``out`` and (lists,) ``sse``; 0, or why not:
+    1 no memory, 2 numbers that are not finite.
+    """
+    lists, n = values.shape
+    values = values.contiguous()
+    count, length = ctypes.c_int64(lists), ctypes.c_int32(n)
+    if weights is None and n >= _RADIX:
+        ordered, mass = torch.empty_like(values), None
+        if compiled.sort_rows(pointer(values), count, length, pointer(ordered)):
+            return 1
+    else:
+        ordered, mass = _sorted(values, weights)
+    failed: int = compiled.kmeans_sorted(
+        pointer(ordered),
+        None if mass is None else pointer(mass),
+        count,
+        length,
+        ctypes.c_int(out.shape[1]),
+        ctypes.c_int32(0 if exact else _CUTS),
+        ctypes.c_int(0 if exact else _LLOYD),
+        pointer(out),
+        pointer(sse),
+    )
+    return failed
 
 
 def _sorted(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:

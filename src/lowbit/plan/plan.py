@@ -285,12 +285,14 @@ def make_plan(
     tensor_parallel: int = 1,
     device: torch.device | None = None,
     ranks: int = 1,
+    plain: bool = False,
 ) -> Plan:
     """The plan of a run on this machine, from a transformers config alone.
 
     Args:
         tensor_parallel: devices among which a server will divide every linear. device: which
             computes, by default a CPU. ranks: processes that share the run; memory is of each.
+        plain: as in `Plan.of`.
 
     Raises:
         LowbitError: as `Plan.of`, or an unsupported family.
@@ -298,7 +300,7 @@ def make_plan(
     context = getattr(config, "max_position_embeddings", None) or length
     outline, where = Outline.of(config), device or torch.device("cpu")
     setting = Setting(samples, min(length, context), where, outline.dtype, ranks=ranks, here=ranks)
-    return Plan.of(outline, recipe, setting, tensor_parallel=tensor_parallel)
+    return Plan.of(outline, recipe, setting, plain=plain, tensor_parallel=tensor_parallel)
 
 
 def calibration_of(
