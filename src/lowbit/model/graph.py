@@ -1,0 +1,127 @@
+"""What reads what inside one kind of decoder block, and around the blocks: data that every method
+shares, discovered by `lowbit.model.tracing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Source:
+    """What produces a site's activation, channel by channel, so that a per-channel factor can be
+    folded into it.
+
+    Attributes:
+        module: name inside the block.
+        kind: "norm" (gain, and bias if there is one) or "linear" (output rows, and bias if there is
+            one).
+        rows: the linear's output rows that make the activation, as (start, stop); None means all of
+            them.
+        offset: what a norm adds to its stored gain before it multiplies (Gemma: 1).
+    """
+
+    module: str
+    kind: Literal["norm", "linear"]
+    rows: tuple[int, int] | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation and the linears that read it.
+
+    Attributes:
+        reads: names of the linears inside the block; they see the same input.
+        source: where a per-channel factor may be folded, or None if nowhere.
+        probe: the module whose output tells how much an error in ``reads`` hurts (AWQ's inspected
+            module).
+        residual: the activation is the residual stream after the source norm.
+        beside: parameters (..., in) that read the activation too and stay in floating point
+            (routers, shared gates), by their names inside the block; a factor folded into the
+            source is made up for in their columns.
+    """
+
+    reads: tuple[str, ...]
+    source: Source | None
+    probe: str
+    residual: bool = False
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How values go through attention.
+
+    Attributes:
+        values: the linear's output rows that are the values, head by head.
+        output: the linear that reads all heads side by side.
+        count: query heads. width: channels of a head.
+        norm: module between attention and ``output``, None if there is none.
+    """
+
+    values: Source
+    output: str
+    count: int
+    width: int
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One kind of block.
+
+    Attributes:
+        sites: the block's reading sites in the order of the forward pass.
+        unclipped: linear -> number of its first output rows that produce queries and keys; clip
+            searches leave them alone.
+        writers: linears whose output is added to the residual stream; empty where something else
+            is added, too.
+        heads: attention's values; None where no linear makes them or the block has no attention.
+        attention: name of the module that stores keys and values; None without one.
+        flat: linears that are given the tokens of all rows in one matrix.
+    """
+
+    sites: tuple[Site, ...]
+    unclipped: tuple[tuple[str, int], ...] = ()
+    writers: tuple[str, ...] = ()
+    heads: Heads | None = None
+    attention: str | None = None
+    flat: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every quantizable linear of the block, in the order of the forward pass."""
+        return tuple(name for site in self.sites for name in site.reads)
+
+    @property
+    def inner(self) -> tuple[Site, ...]:
+        """Sites of writers but attention's: what an MLP, or each expert, gives its last linear."""
+        output = None if self.heads is None else self.heads.output
+        return tuple(
+            s for s in self.sites if output not in s.reads and set(s.reads) & set(self.writers)
+        )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What lies around the blocks.
+
+    Attributes:
+        trunk: attribute path of the module that holds the layers (and embeds and normalises).
+        layers: attribute path of the list of blocks.
+        final: trunk modules applied after the last block, in order.
+        final_offset: what the final norm adds to its stored gain.
+        embeddings: trunk modules whose rows are added up to the first block's input.
+        open: the stream is changed between embedding and blocks, or between blocks and head, by
+            something that has no other basis (a projection): it can be neither rotated nor
+            reordered.
+    """
+
+    trunk: str
+    layers: str
+    final: tuple[str, ...] = ("norm",)
+    final_offset: float = 0.0
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    open: bool = False
