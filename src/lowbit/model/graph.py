@@ -80,6 +80,7 @@ class Graph:
             is added, too.
         heads: attention's values; None where no linear makes them or the block has no attention.
         attention: name of the module that stores keys and values; None without one.
+        inner: linears that read what an MLP, or an expert, computed between its linears.
         flat: linears that are given the tokens of all rows in one matrix.
     """
 
@@ -88,20 +89,13 @@ class Graph:
     writers: tuple[str, ...] = ()
     heads: Heads | None = None
     attention: str | None = None
+    inner: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Every quantizable linear of the block, in the order of the forward pass."""
         return tuple(name for site in self.sites for name in site.reads)
-
-    @property
-    def inner(self) -> tuple[Site, ...]:
-        """Sites of writers but attention's: what an MLP, or each expert, gives its last linear."""
-        output = None if self.heads is None else self.heads.output
-        return tuple(
-            s for s in self.sites if output not in s.reads and set(s.reads) & set(self.writers)
-        )
 
 
 @dataclass(frozen=True)
