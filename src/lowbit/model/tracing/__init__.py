@@ -1,0 +1,10 @@
+"""The graphs of a model's blocks, discovered by running a narrow copy of the model.
+
+`shrink` makes the narrow config, `tiny` the copy with one live block of each kind, `replay` runs a
+block and sees who reads which tensor. `kind` holds one block under study; `sources`, `channels`,
+`attention` and `writers` each ask it one question; `assemble` puts the graph together.
+"""
+
+from .discover import described
+
+__all__ = ["described"]

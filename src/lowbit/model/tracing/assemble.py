@@ -1,0 +1,103 @@
+"""The graph of one kind of block, put together."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from ..graph import Graph, Site, Source
+from .attention import Attention, attention_of
+from .kind import Kind
+from .replay import Key, key_of
+from .sources import linear_source, made_by, norm_offset
+from .writers import writers
+
+
+def graph_of(kind: Kind) -> Graph:
+    """What reads what, who made it, what is added to the residual stream."""
+    norms = {}
+    for key, names in kind.readers.items():
+        norm = kind.base.made.get(key)
+        if norm is not None and norm_offset(kind, norm, names[0]) is not None:
+            norms.update(dict.fromkeys(names, norm))
+    attention = attention_of(kind, norms)
+    found = [_site(kind, key, names, norms) for key, names in kind.readers.items()]
+    sites = tuple(s for s in found if s is not None)
+    writing = writers(kind)
+    output = None if attention is None else attention.output
+    inner = tuple(
+        n
+        for s in sites
+        for n in s.reads
+        if n != output and not _entering(kind, s.reads[0]) and kind.sizes(n)[0] == kind.hidden
+    )
+    return Graph(
+        sites,
+        unclipped=() if attention is None else attention.unclipped,
+        writers=writing,
+        heads=None if attention is None else attention.heads,
+        attention=None if attention is None else attention.module,
+        inner=inner,
+        flat=tuple(n for n in kind.linears if kind.base.inputs[n].dim() < kind.called.x.dim()),
+    )
+
+
+def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site | None:
+    reads = tuple(n for n in names if n in kind.linears)
+    if not reads:
+        return None
+    beside, closed = _beside(kind, [n for n in names if n not in reads], reads[0])
+    norm = norms.get(reads[0])
+    source: Source | None = None
+    residual = False
+    if norm is not None:
+        offset = norm_offset(kind, norm, reads[0])
+        assert offset is not None
+        residual = key_of(kind.base.inputs[norm]) in kind.base.stream
+        source = Source(norm, "norm", offset=offset)
+    elif not _entering(kind, reads[0]):
+        made = made_by(kind, reads[0], reads)
+        source = linear_source(made, kind.sizes(made[0])[0] if made else 0)
+    entering = residual or _entering(kind, reads[0])
+    probe = _parent(reads) if entering else reads[0]
+    return Site(reads, None if closed else source, probe, residual, beside)
+
+
+def _entering(kind: Kind, reader: str) -> bool:
+    """Whether a module reads the residual stream, or its norm."""
+    key = key_of(kind.base.inputs[reader])
+    if key in kind.base.stream:
+        return True
+    norm = kind.base.made.get(key)
+    return (
+        norm is not None
+        and norm in kind.base.inputs
+        and (key_of(kind.base.inputs[norm]) in kind.base.stream)
+        and not isinstance(kind.modules[norm], nn.Linear)
+    )
+
+
+def _beside(kind: Kind, names: list[str], reader: str) -> tuple[tuple[str, ...], bool]:
+    """Parameters of other modules that read what a linear reads; and whether one of them has no
+    columns that a factor could be made up for in.
+    """
+    width = kind.base.inputs[reader].shape[-1]
+    found, closed = [], False
+    for name in names:
+        for key, p in kind.modules[name]._parameters.items():
+            if p is None or p.dim() < 2:
+                continue
+            if p.shape[-1] == width:
+                found.append(f"{name}.{key}")
+            else:
+                closed = True
+    return tuple(found), closed
+
+
+def _parent(reads: tuple[str, ...]) -> str:
+    """The module that holds all of them; the first of them where that is the block."""
+    if len(reads) == 1:
+        return reads[0].rpartition(".")[0] or reads[0]
+    shared = os.path.commonprefix([n.split(".") for n in reads])
+    return ".".join(shared) or reads[0]

@@ -1,0 +1,176 @@
+"""Softmax attention inside a block: which module stores keys and values, how wide a head is, which
+linears make queries and keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import Heads, Source
+from .kind import Kind
+from .replay import Replay
+from .sources import made_by
+from .tiny import Called
+
+_SAME, _MOVED = 1e-9, 1e-13
+_CACHES = ("past_key_values", "layer_past", "past_key_value")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What is found.
+
+    Attributes:
+        module: that stores keys and values. output: the linear that reads all heads.
+        heads: how values go through it; None where no linear makes them, or not untouched.
+        unclipped: linear -> its first rows that make queries and keys.
+        roles: linear -> "query", "key", "value", "output" or "gate".
+    """
+
+    module: str
+    output: str
+    heads: Heads | None
+    unclipped: tuple[tuple[str, int], ...]
+    roles: dict[str, str]
+
+
+class _Cache:
+    """Takes keys and values, and tells which module brought them."""
+
+    def __init__(self, stack: list[str]) -> None:
+        self._stack, self.module, self.width = stack, "", 0
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.module, self.width = self._stack[-1], values.shape[-1]
+        return keys, values
+
+    def __copy__(self) -> _Cache:
+        return self  # arguments of a replay are copied
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+def attention_of(kind: Kind, norms: dict[str, str]) -> Attention | None:
+    """The attention of a block; None without one.
+
+    Args:
+        norms: linear -> norm that alone makes what it reads.
+    """
+    cache = _storing(kind)
+    if cache is None:
+        return None
+    module, width = cache.module, cache.width
+    inside = [n for n in kind.linears if n.startswith(f"{module}.")]
+    if not inside:
+        return None
+    output = inside[-1]
+    norm = norms.get(output)
+    at = output if norm is None else norm
+    reach = {n: _reach(kind, n, at) for n in inside[:-1]}
+    made = made_by(kind, at, (output,))
+    heads, values = None, None
+    if made is not None:
+        linear, rows = made
+        distinct = rows.unique()
+        start, count = int(distinct[0]), len(distinct)
+        whole = kind.sizes(linear)[0]
+        if torch.equal(distinct, torch.arange(start, start + count)):
+            values = Source(linear, "linear", None if count == whole else (start, start + count))
+            channels = width * kind.by
+            if _turns_alike(kind, linear, rows, at, width):
+                heads = Heads(values, output, len(rows) // channels, channels, norm)
+    roles = {n: _role(kind, n, r, at) for n, r in reach.items()}
+    if values is not None and values.rows is None:
+        roles[values.module] = "value"
+    unclipped = []
+    for name in inside[:-1]:
+        if name == (values and values.module):
+            first = 0 if values is None or values.rows is None else values.rows[0]
+            if first:
+                unclipped.append((name, first))
+        elif roles[name] in ("query", "key"):
+            unclipped.append((name, kind.sizes(name)[0]))
+    return Attention(module, output, heads, tuple(unclipped), {**roles, output: "output"})
+
+
+def _storing(kind: Kind) -> _Cache | None:
+    """A cache that keys and values were brought to."""
+    names = [n for n in _CACHES if n in kind.called.kwargs]
+    if not names:
+        return None
+    stack: list[str] = []
+    cache, handles = _Cache(stack), []
+    for name, module in kind.modules.items():
+        handles.append(module.register_forward_pre_hook(lambda *_, n=name: stack.append(n)))
+        handles.append(module.register_forward_hook(lambda *_: (stack.pop(), None)[1]))
+    try:
+        Replay(kind.block, Called(kind.called.x, {**kind.called.kwargs, names[0]: cache}))
+    except Exception:  # a mixer asks more of its cache: it stores no keys and values
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return cache if cache.module else None
+
+
+def _reach(kind: Kind, linear: str, reader: str) -> int:
+    """How many channels of what is read depend on the first output of a linear; 0 where other
+    linears of the block come between.
+    """
+    first = torch.ones(_outputs(kind, linear), dtype=torch.float64)
+    first[0] = 1.5
+    now, base = kind.replay({linear: lambda y: y * first}).inputs, kind.base.inputs
+    order = list(base)
+    between = order[order.index(linear) + 1 : order.index(reader)]
+    if any(n in kind.linears and not torch.equal(now[n], base[n]) for n in between):
+        return 0
+    moved = ((now[reader] - base[reader]).abs() > _MOVED).flatten(0, -2).any(0)
+    return int(moved.sum())
+
+
+def _role(kind: Kind, linear: str, reach: int, reader: str) -> str:
+    """Queries matter at their own token, keys at the tokens after theirs, too."""
+    if reach <= 1:
+        return "gate" if reach else "latent"
+
+    def at_first(y: Tensor) -> Tensor:
+        out = y.clone()
+        out[:, :1] *= 1.5
+        return out
+
+    now = kind.replay({linear: at_first}).inputs[reader]
+    later = (now - kind.base.inputs[reader])[:, 1:].abs().max()
+    return "key" if float(later) > _MOVED else "query"
+
+
+def _outputs(kind: Kind, linear: str) -> int:
+    module = kind.modules[linear]
+    assert isinstance(module, nn.Linear)
+    return module.out_features
+
+
+def _turns_alike(kind: Kind, linear: str, rows: Tensor, reader: str, width: int) -> bool:
+    """Whether each head of values may be multiplied by any matrix, and what is read follows."""
+    narrow = rows[:: kind.by] // kind.by  # the narrow model's map
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    distinct = narrow.unique()
+    start, stop = int(distinct[0]), int(distinct[-1]) + 1
+
+    def turned(y: Tensor) -> Tensor:
+        out = y.clone()
+        part = out[..., start:stop]
+        out[..., start:stop] = (part.unflatten(-1, (-1, width)) @ turn).flatten(-2)
+        return out
+
+    if (stop - start) % width:
+        return False
+    base = kind.base.inputs[reader]
+    now = kind.replay({linear: turned}).inputs[reader]
+    wanted = (base.unflatten(-1, (-1, width)) @ turn).flatten(-2)
+    return torch.allclose(now, wanted, rtol=_SAME, atol=_SAME)

@@ -1,0 +1,33 @@
+"""The list of blocks of a model, and which of them are of one kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...errors import LowbitError
+
+
+def list_of_blocks(model: Any, name: str) -> str:
+    """The longest list of modules of one model, the outermost of several."""
+    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    count = getattr(model.config, "num_hidden_layers", None)
+    fitting = [n for n, size in lists.items() if size == count] or [
+        n for n, size in lists.items() if size == max(lists.values(), default=0)
+    ]
+    if not fitting:
+        raise LowbitError(
+            f"'{name}' is a '{model.config.model_type}' model in which no list of blocks was found: "
+            "it is not a decoder that can be quantized block by block."
+        )
+    return min(fitting, key=lambda n: n.count("."))
+
+
+def signature(block: nn.Module) -> tuple[Any, ...]:
+    """What tells kinds of blocks apart: classes, parameters, switches."""
+    modules = tuple(
+        (n, type(m).__name__, tuple(sorted((k, v) for k, v in vars(m).items() if type(v) is bool)))
+        for n, m in block.named_modules()
+    )
+    return modules, tuple((n, tuple(p.shape)) for n, p in block.named_parameters())

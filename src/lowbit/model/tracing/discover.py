@@ -1,0 +1,120 @@
+"""From a config to the graphs of its blocks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import Described, Frame, Graph
+from ..skeleton import build_skeleton
+from .assemble import graph_of
+from .blocks import list_of_blocks, signature
+from .kind import Kind
+from .tiny import Tiny, build_tiny
+
+_COUNT = re.compile(r"heads|experts|groups|n_group")
+_SAME = 1e-5  # some norms compute in float32 whatever they are given
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A config, known by what it says."""
+
+    said: str
+    config: Any = field(compare=False)
+
+
+def described(config: Any) -> Described:
+    """The graphs of all blocks of a transformers config, and what lies around them.
+
+    Raises:
+        LowbitError: no list of blocks, a narrow copy that cannot be built or does not run, blocks
+            that cannot be run one by one.
+    """
+    said = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return _described(_Asked(said, config))
+
+
+@functools.lru_cache(maxsize=32)
+def _described(asked: _Asked) -> Described:
+    config = asked.config
+    name = getattr(config, "name_or_path", "") or config.model_type
+    model = build_skeleton(config, name)
+    layers = list_of_blocks(model, name)
+    blocks = list(model.get_submodule(layers).children())
+    signatures = [signature(b) for b in blocks]
+    distinct = list(dict.fromkeys(signatures))
+    of_layers = tuple(distinct.index(s) for s in signatures)
+    tiny = build_tiny(config, name, layers, of_layers)
+    counts = frozenset({1, *_counts(config.to_dict())})
+    kinds: list[Graph] = []
+    for first, called in zip(tiny.firsts, tiny.called, strict=True):
+        with torch.no_grad():
+            kind = Kind(
+                tiny.blocks[first], called, blocks[first], tiny.by, counts, config.hidden_size
+            )
+            kinds.append(graph_of(kind))
+    alike = list(dict.fromkeys(kinds))
+    places = tuple(alike.index(kinds[k]) for k in of_layers)
+    centred = any(isinstance(m, nn.LayerNorm) for b in blocks for m in b.modules())
+    return Described(_frame(tiny, centred), tuple(alike), places)
+
+
+def _counts(said: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in said.items():
+        if isinstance(value, dict):
+            yield from _counts(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and _COUNT.search(str(name)):
+            yield value
+
+
+def _frame(tiny: Tiny, centred: bool) -> Frame:
+    parts = dict(tiny.model.named_modules())
+    head = tiny.model.get_output_embeddings()
+    own = f"{tiny.trunk}."
+    embeddings = [n for n in tiny.before if isinstance(parts[n], nn.Embedding)]
+    after = [n for n in tiny.after if parts[n] is not head]
+    norms = {n: offset for n in after if (offset := _offset(parts[n])) is not None}
+    plain = (
+        len(after) == len(norms) <= 1
+        and len(embeddings) == len(tiny.before)
+        and all(n.startswith(own) for n in (*embeddings, *after))
+        and not (centred and not norms)
+    )
+    return Frame(
+        tiny.trunk,
+        tiny.layers,
+        final=tuple(n.removeprefix(own) for n in after),
+        final_offset=next(iter(norms.values()), 0.0),
+        embeddings=tuple(n.removeprefix(own) for n in embeddings),
+        open=not plain,
+    )
+
+
+def _offset(norm: nn.Module) -> float | None:
+    """What a norm adds to its stored gain; None if it is no norm."""
+    gain, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if gain is None or gain.dim() != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x: Tensor = torch.randn(3, len(gain), generator=generator, dtype=gain.dtype)
+    factors = torch.linspace(0.5, 1.5, len(gain), dtype=gain.dtype)
+    held = gain.detach().clone()
+    with torch.no_grad():
+        shift = 0.0 if bias is None else bias
+        base = norm(x) - shift
+        try:
+            for offset in (0.0, 1.0):
+                gain.copy_((held + offset) * factors - offset)
+                if torch.allclose(norm(x) - shift, base * factors, rtol=_SAME, atol=_SAME):
+                    return offset
+        finally:
+            gain.copy_(held)
+    return None

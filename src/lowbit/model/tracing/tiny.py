@@ -1,0 +1,237 @@
+"""The narrow copy of a model: random, in float64, with one live block of each kind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import LowbitError
+from ..skeleton import build_skeleton, reason_of
+from .shrink import divisor, shrunken
+
+_ROWS, _LENGTH = 2, 12
+_SEED = 0
+_PASSES = ((True, 0), (False, 0), (True, 1))  # blocks compute; the tokens' seed
+
+
+class Recorder(nn.Module):
+    """Stands for a block in the list of blocks: keeps what it is called with, and runs the block if
+    that is live; else it passes its input on.
+
+    Everything else that a model asks of its block (what kind of layer it is) is the block's.
+    """
+
+    def __init__(self, block: nn.Module, form: list[Any]) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # no submodule: it has no data, and is not a part
+        self.live, self.calls, self._form = False, list[tuple[Any, Any]](), form
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((args, kwargs))
+        if self.live:
+            out = self.__dict__["block"](*args, **kwargs)
+            self._form[:] = [out]
+            return out
+        x = args[0] if args else kwargs["hidden_states"]
+        form = self._form[0] if self._form else x
+        return (x, *form[1:]) if isinstance(form, tuple) else x
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a block was called with: its input (rows, length, hidden) and everything besides, by
+    name.
+    """
+
+    x: Tensor
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Tiny:
+    """A narrow model.
+
+    Attributes:
+        model: of transformers, its blocks replaced by recorders. by: what widths were divided by.
+        trunk, layers: attribute paths of what holds the blocks, and of their list.
+        blocks: the real ones; only the first of each kind has data.
+        of_layers: the kind of each. firsts: the first block of each kind.
+        called: what the first block of each kind is called with.
+        before, after: modules with parameters that are called before the first block, and after the
+            last one.
+    """
+
+    model: Any
+    by: int
+    trunk: str
+    layers: str
+    blocks: list[nn.Module]
+    of_layers: tuple[int, ...]
+    firsts: tuple[int, ...]
+    called: list[Called] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+
+
+def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) -> Tiny:
+    """The narrow copy of a config's model, after one pass.
+
+    Args:
+        layers: attribute path of the list of blocks. of_layers: the kind of each block.
+
+    Raises:
+        LowbitError: it cannot be built or does not run (named by the module in which it stopped),
+            or its blocks need more than what they can be given one by one.
+    """
+    by = divisor(config)
+    model = build_skeleton(shrunken(config, by), name, attn_implementation="eager")
+    trunk, _, own = layers.rpartition(".")
+    blocks = list(model.get_submodule(layers).children())
+    firsts = tuple(of_layers.index(k) for k in sorted(set(of_layers)))
+    form: list[Any] = []
+    recorders = [Recorder(b, form) for b in blocks]
+    setattr(model.get_submodule(trunk), own, nn.ModuleList(recorders))
+    generator = torch.Generator().manual_seed(_SEED)
+    _randomize(model, model, generator)
+    for i in firsts:
+        _randomize(blocks[i], model, generator)
+    tiny = Tiny(model, by, trunk, layers, blocks, of_layers, firsts)
+    passes = [_Pass(tiny, recorders, name, live, seed) for live, seed in _PASSES]
+    called = [[_named(b.forward, *c) for b, c in zip(blocks, p.calls, strict=True)] for p in passes]
+    _check_alone(name, *called)
+    tiny.called += [called[0][i] for i in firsts]
+    tiny.before, tiny.after = passes[0].around()
+    return tiny
+
+
+def _check_alone(
+    name: str, live: list[Called], passive: list[Called], others: list[Called]
+) -> None:
+    """Refuse blocks that cannot be run one by one on their inputs alone.
+
+    Args:
+        live: what each block is called with. passive: the same when none of them computes
+            anything. others: the same for other tokens.
+    """
+    if live[0].x.dim() != 3:
+        raise LowbitError(
+            f"'{name}' carries {live[0].x.dim() - 2} residual streams from block to block: models "
+            "with one are supported so far. Nothing was written."
+        )
+    for what, why in ((passive, "earlier blocks compute"), (others, "the tokens are")):
+        for i, (one, other) in enumerate(zip(live, what, strict=True)):
+            key = next((k for k in one.kwargs if not _same(one.kwargs[k], other.kwargs[k])), None)
+            if key is not None:
+                raise LowbitError(
+                    f"block {i} of '{name}' is given '{key}', which depends on what {why}, not on "
+                    "its input alone: such models are not supported yet. Nothing was written."
+                )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Mapping):
+        return (
+            isinstance(other, Mapping)
+            and one.keys() == other.keys()
+            and all(_same(v, other[k]) for k, v in one.items())
+        )
+    return one is other or type(one) is type(other)
+
+
+def _named(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Called:
+    """A call with its arguments by name; the first one is the block's input."""
+    named = inspect.signature(forward).bind(*args, **kwargs)
+    (_, x), *rest = named.arguments.items()
+    var = [p.name for p in named.signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    given = {k: v for k, v in rest if k not in var}
+    for name in var:
+        given.update(named.arguments.get(name, {}))
+    return Called(x.clone(), given)
+
+
+def _randomize(module: nn.Module, model: Any, generator: torch.Generator) -> None:
+    """Give every tensor without data numbers, in float64: gains and biases around one, so that
+    none is a special case.
+    """
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is None:
+                continue
+            drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            about = 0.0 if "bias" in name else 1.0
+            value = about + drawn / 5 if p.dim() < 2 else drawn / max(1, p.shape[-1]) ** 0.5
+            part._parameters[name] = nn.Parameter(value, requires_grad=False)
+        loose = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
+        for name in loose:
+            setattr(part, name, torch.zeros_like(getattr(part, name), device="cpu"))
+        if loose:
+            kept = dict(part._parameters)
+            with torch.no_grad():
+                model._init_weights(part)
+            part._parameters.update(kept)
+    for part in module.modules():
+        for name, b in part.named_buffers(recurse=False):
+            if b.is_floating_point():
+                setattr(part, name, b.double())
+
+
+class _Pass:
+    """One pass of a narrow model: what blocks are called with, and what runs around them.
+
+    Args:
+        live: whether the first block of each kind computes. seed: of the tokens.
+    """
+
+    def __init__(
+        self, tiny: Tiny, recorders: list[Recorder], name: str, live: bool, seed: int
+    ) -> None:
+        self._tiny, self._order = tiny, list[str]()
+        for i, recorder in enumerate(recorders):
+            recorder.live = live and i in tiny.firsts
+        stack: list[str] = []
+        handles = []
+        for path, module in tiny.model.named_modules():
+            handles += [
+                module.register_forward_pre_hook(lambda *_, p=path: stack.append(p)),
+                module.register_forward_hook(lambda *_: self._order.append(stack.pop())),
+            ]
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, tiny.model.config.vocab_size, (_ROWS, _LENGTH), generator=generator)
+        try:
+            with torch.no_grad():
+                tiny.model(input_ids=ids, use_cache=False)
+        except Exception as e:  # each model class fails in ways of its own
+            where = next((p for p in reversed(stack) if p), "the model")
+            raise LowbitError(
+                f"'{name}' is a '{tiny.model.config.model_type}' model whose narrow copy does not "
+                f"run, so its wiring cannot be found: '{where}' says {reason_of(e)}"
+            ) from e
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.calls = [r.calls.pop() for r in recorders]
+
+    def around(self) -> tuple[list[str], list[str]]:
+        """Modules with parameters that ran before the first block, and after the last."""
+        parts = dict(self._tiny.model.named_modules())
+        first = self._order.index(f"{self._tiny.layers}.0")
+        inside = [i for i, p in enumerate(self._order) if p.startswith(f"{self._tiny.layers}.")]
+        before, after = self._order[:first], self._order[inside[-1] :]
+        return [p for p in before if parts[p]._parameters], [
+            p for p in after if parts[p]._parameters
+        ]
