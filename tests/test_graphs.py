@@ -38,7 +38,7 @@ from lowbit.run.patterns import patterns
 H, F, V = 64, 96, 300
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 ATTENTION = tuple(f"self_attn.{n}_proj" for n in "qkvo")
-KEPT = "not in the block's graph: kept in the model's dtype"
+KEPT = "not in the block's graph: kept in its own dtype"
 
 OTHERS = {  # the graph of odd blocks, made of the usual one; the linears that it leaves out
     "no MLP": (lambda g: replace(g, sites=g.sites[:2], writers=(), inner=()), MLP),
@@ -145,8 +145,12 @@ def test_a_model_without_a_linear_in_a_graph_is_refused(model, monkeypatch):
     one = described(read_config(str(model)))
     empty = Described(one.frame, (Graph(()),), (0,) * 4)
     monkeypatch.setattr("lowbit.model.outline.described", lambda config: empty)
-    with pytest.raises(LowbitError, match="no block of .* has a linear that can be quantized"):
+    monkeypatch.setattr("lowbit.model.stream.described", lambda config: empty)
+    words = "no block of .* has a linear that can be quantized"
+    with pytest.raises(LowbitError, match=words):
         make_plan(read_config(str(model)), load_recipe("rtn", scheme=parse_scheme("W4A16g32")))
+    with pytest.raises(LowbitError, match=words):
+        ModelStream(model)
 
 
 @pytest.mark.parametrize(

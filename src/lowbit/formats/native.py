@@ -61,8 +61,8 @@ def describe(
         grids: full linear name -> grid, for every quantized linear. skipped: linears kept in
             floating point.
         dtype: of the stored scales.
-        input_quantizers: pattern on full linear names, see `patterns`, -> input quantizer; one
-            activation grid for all.
+        input_quantizers: pattern on full linear names -> input quantizer, see
+            `lowbit.run.patterns`; one activation grid for all.
         kv: of keys and values, and patterns on the names of the attention modules.
         counts: full linear name -> what `lowbit.formats.packing.counts` says of it, of which
             "columns" and "outliers" are taken.

@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import LowbitError
+
 
 @dataclass(frozen=True)
 class Source:
@@ -171,6 +173,11 @@ class Described:
     def graph(self, i: int) -> Graph:
         """The graph of block i."""
         return self.kinds[self.of_layers[i]]
+
+    def check(self, model: str) -> None:
+        """Raise LowbitError if no block has a linear that can be quantized."""
+        if not any(self.kinds[kind].linears for kind in self.of_layers):
+            raise LowbitError(f"no block of '{model}' has a linear that can be quantized.")
 
     def block_name(self, i: int) -> str:
         """The prefix of block i in the names of tensors and modules."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import LowbitError
 from ..grid import Rotation
 from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
@@ -85,10 +84,7 @@ class Outline:
         """
         found = described(config)
         name = getattr(config, "name_or_path", "") or config.model_type
-        if not found.linears:
-            raise LowbitError(
-                f"no block of '{name}' has a linear that can be quantized: nothing was written."
-            )
+        found.check(name)
         model: Any = build_skeleton(copy.deepcopy(config), name)
         blocks = list(model.get_submodule(found.frame.layers).children())
         kinds: list[Kind] = []

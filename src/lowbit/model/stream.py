@@ -90,6 +90,7 @@ class ModelStream:
         self.stored = self.checkpoint.stored()
         self.config = load_config(self.checkpoint)
         self.described: Described = described(self.config)
+        self.described.check(self.checkpoint.name)
         self.device = torch.device(device)
         self._build_skeleton()
         leftover = self._check_blocks()
@@ -338,7 +339,7 @@ class ModelStream:
             if isinstance(module, nn.Linear)
         }
         return outside | {
-            f"{self.block_name(i)}.{name}": f"not in the block's graph: {kept}"
+            f"{self.block_name(i)}.{name}": "not in the block's graph: kept in its own dtype"
             for i, block in enumerate(self._blocks)
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear) and name not in self.graph(i).linears

@@ -107,11 +107,9 @@ def _described(model: Model, plan: Plan, records: Sequence[Record]) -> dict[str,
     grids = {e["name"]: plan.recipe.grid_of(e["name"]) for e in linears}
     if format_of(plan) == ct.NAME:
         return ct.describe(grids, skipped, plan.recipe.activations, source.dtype)
-    kv = (
-        None
-        if model.kv is None
-        else (KVGrid(model.kv, model.key_rotation), attention_patterns(model))
-    )
+    kv = None
+    if model.kv is not None:
+        kv = KVGrid(model.kv, model.key_rotation), attention_patterns(model)
     counts = {e["name"]: e for e in linears}
     return native.describe(grids, skipped, source.dtype, input_patterns(model), kv, counts)
 

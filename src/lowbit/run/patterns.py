@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 
@@ -24,11 +23,10 @@ def patterns(described: Described, parts: Sequence[Part], others: Collection[str
     layers = described.frame.layers.rpartition(".")[2]  # as the model without its head has it, too
     found: list[str] = []
     for name in dict.fromkeys(name for _, name in parts):
-        everywhere = f"*.{name}"
-        if any(fnmatchcase(other, everywhere) for other in others):
+        if any(other.endswith(f".{name}") for other in others):
             found += [f"*{layers}.{i}.{n}" for i, n in parts if n == name]
         else:
-            found.append(everywhere)
+            found.append(f"*.{name}")
     return found
 
 
