@@ -230,7 +230,7 @@ def test_rotations_keep_the_logits_of_every_family(tmp_path, family, quarot):
         block = quarot(opened(rotated, recipe, i))
         changed += sum(
             not torch.equal(block.weight(n), plain.block_weights(i)[f"{n}.weight"])
-            for n in block.wiring.linears
+            for n in block.graph.linears
         )
         x = block.forward(x)
     assert changed >= 2 * len(rotated)
@@ -256,7 +256,7 @@ def test_smoothquant_keeps_the_function_and_evens_out_channels(tmp_path, family)
     torch.testing.assert_close(
         smooth.forward(block.x[:4]), block.forward(block.x[:4]), rtol=1e-4, atol=1e-4
     )
-    site = block.wiring.sites[0]
+    site = block.graph.sites[0]
     seen = {}
     for name, b in (("before", block), ("after", smooth)):
         b.observe(
@@ -316,12 +316,12 @@ def test_every_linear_of_a_block_reads_quantized_inputs(stream):
         block.module.get_submodule(n).register_forward_hook(
             lambda _, args, __, n=n: seen.__setitem__(n, args[0])
         )
-        for n in block.wiring.linears
+        for n in block.graph.linears
     ]
     block.forward(block.x[:2])
     for handle in handles:
         handle.remove()
-    assert set(seen) == set(block.wiring.linears)
+    assert set(seen) == set(block.graph.linears)
     for x in seen.values():
         levels = max(len(token.unique()) for token in x.flatten(0, -2))
         assert 2 < levels <= 16
@@ -371,7 +371,7 @@ def test_tuning_helps_under_quantized_activations(stream, methods):
     for chain in (methods, tuned):
         recipe = Recipe(Affine(3, 16), chain, activations=PerToken(6))
         block = apply_methods(opened(staged(stream, recipe).source, recipe), recipe)
-        assert set(block.coded) == set(block.wiring.linears)
+        assert set(block.coded) == set(block.graph.linears)
         losses.append(block.notes["loss_after"])
     assert losses[1] < 0.9 * losses[0]
 
@@ -436,4 +436,4 @@ def test_linears_of_a_site_share_their_prepared_input(stream, monkeypatch):
     quantize = PerToken.__call__
     monkeypatch.setattr(PerToken, "__call__", lambda self, x: calls.append(1) or quantize(self, x))
     block.forward(block.x[:2])
-    assert len(calls) == len(block.wiring.sites)
+    assert len(calls) == len(block.graph.sites)

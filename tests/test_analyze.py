@@ -15,7 +15,7 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.evaluate.analyze.kernels import Site, grids_of, measure
 from lowbit.evaluate.analyze.removal import Removal, knee, removals, run
-from lowbit.model.wiring import wiring_of
+from lowbit.model.wiring import described
 
 
 def analyze(*args):
@@ -75,14 +75,14 @@ def test_calls_add_up_and_every_family_is_read(tmp_path):
         told = []
         sites = measure(
             model,
-            wiring_of(model.config),
+            described(model.config),
             ids,
             grids_of([8], [], "sequence"),
             batch=2,
             progress=lambda *a, told=told: told.append(a),
         )
         assert told == [(2, 3), (3, 3)]
-        assert sum(len(s.linears) for s in sites) == 2 * len(wiring_of(model.config).linears)
+        assert sum(len(s.linears) for s in sites) == len(described(model.config).linears)
         for s in sites:
             assert s.elements == 3 * 16 * model.get_submodule(s.linears[0]).in_features
             assert len(torch.cat(s.tokens)) == 48
@@ -119,7 +119,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     ids = torch.randint(3, 280, (2, 16), generator=torch.Generator().manual_seed(0))
     found = dict(
         run(
-            model, wiring_of(model.config), ids, removals([0.9, 0.1], grids_of([2], [0.15], "call"))
+            model, described(model.config), ids, removals([0.9, 0.1], grids_of([2], [0.15], "call"))
         )
     )
     assert [r.label for r in found] == [
@@ -211,7 +211,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(
         LowbitError, match=r"'model.layers.1.mlp.down_proj' gets activations that are not finite"
     ):
-        measure(broken, wiring_of(broken.config), torch.full((1, 8), 5), grids_of([8], [], "call"))
+        measure(broken, described(broken.config), torch.full((1, 8), 5), grids_of([8], [], "call"))
     import lowbit
 
     lowbit.quantize(

@@ -97,7 +97,7 @@ def test_a_method_ends_on_the_grid_or_refuses_in_words(stream, name, grid):
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     planned(stream, recipe)
     block, done = made(stream, recipe)
-    assert set(done.coded) == set(block.wiring.linears)
+    assert set(done.coded) == set(block.graph.linears)
     for linear, q in done.coded.items():
         assert q.grid == grid
         assert q.codes.dtype == torch.uint8

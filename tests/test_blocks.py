@@ -13,10 +13,10 @@ from lowbit.grid import Affine, InputQuantizer, Outliers, PerToken
 from lowbit.grid.names import parse_grid
 from lowbit.model.block import Block, first
 from lowbit.model.context import Context
+from lowbit.model.graph import Described, Frame, Graph, Site, Source
 from lowbit.model.order import check_order, order_block, order_outer, reorder
 from lowbit.model.ranks import Ranks
 from lowbit.model.rewrite import fold, fold_values, repeated
-from lowbit.model.wiring import Site, Source, Wiring
 
 H, F = 8, 16
 
@@ -34,13 +34,13 @@ class Layer(nn.Module):
         return (x + self.down(self.up(n) * self.gate(n).sigmoid()),)
 
 
-WIRING = Wiring(
-    trunk="model",
+GRAPH = Graph(
     sites=(
         Site(("up", "gate"), Source("norm", "norm"), "up", residual=True),
         Site(("down",), Source("up", "linear"), "down"),
     ),
     writers=("down",),
+    inner=("down",),
 )
 NAMES = ("up", "gate", "down")
 
@@ -56,7 +56,7 @@ def block(grid="W4g4", stored=torch.float32, rows=6, **context):
     held = Context(
         name="model.layers.3",
         module=module.to("meta"),
-        wiring=WIRING,
+        graph=GRAPH,
         kwargs={},
         compute=torch.float32,
         stored=stored,
@@ -88,8 +88,8 @@ CHANGES = {
     "computing": lambda b: b.computing(torch.float64),
     "exact": lambda b: b.exact(),
     "as_seen": lambda b: b.with_codes({"up": b.nearest("up")}).as_seen("quantized"),
-    "fold": lambda b: fold(b, WIRING.sites[0], torch.full((H,), 2.0)),
-    "reorder": lambda b: reorder(b, WIRING.sites[1], torch.arange(F).flip(0)),
+    "fold": lambda b: fold(b, GRAPH.sites[0], torch.full((H,), 2.0)),
+    "reorder": lambda b: reorder(b, GRAPH.sites[1], torch.arange(F).flip(0)),
 }
 
 
@@ -281,10 +281,10 @@ def test_a_folded_factor_keeps_the_function(site, stored, shifted):
         one = one.with_weights({"norm.bias": torch.zeros(H)})
     factor = torch.rand(size, generator=torch.Generator().manual_seed(1)) * 3 + 0.2
     shift = torch.linspace(-1, 1, size) if shifted else None
-    other = fold(one, WIRING.sites[site], factor, shift)
+    other = fold(one, GRAPH.sites[site], factor, shift)
     expected = by_hand(one.weights, one.x)
     torch.testing.assert_close(by_hand(other.weights, one.x), expected, rtol=1e-4, atol=1e-4)
-    for name in WIRING.sites[site].reads:
+    for name in GRAPH.sites[site].reads:
         ratio = other.weight(name) / one.weight(name)
         torch.testing.assert_close(ratio, factor.expand_as(ratio), rtol=1e-2, atol=0)
     gain = other.weights["norm.weight"]
@@ -297,7 +297,7 @@ def test_a_dead_channel_takes_no_factor(gain):
     weight = one.weights["norm.weight"].clone()
     weight[2] = gain
     one = one.with_weights({"norm.weight": weight, "norm.bias": torch.zeros(H)})
-    other = fold(one, WIRING.sites[0], torch.full((H,), 4.0))
+    other = fold(one, GRAPH.sites[0], torch.full((H,), 4.0))
     assert torch.equal(other.weight("up")[:, 2], one.weight("up")[:, 2])
     assert float(other.weights["norm.weight"][2]) == float(weight[2])
     torch.testing.assert_close(
@@ -309,7 +309,7 @@ def test_a_dead_channel_takes_no_factor(gain):
 def test_channels_inside_a_block_change_places(seed):
     one = block()
     order = torch.randperm(F, generator=torch.Generator().manual_seed(seed))
-    other = reorder(one, WIRING.sites[1], order)
+    other = reorder(one, GRAPH.sites[1], order)
     torch.testing.assert_close(by_hand(other.weights, one.x), by_hand(one.weights, one.x))
     assert torch.equal(other.weight("down"), one.weight("down")[:, order])
     for name in ("up", "gate"):  # what multiplies element by element moves along
@@ -321,7 +321,7 @@ def test_channels_inside_a_block_change_places(seed):
 def test_channels_of_the_residual_stream_change_places(seed):
     one = block()
     order = torch.randperm(H, generator=torch.Generator().manual_seed(seed))
-    other = order_block(one.weights, WIRING, order)
+    other = order_block(one.weights, GRAPH, order)
     expected = by_hand(one.weights, one.x)[..., order]
     torch.testing.assert_close(by_hand(other, one.x[..., order]), expected)
     assert set(other) == set(one.weights)
@@ -343,17 +343,20 @@ def test_channels_of_the_residual_stream_change_places(seed):
     "change, words",
     [
         ({"writers": ()}, "the residual channels of this 'toy' model cannot be put in another"),
-        ({"final": ("norm", "project_out")}, "Use --set crossquant.fold=channel"),
-        ({"sites": WIRING.sites[1:]}, "normalised after each addition"),
+        ({"open": True}, "Use --set crossquant.fold=channel"),
+        ({"sites": GRAPH.sites[1:]}, "normalised after each addition"),
         ({}, None),
     ],
 )
 def test_which_families_have_one_order(change, words):
+    frame = Frame("model", "model.layers", open=change.get("open", False))
+    graph = replace(GRAPH, **{k: v for k, v in change.items() if k != "open"})
     if words is None:
-        check_order(WIRING, "toy")
-    else:
+        check_order(Described(frame, (graph,), (0, 0)), "toy")
+        return
+    for kinds in ((graph,), (GRAPH, graph), (graph, GRAPH)):  # it must hold in every block
         with pytest.raises(LowbitError, match=words):
-            check_order(replace(WIRING, **change), "toy")
+            check_order(Described(frame, kinds, tuple(range(len(kinds)))), "toy")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_order_of_columns():
     ("bits", "extra", "share"), [(2, 0.1, 0.05), (2, 0.5, 0.25), (3, 0.2, 0.2), (2, 2.0, 1.0)]
 )
 def test_adaptive_precision_widens_the_published_share(block, bits, extra, share):
-    given = block.within(grids=dict.fromkeys(block.wiring.linears, Codebook(bits)))
+    given = block.within(grids=dict.fromkeys(block.graph.linears, Codebook(bits)))
     done = CLAQ(adaptive_bits=extra)(given)
     for q in done.coded.values():
         widths, columns = q.params.widths, q.codes.shape[1]
@@ -200,7 +200,7 @@ def test_a_uniform_range_need_not_reach_what_is_kept(block):
     weight = block.weight(Q).clone()
     weight[5, 7] = 50.0
     given = replace(block, weights={**block.weights, f"{Q}.weight": weight})
-    given = given.within(grids=dict.fromkeys(block.wiring.linears, Affine(3, 16)))
+    given = given.within(grids=dict.fromkeys(block.graph.linears, Affine(3, 16)))
     q = CLAQ(outlier_bits=0.07)(given).coded[Q]
     assert float(q.params.scale[5].max()) < 2 * float(weight[4].abs().max()) / 3
     # Errors of other columns are made up for here, too.
@@ -210,7 +210,7 @@ def test_a_uniform_range_need_not_reach_what_is_kept(block):
 @pytest.mark.parametrize("reserve", ["label", "two_sided", "official"])
 @pytest.mark.parametrize("grid", [Codebook(2), Affine(2)])
 def test_reserved_counts(block, reserve, grid):
-    given = block.within(grids=dict.fromkeys(block.wiring.linears, grid))
+    given = block.within(grids=dict.fromkeys(block.graph.linears, grid))
     done = CLAQ(outlier_bits=0.7, reserve=reserve, act_order=False)(given)
     for name, q in done.coded.items():
         rows, columns = q.codes.shape
@@ -273,7 +273,7 @@ def test_every_way_to_choose_levels_ends_on_them(block, levels, cluster):
     "grid", [Codebook(2, "row"), Codebook(2, "tensor"), Codebook(2, "column", 4)]
 )
 def test_gptq_codes_on_shared_books(block, grid):
-    given = block.within(grids=dict.fromkeys(block.wiring.linears, grid))
+    given = block.within(grids=dict.fromkeys(block.graph.linears, grid))
     done, nearest = GPTQ()(given), RTN()(given)
     job_loss = [
         apply_methods(given, Recipe(grid, (m,))).notes["loss_after"] for m in (GPTQ(), RTN())
@@ -293,14 +293,14 @@ def test_gptq_codes_on_shared_books(block, grid):
 )
 def test_transforms_before_codebooks(block, methods):
     done = apply_methods(block, Recipe(Codebook(2), methods))
-    assert set(done.coded) == set(block.wiring.linears)
+    assert set(done.coded) == set(block.graph.linears)
     assert done.notes["loss_after"] < done.notes["loss_before"] * 1.001
 
 
 def test_awq_leaves_alone_what_a_book_per_column_cannot_feel(block):
     assert AWQ()(block).notes["awq_exponents"].keys() == set()
     quantized = block.with_input_quantizers(
-        dict.fromkeys(block.wiring.linears, block.input_quantizers.get(Q) or _reading())
+        dict.fromkeys(block.graph.linears, block.input_quantizers.get(Q) or _reading())
     )
     assert AWQ(rows=4, exponents=3)(quantized).notes["awq_exponents"].keys() != set()
 
@@ -402,9 +402,9 @@ def test_awq_says_what_it_leaves_out(block):
     assert AWQ()(block).notes["trouble"] == [
         "awq: on codebooks nothing: each column has levels of its own"
     ]
-    shared = block.within(grids=dict.fromkeys(block.wiring.linears, Codebook(2, "row")))
+    shared = block.within(grids=dict.fromkeys(block.graph.linears, Codebook(2, "row")))
     assert AWQ(rows=4, exponents=3)(shared).notes["trouble"] == ["awq: on codebooks no clip"]
-    mixed = block.within(grids={n: Affine(2, 16) for n in block.wiring.linears})
+    mixed = block.within(grids={n: Affine(2, 16) for n in block.graph.linears})
     mixed = mixed.within(grids={**mixed.grids, "self_attn.o_proj": Codebook(2)})
     done = AWQ(rows=4, exponents=3)(mixed)
     assert set(done.params) >= {"mlp.down_proj", "mlp.up_proj"}

@@ -325,7 +325,7 @@ def test_the_optimizer_moves_the_weights_whose_gradient_it_is(block):
 def test_soft_weights_start_as_the_float_ones_inside_a_book(block):
     soft = SoftBlock(block)
     weights = soft.weights()
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         w, params = block.weight(name), block.range_of(name)
         inside = (params.levels[:, :1] <= w.T) & (params.levels[:, -1:] >= w.T)
         torch.testing.assert_close(
@@ -396,7 +396,7 @@ def test_tesseraq_improves_what_it_starts_from(block, methods):
 
 
 def test_tesseraq_leaves_outliers_of_a_uniform_grid_alone(block):
-    uniform = block.within(grids=dict.fromkeys(block.wiring.linears, Affine(2, 16)))
+    uniform = block.within(grids=dict.fromkeys(block.graph.linears, Affine(2, 16)))
     start = CLAQ(outlier_bits=0.28)(uniform)
     done = FAST(start)
     for name, q in done.coded.items():

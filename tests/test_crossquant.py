@@ -176,7 +176,7 @@ def test_methods_see_whole_calls(folder):
     )
     block = begin(stream, 0, recipe, Streams(x, x, 8), stream.block_kwargs(24)[0], 0)
     block = block.with_input_quantizers(
-        dict.fromkeys(block.wiring.linears, InputQuantizer(grid=Spy(4, 0.15, "sequence")))
+        dict.fromkeys(block.graph.linears, InputQuantizer(grid=Spy(4, 0.15, "sequence")))
     )
     apply_methods(block, recipe)
     assert seen and {shape[1] for shape in seen} == {24} and all(len(shape) == 3 for shape in seen)

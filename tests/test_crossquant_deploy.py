@@ -38,7 +38,7 @@ def inputs_of(block, exact=True):
         seen.setdefault(name, []).append(call.args[0])
 
     (block.exact() if exact else block).observe(
-        list(block.wiring.linears), "float", len(block.x), keep
+        list(block.graph.linears), "float", len(block.x), keep
     )
     return {n: torch.cat(xs) for n, xs in seen.items()}
 
@@ -68,7 +68,7 @@ def test_activations_become_those_divided_by_the_column_and_rows_have_finer_step
     block = opened(ModelStream(save_tiny(tmp_path, "llama", torch.float32)), Recipe(Affine(8)))
     before, a = inputs_of(block), 0.15
     after = inputs_of(CrossQuant(a, skip_first=False)(block))
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         x, t = before[name].double().flatten(0, 1), before[name].double().abs().flatten(0, 1)
         c = t.amax(0)
         if name.endswith("o_proj"):  # 4 query heads of 16 channels on 2 heads of values
@@ -90,7 +90,7 @@ def test_folded_and_per_token_is_a_grid_with_fixed_columns_on_the_unfolded_input
     )
     folded, a = CrossQuant(0.15, skip_first=False)(block), 0.15
     before, after = inputs_of(block), inputs_of(folded)
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         x = before[name].double().flatten(0, 1)
         c = x.abs().amax(0)
         if name.endswith("o_proj"):  # 4 query heads of 16 channels on 2 heads of values
@@ -122,7 +122,7 @@ def test_first_tokens_and_rare_values_set_no_columns(tmp_path):
     x = block.x.clone()
     x[:, 0] *= 1000
     x[3, 5, 7] = 500.0
-    block, name = block.within(x=x), block.wiring.sites[0].reads[0]
+    block, name = block.within(x=x), block.graph.sites[0].reads[0]
     seen = inputs_of(block)[name].double().abs()
     largest = seen[:, 1:].flatten(0, 1).sort(0, descending=True).values
     assert torch.equal(CrossQuant().sizes(block, [name], 8)[name], largest[0])
@@ -160,8 +160,8 @@ def test_dead_channels_keep_their_weights_and_infinite_activations_are_named(tmp
 def test_the_search_is_never_behind_any_exponent_it_tries_on_one_site(tmp_path):
     stream = ModelStream(save_tiny(tmp_path, "llama", torch.float32))
     block = opened(stream, Recipe(Affine(4), activations=PerToken(4, symmetric=True)))
-    name, down = "mlp.down_proj", block.wiring.sites[-1]
-    alone = block.within(wiring=replace(block.wiring, sites=(down,)))
+    name, down = "mlp.down_proj", block.graph.sites[-1]
+    alone = block.within(graph=replace(block.graph, sites=(down,)))
 
     def error(method):
         done = apply_methods(
@@ -203,14 +203,14 @@ def test_another_order_of_channels_changes_no_logit_in_any_family(tmp_path, fami
                 0,
             )
             if reordered:
-                last = block.wiring.sites[-1]
+                last = block.graph.sites[-1]
                 width = block.weight(last.reads[0]).shape[1]
                 moved = reorder(
                     block, last, torch.randperm(width, generator=torch.Generator().manual_seed(i))
                 )
                 assert not torch.equal(moved.weight(last.reads[0]), block.weight(last.reads[0]))
-                output = block.wiring.sites[1]
-                if output.source is not None and block.wiring.heads.norm is None:
+                output = block.graph.sites[1]
+                if output.source is not None and block.graph.heads.norm is None:
                     inside = torch.cat(
                         [
                             torch.randperm(16, generator=torch.Generator().manual_seed(h)) + 16 * h
@@ -262,7 +262,7 @@ def test_sizes_fall_along_the_sorted_channels_and_outliers_are_isolated(tmp_path
     recipe = Recipe(Affine(4, 16), (CrossQuant(0.0, fold="group", isolate=4.0),))
     moved = staged(stream, recipe, IDS).source
     block, method = opened(moved, recipe), recipe.methods[0]
-    down = block.wiring.sites[-1]
+    down = block.graph.sites[-1]
     sizes = method.sizes(block, [down.reads[0]], 8)[down.reads[0]]
     done, ordered_sizes = method._sorted(block, down, sizes)
     assert torch.equal(ordered_sizes, sizes.sort(descending=True).values)

@@ -140,7 +140,7 @@ def test_its_means_are_of_what_really_reaches_the_linears(toy, opt):
         for name, q in done.coded.items():
             layer.get_submodule(name).weight.copy_(q.decode())
         before = seen_by(layer, quantized, IDS)
-        for site in done.wiring.sites:
+        for site in done.graph.sites:
             met = seen_by(layer, quantized, IDS)
             for name in site.reads:
                 linear, weight = layer.get_submodule(name), plain.get_submodule(name).weight
@@ -187,8 +187,8 @@ def test_bad_options_of_it_are_refused(toy):
 def test_a_plan_counts_it(toy, opt, monkeypatch):
     config, recipe = read_config(str(opt)), Recipe(Affine(4), (RTN(), toy()))
     made, plain = (make_plan(config, r, 8, 24) for r in (recipe, Recipe(Affine(4))))
-    passes = made.shapes.forward(8 * (1 + len(made.outline.wiring.sites)))
-    work, without = (run_work(p.recipe, p.shapes, 2) for p in (made, plain))
+    passes = made.shapes.forward(8 * (1 + len(made.outline.kinds[0].graph.sites)))
+    work, without = (run_work(p.recipe, p.shapes_of, (0, 0)) for p in (made, plain))
     assert work == without + passes * 2
     assert set(made.memory.steps) == {*plain.memory.steps, "biascorrection"}
 
@@ -198,7 +198,7 @@ def test_a_plan_counts_it(toy, opt, monkeypatch):
     monkeypatch.setitem(METHODS, "biascorrection", Entry(toy, "refiner", dear))
     made = make_plan(config, recipe, 8, 24)
     assert max(made.memory.steps, key=made.memory.steps.get) == "biascorrection"
-    assert run_work(recipe, made.shapes, 2).single == without.single + 2e15
+    assert run_work(recipe, made.shapes_of, (0, 0)).single == without.single + 2e15
     with pytest.raises(LowbitError, match="does not fit.*in 'biascorrection'"):
         made.memory.check(torch.device("cpu"), lambda _: 1 << 38)
 
@@ -244,7 +244,7 @@ def test_ranks_share_its_means(toy, opt):
     for thread in threads:
         thread.join()
     half = toy(3)(RTN()(first_block(opt, recipe, IDS[::2]))).weights
-    for key in (f"{n}.bias" for n in alone.wiring.linears):
+    for key in (f"{n}.bias" for n in alone.graph.linears):
         assert torch.equal(found[0][key], found[1][key])
         torch.testing.assert_close(found[0][key], alone.weights[key], rtol=1e-4, atol=1e-5)
         assert not torch.allclose(half[key], alone.weights[key], rtol=1e-3, atol=1e-4)

@@ -257,7 +257,7 @@ def test_only_as_many_rows_as_asked_for_are_used(block):
 
 def test_a_later_site_sees_the_codes_of_the_earlier_ones(block):
     once, sequential = (GPTQ(true_sequential=t)(block) for t in (False, True))
-    for name in block.wiring.sites[0].reads:
+    for name in block.graph.sites[0].reads:
         assert once.coded[name].same_as(sequential.coded[name]) is None
     assert once.coded["mlp.down_proj"].same_as(sequential.coded["mlp.down_proj"]) is not None
     last = GPTQ()(
@@ -276,7 +276,7 @@ def test_blocks_come_out_better_than_nearest(tmp_path, family, method):
     done = apply_methods(
         block_of(tmp_path, Affine(3, 16), family), Recipe(Affine(3, 16), (method,))
     )
-    assert set(done.coded) == set(done.wiring.linears)
+    assert set(done.coded) == set(done.graph.linears)
     assert done.notes["loss_after"] < 0.9 * done.notes["loss_before"]
     assert "trouble" not in done.notes
 
@@ -284,7 +284,7 @@ def test_blocks_come_out_better_than_nearest(tmp_path, family, method):
 @pytest.mark.parametrize("method", [GPTQ(), GPTQ(act_order=True)])
 def test_linears_of_a_site_are_coded_as_if_alone(block, method):
     together = method(block)
-    for name in block.wiring.sites[0].reads:
+    for name in block.graph.sites[0].reads:
         others = {n: q for n, q in RTN()(block).coded.items() if n != name}
         assert (
             method(replace(block, coded=others)).coded[name].same_as(together.coded[name]) is None
@@ -602,7 +602,7 @@ def test_calls_kept_for_the_next_site_give_the_same_codes(tmp_path, monkeypatch,
 def test_what_is_kept_sees_codes_and_activation_grids(tmp_path, monkeypatch):
     block = block_of(tmp_path, Affine(3, 16))
     block = block.with_input_quantizers(
-        dict.fromkeys(block.wiring.linears, InputQuantizer(grid=PerToken(4)))
+        dict.fromkeys(block.graph.linears, InputQuantizer(grid=PerToken(4)))
     )
     fast = GPTQ()(block)
     monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)

@@ -43,7 +43,7 @@ def test_the_first_linear_by_definition(stream):
 def test_a_clip_is_judged_against_the_weight_before_it(stream):
     block = finished(stream, Recipe(Affine(2, 16), (AWQ(scales=False),)))
     errors = linear_errors(block)
-    assert set(errors) == set(block.wiring.linears)
+    assert set(errors) == set(block.graph.linears)
     clipped = [n for n in block.whole if not torch.equal(block.whole[n], block.weight(n))]
     assert clipped
     for name in clipped:

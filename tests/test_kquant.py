@@ -63,7 +63,7 @@ def test_every_method_ends_in_blocks_and_is_deterministic(block, method):
     once, twice = (
         apply_methods(block, Recipe(block.grids["mlp.down_proj"], (method,))) for _ in range(2)
     )
-    assert set(once.coded) == set(block.wiring.linears)
+    assert set(once.coded) == set(block.graph.linears)
     for name, q in once.coded.items():
         assert q.same_as(twice.coded[name]) is None
         assert unpack(pack(q, torch.float32), q.grid, name).same_as(q) is None
@@ -161,7 +161,7 @@ def test_gradients_match_finite_differences(block, monkeypatch):
 def test_soft_weights_start_as_the_float_ones_and_end_as_stored(block):
     soft = SoftBlock(block)
     weights = soft.weights()
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         w, grid, params = block.weight(name), block.grids[name], block.range_of(name)
         near = grid.neighbours(w, params)
         inside = (near.low != near.high) & (params.scale.repeat_interleave(grid.group_size, 1) != 0)

@@ -54,7 +54,7 @@ def block(tmp_path_factory):
 )
 def test_every_method_ends_on_the_grid_and_is_deterministic(block, method):
     once, twice = (apply_methods(block, Recipe(Affine(2, 16), (method,))) for _ in range(2))
-    assert set(once.coded) == set(block.wiring.linears)
+    assert set(once.coded) == set(block.graph.linears)
     for name, q in once.coded.items():
         assert int(q.codes.max()) <= 3
         assert q.same_as(twice.coded[name]) is None
@@ -87,7 +87,7 @@ def test_a_16_bit_forward_pass_leaves_the_rounding_in_float32(tmp_path):
 def test_soft_weights_start_as_the_float_ones_except_at_range_ends(block):
     soft = SoftBlock(block)
     weights = soft.weights()
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         grid, params = block.grids[name], block.range_of(name)
         inside = grid.neighbours(block.weight(name), params)
         inside = inside.low != inside.high
@@ -151,7 +151,7 @@ def test_hardening_follows_the_schedule_and_never_thaws(block):
 def test_codes_differ_from_nearest_by_at_most_one(block):
     tuned, nearest = (apply_methods(block, Recipe(Affine(2, 16), (m,))) for m in (FAST, RTN()))
     moved = 0
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         difference = (tuned.coded[name].codes.int() - nearest.coded[name].codes.int()).abs()
         assert int(difference.max()) <= 1
         moved += int(difference.sum())
@@ -194,7 +194,7 @@ def scarce(block, rows):
 def test_out_of_memory_is_met_by_smaller_parts_with_the_same_result(block):
     plain, tight = Reconstruction(block, 4), Reconstruction(scarce(block, 1), 4)
     rows = plain.draw()
-    keys = [f"{n}.weight" for n in block.wiring.linears]
+    keys = [f"{n}.weight" for n in block.graph.linears]
     shifted = {k: w + 0.01 for k, w in block.weights.items()}
     loss, gradients = plain.gradients(shifted, keys, rows)
     again, parts = tight.gradients(shifted, keys, rows)
@@ -217,7 +217,7 @@ def test_out_of_memory_is_met_by_smaller_parts_with_the_same_result(block):
 @pytest.mark.parametrize("objective", ["block", "logits"])
 def test_a_restart_in_parts_aims_at_the_same(block, objective):
     jobs = [Reconstruction(b, 4, objective) for b in (last(block), scarce(last(block), 1))]
-    keys = [f"{n}.weight" for n in block.wiring.linears]
+    keys = [f"{n}.weight" for n in block.graph.linears]
     shifted = {k: w + 0.01 for k, w in block.weights.items()}
     found = [
         j.derivatives(shifted, keys, torch.arange(4), torch.Generator().manual_seed(3))
@@ -476,7 +476,7 @@ def test_scale_search_equals_brute_force(tmp_path, monkeypatch, family, tokens):
     x = stream.embed(torch.randint(3, 280, (12, 32), generator=torch.Generator().manual_seed(0)))
     block = begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
     found = AWQ(clip="none")(block)
-    sites = [s for s in block.wiring.sites if s.source is not None]
+    sites = [s for s in block.graph.sites if s.source is not None]
     assert len(sites) > 1
     for site in sites:
         factor, exponent = brute_scale(block, site, 8, 20)
@@ -488,7 +488,7 @@ def test_scale_search_equals_brute_force(tmp_path, monkeypatch, family, tokens):
 
 
 def test_candidates_that_are_no_numbers_never_win(block):
-    site = block.wiring.sites[0]
+    site = block.graph.sites[0]
     seen = collect_inputs(block, [site], 8)[site.reads[0]]
     ones = torch.ones(len(seen.size), dtype=torch.float64)
     candidates = [(ones * float("nan"), 0.1), (ones, 0.2), (ones, 0.3)]

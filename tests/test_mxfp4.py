@@ -193,7 +193,7 @@ def test_methods_end_on_the_grid(methods, tmp_path):
     done = begin(stream, 0, Recipe(GRID), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
     for method in methods:
         done = method(done)
-    assert set(done.coded) == set(done.wiring.linears)
+    assert set(done.coded) == set(done.graph.linears)
     for q in done.coded.values():
         tensors = packing.pack(q, torch.bfloat16)
         assert packing.unpack(tensors, GRID, "w").same_as(q) is None

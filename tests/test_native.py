@@ -172,8 +172,9 @@ def test_the_config_is_inverse(tmp_path):
     outliers = {"model.layers.0.mlp.up_proj": 12}
     counts = {n: {"outliers": count} for n, count in outliers.items()}
     counts["model.layers.0.k"] = {"columns": {"4": 3, "2": 97}}
+    patterns = {f"*.{n}": reading for n, reading in input_quantizers.items()}
     described = native.describe(
-        grids, ["lm_head"], torch.bfloat16, input_quantizers, (kv, "self_attn"), counts
+        grids, ["lm_head"], torch.bfloat16, patterns, (kv, ["*.self_attn"]), counts
     )
     config = json.loads(json.dumps(described))
     native.check(config)
@@ -191,8 +192,9 @@ def test_the_config_is_inverse(tmp_path):
         else:
             v = x[:, : reading.rotation.size]
             assert torch.equal(found.rotation(v), reading.rotation(v))
-    found_kv, pattern = native.kv_of(config)
-    assert pattern == "*.self_attn" and found_kv.grid == kv.grid
+    found_kv, attention = native.kv_of(config)
+    assert attention == ("*.self_attn",) and config["version"] == native.VERSION
+    assert found_kv.grid == kv.grid
     assert torch.equal(found_kv.rotation(x[:, :8]), kv.rotation(x[:, :8]))
     assert native.dtype_of(config) == torch.bfloat16
 

@@ -42,7 +42,7 @@ def opt(tmp_path_factory):
 def test_a_shift_moves_into_the_biases(opt):
     block = opened(opt, Recipe(Affine(8)))
     expected, moved = block.forward(block.x[:4]), block
-    shifted = [s for s in block.wiring.sites[:-1] if s.source is not None and shiftable(block, s)]
+    shifted = [s for s in block.graph.sites[:-1] if s.source is not None and shiftable(block, s)]
     assert len(shifted) == 3
     for site in shifted:
         width = block.weight(site.reads[0]).shape[1]
@@ -80,7 +80,7 @@ def test_what_is_learned_is_what_is_folded(tmp_path, family):
 def test_learning_lowers_the_loss_and_leaves_weights_alone(llama):
     block = opened(llama, Recipe(Affine(2, 16)))
     done = QUICK(block)
-    assert set(done.params) == set(block.wiring.linears)
+    assert set(done.params) == set(block.graph.linears)
     assert all(torch.equal(done.weights[k], block.weights[k]) for k in block.weights)
     judge = Reconstruction(block, 4)
     assert judge.loss(RTN()(done).decoded(), 8) < 0.9 * judge.loss(RTN()(block).decoded(), 8)
@@ -99,12 +99,12 @@ def test_transformation_helps_under_quantized_activations(opt):
 def test_official_clips_are_read(llama, tmp_path):
     block = opened(llama, Recipe(Affine(3)), i=1)
     tensors = {}
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         for end in ("upbound_factor", "lowbound_factor"):
             tensors[f"1.{name}.weight_quantizer.{end}"] = torch.randn(len(block.weight(name)), 1)
     save_file(tensors, tmp_path / "omni.safetensors")
     done = OmniQuant(clips=str(tmp_path / "omni.safetensors"))(block)
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         w = block.weight(name).double()
         low, high = (
             torch.sigmoid(tensors[f"1.{name}.weight_quantizer.{e}"]).double()
@@ -122,7 +122,7 @@ def test_official_clips_are_read(llama, tmp_path):
             ),
         ),
     )
-    assert set(tuned.coded) == set(block.wiring.linears)
+    assert set(tuned.coded) == set(block.graph.linears)
 
 
 def test_clips_of_another_model_are_named(llama, tmp_path):

@@ -61,8 +61,10 @@ OUTLINES = {  # family: linears, biased, rest of a block, outside, tied head
 def test_shapes_of_every_family(family):
     outline = Outline.of(FAMILIES[family]())
     linears, biased, rest, outside, tied = OUTLINES[family]
-    assert dict(outline.linears) == linears and outline.biased == biased
-    assert (outline.rest, outline.outside, outline.tied_head) == (rest, outside, tied)
+    (kind,) = outline.kinds
+    assert dict(kind.linears) == linears and kind.biased == biased
+    assert (kind.rest, outline.outside, outline.tied_head) == (rest, outside, tied)
+    assert outline.rest == 2 * rest and outline.of_layers == (0, 0)
     assert outline.blocks == 2 and outline.centred == family.startswith("opt")
     assert not outline.rotated and not outline.online and not outline.kv
 
@@ -70,11 +72,11 @@ def test_shapes_of_every_family(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_order_of_linears_is_that_of_the_forward_pass(family):
     """Every linear of a block is in one site, and its submodules run in that order."""
-    outline = Outline.of(FAMILIES[family]())
-    sites = [name for site in outline.wiring.sites for name in site.reads]
-    assert len(sites) == len(set(sites)) and set(sites) == set(outline.linears)
-    assert outline.wiring.linears == tuple(sites)
-    widths = [{outline.linears[n][1] for n in site.reads} for site in outline.wiring.sites]
+    (kind,) = Outline.of(FAMILIES[family]()).kinds
+    sites = [name for site in kind.graph.sites for name in site.reads]
+    assert len(sites) == len(set(sites)) and set(sites) == set(kind.linears)
+    assert kind.graph.linears == tuple(sites)
+    widths = [{kind.linears[n][1] for n in site.reads} for site in kind.graph.sites]
     assert all(len(w) == 1 for w in widths)  # linears of a site read the same input
 
 

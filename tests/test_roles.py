@@ -160,7 +160,7 @@ LAYER = Layer({"a": (8, 4), "b": (6, 8)}, rest=10, outside=100, hidden=8, vocab=
 def shapes(grid=None, count=10, length=16, compute=torch.float32, ranks=1, layer=LAYER):
     rows = Rows(count, length, 2, compute.itemsize, ranks)
     sites, device = [["a"], ["b"]], torch.device("cpu")
-    return Shapes(layer, grid or Affine(4), sites, rows, 2, device, compute)
+    return Shapes(layer, grid or Affine(4), sites, ["b"], rows, 2, device, compute)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_float_stream_is_the_float_models(block):
 def test_inputs_are_met_as_their_grid_leaves_them(block):
     grid = PerToken(3)
     read = block.with_input_quantizers(
-        dict.fromkeys(block.wiring.linears, InputQuantizer(grid=grid))
+        dict.fromkeys(block.graph.linears, InputQuantizer(grid=grid))
     )
     name = "self_attn.q_proj"
     x = reached(block, name, read.xq[:8], block.weights)

@@ -38,7 +38,7 @@ def test_folding_a_factor_keeps_the_function(tmp_path, family):
     block = begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 4), stream.block_kwargs(32)[0], 0)
     before = block.forward(x.double())
     folded = 0
-    for site in block.wiring.sites:
+    for site in block.graph.sites:
         if site.source is not None:
             seen = collect_inputs(block, [site], 4)[site.reads[0]]
             factor, _ = best_scale(block, site, seen, scale_candidates(seen.mean, 4))

@@ -13,7 +13,7 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.grid.names import parse_scheme
-from lowbit.model.wiring import wiring_of
+from lowbit.model.graph import Described, Frame, Graph
 from lowbit.plan import make_plan
 from lowbit.plan.targets import TARGETS, Planned, check_target, demand, verdicts
 from lowbit.recipe.presets import load_recipe
@@ -293,7 +293,7 @@ def test_a_kind_of_grid_that_nobody_knows_is_answered_by_all():
     planned = Planned(
         replace(own, grid=Other()),
         shapes,
-        replace(wiring_of(config), sites=()),
+        Described(Frame("model", "model.layers"), (Graph(()),), (0,)),
         config,
         beyond="a strange grid",
     )

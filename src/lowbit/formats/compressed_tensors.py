@@ -143,7 +143,7 @@ def describe(
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": sorted({*skipped, *_outside(grids)}),
+        "ignore": sorted({*skipped, *_headless(skipped, grids), *_outside(grids)}),
         "config_groups": groups,
         "version": "0.17.1",
         **({"dequantize": True} if while_loading else {}),
@@ -166,6 +166,14 @@ def _dynamic(activations: ActivationGrid) -> dict[str, Any]:
     }
 
 
+def _headless(skipped: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The linears that are kept inside the blocks, as AutoModel calls them, which takes the first
+    part away.
+    """
+    trunks = tuple(_trunks(names))
+    return {n.partition(".")[2] for n in skipped if trunks and n.startswith(trunks)}
+
+
 def _outside(names: Iterable[str]) -> set[str]:
     """A pattern of all linears that lie outside of the blocks, whatever a model's class calls its
     head.
@@ -173,10 +181,15 @@ def _outside(names: Iterable[str]) -> set[str]:
     A runtime that puts the model into a larger one adds to the front of the names, AutoModel takes
     the first part away.
     """
-    trunks = {found[1] for n in names if (found := re.match(r"(.+?\.)\d+\.", n))}
+    trunks = _trunks(names)
     headless = {t.partition(".")[2] for t in trunks} - {""}
     inside = sorted([rf"(.*\.)?{re.escape(t)}" for t in trunks] + [re.escape(t) for t in headless])
     return {f"re:(?!{'|'.join(inside)})"} if inside else set()
+
+
+def _trunks(names: Iterable[str]) -> set[str]:
+    """What comes before the numbers of blocks in the names of their linears."""
+    return {found[1] for n in names if (found := re.match(r"(.+?\.)\d+\.", n))}
 
 
 def grid_of(config: Mapping[str, Any], name: str) -> AnyGrid | None:

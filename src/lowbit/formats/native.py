@@ -10,8 +10,8 @@ Weights lie in the tensors of their grid's layout, see `lowbit.formats`. The con
                  row_exponent, columns} for CrossQuant (version 3), {bits, threshold} for LLM.int8()
                  (version 4), or null
     rotations    pattern on linear names -> factors of an online rotation of its input
-    kv           {bits, symmetric, clip, full_range, attention: pattern on module names, rotation:
-    factors or null}, or null
+    kv           {bits, symmetric, clip, full_range, attention: pattern on module names, or several
+                 in a list (version 6), rotation: factors or null}, or null
     tables       size -> rows of +-1 of the Hadamard matrices that are not Sylvester's, one
     hexadecimal number a row
     linears      full name -> what is not in config_groups: {codebook: {bits, per, group_size},
@@ -42,7 +42,8 @@ from . import compressed_tensors as ct
 
 NAME = "lowbit"
 VERSION = 5
-_READ = (1, 2, 3, 4, 5)
+_SEVERAL = 6  # of a config with several patterns of attention modules
+_READ = (1, 2, 3, 4, 5, 6)
 _BESIDE = {"columns", "outliers"}  # of an entry: what does not say which grid
 
 
@@ -51,7 +52,7 @@ def describe(
     skipped: Sequence[str],
     dtype: torch.dtype,
     input_quantizers: Mapping[str, InputQuantizer],
-    kv: tuple[KVGrid, str] | None,
+    kv: tuple[KVGrid, Sequence[str]] | None,
     counts: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """`quantization_config` for config.json.
@@ -60,9 +61,9 @@ def describe(
         grids: full linear name -> grid, for every quantized linear. skipped: linears kept in
             floating point.
         dtype: of the stored scales.
-        input_quantizers: linear's name inside its block -> input quantizer; the same in every
-            block, one activation grid for all.
-        kv: of keys and values, and the name of the attention module inside a block.
+        input_quantizers: pattern on full linear names -> input quantizer, see
+            `lowbit.run.patterns`; one activation grid for all.
+        kv: of keys and values, and patterns on the names of the attention modules.
         counts: full linear name -> what `lowbit.formats.packing.counts` says of it, of which
             "columns" and "outliers" are taken.
 
@@ -74,15 +75,15 @@ def describe(
     weights = ct.describe(plain, list(skipped))
     return {
         "quant_method": NAME,
-        "version": VERSION,
+        "version": VERSION if kv is None or len(kv[1]) == 1 else _SEVERAL,
         "format": weights["format"],
         "ignore": weights["ignore"],
         "config_groups": weights["config_groups"],
         "dtype": str(dtype).removeprefix("torch."),
         "activations": _activations(input_quantizers),
         "rotations": {
-            f"*.{n}": _factors(r.rotation, tables)
-            for n, r in input_quantizers.items()
+            pattern: _factors(r.rotation, tables)
+            for pattern, r in input_quantizers.items()
             if r.rotation is not None
         },
         "kv": None if kv is None else _kv(*kv, tables),
@@ -98,9 +99,10 @@ def _activations(input_quantizers: Mapping[str, InputQuantizer]) -> dict[str, An
     return next((asdict(grid) for grid in found), None)
 
 
-def _kv(kv: KVGrid, attention: str, tables: dict[str, list[str]]) -> dict[str, Any]:
+def _kv(kv: KVGrid, attention: Sequence[str], tables: dict[str, list[str]]) -> dict[str, Any]:
     rotation = None if kv.rotation is None else _factors(kv.rotation, tables)
-    return {**asdict(kv.grid), "attention": f"*.{attention}", "rotation": rotation}
+    said = attention[0] if len(attention) == 1 else list(attention)
+    return {**asdict(kv.grid), "attention": said, "rotation": rotation}
 
 
 def _linears(
@@ -156,7 +158,7 @@ def check(config: Mapping[str, Any]) -> None:
         raise LowbitError(
             f"quantization_config is of '{config.get('quant_method')}' version "
             f"{config.get('version')}; this version of lowbit reads "
-            f"'{NAME}' versions up to {VERSION}. Install the version of lowbit that made the "
+            f"'{NAME}' versions up to {_READ[-1]}. Install the version of lowbit that made the "
             "artifact."
         )
 
@@ -213,14 +215,14 @@ def input_quantizer_of(config: Mapping[str, Any], name: str) -> InputQuantizer:
     return InputQuantizer(None if factors is None else _rotation(factors, config["tables"]), grid)
 
 
-def kv_of(config: Mapping[str, Any]) -> tuple[KVGrid, str] | None:
-    """The grid of keys and values and the pattern of the attention modules' names; None for
-    floating point.
+def kv_of(config: Mapping[str, Any]) -> tuple[KVGrid, tuple[str, ...]] | None:
+    """The grid of keys and values and patterns on the attention modules' names; None for floating
+    point.
     """
     kv = config["kv"]
     if kv is None:
         return None
     rotation = None if kv["rotation"] is None else _rotation(kv["rotation"], config["tables"])
-    return KVGrid(
-        PerToken(kv["bits"], kv["symmetric"], kv["clip"], kv["full_range"]), rotation
-    ), kv["attention"]
+    said = kv["attention"]
+    grid = PerToken(kv["bits"], kv["symmetric"], kv["clip"], kv["full_range"])
+    return KVGrid(grid, rotation), (said,) if isinstance(said, str) else tuple(said)

@@ -69,8 +69,8 @@ def survey(block: Block, walk: Walk, upper: int) -> Iterator[tuple[Tensor, int, 
         bits of a weight that the grid has beyond the least width.
     """
     rows = min(walk.rows or block.tuned_rows, block.tuned_rows)
-    hessians = input_hessians(block, [site.reads[0] for site in block.wiring.sites], rows)
-    for site in block.wiring.sites:
+    hessians = input_hessians(block, [site.reads[0] for site in block.graph.sites], rows)
+    for site in block.graph.sites:
         name = site.reads[0]
         inputs = factored(block, walk, name, hessians.pop(name), [])
         if inputs is None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..model.block import Block
+from ..model.graph import Site
 from ..model.statistics import Seen
-from ..model.wiring import Site
 
 _LEAST = 1e-5
 

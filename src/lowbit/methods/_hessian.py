@@ -67,9 +67,7 @@ class Walk:
 
     def steps(self, block: Block) -> list[list[tuple[str, ...]]]:
         """The linears still to be coded: by step, in one pass each, and by site."""
-        sites = [
-            tuple(n for n in site.reads if n not in block.coded) for site in block.wiring.sites
-        ]
+        sites = [tuple(n for n in site.reads if n not in block.coded) for site in block.graph.sites]
         sites = [names for names in sites if names]
         if self.true_sequential:
             return [[names] for names in sites]
@@ -141,10 +139,11 @@ class _Passes:
         self, block: Block, step: Sequence[tuple[str, ...]], following: Sequence[tuple[str, ...]]
     ) -> str | None:
         """The submodule whose calls the next step can start from; None if that saves nothing."""
-        first, sites = step[0][0], block.wiring.sites
-        if not following or first in sites[0].reads:  # little runs before the first site
+        first, graph = step[0][0], block.graph
+        part = graph.site_of(first).probe
+        # Little runs before attention.
+        if not following or part == graph.attention:
             return None
-        part = next(s.probe for s in sites if first in s.reads)
         if not following[0][0].startswith(f"{part}."):
             return None
         numbers = self._rows * block.xq.shape[1] * block.weight(first).shape[1]
@@ -252,7 +251,7 @@ def column_cost(walk: Walk, shapes: Shapes) -> Cost:
     coded = sum(2.0 * a * b * b for a, b in layer.linears.values())
     return Cost(
         held=5 * layer.weights + waiting + working,
-        least=16 * max(widths) ** 2,  # a Hessian and its factor
+        least=16 * max(widths, default=0) ** 2,  # a Hessian and its factor
         work=shapes.forward(rows) * passes + Work(single=solved + coded),
         lighter="awq or rtn",
     )

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import Params, RangedGrid
 from ..model.block import Block
+from ..model.graph import Site
 from ..model.rewrite import fold
-from ..model.wiring import Site
 from ._equivalent import channel_ranges, smoothing
 
 _START = 4.0  # of the logits: sigmoid 0.982
@@ -25,7 +25,7 @@ class Learned:
         self.block, self.sites = block, sites
         self.low: dict[str, Tensor] = {}
         self.high: dict[str, Tensor] = {}
-        for name in block.wiring.linears:
+        for name in block.graph.linears:
             if name not in block.coded and name not in block.params:
                 rows, columns = block.weight(name).shape
                 shape = (rows, columns // ranged(block, name).group(columns))
@@ -60,7 +60,6 @@ class Learned:
         `fold`.
         """
         out = dict(self.block.weights)
-        offset = self.block.wiring.norm_offset
         for site in self.sites:
             source, factor = site.source, self.factor[site.reads[0]].clamp(min=_LEAST_FACTOR)
             shift = self.shift.get(site.reads[0])
@@ -68,7 +67,7 @@ class Learned:
             key, bias = f"{source.module}.weight", f"{source.module}.bias"
             rows = slice(*source.rows) if source.rows else slice(None)
             if source.kind == "norm":
-                out[key] = (out[key] + offset) / factor - offset
+                out[key] = (out[key] + source.offset) / factor - source.offset
             else:
                 scale = torch.ones(len(out[key]), device=factor.device).index_put(
                     (torch.arange(len(out[key]), device=factor.device)[rows],), factor
@@ -84,6 +83,8 @@ class Learned:
                 if shift is not None:
                     out[f"{name}.bias"] = out[f"{name}.bias"] + out[f"{name}.weight"] @ shift
                 out[f"{name}.weight"] = out[f"{name}.weight"] * factor
+            for key in site.beside:
+                out[key] = out[key] * factor
         return out
 
     def weights(self) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ class Learned:
         rounded.
         """
         out = self._transformed()
-        for name in self.block.wiring.linears:
+        for name in self.block.graph.linears:
             key, grid = f"{name}.weight", ranged(self.block, name)
             if name in self.low:
                 found = clipped_range(out[key], grid, self.low[name], self.high[name])
@@ -116,10 +117,12 @@ class Learned:
 
 def shiftable(block: Block, site: Site) -> bool:
     """Whether a shift can be taken off a site's activation: its source and all its readers have
-    biases.
+    biases, and nothing else reads it.
     """
     assert site.source is not None
-    return all(f"{n}.bias" in block.weights for n in (site.source.module, *site.reads))
+    return not site.beside and all(
+        f"{n}.bias" in block.weights for n in (site.source.module, *site.reads)
+    )
 
 
 def ranged(block: Block, linear: str) -> RangedGrid[Any]:

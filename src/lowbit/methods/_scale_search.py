@@ -13,10 +13,10 @@ from torch.func import functional_call
 
 from ..grid import AnyGrid, InputQuantizer
 from ..model.block import Block, first
+from ..model.graph import Site
 from ..model.hooks import quantized_inputs
 from ..model.statistics import Call, Value
 from ..model.statistics import Seen as Arrived
-from ..model.wiring import Site
 
 _TOKENS = 1024  # of a batch on which a candidate's error is computed before it is looked at
 _PARTS = 8  # of a linear's outputs, likewise

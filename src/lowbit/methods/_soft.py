@@ -37,8 +37,8 @@ class SoftBlock:
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.names = [n for n in block.wiring.linears if n not in block.coded] or list(
-            block.wiring.linears
+        self.names = [n for n in block.graph.linears if n not in block.coded] or list(
+            block.graph.linears
         )
         self.from_codes = self.names[0] in block.coded
         self.keys = [f"{n}.weight" for n in self.names]

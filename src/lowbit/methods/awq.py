@@ -35,9 +35,9 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import GroupedGrid
 from ..model.block import Block
+from ..model.graph import Site
 from ..model.rewrite import fold
 from ..model.statistics import Seen
-from ..model.wiring import Site
 from ._equivalent import foldable
 from ._scale_search import best_scale, collect_inputs, on_grid
 from .cost import Cost, Shapes, Work
@@ -105,7 +105,7 @@ class AWQ:
         return block if self.clip == "none" else block.remarked(f"awq: on codebooks no clip{where}")
 
     def _scaled(self, block: Block, rows: int) -> Block:
-        sites = [s for s in block.wiring.sites if s.source is not None and foldable(block, s)]
+        sites = [s for s in block.graph.sites if s.source is not None and foldable(block, s)]
         sites = [s for s in sites if not _indifferent(block, s)]
         block.announce("awq: inputs")
         seen = collect_inputs(block, [s for s in sites if not on_grid(block, s)], rows)
@@ -122,10 +122,10 @@ class AWQ:
         return block.with_notes(awq_exponents=chosen)
 
     def _clipped(self, block: Block, grids: Mapping[str, GroupedGrid[Any]], rows: int) -> Block:
-        spared = dict(block.wiring.unclipped)
+        spared = dict(block.graph.unclipped)
         weights, params = {}, {}
         moments = self._moments(block, grids, rows)
-        for site in block.wiring.sites:
+        for site in block.graph.sites:
             for name in (n for n in site.reads if n in grids):
                 block.announce(f"awq: clip of {name}")
                 weight, grid = block.weight(name), grids[name]
@@ -155,7 +155,7 @@ class AWQ:
         (q - x)^T, or None where activations are not quantized.
         """
         lengths: dict[int, list[str]] = {}
-        for site in block.wiring.sites:
+        for site in block.graph.sites:
             read = [n for n in site.reads if n in grids]
             widths = {grids[n].group(block.weight(n).shape[1]) for n in read}
             for length in sorted(widths):
@@ -306,15 +306,18 @@ def cost(method: AWQ, shapes: Shapes) -> Cost:
 
 
 def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
-    layer, last = shapes.layer, shapes.sites[-1]
+    layer = shapes.layer
+    inner = [names for names in shapes.sites if not set(names).isdisjoint(shapes.inner)]
+    known = {n for names in inner for n in names}
     # A CPU leaves a candidate once it has lost: all are begun, about two are finished.
     begun = min(1.0, _SEARCHED / tokens) if shapes.device.type == "cpu" else 1.0
     tried = method.exponents * begun + 2 * (1 - begun)
-    # The last site is judged through its Gram matrix, the others by running their part.
-    wide = shapes.widths[-1]
-    rest = layer.weights - sum(a * b for n, (a, b) in layer.linears.items() if n in last)
-    outputs = sum(layer.linears[n][0] for n in last)
-    judged = 2.0 * tokens * wide**2 + 2.0 * outputs * wide**2 * tried
+    # Inside an MLP a site is judged through its Gram matrix, the others by running their part.
+    rest = layer.weights - sum(a * b for n, (a, b) in layer.linears.items() if n in known)
+    judged = 0.0
+    for names in inner:
+        wide, outputs = layer.linears[names[0]][1], sum(layer.linears[n][0] for n in names)
+        judged += 2.0 * tokens * wide**2 + 2.0 * outputs * wide**2 * tried
     moved = float(_CANDIDATE * layer.weights * method.exponents)
     return shapes.products(2.0 * rest * tokens * (1 + tried)) + Work(single=judged, moved=moved)
 

@@ -41,12 +41,12 @@ class Layer:
     @property
     def largest(self) -> int:
         """L: weights of the largest linear."""
-        return max(a * b for a, b in self.linears.values())
+        return max((a * b for a, b in self.linears.values()), default=0)
 
     @property
     def widest(self) -> int:
         """Most inputs or outputs of a linear."""
-        return max(max(shape) for shape in self.linears.values())
+        return max((max(shape) for shape in self.linears.values()), default=0)
 
     @property
     def activations(self) -> int:
@@ -100,6 +100,7 @@ class Shapes:
 
     Attributes:
         layer: sizes. grid: of most linears. sites: linears that read the same input, in order.
+            inner: those that read what an MLP, or an expert, computed between its linears.
         rows: calibration rows of the run. held_out: how many of them pass and teach nothing.
         device: which computes. compute: dtype of forward passes there.
     """
@@ -107,6 +108,7 @@ class Shapes:
     layer: Layer
     grid: AnyGrid
     sites: Sequence[Sequence[str]]
+    inner: Sequence[str]
     rows: Rows
     held_out: int
     device: torch.device

@@ -31,12 +31,12 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import AnyGrid, RangedGrid
 from ..model.block import Block
+from ..model.graph import Heads, Site
 from ..model.model import Model, float_blocks
 from ..model.order import check_order, reorder
 from ..model.outline import Outline
 from ..model.rewrite import fold, fold_values, repeated
 from ..model.statistics import Seen
-from ..model.wiring import Heads, Site
 from ._equivalent import foldable
 from ._scale_search import best_scale, collect_inputs
 from .cost import Cost, Shapes, passes
@@ -103,7 +103,7 @@ class CrossQuant:
     def __call__(self, block: Block) -> Block:
         sites = [
             s
-            for s in block.wiring.sites
+            for s in block.graph.sites
             if foldable(block, s) and (s.source is not None or _shared(block, s) is not None)
         ]
         rows = min(self.rows or block.tuned_rows, block.tuned_rows)
@@ -143,11 +143,12 @@ class CrossQuant:
         the block.
 
         The residual stream has an order of its own, the same for all blocks (`Reorder`), and
-        attention's channels stay in their heads; those that share values are left as they are.
+        attention's channels stay in their heads; those that share values are left as they are, and
+        so are those of which it is not known what else would have to move.
         """
         if site.residual or site.source is None:
             return block, size
-        heads = block.wiring.heads
+        heads = block.graph.heads
         if heads is not None and site.reads == (heads.output,):
             if heads.norm is not None:
                 return block, size
@@ -157,8 +158,10 @@ class CrossQuant:
             order = (
                 inside + torch.arange(heads.count, device=size.device)[:, None] * heads.width
             ).flatten()
-        else:
+        elif block.graph.movable(site):
             order = size.argsort(descending=True, stable=True)
+        else:
+            return block, size
         return reorder(block, site, order), size[order]
 
     def _by_group(self, block: Block, site: Site, size: Tensor) -> Tensor:
@@ -226,7 +229,7 @@ class Reorder:
                 "crossquant.fold=group sorts channels that quarot has mixed: use --set "
                 "crossquant.fold=channel, or leave quarot out."
             )
-        check_order(outline.wiring, outline.config.model_type)
+        check_order(outline.described, outline.config.model_type)
         return outline
 
     def __call__(self, model: Model) -> Model:
@@ -243,7 +246,7 @@ class Reorder:
         (hidden,) float64.
         """
         method = self.method
-        names = [s.reads[0] for s in block.wiring.sites if s.residual]
+        names = [s.reads[0] for s in block.graph.sites if s.residual]
         found = method.sizes(block, names, min(method.rows or block.tuned_rows, block.tuned_rows))
         start = torch.zeros((), dtype=torch.float64, device=block.device)
         return sum((c.clamp(min=1e-30).log() for c in found.values()), start=start)
@@ -276,8 +279,8 @@ def _shared(block: Block, site: Site) -> Heads | None:
     """The heads, where a site reads attention's output and several of its channels come from one
     value.
     """
-    heads = block.wiring.heads
-    if heads is None or heads.norm is not None or site.source is not None:
+    heads = block.graph.heads
+    if heads is None or heads.norm is not None or site.source is not None or site.beside:
         return None
     return heads if site.reads == (heads.output,) else None
 

@@ -34,9 +34,9 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import AnyGrid, Params, RangedGrid
 from ..model.block import Block
+from ..model.graph import Site
 from ..model.model import Model
 from ..model.outline import Outline
-from ..model.wiring import Site
 from ._equivalent import foldable
 from ._learned import Learned, clipped_range, ranged
 from ._reconstruct import Reconstruction
@@ -88,7 +88,7 @@ class OmniQuant:
     def __call__(self, block: Block) -> Block:
         if self.clips:
             return read_clips(block, Path(self.clips))
-        bits = min(block.grids[n].bits for n in block.wiring.linears)
+        bits = min(block.grids[n].bits for n in block.graph.linears)
         learned = Learned(block, self._sites(block), self.alpha)
         if not learned.clips() and not learned.transforms():
             raise LowbitError(
@@ -124,11 +124,12 @@ class OmniQuant:
         quantized = any(r.grid is not None for r in block.input_quantizers.values())
         if self.transform == "off" or (self.transform == "auto" and not quantized):
             return ()
-        able = [s for s in block.wiring.sites if s.source is not None and foldable(block, s)]
+        able = [s for s in block.graph.sites if s.source is not None and foldable(block, s)]
         return tuple(
             s
             for s in able
-            if s.source is not None and (s is not block.wiring.sites[-1] or s.source.kind == "norm")
+            if s.source is not None
+            and (s.source.kind == "norm" or set(s.reads).isdisjoint(block.graph.inner))
         )
 
     def _train(self, block: Block, learned: Learned, second: bool, epochs: int) -> list[str]:
@@ -188,7 +189,7 @@ def read_clips(block: Block, path: Path) -> Block:
             held: Mapping[str, Tensor] = {k: f.get_tensor(k) for k in names}
     except (OSError, SafetensorError) as e:
         raise LowbitError(f"omniquant.clips: '{path}' cannot be read as safetensors: {e}") from e
-    for name in block.wiring.linears:
+    for name in block.graph.linears:
         weight, grid = block.weight(name), ranged(block, name)
         groups = weight.shape[1] // grid.group(weight.shape[1])
         logits = []

@@ -20,7 +20,7 @@ Kronecker products. Helpers: `grid.rotation`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -28,10 +28,10 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import AnyGrid, InputQuantizer, KVGrid, Rotation
 from ..model.block import Block
+from ..model.graph import Described, Graph, Heads
 from ..model.model import Model
-from ..model.outline import Outline
+from ..model.outline import Kind, Outline
 from ..model.residual import basis_of
-from ..model.wiring import Heads, Wiring
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,20 @@ class QuaRot:
             )
 
     def __call__(self, block: Block) -> Block:
-        heads = block.wiring.heads
+        heads = block.graph.heads
         if heads is not None and self.heads:
             block = self._rotate_values(block, heads)
         elif heads is not None and self.online and self.across_heads:
             block = _without_norm(block, heads)
-        widths = {n: block.weight(n).shape[1] for n in block.wiring.linears}
-        for linear, rotation in self.online_rotations(block.wiring, widths).items():
+        widths = {n: block.weight(n).shape[1] for n in block.graph.linears}
+        for linear, rotation in self.online_rotations(block.graph, widths).items():
             block = _online(block, linear, rotation)
         if self.keys and block.kv is not None and heads is not None:
             block = replace(block, kv=KVGrid(block.kv.grid, _of_head(heads)))
         return block
 
-    def online_rotations(self, wiring: Wiring, widths: Mapping[str, int]) -> dict[str, Rotation]:
-        """The inputs that are rotated while the model runs.
+    def online_rotations(self, graph: Graph, widths: Mapping[str, int]) -> dict[str, Rotation]:
+        """The inputs of a block that are rotated while the model runs.
 
         Args:
             widths: linear of a block -> inputs.
@@ -86,11 +86,11 @@ class QuaRot:
         if not self.online:
             return {}
         found: dict[str, Rotation] = {}
-        heads = wiring.heads
+        heads = graph.heads
         if self.across_heads and heads is not None and heads.count > 1:
             found[heads.output] = Rotation.across_heads(heads.count, heads.width)
-        last = wiring.sites[-1].reads[0]
-        found[last] = Rotation.hadamard(widths[last], f"the number of inputs of '{last}'")
+        for name in graph.inner:
+            found[name] = Rotation.hadamard(widths[name], f"the number of inputs of '{name}'")
         return found
 
     def _rotate_values(self, block: Block, heads: Heads) -> Block:
@@ -117,54 +117,103 @@ class Rotate:
     method: QuaRot
 
     def planned(self, outline: Outline) -> Outline:
-        method, heads = self.method, outline.wiring.heads
+        method, described = self.method, outline.described
         self._check(outline)
-        widths = {n: width for n, (_, width) in outline.linears.items()}
-        keys = _of_head(heads) if method.keys and heads is not None and outline.kv else None
+
+        def widths(i: int) -> dict[str, int]:
+            return {n: width for n, (_, width) in outline.kind(i).linears.items()}
+
         return replace(
             outline,
             rotated=outline.rotated or method.residual,
-            online=method.online_rotations(outline.wiring, widths),
-            key_rotation=keys,
+            online=self._rotations(described, widths),
+            key_rotation=_of_keys(described) if method.keys and outline.kv else None,
         )
 
     def _check(self, outline: Outline) -> None:
         """Refuse sizes that cannot be rotated, with the option that leaves the rotation out."""
-        method, wiring, config = self.method, outline.wiring, outline.config
-        if method.residual:
-            basis_of(wiring, config.hidden_size, outline.centred, config.model_type, seed=0)
-        last, heads = wiring.sites[-1].reads[0], wiring.heads
-        inner = f"the number of inputs of '{last}'"
-        wanted = [(method.online, outline.linears[last][1], inner, "online")]
+        config, described = outline.config, outline.described
+        if self.method.residual:
+            basis_of(described, config.hidden_size, outline.centred, config.model_type, seed=0)
+        for kind in outline.kinds:
+            for on, size, what, option in self._wanted(kind, outline.kv):
+                if on:
+                    try:
+                        Rotation.hadamard(size, what)
+                    except LowbitError as e:
+                        raise LowbitError(
+                            f"{str(e).rstrip('.')}: --set quarot.{option}=false leaves that "
+                            "rotation out."
+                        ) from e
+
+    def _wanted(self, kind: Kind, kv: bool) -> list[tuple[bool, int, str, str]]:
+        """The rotations of a kind of block: whether each is made, its size, of what, its option."""
+        method, heads = self.method, kind.graph.heads
+        wanted = [
+            (method.online, kind.linears[name][1], f"the number of inputs of '{name}'", "online")
+            for name in kind.graph.inner
+        ]
         if heads is not None:
             across, width = method.online and method.across_heads, "the width of a head"
             wanted += [
                 (across, heads.count, "the number of attention heads", "across_heads"),
                 (method.heads, heads.width, width, "heads"),
-                (method.keys and outline.kv, heads.width, width, "keys"),
+                (method.keys and kv, heads.width, width, "keys"),
             ]
-        for on, size, what, option in wanted:
-            if on:
-                try:
-                    Rotation.hadamard(size, what)
-                except LowbitError as e:
-                    raise LowbitError(
-                        f"{str(e).rstrip('.')}: --set quarot.{option}=false leaves that rotation "
-                        "out."
-                    ) from e
+        return wanted
+
+    def _rotations(
+        self, described: Described, widths: Callable[[int], Mapping[str, int]]
+    ) -> dict[str, Rotation]:
+        """Full linear name -> rotation of its input while the model runs.
+
+        Args:
+            widths: block -> linear inside it -> inputs.
+        """
+        found: dict[str, Rotation] = {}
+        made: dict[tuple[int, tuple[tuple[str, int], ...]], dict[str, Rotation]] = {}
+        for i, kind in enumerate(described.of_layers):
+            own = widths(i)
+            key = (kind, tuple(own.items()))
+            if key not in made:
+                made[key] = self.method.online_rotations(described.graph(i), own)
+            found |= {f"{described.block_name(i)}.{n}": r for n, r in made[key].items()}
+        return found
 
     def __call__(self, model: Model) -> Model:
         source = model.source.rotated(model.seed) if self.method.residual else model.source
-        wiring = source.wiring
-        block = source.block_module(0)
-        widths = {n: block.get_parameter(f"{n}.weight").shape[1] for n in wiring.linears}
-        keys = self.method.keys and model.kv is not None and wiring.heads is not None
+        keys = self.method.keys and model.kv is not None
+
+        def widths(i: int) -> dict[str, int]:
+            block = source.block_module(i)
+            return {n: block.get_parameter(f"{n}.weight").shape[1] for n in source.graph(i).linears}
+
         return replace(
             model,
             source=source,
-            online=self.method.online_rotations(wiring, widths),
-            key_rotation=_of_head(wiring.heads) if keys and wiring.heads is not None else None,
+            online=self._rotations(source.described, widths),
+            key_rotation=_of_keys(source.described) if keys else None,
         )
+
+
+def _of_keys(described: Described) -> Rotation | None:
+    """The rotation of queries and keys, one for all blocks that have them; None without.
+
+    Raises:
+        LowbitError: their heads differ.
+    """
+    widths = {
+        None if graph.heads is None else graph.heads.width
+        for graph in described.kinds
+        if graph.attention is not None
+    }
+    if len(widths) > 1:
+        raise LowbitError(
+            "the heads of this model's blocks differ, and one rotation of keys would have to fit "
+            "all of them: --set quarot.keys=false leaves that rotation out."
+        )
+    width = next(iter(widths), None)
+    return None if width is None else Rotation.hadamard(width, "the width of a head")
 
 
 def _of_head(heads: Heads) -> Rotation:
@@ -185,7 +234,8 @@ def _each_head(x: Tensor, rotation: Rotation) -> Tensor:
 
 def _norm_into(block: Block, norm: str, linear: str) -> dict[str, Tensor]:
     """Move a norm's gain into the linear that reads it, so that rotations pass through the norm."""
-    key, offset = f"{norm}.weight", block.wiring.norm_offset
+    key, source = f"{norm}.weight", block.graph.site_of(linear).source
+    offset = source.offset if source is not None and source.module == norm else 0.0
     gain = block.weights[key].double() + offset
     weight = block.weight(linear)
     return {

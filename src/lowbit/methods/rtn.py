@@ -15,7 +15,7 @@ class RTN:
     """Nearest codes, no data used."""
 
     def __call__(self, block: Block) -> Block:
-        left = [name for name in block.wiring.linears if name not in block.coded]
+        left = [name for name in block.graph.linears if name not in block.coded]
         return block.with_codes({name: block.nearest(name) for name in left})
 
 

@@ -41,7 +41,7 @@ class SmoothQuant:
     def __call__(self, block: Block) -> Block:
         sites = {
             s.reads[0]: s
-            for s in block.wiring.sites
+            for s in block.graph.sites
             if s.source is not None and s.source.kind == "norm" and s.residual
         }
         rows = min(self.rows or block.tuned_rows, block.tuned_rows)

@@ -20,11 +20,11 @@ from ..errors import LowbitError
 from ..grid import AnyGrid, Coded, InputQuantizer, KVGrid, Params, QTensor, QuantizedStates
 from ..grid.kmeans import NotFiniteError
 from .context import TOKENS_PER_PASS, Announce, Context
+from .graph import Graph
 from .hooks import AllSeen, quantized_inputs, watched
 from .microbatches import MicroBatches
 from .ranks import Ranks
 from .statistics import Call, Reduce, Seen, Statistic, Stream, Value, statistics
-from .wiring import Wiring
 
 
 def first(output: Any) -> Tensor:
@@ -70,8 +70,8 @@ class Block:
         return self.context.module
 
     @property
-    def wiring(self) -> Wiring:
-        return self.context.wiring
+    def graph(self) -> Graph:
+        return self.context.graph
 
     @property
     def grids(self) -> Mapping[str, AnyGrid]:
@@ -289,7 +289,7 @@ class Block:
         exact = value.to(own)
         if own == self.stored or torch.equal(exact.to(value.dtype), value):
             return exact
-        return value.to(torch.promote_types(own, self.stored))
+        return value.to(self.context.keeps(name))
 
     def with_weights(self, changes: Mapping[str, Tensor]) -> Block:
         """The block with some parameters replaced.

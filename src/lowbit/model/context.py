@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import AnyGrid
+from .graph import Graph
 from .ranks import ALONE, Ranks
 from .storage import Storage
-from .wiring import Wiring
 
 TOKENS_PER_PASS = 8192
 
@@ -29,7 +29,8 @@ class Context:
 
     Attributes:
         name: prefix in the checkpoint, e.g. "model.layers.3".
-        module: the transformers layer on the meta device: forward only, no data.
+        module: the transformers layer on the meta device: forward only, no data. graph: what reads
+            what in it.
         kwargs: what the layer is called with besides its input.
         compute: dtype of the forward pass.
         stored: the dtype of most of the checkpoint's linears, in which scales and activation
@@ -50,7 +51,7 @@ class Context:
 
     name: str
     module: nn.Module
-    wiring: Wiring
+    graph: Graph
     kwargs: Mapping[str, Any]
     compute: torch.dtype
     stored: torch.dtype
@@ -65,6 +66,12 @@ class Context:
     announce: Announce = silent
     storage: Storage | None = None
     ranks: Ranks = ALONE
+
+    def keeps(self, name: str) -> torch.dtype:
+        """The dtype in which an artifact stores a parameter that is not coded and that a method has
+        changed: that of the checkpoint if it is wider than ``stored``.
+        """
+        return torch.promote_types(self.dtypes.get(name, self.stored), self.stored)
 
     def computing(self, dtype: torch.dtype) -> Context:
         """The same with the forward pass in another dtype."""

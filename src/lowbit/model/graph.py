@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import LowbitError
+
 
 @dataclass(frozen=True)
 class Source:
@@ -97,6 +99,40 @@ class Graph:
         """Every quantizable linear of the block, in the order of the forward pass."""
         return tuple(name for site in self.sites for name in site.reads)
 
+    @property
+    def rotatable(self) -> bool:
+        """Whether all that reads and writes the residual stream is known: its channels can be mixed
+        or change places.
+        """
+        return bool(self.writers) and any(site.residual for site in self.sites)
+
+    def site_of(self, linear: str) -> Site:
+        """The site that a linear reads.
+
+        Raises:
+            KeyError: it is none of the block's.
+        """
+        for site in self.sites:
+            if linear in site.reads:
+                return site
+        raise KeyError(linear)
+
+    def movable(self, site: Site) -> bool:
+        """Whether the channels of a site of ``inner`` can change places."""
+        if site.source is None or set(site.reads).isdisjoint(self.inner):
+            return False
+        makers = self.makers(site)
+        return bool(makers) and (site.source.kind == "norm" or site.source.module in makers)
+
+    def makers(self, site: Site) -> tuple[str, ...]:
+        """The linears whose outputs, channel by channel, make what a site of ``inner`` reads: those
+        of the last site before it that are in the same MLP or expert.
+        """
+        part = site.reads[0].rpartition(".")[0]
+        before = self.sites[: self.sites.index(site)]
+        found = [tuple(n for n in s.reads if n.rpartition(".")[0] == part) for s in before]
+        return next((names for names in reversed(found) if names), ())
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -119,3 +155,46 @@ class Frame:
     final_offset: float = 0.0
     embeddings: tuple[str, ...] = ("embed_tokens",)
     open: bool = False
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model's blocks and what lies around them.
+
+    Attributes:
+        kinds: graphs that differ, each of at least one block.
+        of_layers: of each block, the index of its graph in ``kinds``.
+    """
+
+    frame: Frame
+    kinds: tuple[Graph, ...]
+    of_layers: tuple[int, ...]
+
+    def graph(self, i: int) -> Graph:
+        """The graph of block i."""
+        return self.kinds[self.of_layers[i]]
+
+    def check(self, model: str) -> None:
+        """Raise LowbitError if no block has a linear that can be quantized."""
+        if not any(self.kinds[kind].linears for kind in self.of_layers):
+            raise LowbitError(f"no block of '{model}' has a linear that can be quantized.")
+
+    def block_name(self, i: int) -> str:
+        """The prefix of block i in the names of tensors and modules."""
+        return f"{self.frame.layers}.{i}"
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The full name of every quantizable linear, block by block."""
+        return tuple(
+            f"{self.block_name(i)}.{name}"
+            for i in range(len(self.of_layers))
+            for name in self.graph(i).linears
+        )
+
+    @property
+    def flat(self) -> tuple[str, ...]:
+        """Names inside a block of the linears that some block gives the tokens of all rows in one
+        matrix.
+        """
+        return tuple(dict.fromkeys(name for graph in self.kinds for name in graph.flat))

@@ -42,7 +42,7 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
     rows = min(block.tuned_rows, -(-_TOKENS // length))
     tokens = torch.arange(min(_TOKENS, rows * length))
     coded = {
-        site.reads[0]: [n for n in site.reads if n in block.coded] for site in block.wiring.sites
+        site.reads[0]: [n for n in site.reads if n in block.coded] for site in block.graph.sites
     }
 
     def squares(seen: Seen) -> Tensor:

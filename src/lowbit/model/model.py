@@ -68,7 +68,7 @@ class Model:
         methods: what the blocks will be quantized by.
         activations: grid of every quantized linear's input, None for floating point. kv: of keys
             and values.
-        online: linear -> rotation of its input while the finished model runs.
+        online: full linear name -> rotation of its input while the finished model runs.
         key_rotation: of queries and keys.
         rows: (n, length) int64, the calibration rows of all ranks.
         seed: for everything random.
@@ -90,21 +90,24 @@ class Model:
     streams: Streams | None = None
     announce: Announce = silent
 
-    @property
-    def input_quantizers(self) -> dict[str, InputQuantizer]:
-        """How the finished model reads the inputs of a block's linears; nothing where it is
+    def input_quantizers(self, i: int) -> dict[str, InputQuantizer]:
+        """How the finished model reads the inputs of block i's linears; nothing where it is
         missing.
         """
+        prefix = self.source.block_name(i)
         return {
-            n: InputQuantizer(self.online.get(n), self.activations)
-            for n in self.source.wiring.linears
-            if self.activations is not None or n in self.online
+            n: InputQuantizer(self.online.get(f"{prefix}.{n}"), self.activations)
+            for n in self.source.graph(i).linears
+            if self.activations is not None or f"{prefix}.{n}" in self.online
         }
 
-    @property
-    def kv_grid(self) -> KVGrid | None:
-        """How the finished model stores keys and values."""
-        return None if self.kv is None else KVGrid(self.kv, self.key_rotation)
+    def kv_grid(self, i: int) -> KVGrid | None:
+        """How the finished model stores the keys and values of block i, None for floating point or
+        where it has none.
+        """
+        if self.kv is None or self.source.graph(i).attention is None:
+            return None
+        return KVGrid(self.kv, self.key_rotation)
 
     def entered(self, rows: Tensor, proof: Tensor | None = None) -> Streams:
         """What enters the first block.
@@ -125,16 +128,16 @@ class Model:
         Raises:
             LowbitError: the float model's activations are not finite.
         """
-        source, name = self.source, self.source.block_name(i)
+        source, name, graph = self.source, self.source.block_name(i), self.source.graph(i)
         context = Context(
             name=name,
             module=source.block_module(i),
-            wiring=source.wiring,
+            graph=graph,
             kwargs=kwargs,
             compute=source.compute,
             stored=source.dtype,
             dtypes=source.block_dtypes(i),
-            grids={n: self.grid_of(f"{name}.{n}") for n in source.wiring.linears},
+            grids={n: self.grid_of(f"{name}.{n}") for n in graph.linears},
             x=streams.x,
             xq=streams.xq,
             target=streams.x,
@@ -156,10 +159,10 @@ class Model:
         block = block.within(target=target)
         if self.activations is not None:
             input_quantizer = InputQuantizer(grid=self.activations)
-            block = block.with_input_quantizers(
-                dict.fromkeys(block.wiring.linears, input_quantizer)
-            )
-        return block if self.kv is None else replace(block, kv=KVGrid(self.kv))
+            block = block.with_input_quantizers(dict.fromkeys(graph.linears, input_quantizer))
+        if self.kv is None or graph.attention is None:
+            return block
+        return replace(block, kv=KVGrid(self.kv))
 
 
 def float_blocks(model: Model, what: str) -> Iterator[Block]:

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from .block import Block
-from .wiring import Site, Wiring
+from .graph import Described, Graph, Site
 
 
-def check_order(wiring: Wiring, family: str) -> None:
+def check_order(described: Described, family: str) -> None:
     """Raise LowbitError if the channels of a family's residual stream cannot change places."""
-    if (
-        not wiring.writers
-        or not any(s.residual for s in wiring.sites)
-        or "project_out" in wiring.final
-    ):
+    if described.frame.open or not all(graph.rotatable for graph in described.kinds):
         raise LowbitError(
             f"the residual channels of this '{family}' model cannot be put in another order: it is "
             "normalised after each addition or "
@@ -28,7 +24,7 @@ def check_order(wiring: Wiring, family: str) -> None:
         )
 
 
-def order_block(weights: Mapping[str, Tensor], wiring: Wiring, order: Tensor) -> dict[str, Tensor]:
+def order_block(weights: Mapping[str, Tensor], graph: Graph, order: Tensor) -> dict[str, Tensor]:
     """A block's parameters with channel i of the residual stream the one that was ``order[i]``.
 
     Args:
@@ -36,14 +32,14 @@ def order_block(weights: Mapping[str, Tensor], wiring: Wiring, order: Tensor) ->
     """
     out = dict(weights)
     at = order.to(next(iter(out.values())).device)
-    for site in wiring.sites:
+    for site in graph.sites:
         if site.residual and site.source is not None:
             for key in (f"{site.source.module}.weight", f"{site.source.module}.bias"):
                 if key in out:
                     out[key] = out[key][at]
-            for name in site.reads:
-                out[f"{name}.weight"] = out[f"{name}.weight"][:, at]
-    for name in wiring.writers:
+            for key in (*(f"{name}.weight" for name in site.reads), *site.beside):
+                out[key] = out[key][..., at]
+    for name in graph.writers:
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in out:
                 out[key] = out[key][at]
@@ -86,20 +82,20 @@ def reorder(block: Block, site: Site, order: Tensor) -> Block:
     source = site.source
     if source is None:
         raise ValueError("this site has no source whose channels could change places")
+    graph = block.graph
     changes: dict[str, Tensor] = {f"{n}.weight": block.weight(n)[:, order] for n in site.reads}
+    changes |= {name: block.weights[name][..., order] for name in site.beside}
     moved: list[tuple[str, Tensor]] = []
     if source.kind == "norm":
         moved.append((source.module, order))
-    elif site.probe == (block.wiring.heads.output if block.wiring.heads else None):
+    elif site.probe == (graph.heads.output if graph.heads else None):
         moved.append(
             (source.module, _all_rows(len(block.weight(source.module)), source.rows, order))
         )
-    makers = [s for s in block.wiring.sites if source.module in s.reads]
-    if site is block.wiring.sites[-1]:
-        makers = makers or [block.wiring.sites[-2]]  # behind a norm of its own, as BitNet's
+    if not set(site.reads).isdisjoint(graph.inner):
         moved += [
             (n, torch.cat([order + k for k in range(0, len(block.weight(n)), len(order))]))
-            for n in makers[0].reads
+            for n in graph.makers(site)
         ]
     for module, rows in moved:
         for key in (f"{module}.weight", f"{module}.bias"):

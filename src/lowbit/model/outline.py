@@ -1,18 +1,50 @@
-"""What a model is without its data: shapes and wiring, known from config.json alone."""
+"""What a model is without its data: shapes and graphs, known from config.json alone."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..grid import Rotation
+from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
-from .wiring import Wiring, wiring_of
+from .wiring import described
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Blocks of one graph and of the same shapes.
+
+    Attributes:
+        linears: linear that is quantized -> (out, in). biased: those with a bias.
+        rest: parameters of a block outside these linears.
+    """
+
+    graph: Graph
+    linears: Mapping[str, tuple[int, int]]
+    biased: frozenset[str]
+    rest: int
+
+    @classmethod
+    def of(cls, graph: Graph, block: nn.Module) -> Kind:
+        """The kind of a block, which may be on the meta device."""
+        linears: dict[str, tuple[int, int]] = {}
+        for name in graph.linears:
+            rows, columns = block.get_parameter(f"{name}.weight").shape
+            linears[name] = (rows, columns)
+        inside = sum(p.numel() for p in block.parameters())
+        return cls(
+            graph,
+            linears,
+            frozenset(n for n in linears if block.get_submodule(n).bias is not None),
+            inside - sum(a * b for a, b in linears.values()),
+        )
 
 
 @dataclass(frozen=True)
@@ -20,22 +52,20 @@ class Outline:
     """Shapes of a model, and what stages will have made of it.
 
     Attributes:
-        config: of transformers. wiring: of its blocks.
-        linears: linear of one block -> (out, in). biased: those with a bias.
-        rest: parameters of a block outside its linears.
+        config: of transformers. frame: what lies around the blocks.
+        kinds: of blocks. of_layers: of each block, the index of its kind.
         outside: parameters outside the blocks, a tied head not counted. tied_head: parameters of
             that head; 0 without one.
         centred: its norms take the mean off (LayerNorm).
         rotated: the residual stream is in another basis; the head is no longer tied then.
-        online: linear -> rotation of its input while the finished model runs.
+        online: full linear name -> rotation of its input while the finished model runs.
         kv: keys and values will be quantized. key_rotation: of queries and keys then.
     """
 
     config: Any
-    wiring: Wiring
-    linears: Mapping[str, tuple[int, int]]
-    biased: frozenset[str]
-    rest: int
+    frame: Frame
+    kinds: tuple[Kind, ...]
+    of_layers: tuple[int, ...]
     outside: int
     tied_head: int
     centred: bool
@@ -49,51 +79,74 @@ class Outline:
         """The outline of a transformers config.
 
         Raises:
-            LowbitError: unsupported family, or a config that describes no model.
+            LowbitError: unsupported family, or a config that describes no model, or one without a
+                linear that can be quantized.
         """
-        small = copy.deepcopy(config)
-        small.num_hidden_layers = 1
-        if getattr(small, "layer_types", None):
-            small.layer_types = small.layer_types[:1]
-        wiring = wiring_of(small)
+        found = described(config)
         name = getattr(config, "name_or_path", "") or config.model_type
-        model: Any = build_skeleton(small, name)
-        block = model.get_submodule(wiring.layers)[0]
-        linears = {n: tuple(block.get_parameter(f"{n}.weight").shape) for n in wiring.linears}
-        inside = sum(p.numel() for p in block.parameters())
+        found.check(name)
+        model: Any = build_skeleton(copy.deepcopy(config), name)
+        blocks = list(model.get_submodule(found.frame.layers).children())
+        kinds: list[Kind] = []
+        of_layers: list[int] = []
+        for i, block in enumerate(blocks):
+            kind = Kind.of(found.graph(i), block)
+            if kind not in kinds:
+                kinds.append(kind)
+            of_layers.append(kinds.index(kind))
         # Meta tensors carry no data to tie: count the head out by the config's word.
         head = model.get_output_embeddings().weight
         tied = bool(getattr(config, "tie_word_embeddings", False))
         everything = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-        outside = everything - inside
+        outside = everything - sum(p.numel() for block in blocks for p in block.parameters())
         if tied and head is not model.get_input_embeddings().weight:
             outside -= head.numel()
         return cls(
             config=config,
-            wiring=wiring_of(config),
-            linears=linears,
-            biased=frozenset(n for n in wiring.linears if block.get_submodule(n).bias is not None),
-            rest=inside - sum(a * b for a, b in linears.values()),
+            frame=found.frame,
+            kinds=tuple(kinds),
+            of_layers=tuple(of_layers),
             outside=outside,
             tied_head=head.numel() if tied else 0,
-            centred=any(isinstance(m, nn.LayerNorm) for m in block.modules()),
+            centred=any(isinstance(m, nn.LayerNorm) for block in blocks for m in block.modules()),
         )
 
     @property
     def blocks(self) -> int:
         """How many there are."""
-        count: int = self.config.num_hidden_layers
-        return count
+        return len(self.of_layers)
+
+    @cached_property
+    def described(self) -> Described:
+        """The graphs, one a kind."""
+        return Described(self.frame, tuple(kind.graph for kind in self.kinds), self.of_layers)
+
+    def kind(self, i: int) -> Kind:
+        """The kind of block i."""
+        return self.kinds[self.of_layers[i]]
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full linear name -> (out, in), of all blocks."""
-        layers = self.wiring.layers
         return {
-            f"{layers}.{i}.{n}": shape
+            f"{self.described.block_name(i)}.{n}": shape
             for i in range(self.blocks)
-            for n, shape in self.linears.items()
+            for n, shape in self.kind(i).linears.items()
         }
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """Full names of the linears with a bias."""
+        return frozenset(
+            f"{self.described.block_name(i)}.{n}"
+            for i in range(self.blocks)
+            for n in self.kind(i).biased
+        )
+
+    @property
+    def rest(self) -> int:
+        """Parameters of all blocks outside their linears."""
+        return sum(self.kind(i).rest for i in range(self.blocks))
 
     @property
     def stored_outside(self) -> int:

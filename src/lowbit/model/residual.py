@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..grid import Rotation
-from .wiring import Site, Wiring
+from .graph import Described, Graph, Site
 
 _ROWS = 4096
 
@@ -72,7 +72,7 @@ class Basis:
         return self.rotate(x.double() - x.double().mean(-1, keepdim=True) if self.centred else x)
 
 
-def basis_of(wiring: Wiring, hidden: int, centred: bool, family: str, seed: int) -> Basis:
+def basis_of(described: Described, hidden: int, centred: bool, family: str, seed: int) -> Basis:
     """The basis for a family.
 
     Args:
@@ -82,8 +82,9 @@ def basis_of(wiring: Wiring, hidden: int, centred: bool, family: str, seed: int)
         LowbitError: the family's residual stream cannot be rotated, or the hidden size has no
             Hadamard matrix.
     """
-    open_end = "project_out" in wiring.final or (centred and not wiring.final)
-    if not wiring.writers or not any(site.residual for site in wiring.sites) or open_end:
+    frame = described.frame
+    open_end = frame.open or (centred and not frame.final)
+    if open_end or not all(graph.rotatable for graph in described.kinds):
         raise LowbitError(
             f"the residual stream of this '{family}' model cannot be rotated: it is normalised "
             "after each addition or projected at "
@@ -93,7 +94,11 @@ def basis_of(wiring: Wiring, hidden: int, centred: bool, family: str, seed: int)
 
 
 def rotate_block(
-    weights: Mapping[str, Tensor], wiring: Wiring, basis: Basis, stored: torch.dtype
+    weights: Mapping[str, Tensor],
+    graph: Graph,
+    basis: Basis,
+    stored: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, Tensor]:
     """A block's parameters, by their names inside the block, in the new basis and in their own
     dtypes.
@@ -101,34 +106,41 @@ def rotate_block(
     Args:
         stored: the artifact's dtype; what it keeps as it is (biases) is rounded to it, weights that
             will be coded are not.
+        dtypes: parameter -> dtype in the checkpoint; one that is read beside a site's linears is
+            rounded to it, or to ``stored`` if that is wider.
     """
     out = dict(weights)
-    for site in wiring.sites:
+    for site in graph.sites:
         if site.residual:
-            out.update(_unit_norm(out, site, wiring.norm_offset))
-            for name in site.reads:
-                key = f"{name}.weight"
+            out.update(_unit_norm(out, site))
+            for key in (*(f"{name}.weight" for name in site.reads), *site.beside):
                 out[key] = basis.rotate(out[key]).to(weights[key].dtype)
-    for name in wiring.writers:
+            for key in site.beside:
+                kept = torch.promote_types(dtypes.get(key, stored), stored)
+                out[key] = out[key].to(kept).to(weights[key].dtype)
+    for name in graph.writers:
         key, bias = f"{name}.weight", f"{name}.bias"
         out[key] = basis.written(out[key].T).T.contiguous().to(weights[key].dtype)
         if bias in out:
             out[bias] = basis.written(out[bias]).to(weights[bias].dtype)
-    return {k: v.to(stored).to(v.dtype) if k.endswith(".bias") else v for k, v in out.items()}
+    changed = [k for k, v in out.items() if k.endswith(".bias") and v is not weights.get(k)]
+    return {**out, **{k: out[k].to(stored).to(out[k].dtype) for k in changed}}
 
 
-def _unit_norm(weights: Mapping[str, Tensor], site: Site, offset: float) -> dict[str, Tensor]:
-    """Move a norm's gain and bias into the linears that read it; float64 where the weights are to
-    be rotated next.
+def _unit_norm(weights: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
+    """Move a norm's gain and bias into what reads it; float64 where the weights are to be rotated
+    next.
     """
     assert site.source is not None
+    offset = site.source.offset
     key, bias = f"{site.source.module}.weight", f"{site.source.module}.bias"
     gain = weights[key].double() + offset
     out = {key: torch.full_like(weights[key], 1 - offset)}
-    for name in site.reads:
-        weight = weights[f"{name}.weight"].double()
-        out[f"{name}.weight"] = weight * gain
+    for reader in (*(f"{name}.weight" for name in site.reads), *site.beside):
+        weight = weights[reader].double()
+        out[reader] = weight * gain
         if bias in weights:
+            name = reader.removesuffix(".weight")
             own = f"{name}.bias"
             if own not in weights:
                 raise LowbitError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .block import Block
-from .wiring import Site, Source
+from .graph import Site, Source
 
 
 def _into_norm(
@@ -15,7 +15,7 @@ def _into_norm(
     """Divide a norm's gain by ``factor`` as far as the stored dtype allows; also the factor that
     this really was.
     """
-    key, offset = f"{source.module}.weight", block.wiring.norm_offset
+    key, offset = f"{source.module}.weight", source.offset
     gain = block.weights[key].double() + offset
     stored = (gain / factor - offset).to(block.stored)
     effective = gain / (stored.double() + offset)
@@ -53,7 +53,7 @@ def _into_rows(
 
 def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) -> Block:
     """Divide a site's activation by a positive per-channel factor and multiply its readers' columns
-    by it.
+    by it, those of parameters that stay in floating point included.
 
     With ``shift`` the activation x becomes (x - shift) / factor, and the readers' biases take what
     was taken off.
@@ -63,7 +63,8 @@ def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) 
 
     Args:
         factor: (channels,) > 0.
-        shift: (channels,), only where the source and all readers have biases.
+        shift: (channels,), only where the source and all readers have biases, and only linears that
+            are quantized read the activation.
     """
     if site.source is None:
         raise ValueError("this site has no source to fold a factor into")
@@ -80,6 +81,10 @@ def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) 
                 (held.double() + weight.double() @ shift.double()).to(block.stored).to(held.dtype)
             )
         changes[key] = (weight.double() * effective).to(weight.dtype)
+    for name in site.beside:
+        weight = block.weights[name]
+        scaled = (weight.double() * effective).to(block.context.keeps(name))
+        changes[name] = scaled.to(weight.dtype)
     return block.with_weights(changes)
 
 
@@ -92,7 +97,7 @@ def fold_values(block: Block, factor: Tensor) -> Block:
     Args:
         factor: (key and value heads * width,) > 0.
     """
-    heads = block.wiring.heads
+    heads = block.graph.heads
     if heads is None or heads.norm is not None:
         raise ValueError("the values of this family cannot take a factor")
     wide = factor.double()

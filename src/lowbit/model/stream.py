@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from ..errors import LowbitError
 from .checkpoint import FLOATS, Checkpoint, config_at
+from .graph import Described, Frame, Graph
 from .intake import check_floats, check_source, dtype_of_most, without_quantization
 from .order import check_order, order_block, order_outer
 from .outer import Outer, check_stored, outer_of
@@ -22,7 +23,7 @@ from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .skeleton import build_skeleton
 from .storage import Storage
 from .tokenizer import load_tokenizer as load_tokenizer
-from .wiring import Wiring, wiring_of
+from .wiring import described
 
 Kwargs = Mapping[str, Any]
 
@@ -88,7 +89,8 @@ class ModelStream:
         check_source(self.checkpoint)
         self.stored = self.checkpoint.stored()
         self.config = load_config(self.checkpoint)
-        self.wiring: Wiring = wiring_of(self.config)
+        self.described: Described = described(self.config)
+        self.described.check(self.checkpoint.name)
         self.device = torch.device(device)
         self._build_skeleton()
         leftover = self._check_blocks()
@@ -126,14 +128,14 @@ class ModelStream:
             LowbitError: the family or its hidden size does not allow it.
         """
         out = copy(self)
-        norms = [
-            site.source.module
-            for site in self.wiring.sites
+        layer_norm = any(
+            isinstance(block.get_submodule(site.source.module), nn.LayerNorm)
+            for i, block in enumerate(self._blocks)
+            for site in self.graph(i).sites
             if site.residual and site.source is not None
-        ]
-        layer_norm = any(isinstance(self._blocks[0].get_submodule(n), nn.LayerNorm) for n in norms)
+        )
         out._basis = basis_of(
-            self.wiring, self.config.hidden_size, layer_norm, self.config.model_type, seed
+            self.described, self.config.hidden_size, layer_norm, self.config.model_type, seed
         )
         out._fixed = None
         return out
@@ -151,7 +153,7 @@ class ModelStream:
                 "crossquant.fold=group sorts channels that quarot has mixed: use --set "
                 "crossquant.fold=channel, or leave quarot out."
             )
-        check_order(self.wiring, self.config.model_type)
+        check_order(self.described, self.config.model_type)
         out = copy(self)
         out._order, out._fixed = order.cpu(), None
         return out
@@ -189,12 +191,13 @@ class ModelStream:
         self.skeleton: Any = build_skeleton(
             self.config, self.checkpoint.name, attn_implementation="sdpa"
         )
-        self._trunk: Any = _submodule(self.skeleton, self.wiring.trunk)
+        self._trunk: Any = _submodule(self.skeleton, self.frame.trunk)
         self._blocks: list[nn.Module] = list(
-            _submodule(self.skeleton, self.wiring.layers).children()
+            _submodule(self.skeleton, self.frame.layers).children()
         )
         self._recorders = [_Recorder() for _ in self._blocks]
-        self._trunk.layers = nn.ModuleList(self._recorders)
+        parent, _, name = self.frame.layers.rpartition(".")
+        setattr(_submodule(self.skeleton, parent), name, nn.ModuleList(self._recorders))
         # What is computed rather than stored (rotary frequencies, Gemma's embedding factor) must be
         # real, not meta.
         for module in self.skeleton.modules():
@@ -211,17 +214,10 @@ class ModelStream:
             yield from block.named_parameters(prefix=self.block_name(i))
 
     def _check_blocks(self) -> tuple[str, ...]:
-        """Refuse blocks that the wiring does not describe, or tensors that are missing, of other
-        shapes or no floats; remarks.
+        """Refuse parameters of three dimensions, and tensors that are missing, of other shapes or
+        no floats; remarks.
         """
-        block, known = self._blocks[0], set(self.wiring.linears)
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and name not in known:
-                raise LowbitError(
-                    f"linear '{name}' of family '{self.config.model_type}' is not in the wiring "
-                    "table; nothing was written."
-                )
-        for name, parameter in block.named_parameters():
+        for name, parameter in self._of_blocks():
             if parameter.dim() > 2:
                 raise LowbitError(
                     f"'{name}' is a {parameter.dim()}-D parameter (fused experts?), which is not "
@@ -244,7 +240,16 @@ class ModelStream:
 
     def block_name(self, i: int) -> str:
         """The block's prefix in the checkpoint."""
-        return f"{self.wiring.layers}.{i}"
+        return self.described.block_name(i)
+
+    @property
+    def frame(self) -> Frame:
+        """What lies around the blocks."""
+        return self.described.frame
+
+    def graph(self, i: int) -> Graph:
+        """What reads what in block i."""
+        return self.described.graph(i)
 
     def block_module(self, i: int) -> nn.Module:
         """The block's module, without data: forward only, for `torch.func.functional_call`."""
@@ -254,7 +259,7 @@ class ModelStream:
         """Full name -> (out, in) of every quantizable linear."""
         out = {}
         for i, block in enumerate(self._blocks):
-            for name in self.wiring.linears:
+            for name in self.graph(i).linears:
                 rows, columns = block.get_parameter(f"{name}.weight").shape
                 out[f"{self.block_name(i)}.{name}"] = (rows, columns)
         return out
@@ -271,10 +276,10 @@ class ModelStream:
             for k, v in self.checkpoint.read(names).items()
         }
         if self._order is not None:
-            weights = order_block(weights, self.wiring, self._order)
+            weights = order_block(weights, self.graph(i), self._order)
         if self._basis is None:
             return weights
-        return rotate_block(weights, self.wiring, self._basis, self.dtype)
+        return rotate_block(weights, self.graph(i), self._basis, self.dtype, self.block_dtypes(i))
 
     def _ready(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)
@@ -295,15 +300,15 @@ class ModelStream:
         names = self.outer.names
         read = self.checkpoint.read(names.values())
         tensors = {name: read[source] for name, source in names.items()}
-        trunk, head = self.wiring.trunk, self.outer.head
-        norm = f"{trunk}.{self.wiring.final[0]}" if self.wiring.final else None
-        embeddings = tuple(f"{trunk}.{n}.weight" for n in self.wiring.embeddings)
+        frame, head = self.frame, self.outer.head
+        norm = f"{frame.trunk}.{frame.final[0]}" if frame.final else None
+        embeddings = tuple(f"{frame.trunk}.{n}.weight" for n in frame.embeddings)
         if self._order is not None:
             return order_outer(tensors, embeddings, norm, head, self._order)
         if self._basis is None:
             return tensors
         tensors.setdefault(head, tensors[self.outer.embedding])
-        return rotate_outer(tensors, embeddings, norm, head, self.wiring.norm_offset, self._basis)
+        return rotate_outer(tensors, embeddings, norm, head, frame.final_offset, self._basis)
 
     def copied_tensors(self) -> dict[str, Tensor]:
         """Tensors of the checkpoint that the model's class does not know, bit for bit as they are
@@ -321,15 +326,23 @@ class ModelStream:
         }
 
     def skipped_linears(self) -> dict[str, str]:
-        """Linears outside the blocks, with the reason why they are not quantized."""
+        """Full name -> the reason why a linear is not quantized: those outside the blocks, then
+        those of blocks whose graphs do not hold them.
+        """
         kept = "kept in the model's dtype"
         of_head = f"output head, {kept}" + (" (tied to the embedding)" if self.tied else "")
         elsewhere = f"outside the decoder blocks, {kept}"
         head = self.skeleton.get_output_embeddings()
-        return {
+        outside = {
             name: of_head if module is head else elsewhere
             for name, module in self.skeleton.named_modules()
             if isinstance(module, nn.Linear)
+        }
+        return outside | {
+            f"{self.block_name(i)}.{name}": "not in the block's graph: kept in its own dtype"
+            for i, block in enumerate(self._blocks)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear) and name not in self.graph(i).linears
         }
 
     def _outer(self) -> dict[str, Tensor]:
@@ -375,7 +388,7 @@ class ModelStream:
     def _enter(self, ids: Tensor) -> Tensor:
         functional_call(
             self._trunk,
-            self._under(self.wiring.trunk),
+            self._under(self.frame.trunk),
             (ids.to(self.device),),
             {"use_cache": False},
         )
@@ -406,8 +419,8 @@ class ModelStream:
         """
         head = self.outer.head.removesuffix(".weight")
         steps = [
-            (_submodule(self._trunk, n), self._under(f"{self.wiring.trunk}.{n}"))
-            for n in self.wiring.final
+            (_submodule(self._trunk, n), self._under(f"{self.frame.trunk}.{n}"))
+            for n in self.frame.final
         ]
         steps.append((self.skeleton.get_submodule(head), self._under(head)))
 

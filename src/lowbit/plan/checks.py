@@ -69,14 +69,27 @@ def beyond_compressed_tensors(recipe: Recipe, outline: Outline) -> str | None:
             "activations.symmetric and activations.full_range, no clip, under symmetric weights "
             "('sym' at the end of the scheme)"
         )
-    if recipe.activations is not None and outline.wiring.flat:
+    if recipe.activations is not None and outline.described.flat:
         # compressed-tensors (0.20) in transformers keeps the first two dimensions when it takes
         # maxima: in a matrix, none are left to reduce.
-        flat = " and ".join(outline.wiring.flat)
+        flat = " and ".join(outline.described.flat)
         return (
             f"quantized activations of {flat}, whose tokens would all get one scale in transformers"
         )
     return None
+
+
+def check_cache(recipe: Recipe, outline: Outline) -> None:
+    """Refuse quantized keys and values of a model that stores none.
+
+    Raises:
+        LowbitError: saying what to leave out.
+    """
+    if recipe.kv is not None and all(k.graph.attention is None for k in outline.kinds):
+        raise LowbitError(
+            "no block of this model is known to store keys and values: leave "
+            f"KV{recipe.kv.bits} out of the scheme."
+        )
 
 
 def check_loadable(
@@ -110,8 +123,8 @@ def check_shared(recipe: Recipe, outline: Outline, samples: int, ranks: int) -> 
             "--samples."
         )
     grid = recipe.activations
-    if grid is not None and grid.mixes_rows(bool(outline.wiring.flat)):
-        remedy = grid.apart(bool(outline.wiring.flat))
+    if grid is not None and grid.mixes_rows(bool(outline.described.flat)):
+        remedy = grid.apart(bool(outline.described.flat))
         raise LowbitError(
             f"{grid} quantizes a row by what the rows of its batch hold, which depends on how they "
             f"are shared: use one process.{f' {remedy} keeps rows apart.' if remedy else ''}"

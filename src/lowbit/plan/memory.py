@@ -7,8 +7,8 @@ The numbers of each method are its own, see `lowbit.methods.cost`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional, cast, get_args
 
@@ -204,6 +204,18 @@ def disk_free(folder: Path) -> int | None:
         ).free
     except (OSError, StopIteration):
         return None
+
+
+def most(of_kinds: Sequence[Needs]) -> Needs:
+    """What a run takes whose blocks are of several kinds, from what it would take were all of one:
+    the most of each.
+    """
+    first = of_kinds[0]
+    return replace(
+        first,
+        steps={name: max(n.steps[name] for n in of_kinds) for name in first.steps},
+        least=max(n.least for n in of_kinds),
+    )
 
 
 def needs(recipe: Recipe, shapes: Shapes, process: int = 0, processes: int = 1) -> Needs:

@@ -23,8 +23,14 @@ from ..model.model import Model, Stage
 from ..model.outline import Outline
 from ..model.stream import ModelStream
 from ..recipe import Recipe
-from .checks import beyond_compressed_tensors, check_divides, check_loadable, check_shared
-from .memory import PROCESS, Needs, needs
+from .checks import (
+    beyond_compressed_tensors,
+    check_cache,
+    check_divides,
+    check_loadable,
+    check_shared,
+)
+from .memory import PROCESS, Needs, most, needs
 from .speed import Speed, run_work, seconds
 from .targets import Planned, Verdict, verdicts
 
@@ -106,6 +112,7 @@ class Plan:
                 f"--tensor-parallel is a number of devices, at least 1; got {tensor_parallel}."
             )
         check_divides(outline.shapes, recipe)
+        check_cache(recipe, outline)
         found = [entry.before(method, recipe.grid) for _, entry, method in recipe.entries]
         stages = tuple(stage for stage in found if stage is not None)
         outline = replace(outline, kv=recipe.kv is not None)
@@ -149,7 +156,7 @@ class Plan:
     def parameters(self) -> int:
         """Of the model, tied heads once."""
         o = self.outline
-        return self.quantized + o.rest * o.blocks + o.outside
+        return self.quantized + o.rest + o.outside
 
     @property
     def original(self) -> int:
@@ -171,7 +178,7 @@ class Plan:
     def artifact(self) -> int:
         """Bytes of the packed artifact."""
         o = self.outline
-        return self.packed + 2 * (o.rest * o.blocks + o.stored_outside)
+        return self.packed + 2 * (o.rest + o.stored_outside)
 
     @property
     def bits_per_weight(self) -> float:
@@ -186,21 +193,32 @@ class Plan:
     # --- what it takes ----------------------------------------------------------------------------
 
     @cached_property
-    def shapes(self) -> Shapes:
-        """What the cost of methods depends on."""
+    def shapes_of(self) -> tuple[Shapes, ...]:
+        """What the cost of methods depends on, for each kind of block."""
         o, s = self.outline, self.setting
         config = o.config
-        layer = Layer(o.linears, o.rest, o.stored_outside, config.hidden_size, config.vocab_size)
         rows = Rows(s.samples + HELD_OUT, s.length, s.dtype.itemsize, s.computes.itemsize, s.ranks)
-        sites = [site.reads for site in o.wiring.sites]
-        grid = self.recipe.grid
-        return Shapes(layer, grid, sites, rows, HELD_OUT, s.device, s.computes)
+        found = []
+        for kind in o.kinds:
+            layer = Layer(
+                kind.linears, kind.rest, o.stored_outside, config.hidden_size, config.vocab_size
+            )
+            sites, inner = [site.reads for site in kind.graph.sites], kind.graph.inner
+            grid = self.recipe.grid
+            found.append(Shapes(layer, grid, sites, inner, rows, HELD_OUT, s.device, s.computes))
+        return tuple(found)
+
+    @property
+    def shapes(self) -> Shapes:
+        """The same for the largest kind of block."""
+        return max(self.shapes_of, key=lambda s: s.layer.weights + s.layer.rest)
 
     @cached_property
     def memory(self) -> Needs:
-        """What one process holds while it runs."""
+        """What one process holds while it runs: the most that any kind of block takes."""
         process = PROCESS if self.setting.device.type == "cpu" else 0
-        return needs(self.recipe, self.shapes, process, self.setting.here)
+        here = self.setting.here
+        return most([needs(self.recipe, shapes, process, here) for shapes in self.shapes_of])
 
     @property
     def check_memory(self) -> int:
@@ -209,7 +227,7 @@ class Plan:
 
     def seconds(self, speed: Speed) -> float:
         """Counted work at the measured speed of a device, see `lowbit.plan.speed`."""
-        return seconds(run_work(self.recipe, self.shapes, self.outline.blocks), speed)
+        return seconds(run_work(self.recipe, self.shapes_of, self.outline.of_layers), speed)
 
     # --- who loads it -----------------------------------------------------------------------------
 
@@ -221,7 +239,7 @@ class Plan:
             Planned(
                 self.recipe,
                 o.shapes,
-                o.wiring,
+                o.described,
                 o.config,
                 self.beyond,
                 o.biased,

@@ -40,8 +40,8 @@ def seconds(work: Work, speed: Speed) -> float:
     return work.half / speed.half + work.single / speed.single + work.moved / speed.copies
 
 
-def run_work(recipe: Recipe, shapes: Shapes, blocks: int) -> Work:
-    """The work of a run, all blocks, of one process."""
+def block_work(recipe: Recipe, shapes: Shapes) -> tuple[Work, Work]:
+    """The work of one block, of one process, and what there is more to do if it is the last one."""
     rows = shapes.rows
     # Target, next input; two losses.
     passing = 2 * rows.mine(rows.count) + 2 * min(_JUDGED, shapes.learned())
@@ -49,7 +49,20 @@ def run_work(recipe: Recipe, shapes: Shapes, blocks: int) -> Work:
     for _, entry, method in recipe.entries:
         cost = entry.cost(method, shapes)
         each, last = each + cost.work, last + cost.last
-    return each * blocks + last
+    return each, last
+
+
+def run_work(recipe: Recipe, kinds: Sequence[Shapes], of_layers: Sequence[int]) -> Work:
+    """The work of a run, all blocks, of one process.
+
+    Args:
+        kinds: of each kind of block. of_layers: of each block, the index of its kind.
+    """
+    of_kinds = [block_work(recipe, shapes) for shapes in kinds]
+    total = of_kinds[of_layers[-1]][1]
+    for kind, (each, _) in enumerate(of_kinds):
+        total = each * of_layers.count(kind) + total
+    return total
 
 
 # --- speed ----------------------------------------------------------------------------------------

@@ -17,10 +17,12 @@ from ..artifact.proof import Verification, verify
 from ..evaluate import Tally
 from ..formats import compressed_tensors as ct
 from ..formats import native
+from ..grid import KVGrid
 from ..model.calibration import Rows
 from ..model.context import TOKENS_PER_PASS
 from ..model.model import Model
 from ..plan import Plan
+from .patterns import attention_patterns, input_patterns
 from .report import Facts, format_of, report_of
 from .workplace import Workplace
 
@@ -105,9 +107,11 @@ def _described(model: Model, plan: Plan, records: Sequence[Record]) -> dict[str,
     grids = {e["name"]: plan.recipe.grid_of(e["name"]) for e in linears}
     if format_of(plan) == ct.NAME:
         return ct.describe(grids, skipped, plan.recipe.activations, source.dtype)
-    kv = None if model.kv_grid is None else (model.kv_grid, source.wiring.attention)
+    kv = None
+    if model.kv is not None:
+        kv = KVGrid(model.kv, model.key_rotation), attention_patterns(model)
     counts = {e["name"]: e for e in linears}
-    return native.describe(grids, skipped, source.dtype, model.input_quantizers, kv, counts)
+    return native.describe(grids, skipped, source.dtype, input_patterns(model), kv, counts)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class Shards:
         held = read_shard(self.place.shard(i + 1))
         codes: dict[str, Coded] = {}
         weights = dict(block.weights)
-        for linear in block.wiring.linears:
+        for linear in block.graph.linears:
             full = f"{block.name}.{linear}"
             codes[linear] = unpack_linear(held, full, block.grids[linear], block.device)
         for name in weights:

@@ -78,8 +78,12 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         found = native.kv_of(self.quantization_config.to_dict())
         if found is not None:
-            kv, pattern = found
-            matching = [m for n, m in model.named_modules() if fnmatchcase(n, pattern)]
+            kv, patterns = found
+            matching = [
+                m
+                for n, m in model.named_modules()
+                if any(fnmatchcase(n, pattern) for pattern in patterns)
+            ]
             self._hooks = [
                 m.register_forward_pre_hook(QuantizeStates(kv), with_kwargs=True) for m in matching
             ]

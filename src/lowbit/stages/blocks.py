@@ -48,14 +48,15 @@ def completed(methods: tuple[BlockMethod, ...]) -> tuple[BlockMethod, ...]:
 
 
 def apply_methods(block: Block, methods: tuple[BlockMethod, ...]) -> Block:
-    """All methods in order, and nearest rounding for whatever is left, see `completed`.
+    """All methods in order, and nearest rounding for whatever is left, see `completed`. A block
+    without linears to quantize stays as it is.
 
     Notes ``loss_before`` and ``loss_after``: the squared error of the block's output on the
     quantized prefix, summed over hidden units and averaged over tokens, of plain nearest rounding
     and of the result.
     """
     before = Reconstruction(block, batch=1).loss(RTN()(block).decoded())
-    for method in completed(methods):
+    for method in completed(methods) if block.graph.linears else ():
         block = method(block)
     # As it reads now.
     after = Reconstruction(block, batch=1).loss(block.decoded())
@@ -141,13 +142,13 @@ class Blocks:
                 resuming = False
                 record = self.store.keep(i, block, time.time() - clock)
             else:
-                block = self.store.loaded(i, _as_finished(block, model))
+                block = self.store.loaded(i, _as_finished(block, model, i))
             streams = advance(block, streams, proof_kwargs[i])
             del block  # else it would be held while the next one is begun
             yield record, streams
             give_back_memory()
 
 
-def _as_finished(block: Block, model: Model) -> Block:
-    """A block just begun that reads its inputs as the finished model does."""
-    return replace(block.with_input_quantizers(model.input_quantizers), kv=model.kv_grid)
+def _as_finished(block: Block, model: Model, i: int) -> Block:
+    """Block i, just begun, reading its inputs as the finished model does."""
+    return replace(block.with_input_quantizers(model.input_quantizers(i)), kv=model.kv_grid(i))

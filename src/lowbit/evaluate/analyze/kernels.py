@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...grid import CrossQuant, PerToken
-from ...model.wiring import Wiring
+from ...model.graph import Described
 
 _OUTLIER = 6.0  # where LLM.int8() stops quantizing a channel
 
@@ -134,22 +134,21 @@ def _over_median(values: Tensor) -> float:
     return float(values.max()) / middle if middle > 0 else float("inf")
 
 
-def sites_of(model: Any, wiring: Wiring) -> list[tuple[str, ...]]:
+def sites_of(described: Described) -> list[tuple[str, ...]]:
     """Return the full names of every block's linears, those that read the same activation
     together.
     """
-    count = len(model.get_submodule(wiring.layers))
     return [
-        tuple(f"{wiring.layers}.{i}.{n}" for n in site.reads)
-        for i in range(count)
-        for site in wiring.sites
+        tuple(f"{described.block_name(i)}.{n}" for n in site.reads)
+        for i in range(len(described.of_layers))
+        for site in described.graph(i).sites
     ]
 
 
 @torch.no_grad()
 def measure(
     model: Any,
-    wiring: Wiring,
+    described: Described,
     windows: Tensor,
     grids: Sequence[GridOn],
     batch: int = 8,
@@ -158,7 +157,7 @@ def measure(
     """Count kernel shares and outliers of every linear's input while windows of tokens pass.
 
     Args:
-        model: as transformers loads it.
+        model: as transformers loads it. described: its blocks.
         windows: (n, length) int64 token ids.
         batch: windows that pass together.
         progress: called with windows done and windows in all after each pass.
@@ -166,7 +165,7 @@ def measure(
     Raises:
         LowbitError: an activation is not finite.
     """
-    sites = [Site(names) for names in sites_of(model, wiring)]
+    sites = [Site(names) for names in sites_of(described)]
 
     def hook_of(site: Site) -> Any:
         return lambda _, args: site.add(args[0], grids)

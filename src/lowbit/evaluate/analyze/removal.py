@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...grid.names import parse_grid
-from ...model.wiring import Wiring
+from ...model.graph import Described
 from .. import evaluate
 from .kernels import GridOn, sites_of
 
@@ -100,7 +100,7 @@ def removals(shares: Sequence[float], grids: Sequence[GridOn]) -> list[Removal]:
 @torch.no_grad()
 def run(
     model: Any,
-    wiring: Wiring,
+    described: Described,
     windows: Tensor,
     wanted: Sequence[Removal],
     batch: int = 8,
@@ -112,7 +112,7 @@ def run(
     While this runs the model's weights are rounded, with one symmetric scale per output channel.
 
     Args:
-        model: as transformers loads it, with float weights.
+        model: as transformers loads it, with float weights. described: its blocks.
         windows: (n, length) int64 token ids.
         batch: windows that pass together.
         weight_bits: of the rounded weights.
@@ -121,7 +121,7 @@ def run(
     Yields:
         each removal with its perplexity.
     """
-    sites = sites_of(model, wiring)
+    sites = sites_of(described)
     with _rounded(model, [n for names in sites for n in names], weight_bits):
         for number, removal in enumerate(wanted):
             generator = torch.Generator(model.device).manual_seed(_SEED)

@@ -12,7 +12,7 @@ from ...errors import LowbitError
 from ...model.calibration import evaluation_windows
 from ...model.checkpoint import Checkpoint
 from ...model.stream import load_config, load_tokenizer
-from ...model.wiring import wiring_of
+from ...model.wiring import described
 from .. import load_causal_lm, window_length
 from .kernels import GridOn, Site, grids_of, mean_kernel, measure
 from .removal import KINDS, Removal, knee, removals, run
@@ -70,7 +70,7 @@ def study(
     wanted = [] if given.shares is None else removals(given.shares, grids)
     checkpoint = Checkpoint(given.model)
     config = load_config(checkpoint)
-    wiring = wiring_of(config)
+    graphs = described(config)
     if wanted and getattr(config, "quantization_config", None):
         raise LowbitError(
             f"'{given.model}' is quantized; the remove-kernel experiment is for float weights: "
@@ -79,10 +79,10 @@ def study(
     length = window_length(config, given.length)
     ids = evaluation_windows(given.text, load_tokenizer(checkpoint), length, given.windows)
     loaded = load_causal_lm(given.model, given.device)
-    sites = measure(loaded, wiring, ids, grids, given.batch, measuring)
+    sites = measure(loaded, graphs, ids, grids, given.batch, measuring)
     found: list[tuple[Removal, float]] = []
     if wanted:
-        found = list(run(loaded, wiring, ids, wanted, given.batch, progress=removing))
+        found = list(run(loaded, graphs, ids, wanted, given.batch, progress=removing))
     return _described(given, ids) | _measured(sites, grids) | _removed(found)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import LowbitError
 from ...formats.uniform import Uniform, as_uniform
 from ...grid import AnyGrid
-from ...model.wiring import Wiring
+from ...model.graph import Described, Graph
 from ...recipe import Recipe
 
 # packed codes lie in words of this many bits, and a device's share of them must end with a word
@@ -26,16 +26,17 @@ class Planned:
     Attributes:
         shapes: full linear name -> (out, in), of every linear to be quantized. config: the model's,
             of transformers.
+        described: what reads what in its blocks.
         beyond: what compressed-tensors cannot carry of it, so that `quantize` writes the format of
             lowbit; None if it carries it all.
-        biased: linears with a bias, by their names inside a block.
+        biased: full names of the linears with a bias.
         tensor_parallel: number of devices that share every linear.
-        online: linears whose input the finished model rotates, by their names inside a block.
+        online: full names of the linears whose input the finished model rotates.
     """
 
     recipe: Recipe
     shapes: Mapping[str, tuple[int, int]]
-    wiring: Wiring
+    described: Described
     config: Any
     beyond: str | None = None
     biased: frozenset[str] = frozenset()
@@ -56,7 +57,16 @@ class Planned:
 
     def local(self, name: str) -> str:
         """A linear's name inside its block."""
-        return name.removeprefix(f"{self.wiring.layers}.").partition(".")[2]
+        return self.place(name)[1]
+
+    def graph(self, name: str) -> Graph:
+        """The graph of the block that a linear is in."""
+        return self.described.graph(self.place(name)[0])
+
+    def place(self, name: str) -> tuple[int, str]:
+        """A linear's block and its name inside it."""
+        number, _, local = name.removeprefix(f"{self.described.frame.layers}.").partition(".")
+        return int(number), local
 
 
 @dataclass(frozen=True)
@@ -167,12 +177,23 @@ def rotations(p: Planned, runtime: str) -> str | None:
     )
 
 
-def fused(p: Planned) -> Iterable[tuple[str, ...]]:
-    """Full names of the linears that read the same input; servers make one layer of each."""
-    for first, *others in (s.reads for s in p.wiring.sites if len(s.reads) > 1):
-        for name in p.shapes:
-            if p.local(name) == first:
-                yield (name, *(name.removesuffix(first) + n for n in others))
+def fused(p: Planned) -> list[tuple[str, ...]]:
+    """Full names of the linears that read the same input, site by site; servers make one layer of
+    each.
+    """
+    joined = [
+        {s.reads[0]: (at, s.reads[1:]) for at, s in enumerate(graph.sites) if len(s.reads) > 1}
+        for graph in p.described.kinds
+    ]
+    found: list[tuple[tuple[int, int], tuple[str, ...]]] = []
+    for name in p.shapes:
+        i, local = p.place(name)
+        kind = p.described.of_layers[i]
+        if local in joined[kind]:
+            at, others = joined[kind][local]
+            block = name.removesuffix(local)
+            found.append(((kind, at), (name, *(block + n for n in others))))
+    return [names for _, names in sorted(found, key=lambda entry: entry[0])]
 
 
 def unlike(p: Planned, runtime: str) -> str | None:
@@ -223,7 +244,7 @@ def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Uniform], bool]
         return f"{kv} key and value heads do not divide among {degree} devices"
     for name, grid in p.uniform.items():
         columns = p.shapes[name][1]
-        if p.local(name) in p.wiring.writers:
+        if _split_by_inputs(p, name):
             if columns % degree or (columns // degree) % (grid.group_size or 1):
                 groups = (
                     f", which groups of {grid.group_size} do not divide" if grid.group_size else ""
@@ -254,13 +275,25 @@ def _outputs(p: Planned, name: str, degree: int, heads: int, kv: int) -> tuple[i
     """A device's outputs of a linear, in parts that are packed one after the other; none if it gets
     all.
     """
-    if p.local(name) in p.wiring.writers:
+    graph, local, rows = p.graph(name), p.local(name), p.shapes[name][0]
+    if _split_by_inputs(p, name):
         return ()
-    if p.local(name) in p.wiring.sites[0].reads:
-        assert p.wiring.heads is not None
-        width, rows = p.wiring.heads.width, p.shapes[name][0]
+    if graph.heads is not None and graph.site_of(local).probe == graph.attention:
+        width = graph.heads.width
         parts = {heads * width: (heads // degree,), kv * width: (max(1, kv // degree),)}
         # Else all three in one.
         return tuple(n * width for n in parts.get(rows, (heads // degree, max(1, kv // degree))))
-    block = name.removesuffix(p.local(name))
-    return (p.shapes[block + p.wiring.sites[-1].reads[0]][1] // degree,)
+    block, part = name.removesuffix(local), local.rpartition(".")[0]
+    inner = [n for n in graph.inner if n.rpartition(".")[0] == part]
+    return ((p.shapes[block + inner[0]][1] if inner else rows) // degree,)
+
+
+def _split_by_inputs(p: Planned, name: str) -> bool:
+    """Whether each device gets some of a linear's inputs: what comes after attention or ends an
+    MLP. Of every other linear it gets some of the outputs.
+    """
+    graph = p.graph(name)
+    ends = {*graph.writers, *graph.inner}
+    if graph.heads is not None:
+        ends.add(graph.heads.output)
+    return p.local(name) in ends

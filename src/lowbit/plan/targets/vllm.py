@@ -88,15 +88,15 @@ def _rotations(p: Planned) -> list[str]:
     if not p.online:
         return []
     out = []
-    if p.wiring.heads is not None and p.wiring.heads.output in p.online:
+    if any(_heads_meet(p, n) for n in p.online):
         out.append(
             f"{NAME} does not rotate across heads: --set quarot.across_heads=false leaves that "
             "rotation out."
         )
-    last = p.wiring.sites[-1].reads[0]
-    if last in p.biased:
+    biased = next((n for n in sorted(p.online) if n in p.biased and not _heads_meet(p, n)), None)
+    if biased is not None:
         out.append(
-            f"{NAME} rotates no inputs of linears with a bias, as '{last}' has: --set "
+            f"{NAME} rotates no inputs of linears with a bias, as '{p.local(biased)}' has: --set "
             "quarot.online=false leaves the rotation out."
         )
     if p.tensor_parallel > 1:
@@ -105,6 +105,12 @@ def _rotations(p: Planned) -> list[str]:
             "quarot.online=false."
         )
     return out
+
+
+def _heads_meet(p: Planned, name: str) -> bool:
+    """Whether a linear reads all heads of attention side by side."""
+    heads = p.graph(name).heads
+    return heads is not None and heads.output == p.local(name)
 
 
 def _version(p: Planned) -> str:
