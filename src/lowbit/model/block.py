@@ -24,6 +24,7 @@ from .graph import Graph
 from .hooks import AllSeen, quantized_inputs, watched
 from .microbatches import MicroBatches
 from .ranks import Ranks
+from .recorder import fresh
 from .statistics import Call, Reduce, Seen, Statistic, Stream, Value, statistics
 
 
@@ -129,8 +130,8 @@ class Block:
         """
         own = self.weights if weights is None else weights
         cast = {name: w.to(self.compute) for name, w in own.items()}
-        kwargs = dict(self.context.kwargs)
-        if self.kv is not None:
+        kwargs = fresh(dict(self.context.kwargs))
+        if self.kv is not None and self.graph.attention is not None:
             kwargs["past_key_values"] = QuantizedStates(self.kv)
         with quantized_inputs(self.module, self.input_quantizers):
             return first(functional_call(self.module, cast, (x,), kwargs))

@@ -82,8 +82,12 @@ class Graph:
             is added, too.
         heads: attention's values; None where no linear makes them or the block has no attention.
         attention: name of the module that stores keys and values; None without one.
+        output: the linear that reads what attention computed; None without attention.
         inner: linears that read what an MLP, or an expert, computed between its linears.
         flat: linears that are given the tokens of all rows in one matrix.
+        kept: linears that are not quantized, each with the reason.
+        dropped: where a change of the block that looked possible does not keep its function, each
+            with the reason; it is not made.
     """
 
     sites: tuple[Site, ...]
@@ -91,8 +95,11 @@ class Graph:
     writers: tuple[str, ...] = ()
     heads: Heads | None = None
     attention: str | None = None
+    output: str | None = None
     inner: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:

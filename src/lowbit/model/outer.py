@@ -37,7 +37,11 @@ class Outer:
 
 
 def outer_of(
-    checkpoint: Checkpoint, skeleton: Any, stored: Mapping[str, Stored], tied: bool
+    checkpoint: Checkpoint,
+    skeleton: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Stored],
+    tied: bool,
 ) -> Outer:
     """Find every parameter of a skeleton without blocks in a checkpoint, as transformers would load
     it.
@@ -46,13 +50,12 @@ def outer_of(
     transformers does not tie them.
 
     Args:
-        skeleton: the transformers model, its blocks taken out. stored: of the checkpoint. tied:
-            what config.json says of the head.
+        skeleton: the transformers model, its blocks taken out. shapes: of everything in it that is
+            stored. stored: of the checkpoint. tied: what config.json says of the head.
 
     Raises:
         LowbitError: a tensor is missing, or has another shape than config.json wants.
     """
-    shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
     embedding = _name_of(skeleton, skeleton.get_input_embeddings())
     head = _name_of(skeleton, skeleton.get_output_embeddings())
     names, left, remarks = {n: n for n in shapes}, {}, []

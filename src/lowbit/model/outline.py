@@ -14,7 +14,7 @@ from torch import nn
 from ..grid import Rotation
 from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
-from .wiring import described
+from .tracing import described
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ and dropped after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..errors import LowbitError
 from .checkpoint import FLOATS, Checkpoint, config_at
@@ -20,12 +19,10 @@ from .intake import check_floats, check_source, dtype_of_most, without_quantizat
 from .order import check_order, order_block, order_outer
 from .outer import Outer, check_stored, outer_of
 from .residual import Basis, basis_of, rotate_block, rotate_outer
-from .skeleton import build_skeleton
+from .shell import CACHES, Shell
 from .storage import Storage
 from .tokenizer import load_tokenizer as load_tokenizer
-from .wiring import described
-
-Kwargs = Mapping[str, Any]
+from .tracing import described
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -33,20 +30,6 @@ def load_config(checkpoint: Checkpoint) -> Any:
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
     return config_at(path)
-
-
-class _Recorder(nn.Module):
-    """Stands in the skeleton where a decoder block was: notes what the block would be called with,
-    passes its input on.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: tuple[Tensor, Kwargs] | None = None
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.seen = (hidden_states, kwargs)
-        return hidden_states
 
 
 def _code_remarks(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -58,10 +41,6 @@ def _code_remarks(checkpoint: Checkpoint) -> tuple[str, ...]:
         "was not run: what was quantized is "
         "transformers' own class",
     )
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module:
-    return root.get_submodule(path)
 
 
 class ModelStream:
@@ -92,11 +71,13 @@ class ModelStream:
         self.described: Described = described(self.config)
         self.described.check(self.checkpoint.name)
         self.device = torch.device(device)
-        self._build_skeleton()
+        self._shell = Shell(self.config, self.checkpoint.name, self.frame)
+        self._blocks = self._shell.blocks
         leftover = self._check_blocks()
         self.outer: Outer = outer_of(
             self.checkpoint,
             self.skeleton,
+            self._shell.stored,
             self.stored,
             bool(getattr(self.config, "tie_word_embeddings", False)),
         )
@@ -187,48 +168,35 @@ class ModelStream:
         """The head and the embedding are one matrix, in the model as it is seen here."""
         return self.outer.tied and self._basis is None
 
-    def _build_skeleton(self) -> None:
-        self.skeleton: Any = build_skeleton(
-            self.config, self.checkpoint.name, attn_implementation="sdpa"
-        )
-        self._trunk: Any = _submodule(self.skeleton, self.frame.trunk)
-        self._blocks: list[nn.Module] = list(
-            _submodule(self.skeleton, self.frame.layers).children()
-        )
-        self._recorders = [_Recorder() for _ in self._blocks]
-        parent, _, name = self.frame.layers.rpartition(".")
-        setattr(_submodule(self.skeleton, parent), name, nn.ModuleList(self._recorders))
-        # What is computed rather than stored (rotary frequencies, Gemma's embedding factor) must be
-        # real, not meta.
-        for module in self.skeleton.modules():
-            loose = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-            if loose:
-                for name in loose:
-                    setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-                with torch.no_grad():
-                    self.skeleton._init_weights(module)
+    @property
+    def skeleton(self) -> Any:
+        """The transformers model on the meta device, its blocks taken out."""
+        return self._shell.skeleton
 
-    def _of_blocks(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of all blocks by full name."""
-        for i, block in enumerate(self._blocks):
-            yield from block.named_parameters(prefix=self.block_name(i))
+    def _of_blocks(self) -> dict[str, tuple[int, ...]]:
+        """Full name -> shape of everything that blocks store."""
+        return {
+            f"{self.block_name(i)}.{name}": shape
+            for i in range(len(self))
+            for name, shape in self._shell.stored_in(i).items()
+        }
 
     def _check_blocks(self) -> tuple[str, ...]:
-        """Refuse parameters of three dimensions, and tensors that are missing, of other shapes or
-        no floats; remarks.
+        """Refuse parameters of fused experts, and tensors that are missing, of other shapes or no
+        floats; remarks.
         """
-        for name, parameter in self._of_blocks():
-            if parameter.dim() > 2:
-                raise LowbitError(
-                    f"'{name}' is a {parameter.dim()}-D parameter (fused experts?), which is not "
-                    "supported; nothing was written."
-                )
-        inside = {name: p.shape for name, p in self._of_blocks()}
-        outside = [n for n, _ in self.skeleton.named_parameters(remove_duplicate=False)]
+        inside = self._of_blocks()
+        for i, block in enumerate(self._blocks):
+            for name, parameter in block.named_parameters():
+                if parameter.dim() > 2 and not name.endswith("conv1d.weight"):
+                    raise LowbitError(
+                        f"'{self.block_name(i)}.{name}' is a {parameter.dim()}-D parameter (fused "
+                        "experts?), which is not supported; nothing was written."
+                    )
         remarks = check_floats(
             self.checkpoint,
             self.stored,
-            (*inside, *outside),
+            (*inside, *self._shell.stored),
             (f"{self.block_name(i)}." for i in range(len(self))),
         )
         for name, shape in inside.items():
@@ -269,7 +237,7 @@ class ModelStream:
         if that is the compute dtype).
         """
         prefix = self.block_name(i) + "."
-        names = [prefix + n for n, _ in self._blocks[i].named_parameters()]
+        names = [prefix + n for n in self._shell.stored_in(i)]
         held = torch.promote_types(self.compute, torch.float32)
         weights = {
             k[len(prefix) :]: v.to(self.device, held)
@@ -289,9 +257,7 @@ class ModelStream:
         block.
         """
         prefix = self.block_name(i) + "."
-        return {
-            n: FLOATS[self.stored[prefix + n].kind] for n, _ in self._blocks[i].named_parameters()
-        }
+        return {n: FLOATS[self.stored[prefix + n].kind] for n in self._shell.stored_in(i)}
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the blocks as an artifact stores them: by name, in the checkpoint's
@@ -318,8 +284,7 @@ class ModelStream:
 
     def copied(self) -> dict[str, str]:
         """Names of these tensors -> why they are not quantized."""
-        inside = (name for name, _ in self._of_blocks())
-        used = {*self.outer.names.values(), *self.outer.left_out, *inside}
+        used = {*self.outer.names.values(), *self.outer.left_out, *self._of_blocks()}
         return {
             n: "not a parameter of the model's class in transformers, copied bit for bit"
             for n in sorted(set(self.stored) - used)
@@ -351,18 +316,13 @@ class ModelStream:
             held = {k: self._ready(v) for k, v in self.outer_tensors().items()}
             held.setdefault(self.outer.head, held[self.outer.embedding])
             for name, buffer in self.skeleton.named_buffers():
-                held[name] = buffer.to(self.device)
+                held.setdefault(name, buffer.to(self.device))
             self._fixed = held
         return self._fixed
 
     def release(self) -> None:
         """Forget the tensors outside the blocks; they are read again when next needed."""
         self._fixed = None
-
-    def _under(self, prefix: str) -> dict[str, Tensor]:
-        return {
-            k[len(prefix) + 1 :]: v for k, v in self._outer().items() if k.startswith(prefix + ".")
-        }
 
     @torch.no_grad()
     def embed(
@@ -386,15 +346,7 @@ class ModelStream:
         return out
 
     def _enter(self, ids: Tensor) -> Tensor:
-        functional_call(
-            self._trunk,
-            self._under(self.frame.trunk),
-            (ids.to(self.device),),
-            {"use_cache": False},
-        )
-        seen = self._recorders[0].seen
-        assert seen is not None
-        return seen[0]
+        return self._shell.enter(ids.to(self.device), self._outer())[0].x
 
     @torch.no_grad()
     def block_kwargs(self, length: int) -> list[dict[str, Any]]:
@@ -403,34 +355,19 @@ class ModelStream:
         Captured per block, since hybrid models give different masks and rotary tables to different
         layers. Batch dimensions are 1 and broadcast.
         """
-        self._enter(torch.zeros(1, length, dtype=torch.int64))
-        out = []
-        for recorder in self._recorders:
-            assert recorder.seen is not None
-            kwargs = dict(recorder.seen[1])
-            recorder.seen = None
-            kwargs.update(use_cache=False, past_key_values=None)
-            out.append(kwargs)
-        return out
+        ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
+        off = {"use_cache": False, **dict.fromkeys(CACHES)}
+        return [
+            {k: off.get(k, v) for k, v in called.kwargs.items()}
+            for called in self._shell.enter(ids, self._outer())
+        ]
 
     def readout(self) -> Callable[[Tensor], Tensor]:
         """The last block's output (n, length, hidden) -> logits (n, length, vocab) float32;
         differentiable by its input.
         """
-        head = self.outer.head.removesuffix(".weight")
-        steps = [
-            (_submodule(self._trunk, n), self._under(f"{self.frame.trunk}.{n}"))
-            for n in self.frame.final
-        ]
-        steps.append((self.skeleton.get_submodule(head), self._under(head)))
-
-        def logits(x: Tensor) -> Tensor:
-            x = x.to(self.device, self.compute)
-            for module, weights in steps:
-                x = functional_call(module, weights, (x,))
-            return x.float()
-
-        return logits
+        logits = self._shell.readout(self._outer())
+        return lambda x: logits(x.to(self.device, self.compute))
 
     @torch.no_grad()
     def head(self, x: Tensor) -> Tensor:

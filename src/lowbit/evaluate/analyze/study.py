@@ -12,7 +12,7 @@ from ...errors import LowbitError
 from ...model.calibration import evaluation_windows
 from ...model.checkpoint import Checkpoint
 from ...model.stream import load_config, load_tokenizer
-from ...model.wiring import described
+from ...model.tracing import described
 from .. import load_causal_lm, window_length
 from .kernels import GridOn, Site, grids_of, mean_kernel, measure
 from .removal import KINDS, Removal, knee, removals, run

@@ -7,7 +7,7 @@ import os
 from torch import nn
 
 from ..graph import Graph, Site, Source
-from .attention import Attention, attention_of
+from .attention import attention_of
 from .kind import Kind
 from .replay import Key, key_of
 from .sources import linear_source, made_by, norm_offset

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import Heads, Source
+from ..recorder import Called
 from .kind import Kind
 from .replay import Replay
 from .sources import made_by
-from .tiny import Called
 
 _SAME, _MOVED = 1e-9, 1e-13
 _CACHES = ("past_key_values", "layer_past", "past_key_value")

@@ -54,7 +54,19 @@ def _candidates(
     if base.dim() == 3 and bool((found < 0).any()):
         first = _matched(base[:, 0], now[:, 0], factors)
         found = torch.where(found < 0, first, found)
+    found = _filled(found, (base == 0).flatten(0, -2).all(0))
     return None if bool((found < 0).any()) else found
+
+
+def _filled(rows: Tensor, dead: Tensor) -> Tensor:
+    """Channels that are zero at every token (behind a ReLU) belong between their neighbours."""
+    out = rows.clone()
+    for at in dead.nonzero().flatten().tolist():
+        if at and out[at] < 0 <= out[at - 1]:
+            out[at] = out[at - 1] + 1
+        elif out[at] < 0 and at + 1 < len(out) and out[at + 1] > 0:
+            out[at] = out[at + 1] - 1
+    return out
 
 
 def _proved(scaled: Scaled, linear: str, count: int, rows: Tensor, base: Tensor) -> bool:

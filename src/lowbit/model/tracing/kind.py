@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ..recorder import Called
 from .replay import Change, Key, Replay, key_of
-from .tiny import Called
 
 _SMALL = 1e-3
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,51 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LowbitError
+from ..recorder import Called, Recorder
 from ..skeleton import build_skeleton, reason_of
 from .shrink import divisor, shrunken
 
 _ROWS, _LENGTH = 2, 12
 _SEED = 0
 _PASSES = ((True, 0), (False, 0), (True, 1))  # blocks compute; the tokens' seed
-
-
-class Recorder(nn.Module):
-    """Stands for a block in the list of blocks: keeps what it is called with, and runs the block if
-    that is live; else it passes its input on.
-
-    Everything else that a model asks of its block (what kind of layer it is) is the block's.
-    """
-
-    def __init__(self, block: nn.Module, form: list[Any]) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # no submodule: it has no data, and is not a part
-        self.live, self.calls, self._form = False, list[tuple[Any, Any]](), form
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((args, kwargs))
-        if self.live:
-            out = self.__dict__["block"](*args, **kwargs)
-            self._form[:] = [out]
-            return out
-        x = args[0] if args else kwargs["hidden_states"]
-        form = self._form[0] if self._form else x
-        return (x, *form[1:]) if isinstance(form, tuple) else x
-
-
-@dataclass(frozen=True)
-class Called:
-    """What a block was called with: its input (rows, length, hidden) and everything besides, by
-    name.
-    """
-
-    x: Tensor
-    kwargs: Mapping[str, Any]
 
 
 @dataclass
@@ -108,9 +69,8 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
         _randomize(blocks[i], model, generator)
     tiny = Tiny(model, by, trunk, layers, blocks, of_layers, firsts)
     passes = [_Pass(tiny, recorders, name, live, seed) for live, seed in _PASSES]
-    called = [[_named(b.forward, *c) for b, c in zip(blocks, p.calls, strict=True)] for p in passes]
-    _check_alone(name, *called)
-    tiny.called += [called[0][i] for i in firsts]
+    _check_alone(name, *(p.calls for p in passes))
+    tiny.called += [passes[0].calls[i] for i in firsts]
     tiny.before, tiny.after = passes[0].around()
     return tiny
 
@@ -151,17 +111,6 @@ def _same(one: Any, other: Any) -> bool:
             and all(_same(v, other[k]) for k, v in one.items())
         )
     return one is other or type(one) is type(other)
-
-
-def _named(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Called:
-    """A call with its arguments by name; the first one is the block's input."""
-    named = inspect.signature(forward).bind(*args, **kwargs)
-    (_, x), *rest = named.arguments.items()
-    var = [p.name for p in named.signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    given = {k: v for k, v in rest if k not in var}
-    for name in var:
-        given.update(named.arguments.get(name, {}))
-    return Called(x.clone(), given)
 
 
 def _randomize(module: nn.Module, model: Any, generator: torch.Generator) -> None:
@@ -224,7 +173,7 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
-        self.calls = [r.calls.pop() for r in recorders]
+        self.calls = [r.called() for r in recorders]
 
     def around(self) -> tuple[list[str], list[str]]:
         """Modules with parameters that ran before the first block, and after the last."""

@@ -1,0 +1,119 @@
+"""What lies around the blocks, as it runs: embeddings, masks and rotary tables before them, norm
+and head after them.
+
+The model's own forward pass computes all of it, with recorders where its blocks were; so whatever
+a family does there (factors, caps, tables per kind of layer) is done as the family does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .graph import Frame
+from .recorder import Called, Recorder
+from .skeleton import build_skeleton
+
+CACHES = ("past_key_values", "layer_past", "past_key_value", "cache_params")
+
+
+class Shell:
+    """A model's skeleton, its blocks taken out.
+
+    Attributes:
+        skeleton: the transformers model on the meta device, with recorders for blocks. blocks: the
+            modules that were there.
+    """
+
+    def __init__(self, config: Any, name: str, frame: Frame) -> None:
+        """
+        Args:
+            name: of the model, for errors.
+
+        Raises:
+            LowbitError: transformers cannot build it.
+        """
+        self.skeleton: Any = build_skeleton(config, name, attn_implementation="sdpa")
+        self.blocks: list[nn.Module] = list(self.skeleton.get_submodule(frame.layers).children())
+        form: list[Any] = []
+        self._recorders = [Recorder(b, form) for b in self.blocks]
+        parent, _, own = frame.layers.rpartition(".")
+        setattr(self.skeleton.get_submodule(parent), own, nn.ModuleList(self._recorders))
+        self._frame = frame
+        for part in (self.skeleton, *self.blocks):
+            self._compute_buffers(part)
+
+    def _compute_buffers(self, root: nn.Module) -> None:
+        """What is computed rather than stored (rotary frequencies, Gemma's embedding factor) must
+        be real, not meta.
+        """
+        for module in root.modules():
+            loose = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
+            if loose:
+                for name in loose:
+                    setattr(module, name, torch.zeros_like(getattr(module, name), device="cpu"))
+                with torch.no_grad():
+                    self.skeleton._init_weights(module)
+
+    @property
+    def stored(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything outside the blocks that a checkpoint stores."""
+        names = {
+            n: tuple(p.shape) for n, p in self.skeleton.named_parameters(remove_duplicate=False)
+        }
+        return {**names, **{n: tuple(b.shape) for n, b in _persistent(self.skeleton)}}
+
+    def stored_in(self, i: int) -> dict[str, tuple[int, ...]]:
+        """The same of block i, by names inside the block."""
+        block = self.blocks[i]
+        names = {n: tuple(p.shape) for n, p in block.named_parameters()}
+        return {**names, **{n: tuple(b.shape) for n, b in _persistent(block)}}
+
+    def enter(self, ids: Tensor, tensors: Mapping[str, Tensor]) -> list[Called]:
+        """What every block is called with if none of them changes anything.
+
+        Args:
+            ids: (n, length) int64. tensors: everything outside the blocks by full name.
+        """
+        own = f"{self._frame.trunk}."
+        held = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
+        trunk = self.skeleton.get_submodule(self._frame.trunk)
+        functional_call(trunk, held, (ids,), {"use_cache": False}, tie_weights=False)
+        return [r.called() for r in self._recorders]
+
+    def readout(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """The last block's output (n, length, hidden) -> logits (n, length, vocab) float32;
+        differentiable by its input.
+
+        Args:
+            tensors: as in `enter`.
+        """
+        last = self._recorders[-1]
+
+        def logits(x: Tensor) -> Tensor:
+            ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+            last.returned = x
+            try:
+                said = functional_call(
+                    self.skeleton,
+                    dict(tensors),
+                    (),
+                    {"input_ids": ids, "use_cache": False},
+                    tie_weights=False,
+                )
+            finally:
+                last.returned = None
+            out: Tensor = said.logits
+            return out.float()
+
+        return logits
+
+
+def _persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a checkpoint stores."""
+    kept = module.state_dict()
+    return ((n, b) for n, b in module.named_buffers() if n in kept)

@@ -1,0 +1,125 @@
+"""Proofs: what the graph says may be done to a block is done to the narrow copy, and its function
+compared. What does not keep the function is taken out of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...grid import Rotation
+from ..block import Block
+from ..context import Context
+from ..graph import Graph, Site
+from ..residual import Basis, rotate_block
+from ..rewrite import fold
+from .kind import Kind
+
+_SAME = 1e-4  # some norms compute in float32 whatever they are given, and blocks add that up
+_SEED = 0
+
+
+def proved(kind: Kind, graph: Graph, centred: bool) -> tuple[Graph, dict[str, str]]:
+    """The graph without what is wrong in it.
+
+    Args:
+        centred: the model's norms are LayerNorms.
+
+    Returns:
+        graph, and first reader of a site -> what was dropped there and why.
+    """
+    dropped: dict[str, str] = {}
+    sites = []
+    for site in graph.sites:
+        if site.source is not None and not _folds(kind, graph, site):
+            dropped[site.reads[0]] = (
+                f"a factor in '{site.source.module}' is not made up for by its readers"
+            )
+            site = replace(site, source=None, residual=False, probe=_probe(site))
+        sites.append(site)
+    out = replace(graph, sites=tuple(sites))
+    if out.rotatable and not _turns(kind, out, centred):
+        dropped["residual stream"] = "another basis of it changes what the block computes"
+        out = replace(out, writers=())
+    return out, dropped
+
+
+def _probe(site: Site) -> str:
+    return site.probe
+
+
+def _weights(kind: Kind) -> dict[str, Tensor]:
+    return dict(kind.block.named_parameters()) | dict(kind.block.named_buffers())
+
+
+def _block(kind: Kind, graph: Graph, weights: Mapping[str, Tensor]) -> Block:
+    x = kind.called.x
+    context = Context(
+        name="the narrow copy",
+        module=kind.block,
+        graph=graph,
+        kwargs=kind.called.kwargs,
+        compute=torch.float64,
+        stored=torch.float64,
+        grids={},
+        x=x,
+        xq=x,
+        target=x,
+        tuned_rows=0,
+        seed=_SEED,
+    )
+    return Block(context, weights)
+
+
+def _folds(kind: Kind, graph: Graph, site: Site) -> bool:
+    """Whether a random factor, folded as methods fold it, leaves the block's output as it is."""
+    block = _block(kind, graph, _weights(kind))
+    channels = block.weight(site.reads[0]).shape[1]
+    generator = torch.Generator().manual_seed(_SEED)
+    factor = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5
+    try:
+        changed = fold(block, site, factor).forward(kind.called.x)
+    except (ValueError, RuntimeError, KeyError):  # rows or columns that are not there
+        return False
+    return _alike(changed, kind.base.out)
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn(Basis):
+    """Any orthogonal matrix instead of a Hadamard matrix: narrow sizes may have none."""
+
+    matrix: Tensor = torch.empty(0)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return x.double() @ self.matrix
+
+
+def _turns(kind: Kind, graph: Graph, centred: bool) -> bool:
+    """Whether the block, rotated as QuaRot rotates it, computes the same in the other basis."""
+    x = kind.called.x
+    turn = _turn(x.shape[-1], centred)
+    weights = _weights(kind)
+    floats = {k: v for k, v in weights.items() if v.is_floating_point()}
+    turned = rotate_block(floats, graph, turn, torch.float64, {})
+    block = _block(kind, graph, {**weights, **turned})
+    return _alike(block.forward(turn.written(x)), turn.written(kind.base.out))
+
+
+def _turn(hidden: int, centred: bool) -> _Turn:
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn = torch.randn(hidden, hidden, generator=generator, dtype=torch.float64)
+    if centred:  # the vector of ones stays what it is
+        first = torch.linalg.qr(torch.cat([torch.ones(hidden, 1).double(), drawn[:, 1:]], 1))[0]
+        inner = torch.linalg.qr(drawn[1:, 1:])[0]
+        turn = torch.block_diag(torch.ones(1, 1).double(), inner)
+        matrix = first @ turn @ first.T
+    else:
+        matrix = torch.linalg.qr(drawn)[0]
+    return _Turn(Rotation((hidden,)), torch.ones(hidden).double(), centred, matrix)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= _SAME * (1 + other.abs().max()))
