@@ -40,7 +40,8 @@ class Recorder(nn.Module):
         """
         super().__init__()
         self.__dict__["block"] = block  # no submodule: it is no part of what runs
-        self.live, self.returned, self._form = False, None, form
+        self.live, self._form = False, form
+        self.returned: Tensor | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __getattr__(self, name: str) -> Any:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import os
+from itertools import takewhile
 
 from torch import nn
 
 from ..graph import Graph, Site, Source
 from .attention import attention_of
 from .kind import Kind
+from .proofs import proved
 from .replay import Key, key_of
 from .sources import linear_source, made_by, norm_offset
+from .widen import widened
 from .writers import writers
 
 
-def graph_of(kind: Kind) -> Graph:
-    """What reads what, who made it, what is added to the residual stream."""
+def graph_of(kind: Kind, centred: bool) -> Graph:
+    """What reads what, who made it, what is added to the residual stream; proved on the narrow
+    copy, with the real model's numbers of rows.
+
+    Args:
+        centred: the model's norms are LayerNorms.
+    """
     norms = {}
     for key, names in kind.readers.items():
         norm = kind.base.made.get(key)
@@ -32,15 +39,18 @@ def graph_of(kind: Kind) -> Graph:
         for n in s.reads
         if n != output and not _entering(kind, s.reads[0]) and kind.sizes(n)[0] == kind.hidden
     )
-    return Graph(
+    graph = Graph(
         sites,
         unclipped=() if attention is None else attention.unclipped,
         writers=writing,
         heads=None if attention is None else attention.heads,
         attention=None if attention is None else attention.module,
+        output=output,
         inner=inner,
         flat=tuple(n for n in kind.linears if kind.base.inputs[n].dim() < kind.called.x.dim()),
+        kept=tuple(kind.kept.items()),
     )
+    return widened(proved(kind, graph, centred), kind)
 
 
 def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site | None:
@@ -58,7 +68,7 @@ def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site
         source = Source(norm, "norm", offset=offset)
     elif not _entering(kind, reads[0]):
         made = made_by(kind, reads[0], reads)
-        source = linear_source(made, kind.sizes(made[0])[0] if made else 0)
+        source = linear_source(made, kind.modules[made[0]].out_features if made else 0)
     entering = residual or _entering(kind, reads[0])
     probe = _parent(reads) if entering else reads[0]
     return Site(reads, None if closed else source, probe, residual, beside)
@@ -99,5 +109,6 @@ def _parent(reads: tuple[str, ...]) -> str:
     """The module that holds all of them; the first of them where that is the block."""
     if len(reads) == 1:
         return reads[0].rpartition(".")[0] or reads[0]
-    shared = os.path.commonprefix([n.split(".") for n in reads])
+    paths = [n.split(".") for n in reads]
+    shared = [p[0] for p in takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False))]
     return ".".join(shared) or reads[0]

@@ -76,14 +76,13 @@ def attention_of(kind: Kind, norms: dict[str, str]) -> Attention | None:
     heads, values = None, None
     if made is not None:
         linear, rows = made
-        distinct = rows.unique()
+        distinct = torch.tensor(sorted(set(rows.tolist())))
         start, count = int(distinct[0]), len(distinct)
-        whole = kind.sizes(linear)[0]
+        whole = _outputs(kind, linear)
         if torch.equal(distinct, torch.arange(start, start + count)):
             values = Source(linear, "linear", None if count == whole else (start, start + count))
-            channels = width * kind.by
-            if _turns_alike(kind, linear, rows, at, width):
-                heads = Heads(values, output, len(rows) // channels, channels, norm)
+            if _turns_alike(kind, linear, (start, start + count), at, width):
+                heads = Heads(values, output, len(rows) // width, width, norm)
     roles = {n: _role(kind, n, r, at) for n, r in reach.items()}
     if values is not None and values.rows is None:
         roles[values.module] = "value"
@@ -94,7 +93,7 @@ def attention_of(kind: Kind, norms: dict[str, str]) -> Attention | None:
             if first:
                 unclipped.append((name, first))
         elif roles[name] in ("query", "key"):
-            unclipped.append((name, kind.sizes(name)[0]))
+            unclipped.append((name, _outputs(kind, name)))
     return Attention(module, output, heads, tuple(unclipped), {**roles, output: "output"})
 
 
@@ -154,23 +153,24 @@ def _outputs(kind: Kind, linear: str) -> int:
     return module.out_features
 
 
-def _turns_alike(kind: Kind, linear: str, rows: Tensor, reader: str, width: int) -> bool:
+def _turns_alike(kind: Kind, linear: str, rows: tuple[int, int], reader: str, width: int) -> bool:
     """Whether each head of values may be multiplied by any matrix, and what is read follows."""
-    narrow = rows[:: kind.by] // kind.by  # the narrow model's map
+    start, stop = rows
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
-    distinct = narrow.unique()
-    start, stop = int(distinct[0]), int(distinct[-1]) + 1
 
     def turned(y: Tensor) -> Tensor:
         out = y.clone()
         part = out[..., start:stop]
-        out[..., start:stop] = (part.unflatten(-1, (-1, width)) @ turn).flatten(-2)
+        out[..., start:stop] = _by_heads(part, turn)
         return out
 
     if (stop - start) % width:
         return False
     base = kind.base.inputs[reader]
     now = kind.replay({linear: turned}).inputs[reader]
-    wanted = (base.unflatten(-1, (-1, width)) @ turn).flatten(-2)
-    return torch.allclose(now, wanted, rtol=_SAME, atol=_SAME)
+    return torch.allclose(now, _by_heads(base, turn), rtol=_SAME, atol=_SAME)
+
+
+def _by_heads(x: Tensor, turn: Tensor) -> Tensor:
+    return (x.reshape(*x.shape[:-1], -1, len(turn)) @ turn).flatten(-2)

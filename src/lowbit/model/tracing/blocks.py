@@ -18,10 +18,11 @@ def list_of_blocks(model: Any, name: str) -> str:
     ]
     if not fitting:
         raise LowbitError(
-            f"'{name}' is a '{model.config.model_type}' model in which no list of blocks was found: "
-            "it is not a decoder that can be quantized block by block."
+            f"'{name}' is a '{model.config.model_type}' model in which no list of blocks was "
+            "found: it is not a decoder that can be quantized block by block."
         )
-    return min(fitting, key=lambda n: n.count("."))
+    found: str = min(fitting, key=lambda n: n.count("."))
+    return found
 
 
 def signature(block: nn.Module) -> tuple[Any, ...]:

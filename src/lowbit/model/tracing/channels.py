@@ -29,9 +29,8 @@ def rows_of(scaled: Scaled, linear: str, count: int, base: Tensor) -> Tensor | N
         (channels,) int64; None if some channel is made by none.
     """
     for chunks in _CHUNKS:
-        if count % chunks or count < base.shape[-1]:
-            if chunks > 1:
-                continue
+        if chunks > 1 and (count % chunks or count < base.shape[-1]):
+            continue
         for start in range(0, count, count // chunks):
             part = slice(start, start + count // chunks)
             rows = _candidates(scaled, linear, count, part, base)
@@ -72,7 +71,7 @@ def _filled(rows: Tensor, dead: Tensor) -> Tensor:
 def _proved(scaled: Scaled, linear: str, count: int, rows: Tensor, base: Tensor) -> bool:
     """Whether those rows alone make the channels, at every token."""
     factors = torch.ones(count, dtype=torch.float64)
-    used = rows.unique()
+    used = torch.tensor(sorted(set(rows.tolist())))
     factors[used] = torch.linspace(0.5, 1.5, len(used), dtype=torch.float64)
     now = scaled(linear, factors)
     wanted = base * factors[rows]
@@ -99,28 +98,3 @@ def _matched(base: Tensor, now: Tensor, factors: Tensor) -> Tensor:
     gap = (middle.nan_to_num()[:, None] - factors).abs()  # (channels, rows)
     gap[:, factors == 1] = torch.inf
     return torch.where(constant & (gap.amin(1) < _EXACT), gap.argmin(1), -1)
-
-
-def widened(
-    rows: Tensor, by: int, source: int, width: int, counts: tuple[int, int]
-) -> Tensor | None:
-    """A narrow model's map for the real one.
-
-    Args:
-        rows: (channels,) of the narrow model. by: what its widths were divided by. source, width:
-            output rows of the real linear and channels of the real activation. counts: the same
-            of the narrow ones.
-
-    Returns:
-        (width,) int64; None where the real sizes do not follow from the narrow ones.
-    """
-    rows_there, channels = counts
-    if rows_there * by == source and channels * by == width:
-        inner = torch.arange(by)
-        return (rows[:, None] * by + inner).flatten()  # a channel stands for ``by`` neighbours
-    start = int(rows[0])
-    plain = torch.equal(rows, torch.arange(channels) + start)
-    if plain and start % channels == 0 and rows_there % channels == 0:
-        at = start // channels * width
-        return torch.arange(width) + at if rows_there // channels * width == source else None
-    return None

@@ -53,6 +53,7 @@ def _described(asked: _Asked) -> Described:
     distinct = list(dict.fromkeys(signatures))
     of_layers = tuple(distinct.index(s) for s in signatures)
     tiny = build_tiny(config, name, layers, of_layers)
+    centred = any(isinstance(m, nn.LayerNorm) for b in blocks for m in b.modules())
     counts = frozenset({1, *_counts(config.to_dict())})
     kinds: list[Graph] = []
     for first, called in zip(tiny.firsts, tiny.called, strict=True):
@@ -60,10 +61,9 @@ def _described(asked: _Asked) -> Described:
             kind = Kind(
                 tiny.blocks[first], called, blocks[first], tiny.by, counts, config.hidden_size
             )
-            kinds.append(graph_of(kind))
+            kinds.append(graph_of(kind, centred))
     alike = list(dict.fromkeys(kinds))
     places = tuple(alike.index(kinds[k]) for k in of_layers)
-    centred = any(isinstance(m, nn.LayerNorm) for b in blocks for m in b.modules())
     return Described(_frame(tiny, centred), tuple(alike), places)
 
 

@@ -22,33 +22,26 @@ _SAME = 1e-4  # some norms compute in float32 whatever they are given, and block
 _SEED = 0
 
 
-def proved(kind: Kind, graph: Graph, centred: bool) -> tuple[Graph, dict[str, str]]:
+def proved(kind: Kind, graph: Graph, centred: bool) -> Graph:
     """The graph without what is wrong in it.
 
     Args:
         centred: the model's norms are LayerNorms.
-
-    Returns:
-        graph, and first reader of a site -> what was dropped there and why.
     """
     dropped: dict[str, str] = {}
     sites = []
     for site in graph.sites:
         if site.source is not None and not _folds(kind, graph, site):
-            dropped[site.reads[0]] = (
-                f"a factor in '{site.source.module}' is not made up for by its readers"
+            dropped[site.source.module] = (
+                "others use what it makes besides the linears that read it"
             )
-            site = replace(site, source=None, residual=False, probe=_probe(site))
+            site = replace(site, source=None, residual=False)
         sites.append(site)
     out = replace(graph, sites=tuple(sites))
     if out.rotatable and not _turns(kind, out, centred):
-        dropped["residual stream"] = "another basis of it changes what the block computes"
+        dropped["the residual stream"] = "in another basis the block computes something else"
         out = replace(out, writers=())
-    return out, dropped
-
-
-def _probe(site: Site) -> str:
-    return site.probe
+    return replace(out, dropped=tuple(dropped.items()))
 
 
 def _weights(kind: Kind) -> dict[str, Tensor]:
@@ -91,7 +84,7 @@ def _folds(kind: Kind, graph: Graph, site: Site) -> bool:
 class _Turn(Basis):
     """Any orthogonal matrix instead of a Hadamard matrix: narrow sizes may have none."""
 
-    matrix: Tensor = torch.empty(0)
+    matrix: Tensor
 
     def rotate(self, x: Tensor) -> Tensor:
         return x.double() @ self.matrix
@@ -113,8 +106,8 @@ def _turn(hidden: int, centred: bool) -> _Turn:
     drawn = torch.randn(hidden, hidden, generator=generator, dtype=torch.float64)
     if centred:  # the vector of ones stays what it is
         first = torch.linalg.qr(torch.cat([torch.ones(hidden, 1).double(), drawn[:, 1:]], 1))[0]
-        inner = torch.linalg.qr(drawn[1:, 1:])[0]
-        turn = torch.block_diag(torch.ones(1, 1).double(), inner)
+        turn = torch.eye(hidden, dtype=torch.float64)
+        turn[1:, 1:] = torch.linalg.qr(drawn[1:, 1:])[0]
         matrix = first @ turn @ first.T
     else:
         matrix = torch.linalg.qr(drawn)[0]

@@ -22,7 +22,7 @@ Change = Callable[[Tensor], Tensor]
 
 def key_of(t: Tensor) -> Key:
     """Equal for views of the same numbers."""
-    return t.untyped_storage().data_ptr(), t.storage_offset(), t.numel()
+    return t.untyped_storage().data_ptr(), int(t.storage_offset()), t.numel()
 
 
 class Replay:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import Source
-from .channels import rows_of, widened
+from .channels import rows_of
 from .kind import Kind
 from .replay import key_of
 
@@ -39,9 +39,7 @@ def norm_offset(kind: Kind, norm: str, reader: str) -> float | None:
 
 
 def made_by(kind: Kind, reader: str, exclude: tuple[str, ...] = ()) -> tuple[str, Tensor] | None:
-    """The earlier linear that makes what a module reads, and the row of the real linear for each
-    channel of the real activation.
-    """
+    """The earlier linear that makes what a module reads, and its row for each channel."""
     base = kind.base.inputs[reader]
     maker = kind.modules.get(kind.base.made.get(key_of(base), ""))
     if maker is not None and maker._parameters and not isinstance(maker, nn.Linear):
@@ -52,20 +50,8 @@ def made_by(kind: Kind, reader: str, exclude: tuple[str, ...] = ()) -> tuple[str
         count = kind.modules[linear].out_features
         found = rows_of(kind.scaled(reader), linear, count, base)
         if found is not None:
-            narrow = (count, base.shape[-1])
-            outputs = kind.sizes(linear)[0]
-            real = widened(found, kind.by, outputs, _width(kind, reader), narrow)
-            return None if real is None else (linear, real)
+            return linear, found
     return None
-
-
-def _width(kind: Kind, reader: str) -> int:
-    """Channels of the activation that a module of the real model reads."""
-    module = kind.real.get_submodule(reader)
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    gain: Tensor = module.weight
-    return len(gain)
 
 
 def linear_source(made: tuple[str, Tensor] | None, outputs: int) -> Source | None:

@@ -41,7 +41,8 @@ def _shares(kind: Kind, name: str) -> list[Tensor] | None:
     scaled = kind.replay({name: lambda y: y * factors}).added
     if not len(without) == len(scaled) == len(kind.base.added):
         return None
-    shares, any_share = [], False
+    shares: list[Tensor] = []
+    any_share = False
     for whole, zero, now in zip(kind.base.added, without, scaled, strict=True):
         share = whole - zero
         if float(share.abs().max()) > _SAME:
