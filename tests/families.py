@@ -105,6 +105,42 @@ def config_of(family, **more):
     return kind(**{**wanted, **MORE.get(family, {}), **more})
 
 
+# Tiny towers of wrappers.
+TOWER = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    depth=2,
+    num_layers=2,
+    num_attention_heads=2,
+    num_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    global_head_dim=16,
+    image_size=28,
+    patch_size=14,
+    out_hidden_size=64,
+    num_position_embeddings=16,
+    deepstack_visual_indexes=[0],
+    vision_output_dim=64,
+    projector_input_dim=64,
+    projector_output_dim=64,
+)
+
+
+def wrapper_of(family, text):
+    """A tiny config of a wrapper whose text model is of another model type."""
+    kind = T.CONFIG_MAPPING[family]
+    plain = kind()
+    tower = type(plain.vision_config)
+    known = vars(plain.vision_config)
+    towers = tower(**{k: v for k, v in TOWER.items() if k in known})
+    config = kind(text_config=config_of(text), vision_config=towers)
+    auto = T.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    config.architectures = [auto[kind].__name__]
+    return config
+
+
 def model_of(config, auto=T.AutoModelForCausalLM):
     """A model with random numbers in float64, attention and experts eager."""
     torch.manual_seed(0)

@@ -83,6 +83,15 @@ class Form:
             DOWN: down,
         }
 
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Of a fused parameter, or of its bias."""
+        out, into = (self.hidden, self.inner) if parameter.startswith(DOWN) else (
+            self.inner * (2 if self.gated else 1), self.hidden)  # fmt: skip
+        count = self.count + (0 if parameter.startswith(DOWN) else self.identities)
+        if parameter.endswith(BIAS):
+            return count, out
+        return (count, into, out) if self.transposed else (count, out, into)
+
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
         """Outputs of gate and up, each (tokens, inner), as the fused product has them."""
         if self.interleaved:

@@ -1,0 +1,364 @@
+"""Where the parameters of a skeleton lie in a checkpoint, and under which names results go out.
+
+Everything is matched against what is stored: names as they are, names that transformers renames
+and tensors that it converts for the model's type, the prefixes of wrappers, and experts in 3-D
+tensors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowbitError
+from .checkpoint import Checkpoint, Stored
+from .conversion import Group, Numbered, Place, Renamed
+from .experts import Experts
+from .fused import BIAS, Part
+
+__all__ = ["Names", "Place"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """A skeleton's names in a checkpoint.
+
+    Attributes:
+        places: parameter or persistent buffer of the skeleton -> where it lies; pieces follow each
+            other along the first dimension. Nearly all have one.
+        unread: stored tensors that nothing of the skeleton is read from.
+        modules: linear of an expert that lies in a 3-D tensor -> the name its own tensors get.
+    """
+
+    places: Mapping[str, tuple[Place, ...]]
+    unread: tuple[str, ...]
+    modules: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Any, stored: Mapping[str, Stored], source: str) -> Names:
+        """Find every parameter of a skeleton.
+
+        Args:
+            model: text model of transformers whose experts are ``Experts``; meta will do.
+            config: of the checkpoint, of a wrapper as well. stored: what the checkpoint holds.
+            source: its name, for errors.
+
+        Raises:
+            LowbitError: a parameter is nowhere, has another shape, or lies in pieces that cannot be
+                read (named, with tensors whose names are similar).
+        """
+        held = {n: s.shape for n, s in stored.items()}
+        views = [
+            _View(model, Renamed.of(held, t), held, config) for t in _transforms(model, config)
+        ]
+        view = max(views, key=lambda v: v.found)
+        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        optional = {n for n, _ in model.named_buffers()}
+        places: dict[str, tuple[Place, ...]] = {}
+        for name, tensor in model.state_dict().items():
+            found = view.place(name) or (view.place(tied[name]) if name in tied else None)
+            if found is not None:
+                _check(name, tuple(tensor.shape), found, held, source)
+                places[name] = found
+            elif name not in optional:
+                raise LowbitError(_missing(name, view, source))
+        read = {p.tensor for ps in places.values() for p in ps}
+        return cls(places, tuple(n for n in stored if n not in read), _outside(places))
+
+    def module(self, linear: str) -> str:
+        """The name under which the tensors of a quantized linear go out: as the checkpoint has it,
+        or, where its experts lie in 3-D tensors, one name an expert.
+
+        Raises:
+            KeyError: the skeleton has no such linear.
+        """
+        if linear in self.modules:
+            return self.modules[linear]
+        (place,) = self.places[f"{linear}.weight"]
+        return place.tensor.removesuffix(".weight")
+
+    def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read parameters by the skeleton's names, in their stored dtypes; of a 3-D tensor only the
+        part that is needed.
+
+        Raises:
+            LowbitError: see ``Checkpoint.read``.
+        """
+        names = list(names)
+        whole = {p.tensor for n in names for p in self.places[n] if p.whole}
+        read = checkpoint.read(sorted(whole))
+        out = {}
+        for name in names:
+            pieces = [
+                read[p.tensor] if p.whole else _part(checkpoint, p) for p in self.places[name]
+            ]
+            out[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return out
+
+
+def _part(checkpoint: Checkpoint, place: Place) -> Tensor:
+    """Read what lies at a place, contiguous."""
+    start, stop, step = place.rows or (0, None, 1)
+    span = slice(start, stop)
+    at: tuple[int | slice, ...] = (slice(None), span) if place.transposed else (span,)
+    if place.index is not None:
+        at = (place.index, *at)
+    part = checkpoint.read_part(place.tensor, at)
+    return (part.mT if place.transposed else part)[::step].contiguous()
+
+
+class _View:
+    """A skeleton's names seen through one way of renaming a checkpoint.
+
+    Args:
+        model: the skeleton. renamed: the checkpoint. held: stored name -> shape.
+    """
+
+    def __init__(
+        self, model: nn.Module, renamed: Renamed, held: Mapping[str, tuple[int, ...]], config: Any
+    ) -> None:
+        self.renamed, self.held, self.config = renamed, held, config
+        self.fused = {n: m for n, m in model.named_modules() if isinstance(m, Experts)}
+        self.experts = dict(self._linears())
+        self.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        for name, module in self.fused.items():
+            for part in module.form.parts.values():
+                for whole in (part.parameter, part.parameter + BIAS):
+                    self.shapes[f"{name}.{whole}"] = module.form.shape(whole)
+        self._numbered: dict[int, Numbered] = {}
+
+    def _linears(self) -> Iterator[tuple[str, tuple[str, int, Part]]]:
+        """Linear of an expert -> the fused module, the expert's number, and its part."""
+        for name, module in self.fused.items():
+            for number in range(module.form.count):
+                for linear, part in module.form.parts.items():
+                    yield f"{name}.{number}.{linear}", (name, number, part)
+
+    @cached_property
+    def present(self) -> frozenset[str]:
+        """Every name that a parameter may be found under."""
+        return frozenset((*self.renamed.plain, *self.renamed.groups, *self.held))
+
+    @cached_property
+    def heads(self) -> dict[str, str]:
+        """Name of a list of blocks in the skeleton -> in the checkpoint: the one under which most
+        of the blocks' parameters are.
+        """
+        tails: dict[str, list[str]] = {}
+        for name in self.present:
+            head, tail = _split(name)
+            if tail:
+                tails.setdefault(tail, []).append(head)
+        votes: dict[str, Counter[str]] = {}
+        for name in self.shapes:
+            mine, tail = _split(name)
+            for head in tails.get(tail, ()):
+                votes.setdefault(mine, Counter())[head] += 1
+        return {
+            mine: max(heads, key=lambda h: (heads[h], h == mine, -len(h)))
+            for mine, heads in votes.items()
+        }
+
+    @cached_property
+    def found(self) -> int:
+        """How many of the skeleton's parameters are present."""
+        return sum(self._present(n) is not None for n in self.shapes)
+
+    def _spelled(self, name: str) -> Iterator[str]:
+        """Names under which a parameter may be present, the likeliest first."""
+        head, tail = _split(name)
+        if tail and head in self.heads:
+            yield f"{self.heads[head]}.{tail}"
+        for mine, theirs in self.heads.items():
+            old, new = _differing(mine, theirs)
+            if name.startswith(old + ".") or (new and not old):
+                rest = name.removeprefix(old + ".") if old else name
+                yield f"{new}.{rest}" if new else rest
+        yield name
+        for mine, theirs in self.heads.items():
+            old, new = _differing(mine, theirs)
+            if old and new.endswith(old):  # a wrapper may hold the head as well
+                yield new.removesuffix(old) + name
+
+    def _present(self, name: str) -> str | None:
+        return next((n for n in self._spelled(name) if n in self.present), None)
+
+    def place(self, name: str) -> tuple[Place, ...] | None:
+        """Where a parameter lies; None if it is nowhere."""
+        there = self._present(name)
+        if there is not None:
+            return self._lying(there, None, None)
+        linear, _, kind = name.rpartition(".")
+        if linear not in self.experts:
+            return None
+        module, number, part = self.experts[linear]
+        parameter = part.parameter + (BIAS if kind == "bias" else "")
+        if number in self._lacking[module, parameter]:
+            return None
+        there = self._present(f"{module}.{parameter}")
+        return None if there is None else self._lying(there, number, part)
+
+    def _lying(self, there: str, number: int | None, part: Part | None) -> tuple[Place, ...] | None:
+        """Where a parameter that is present lies, or the part of it that is one expert's."""
+        group = self.renamed.groups.get(there)
+        stored = self.renamed.plain.get(there) or (None if group else there)
+        if stored is None and group is not None:
+            ids = self._follow(group).made.get(there)
+            if ids is not None and number is not None and part is not None:
+                one = ids[number]
+                ids = part.weight(one) if one.ndim == 2 else part.bias(one)
+            return None if ids is None else self._follow(group).places(ids)
+        assert stored is not None  # what is present is in one of the three
+        if number is None or part is None:
+            return (Place(stored),)
+        shape = self.held[stored]
+        return (Place(stored, number, part.rows, part.transposed and len(shape) == 3),)
+
+    @cached_property
+    def _lacking(self) -> dict[tuple[str, str], set[int]]:
+        """Fused module and parameter -> numbers of the experts that are not stored in it."""
+        return {
+            (name, whole): self._lacks(name, whole)
+            for name, module in self.fused.items()
+            for part in module.form.parts.values()
+            for whole in (part.parameter, part.parameter + BIAS)
+        }
+
+    def _lacks(self, module: str, parameter: str) -> set[int]:
+        """Numbers of the experts that a fused parameter, if it is present, does not hold."""
+        form = self.fused[module].form
+        there = self._present(f"{module}.{parameter}")
+        group = self.renamed.groups.get(there or "")
+        if there is None:
+            return set(range(form.count))
+        if there not in self.renamed.plain and group is not None and "*" in "".join(group.sources):
+            return group.lacking(form.count, form.identities)
+        stored = self.renamed.plain.get(there, there)
+        if group is not None and stored not in self.held:
+            stored = next(n for names in group.sources.values() for n in names)
+        return set(range(self.held[stored][0], form.count))
+
+    def _follow(self, group: Group) -> Numbered:
+        if id(group) not in self._numbered:
+            self._numbered[id(group)] = group.numbered(
+                self.held, lambda n: self.shapes[self._spellings[n]], self.config
+            )
+        return self._numbered[id(group)]
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        """Every name under which a parameter may be present -> the skeleton's name."""
+        return {s: n for n in self.shapes for s in self._spelled(n)}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """What comes before the number of a block, and the rest; the rest is empty without one."""
+    parts = name.split(".")
+    at = next((i for i, p in enumerate(parts) if p.isdigit()), len(parts))
+    return ".".join(parts[:at]), ".".join(parts[at:])
+
+
+def _differing(mine: str, theirs: str) -> tuple[str, str]:
+    """Two names without the components that they end with both."""
+    a, b = mine.split("."), theirs.split(".")
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return ".".join(a), ".".join(b)
+
+
+def _transforms(model: nn.Module, config: Any) -> Iterator[list[Any]]:
+    """Ways in which transformers may rename the checkpoint: as that of the wrapper, as that of the
+    text model, not at all.
+    """
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    text: Any = model
+    if config.get_text_config() is not config:
+        for name in getattr(config, "architectures", None) or ():
+            kind = getattr(transformers, name, None)
+            try:
+                with torch.device("meta"):
+                    wrapper = kind(config) if kind is not None else None
+            except Exception:  # each class fails in ways of its own; its names may do as they are
+                wrapper = None
+            if wrapper is not None:
+                yield get_model_conversion_mapping(wrapper)
+    yield get_model_conversion_mapping(text)
+    yield []
+
+
+def _outside(places: Mapping[str, tuple[Place, ...]]) -> dict[str, str]:
+    """Linear whose weight is no tensor of its own -> its name beside those of its block."""
+    heads: dict[str, Counter[str]] = {}
+    for name, pieces in places.items():
+        head, tail = _split(name)
+        if tail and len(pieces) == 1 and pieces[0].whole and pieces[0].tensor.endswith(tail):
+            theirs = pieces[0].tensor.removesuffix(tail)
+            heads.setdefault(head, Counter())[theirs] += 1
+    out = {}
+    for name, pieces in places.items():
+        linear = name.removesuffix(".weight")
+        if linear != name and not (len(pieces) == 1 and pieces[0].whole):
+            head, tail = _split(linear)
+            known = heads.get(head)
+            out[linear] = known.most_common(1)[0][0] + tail if known and tail else linear
+    return out
+
+
+def _check(
+    name: str,
+    wanted: tuple[int, ...],
+    pieces: tuple[Place, ...],
+    held: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Raise LowbitError if what lies at a place is not of the parameter's shape."""
+    shapes = [p.shape(held[p.tensor]) for p in pieces]
+    whole = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
+    if whole != wanted or any(s[1:] != whole[1:] for s in shapes):
+        tensors = ", ".join(dict.fromkeys(f"'{p.tensor}'" for p in pieces))
+        raise LowbitError(
+            f"{tensors} of '{source}' holds '{name}' as {list(whole)}, but its config.json asks "
+            f"for {list(wanted)}: the checkpoint does not fit its config.json."
+        )
+
+
+def _missing(name: str, view: _View, source: str) -> str:
+    """One sentence or two about a parameter that is nowhere."""
+    linear, _, kind = name.rpartition(".")
+    if linear in view.experts:
+        module = view.experts[linear][0]
+        count = view.fused[module].form.count
+        leaf = linear.rpartition(".")[2]
+        names = [f"{module}.{i}.{leaf}.{kind}" for i in range(count)]
+        absent = [i for i, n in enumerate(names) if view.place(n) is None]
+        return (
+            f"'{source}' holds {count - len(absent)} of the {count} experts that its config.json "
+            f"asks for in '{module}': the '{leaf}.{kind}' of expert {absent[0]} is missing."
+            + _similar(names[absent[0]], view)
+        )
+    routers = (_is_router(name, view.shapes[name], m, e) for m, e in view.fused.items())
+    if any(routers):
+        return f"the router '{name}' is missing from '{source}'." + _similar(name, view)
+    return f"parameter '{name}' is nowhere in '{source}'." + _similar(name, view)
+
+
+def _is_router(name: str, shape: tuple[int, ...], module: str, experts: Experts) -> bool:
+    """Whether a parameter beside experts has one row for each of them."""
+    form = experts.form
+    beside = name.startswith(module.rpartition(".")[0] + ".")
+    return beside and len(shape) == 2 and shape[0] in (form.count, form.count + form.identities)
+
+
+def _similar(name: str, view: _View) -> str:
+    """The stored names that are most like a parameter's."""
+    near = difflib.get_close_matches(name, list(view.held), n=3, cutoff=0.6)
+    return f" Tensors with similar names: {', '.join(near)}." if near else ""
