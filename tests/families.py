@@ -77,6 +77,61 @@ SIZES = dict(
     max_window_layers=2,
     kv_channels=16,
 )
+# Model types with fused experts and a causal language model of their own.
+MIXTURES = [
+    "afmoe",
+    "aria_text",
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "beam",
+    "cohere2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots1",
+    "dots3_note_text",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "flint",
+    "gemma4_text",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "inkling_text",
+    "jamba",
+    "kimi_linear",
+    "kolibri1",
+    "laguna",
+    "lfm2_moe",
+    "llama4_text",
+    "longcat_flash",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "mixtral",
+    "nemotron_h",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "solar_open",
+    "zaya",
+]
 HYBRID = dict(layer_types=["linear_attention", "full_attention"] * 2)
 SLIDING = dict(layer_types=["sliding_attention", "full_attention"] * 2)
 # What the sizes alone do not say of a family.
@@ -90,6 +145,8 @@ MORE = {
     "gemma4_text": SLIDING,
     "gemma4_unified_text": SLIDING,
     "exaone_moe": SLIDING,
+    "longcat_flash": dict(num_layers=2, head_dim=8, qk_head_dim=16),
+    "zaya": dict(num_experts_per_tok=1),
 }
 
 
@@ -132,8 +189,12 @@ def wrapper_of(family, text):
     """A tiny config of a wrapper whose text model is of another model type."""
     kind = T.CONFIG_MAPPING[family]
     plain = kind()
-    tower = type(plain.vision_config)
-    known = vars(plain.vision_config)
+    tower = (
+        T.CONFIG_MAPPING[f"{family}_vision"]
+        if plain.vision_config is None
+        else type(plain.vision_config)
+    )
+    known = vars(tower())
     towers = tower(**{k: v for k, v in TOWER.items() if k in known})
     config = kind(text_config=config_of(text), vision_config=towers)
     auto = T.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

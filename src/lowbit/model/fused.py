@@ -31,6 +31,13 @@ class Part:
     rows: tuple[int, int, int] | None
     transposed: bool
 
+    def divided(self, grain: int) -> Part:
+        """The same part of a parameter whose channels are fewer by a factor."""
+        if self.rows is None:
+            return self
+        start, stop, step = self.rows
+        return replace(self, rows=(start // grain if step == 1 else start, stop // grain, step))
+
     def weight(self, fused: Tensor) -> Tensor:
         """The (..., out, in) view of a fused weight."""
         turned = fused.mT if self.transposed else fused

@@ -59,7 +59,7 @@ class Names:
             _View(model, Renamed.of(held, t), held, config) for t in _transforms(model, config)
         ]
         view = max(views, key=lambda v: v.found)
-        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        tied = _tied(model, config)
         optional = {n for n, _ in model.named_buffers()}
         places: dict[str, tuple[Place, ...]] = {}
         for name, tensor in model.state_dict().items():
@@ -210,11 +210,12 @@ class _View:
         group = self.renamed.groups.get(there)
         stored = self.renamed.plain.get(there) or (None if group else there)
         if stored is None and group is not None:
-            ids = self._follow(group).made.get(there)
+            numbered = self._follow(group)
+            ids = numbered.made.get(there)
             if ids is not None and number is not None and part is not None:
-                one = ids[number]
-                ids = part.weight(one) if one.ndim == 2 else part.bias(one)
-            return None if ids is None else self._follow(group).places(ids)
+                one, small = ids[number], part.divided(numbered.grain)
+                ids = small.weight(one) if one.ndim == 2 else small.bias(one)
+            return None if ids is None else numbered.places(ids)
         assert stored is not None  # what is present is in one of the three
         if number is None or part is None:
             return (Place(stored),)
@@ -293,6 +294,16 @@ def _transforms(model: nn.Module, config: Any) -> Iterator[list[Any]]:
                 yield get_model_conversion_mapping(wrapper)
     yield get_model_conversion_mapping(text)
     yield []
+
+
+def _tied(model: Any, config: Any) -> dict[str, str]:
+    """Parameter -> the one that is read in its place if it is not stored. A wrapper may tie a head
+    that its text model's own config leaves untied.
+    """
+    both = config, config.get_text_config()
+    if not any(getattr(c, "tie_word_embeddings", False) for c in both):
+        return {}
+    return dict(model._tied_weights_keys or {})
 
 
 def _outside(places: Mapping[str, tuple[Place, ...]]) -> dict[str, str]:
