@@ -8,7 +8,7 @@ import transformers as T
 SIZES = dict(
     hidden_size=64,
     intermediate_size=96,
-    moe_intermediate_size=32,
+    moe_intermediate_size=40,
     num_hidden_layers=4,
     num_layers=4,
     num_attention_heads=4,

@@ -190,6 +190,10 @@ class _View:
     def _present(self, name: str) -> str | None:
         return next((n for n in self._spelled(name) if n in self.present), None)
 
+    def has(self, name: str) -> bool:
+        """Whether a parameter is present under a name of its own."""
+        return self._present(name) is not None
+
     def place(self, name: str) -> tuple[Place, ...] | None:
         """Where a parameter lies; None if it is nowhere."""
         there = self._present(name)
@@ -200,7 +204,7 @@ class _View:
             return None
         module, number, part = self.experts[linear]
         parameter = part.parameter + (BIAS if kind == "bias" else "")
-        if number in self._lacking[module, parameter]:
+        if self.lacking[module, parameter]:
             return None
         there = self._present(f"{module}.{parameter}")
         return None if there is None else self._lying(there, number, part)
@@ -223,7 +227,7 @@ class _View:
         return (Place(stored, number, part.rows, part.transposed and len(shape) == 3),)
 
     @cached_property
-    def _lacking(self) -> dict[tuple[str, str], set[int]]:
+    def lacking(self) -> dict[tuple[str, str], set[int]]:
         """Fused module and parameter -> numbers of the experts that are not stored in it."""
         return {
             (name, whole): self._lacks(name, whole)
@@ -346,11 +350,12 @@ def _missing(name: str, view: _View, source: str) -> str:
     """One sentence or two about a parameter that is nowhere."""
     linear, _, kind = name.rpartition(".")
     if linear in view.experts:
-        module = view.experts[linear][0]
+        module, _, part = view.experts[linear]
         count = view.fused[module].form.count
         leaf = linear.rpartition(".")[2]
         names = [f"{module}.{i}.{leaf}.{kind}" for i in range(count)]
-        absent = [i for i, n in enumerate(names) if view.place(n) is None]
+        lacking = view.lacking[module, part.parameter + (BIAS if kind == "bias" else "")]
+        absent = [i for i in sorted(lacking) if not view.has(names[i])]
         return (
             f"'{source}' holds {count - len(absent)} of the {count} experts that its config.json "
             f"asks for in '{module}': the '{leaf}.{kind}' of expert {absent[0]} is missing."
