@@ -24,7 +24,6 @@ LEFT = {
     "DbrxExperts": "one matrix holds all experts' rows",
     "InklingSharedExperts": "weighted before the down projection, by no router's choice",
     "JetMoeParallelExperts": "one projection of all experts, called by another module",
-    "OpenAIPrivacyFilterExperts": "sums in float32; a classifier",
 }
 
 
@@ -181,7 +180,7 @@ def test_every_class_is_proved_or_listed():
         except (AssertionError, LowbitError):
             left.add(name)
     assert left == set(LEFT)
-    assert len(proven) >= 66
+    assert len(proven) >= 68
 
 
 class Squared(nn.Module):

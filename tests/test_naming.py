@@ -90,6 +90,15 @@ def test_mixtures(family, tmp_path):
     assert len({names.module(n) for n in linears}) == len(linears)
 
 
+@pytest.mark.parametrize("family", ["bitnet", "gemma2", "gpt2", "llama", "olmo2", "opt", "phi3"])
+def test_dense(family, tmp_path):
+    config = config_of(family)
+    model = model_of(config)
+    model.save_pretrained(tmp_path)
+    assert names_of(config, tmp_path)[0].unread == ()
+    assert_found(config, model, tmp_path)
+
+
 @pytest.mark.parametrize(("wrapper", "text"), WRAPPERS)
 def test_wrappers(wrapper, text, tmp_path):
     config = wrapper_of(wrapper, text)
@@ -202,6 +211,16 @@ def without_prefix(tensors):
     return {n.removeprefix("model."): t for n, t in tensors.items()}
 
 
+def with_a_talker(tensors):
+    """Another decoder, deeper and narrower, whose names are the same."""
+    out = {f"thinker.{n}": t for n, t in tensors.items()}
+    for n, t in tensors.items():
+        for add in (0, 4):
+            deeper = re.sub(r"layers\.(\d)", lambda m, add=add: f"layers.{int(m[1]) + add}", n)
+            out[f"talker.{deeper}"] = t[..., : t.shape[-1] // 2].clone()
+    return out
+
+
 def one_by_one(tensors):
     """As artifacts of runtimes lie: experts of gpt_oss in two dimensions."""
     out = {n: t for n, t in tensors.items() if ".experts." not in n}
@@ -220,7 +239,14 @@ def one_by_one(tensors):
 
 @pytest.mark.parametrize(
     ("family", "change"),
-    [("qwen3_moe", without_prefix), ("mixtral", without_prefix), ("gpt_oss", one_by_one)],
+    [
+        ("qwen3_moe", without_prefix),
+        ("mixtral", without_prefix),
+        ("gpt_oss", one_by_one),
+        ("gpt_oss", with_a_talker),
+        ("mixtral", with_a_talker),
+        ("llama", with_a_talker),
+    ],
 )
 def test_other_layouts(family, change, tmp_path):
     config = config_of(family)
