@@ -106,6 +106,9 @@ def test_wrappers(wrapper, text, tmp_path):
     model.save_pretrained(tmp_path)
     names = assert_found(config, model, tmp_path)
     assert any("vis" in n for n in names.unread)
+    # A wrapper that cannot be built leaves the names themselves.
+    config.architectures = None
+    assert names_of(config, tmp_path)[0].places == names.places
     assert not any(".layers.0.input_layernorm" in n for n in names.unread if "vis" not in n)
 
 
@@ -327,6 +330,30 @@ def test_what_is_missing_is_named(family, change, said, tmp_path):
     config = config_of(family)
     put(change(saved(model_of(config), tmp_path)), tmp_path)
     with pytest.raises(LowbitError, match=said):
+        names_of(config, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe"])
+def test_more_experts_than_the_config_says(family, tmp_path):
+    model_of(config_of(family)).save_pretrained(tmp_path)
+    config = config_of(family)
+    setattr(config, "num_experts" if "qwen" in family else "num_local_experts", 4)
+    with pytest.raises(LowbitError, match=r"router|gate.weight' as \[5, 64\], but .* \[4, 64\]"):
+        names_of(config, tmp_path)
+
+
+def test_order_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Interleave, WeightConverter
+
+    config = config_of("llama")
+    model_of(config).save_pretrained(tmp_path)
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    mixed = WeightConverter("mlp.down_proj.weight", "mlp.down_proj.weight", [Interleave(dim=0)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [mixed])
+    with pytest.raises(
+        LowbitError, match=r"'model.layers.0.mlp.down_proj.weight' has its channels"
+    ):
         names_of(config, tmp_path)
 
 

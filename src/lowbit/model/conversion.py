@@ -71,16 +71,14 @@ class Group:
         patterns = self.converter.target_patterns
         return [self.first.replace(patterns[0], p, 1) for p in patterns]
 
-    def lacking(self, count: int, identities: int) -> set[int]:
-        """Numbers of the experts that are not among the sources of a fused parameter."""
-        full = set(range(count))
-        lists = [n for p, n in self.sources.items() if "*" in p]
-        if not lists or set(self.sources) < set(self.converter.source_patterns):
-            return full if lists else set()
-        there = [{int(re.findall(r"(?<=\.)\d+(?=\.)", n)[-1]) for n in part} for part in lists]
-        return set.union(*(full - t for t in there)) or (
-            full if any(len(t) not in (count, count + identities) for t in there) else set()
-        )
+    def lacking(self, count: int) -> set[int]:
+        """Numbers of the experts that some sources of a fused parameter do not hold."""
+        wanted = [p for p in self.converter.source_patterns if "*" in p]
+        there = [
+            {int(re.findall(r"(?<=\.)\d+(?=\.)", n)[-1]) for n in self.sources.get(p, ())}
+            for p in wanted
+        ]
+        return set[int]().union(*(set(range(count)) - t for t in there))
 
     def numbered(
         self, shapes: Mapping[str, tuple[int, ...]], shape_of: Callable[[str], tuple[int, ...]],
@@ -135,9 +133,11 @@ class Numbered:
     grain: int
     made: Mapping[str, Tensor]
 
-    def places(self, ids: Tensor) -> tuple[Place, ...] | None:
-        """Where elements lie; pieces follow each other along the first dimension. None if they do
-        not lie in rows.
+    def places(self, ids: Tensor) -> tuple[Place, ...]:
+        """Where elements lie; pieces follow each other along the first dimension.
+
+        Raises:
+            LowbitError: they do not lie in rows.
         """
         first = ids.reshape(ids.shape[0], -1)[:, 0].contiguous()
         owner = torch.searchsorted(self.starts, first, right=True) - 1
@@ -146,7 +146,10 @@ class Numbered:
         for source, piece in zip(sources.tolist(), torch.split(ids, counts.tolist()), strict=True):
             place = self._place(source, piece - self.starts[source])
             if place is None:
-                return None
+                raise LowbitError(
+                    f"'{self.names[source]}' has its channels in an order that is not read: save "
+                    "the model with transformers' save_pretrained after loading it."
+                )
             out.append(place)
         return tuple(out)
 

@@ -147,7 +147,7 @@ class Lookup:
         if there is None:
             return set(range(form.count))
         if there not in self.renamed.plain and group is not None and "*" in "".join(group.sources):
-            return group.lacking(form.count, form.identities)
+            return group.lacking(form.count)
         stored = self.renamed.plain.get(there, there)
         if group is not None and stored not in self.held:
             stored = next(n for names in group.sources.values() for n in names)
