@@ -129,6 +129,7 @@ MIXTURES = [
     "qwen3_5_moe_text",
     "qwen3_moe",
     "qwen3_next",
+    "qwen4_exp_text",
     "solar_open",
     "zaya",
 ]
@@ -145,6 +146,17 @@ MORE = {
     "gemma4_text": SLIDING,
     "gemma4_unified_text": SLIDING,
     "exaone_moe": SLIDING,
+    "qwen4_exp_text": dict(
+        **HYBRID,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=16,
+        indexer_budget=8,
+        indexer_compress_ratio=4,
+        ngram_vocab_size_base=64,
+        split_ngram_parts=2,
+        hc_lowrank=8,
+    ),
     "longcat_flash": dict(num_layers=2, head_dim=8, qk_head_dim=16),
     "zaya": dict(num_experts_per_tok=1),
 }

@@ -119,6 +119,16 @@ def test_rows_of_zeros_are_left_out_of_sorted_experts():
     assert seen["one"].shape == (2, made.form.hidden) and "three" not in seen
 
 
+def test_choices_beyond_the_experts_pass_rows_on():
+    fused = fused_of("longcat_flash")
+    made = unfused(fused)
+    assert (made.form.count, made.form.identities) == (5, 2)
+    x, picks, weights = chosen(made, numbers=(4, 6))
+    torch.testing.assert_close(made(x, picks, weights), fused(x, picks, weights))
+    x, picks, weights = chosen(made, numbers=(5, 6))
+    torch.testing.assert_close(made(x, picks, weights), x * weights.sum(1, keepdim=True))
+
+
 def test_gradients_and_functional_call():
     fused = fused_of("gpt_oss").requires_grad_(True)
     made = unfused(fused)
