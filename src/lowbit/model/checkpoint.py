@@ -362,16 +362,45 @@ class Checkpoint:
                             f"tensor '{key}' in shard '{shard}' of '{self.name}' cannot be read: "
                             f"{e}"
                         ) from e
-                    if (
-                        finite
-                        and tensor.is_floating_point()
-                        and not torch.isfinite(tensor.sum(dtype=torch.float64))
-                    ):
-                        bad = int((~torch.isfinite(tensor)).sum())
-                        if bad:
-                            raise LowbitError(
-                                f"tensor '{key}' of '{self.name}' holds {bad} NaN or infinite "
-                                "values. Repair or re-download the checkpoint."
-                            )
+                    if finite:
+                        self._refuse_nan(key, tensor)
                     out[key] = tensor
         return out
+
+    def read_part(self, name: str, at: tuple[int | slice, ...], *, finite: bool = True) -> Tensor:
+        """Read a part of one tensor, in its stored dtype, without the rest of it.
+
+        Args:
+            at: a number or a slice without a step, for each leading dimension.
+            finite: refuse a part that holds NaN or infinity.
+
+        Raises:
+            LowbitError: the tensor is missing, unreadable, or the part holds NaN or infinity.
+        """
+        if name not in self._held:
+            raise LowbitError(
+                f"tensor '{name}' is missing from '{self.name}': the checkpoint does not fit "
+                "its config.json."
+            )
+        shard = self._held[name][0]
+        with self._open(shard) as f:
+            try:
+                part: Tensor = f.get_slice(name)[at]
+            except (SafetensorError, OSError) as e:
+                raise LowbitError(
+                    f"tensor '{name}' in shard '{shard}' of '{self.name}' cannot be read: {e}"
+                ) from e
+        if finite:
+            self._refuse_nan(name, part)
+        return part
+
+    def _refuse_nan(self, name: str, tensor: Tensor) -> None:
+        """Raise LowbitError if what was read of a tensor holds NaN or infinity."""
+        if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float64)):
+            return
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise LowbitError(
+                f"tensor '{name}' of '{self.name}' holds {bad} NaN or infinite "
+                "values. Repair or re-download the checkpoint."
+            )
