@@ -140,7 +140,8 @@ def _tied(model: Any, config: Any) -> dict[str, str]:
     both = config, config.get_text_config()
     if not any(getattr(c, "tie_word_embeddings", False) for c in both):
         return {}
-    return dict(model._tied_weights_keys or {})
+    named = dict(model._tied_weights_keys or {})
+    return {**{other: one for one, other in named.items()}, **named}
 
 
 def _outside(places: Mapping[str, tuple[Place, ...]]) -> dict[str, str]:

@@ -4,13 +4,12 @@ embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import LowbitError
 from .checkpoint import Checkpoint, Stored
 
 _ROWS = 4096  # of a matrix compared at a time
@@ -39,56 +38,34 @@ class Outer:
 def outer_of(
     checkpoint: Checkpoint,
     skeleton: Any,
-    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
     stored: Mapping[str, Stored],
     tied: bool,
 ) -> Outer:
-    """Find every parameter of a skeleton without blocks in a checkpoint, as transformers would load
-    it.
+    """What a checkpoint holds of a skeleton without blocks, as transformers would load it.
 
     A tied head may lie under either name or under both. Where both are there and differ,
     transformers does not tie them.
 
     Args:
-        skeleton: the transformers model, its blocks taken out. shapes: of everything in it that is
-            stored. stored: of the checkpoint. tied: what config.json says of the head.
-
-    Raises:
-        LowbitError: a tensor is missing, or has another shape than config.json wants.
+        skeleton: the transformers model, its blocks taken out. names: parameter -> the tensor that
+            it is read from. stored: of the checkpoint. tied: what config.json says of the head.
     """
     embedding = _name_of(skeleton, skeleton.get_input_embeddings())
     head = _name_of(skeleton, skeleton.get_output_embeddings())
-    names, left, remarks = {n: n for n in shapes}, {}, []
+    held, left, remarks = dict(names), {}, []
     if tied:
-        del names[head]
-        if head in stored and embedding not in stored:
-            names[embedding] = head
-        elif head in stored and _equal(checkpoint, stored, embedding, head):
-            left[head] = f"the same numbers as '{embedding}', to which config.json ties it"
-        elif head in stored:
-            tied, names[head] = False, head
+        one, other = held[embedding], held.pop(head)
+        if one != other and _equal(checkpoint, stored, one, other):
+            left[other] = f"the same numbers as '{one}', to which config.json ties it"
+        elif one != other:
+            tied, held[head] = False, other
             remarks.append(
-                f"config.json ties '{head}' to '{embedding}', but the checkpoint holds two "
+                f"config.json ties '{other}' to '{one}', but the checkpoint holds two "
                 "matrices that differ: both are kept, as "
                 "transformers does, and the artifact's config.json says so"
             )
-    for name, source in names.items():
-        check_stored(source, stored, shapes[name], checkpoint.name)
-    return Outer(names, embedding, head, tied, left, tuple(remarks))
-
-
-def check_stored(name: str, stored: Mapping[str, Stored], shape: Iterable[int], model: str) -> None:
-    """Raise LowbitError if a tensor is missing or not of this shape."""
-    if name not in stored:
-        raise LowbitError(
-            f"tensor '{name}' is missing from '{model}': the checkpoint does not fit its "
-            "config.json."
-        )
-    if stored[name].shape != tuple(shape):
-        raise LowbitError(
-            f"tensor '{name}' of '{model}' has shape {stored[name].shape}, config.json wants "
-            f"{tuple(shape)}."
-        )
+    return Outer(held, embedding, head, tied, left, tuple(remarks))
 
 
 def _name_of(skeleton: Any, module: Any) -> str:

@@ -8,6 +8,7 @@ a family does there (factors, caps, tables per kind of layer) is done as the fam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch.func import functional_call
 
 from .graph import Frame
 from .recorder import Called, Recorder
-from .skeleton import build_skeleton
 
 CACHES = ("past_key_values", "layer_past", "past_key_value", "cache_params")
 
@@ -29,15 +29,12 @@ class Shell:
             modules that were there.
     """
 
-    def __init__(self, config: Any, name: str, frame: Frame) -> None:
+    def __init__(self, skeleton: Any, frame: Frame) -> None:
         """
         Args:
-            name: of the model, for errors.
-
-        Raises:
-            LowbitError: transformers cannot build it.
+            skeleton: of transformers, on the meta device; it is changed.
         """
-        self.skeleton: Any = build_skeleton(config, name, attn_implementation="sdpa")
+        self.skeleton = skeleton
         self.blocks: list[nn.Module] = list(self.skeleton.get_submodule(frame.layers).children())
         form: list[Any] = []
         self._recorders = [Recorder(b, form) for b in self.blocks]
@@ -59,7 +56,7 @@ class Shell:
                 with torch.no_grad():
                     self.skeleton._init_weights(module)
 
-    @property
+    @cached_property
     def stored(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of everything outside the blocks that a checkpoint stores."""
         names = {
@@ -67,11 +64,13 @@ class Shell:
         }
         return {**names, **{n: tuple(b.shape) for n, b in _persistent(self.skeleton)}}
 
-    def stored_in(self, i: int) -> dict[str, tuple[int, ...]]:
-        """The same of block i, by names inside the block."""
-        block = self.blocks[i]
-        names = {n: tuple(p.shape) for n, p in block.named_parameters()}
-        return {**names, **{n: tuple(b.shape) for n, b in _persistent(block)}}
+    @cached_property
+    def stored_in(self) -> list[dict[str, tuple[int, ...]]]:
+        """The same of each block, by names inside the block."""
+        return [
+            {n: tuple(t.shape) for n, t in (*b.named_parameters(), *_persistent(b))}
+            for b in self.blocks
+        ]
 
     def enter(self, ids: Tensor, tensors: Mapping[str, Tensor]) -> list[Called]:
         """What every block is called with if none of them changes anything.

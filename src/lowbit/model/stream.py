@@ -14,12 +14,20 @@ from torch import Tensor, nn
 
 from ..errors import LowbitError
 from .checkpoint import FLOATS, Checkpoint, config_at
+from .experts import replace_fused
 from .graph import Described, Frame, Graph
-from .intake import check_floats, check_source, dtype_of_most, without_quantization
+from .intake import (
+    check_floats,
+    check_source,
+    dtype_of_most,
+    without_quantization,
+)
+from .naming import Names
 from .order import check_order, order_block, order_outer
-from .outer import Outer, check_stored, outer_of
+from .outer import Outer, outer_of
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .shell import CACHES, Shell
+from .skeleton import CONVOLUTIONS, build_skeleton
 from .storage import Storage
 from .tokenizer import load_tokenizer as load_tokenizer
 from .tracing import described
@@ -71,13 +79,20 @@ class ModelStream:
         self.described: Described = described(self.config)
         self.described.check(self.checkpoint.name)
         self.device = torch.device(device)
-        self._shell = Shell(self.config, self.checkpoint.name, self.frame)
+        skeleton = build_skeleton(self.config, self.checkpoint.name, attn_implementation="sdpa")
+        replace_fused(skeleton)
+        self.names = self._found(skeleton)
+        self._shell = Shell(skeleton, self.frame)
         self._blocks = self._shell.blocks
         leftover = self._check_blocks()
         self.outer: Outer = outer_of(
             self.checkpoint,
             self.skeleton,
-            self._shell.stored,
+            {
+                n: self.names.places[n][0].tensor
+                for n in self._shell.stored
+                if n in self.names.places
+            },
             self.stored,
             bool(getattr(self.config, "tie_word_embeddings", False)),
         )
@@ -86,7 +101,10 @@ class ModelStream:
             *self.outer.remarks,
             *_code_remarks(self.checkpoint),
         )
-        self.dtype = dtype_of_most(self.stored, (f"{n}.weight" for n in self.linear_shapes()))
+        self.dtype = dtype_of_most(
+            self.stored,
+            (p.tensor for n in self.linear_shapes() for p in self.names.places[f"{n}.weight"]),
+        )
         self.compute = compute or (torch.float32 if self.device.type == "cpu" else self.dtype)
         self._fixed: dict[str, Tensor] | None = None
         self._basis: Basis | None = None
@@ -178,30 +196,51 @@ class ModelStream:
         return {
             f"{self.block_name(i)}.{name}": shape
             for i in range(len(self))
-            for name, shape in self._shell.stored_in(i).items()
+            for name, shape in self._shell.stored_in[i].items()
         }
 
-    def _check_blocks(self) -> tuple[str, ...]:
-        """Refuse parameters of fused experts, and tensors that are missing, of other shapes or no
-        floats; remarks.
+    def _found(self, skeleton: Any) -> Names:
+        """Where the checkpoint holds what the skeleton asks for.
+
+        Raises:
+            LowbitError: something is missing; or the weights are another quantizer's.
         """
-        inside = self._of_blocks()
+        try:
+            return Names.of(skeleton, self.config, self.stored, self.checkpoint.name)
+        except LowbitError:
+            known = [n for n in skeleton.state_dict() if n in self.stored]
+            check_floats(self.checkpoint, self.stored, known, [""])
+            raise
+
+    def _check_blocks(self) -> tuple[str, ...]:
+        """Refuse parameters of a form that is not known, and tensors that are no floats;
+        remarks.
+        """
         for i, block in enumerate(self._blocks):
-            for name, parameter in block.named_parameters():
-                if parameter.dim() > 2 and not name.endswith("conv1d.weight"):
-                    raise LowbitError(
-                        f"'{self.block_name(i)}.{name}' is a {parameter.dim()}-D parameter (fused "
-                        "experts?), which is not supported; nothing was written."
-                    )
-        remarks = check_floats(
+            for path, module in block.named_modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.dim() > 2 and not isinstance(module, CONVOLUTIONS):
+                        raise LowbitError(
+                            f"'{self.block_name(i)}.{path}.{name}' is a {parameter.dim()}-D "
+                            "parameter of a form that is not known; nothing was written."
+                        )
+        return check_floats(
             self.checkpoint,
             self.stored,
-            (*inside, *self._shell.stored),
-            (f"{self.block_name(i)}." for i in range(len(self))),
+            [p.tensor for places in self.names.places.values() for p in places],
+            self._prefixes(),
         )
-        for name, shape in inside.items():
-            check_stored(name, self.stored, shape, self.checkpoint.name)
-        return remarks
+
+    def _prefixes(self) -> list[str]:
+        """What the names of each block's tensors begin with in the checkpoint."""
+        found = set()
+        for full in self._of_blocks():
+            for place in self.names.places.get(full, ()):
+                head, middle, tail = full.partition(f"{self.frame.layers}.")
+                number, _, inside = tail.partition(".")
+                if not head and middle and place.tensor.endswith(f".{number}.{inside}"):
+                    found.add(place.tensor.removesuffix(inside))
+        return sorted(found)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -237,11 +276,11 @@ class ModelStream:
         if that is the compute dtype).
         """
         prefix = self.block_name(i) + "."
-        names = [prefix + n for n in self._shell.stored_in(i)]
+        names = [prefix + n for n in self._shell.stored_in[i] if prefix + n in self.names.places]
         held = torch.promote_types(self.compute, torch.float32)
         weights = {
-            k[len(prefix) :]: v.to(self.device, held)
-            for k, v in self.checkpoint.read(names).items()
+            k[len(prefix) :]: v.to(self.device, held if v.is_floating_point() else None)
+            for k, v in self.names.read(self.checkpoint, names).items()
         }
         if self._order is not None:
             weights = order_block(weights, self.graph(i), self._order)
@@ -257,7 +296,7 @@ class ModelStream:
         block.
         """
         prefix = self.block_name(i) + "."
-        return {n: FLOATS[self.stored[prefix + n].kind] for n in self._shell.stored_in(i)}
+        return {n: FLOATS[self.stored[prefix + n].kind] for n in self._shell.stored_in[i]}
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the blocks as an artifact stores them: by name, in the checkpoint's
@@ -284,10 +323,10 @@ class ModelStream:
 
     def copied(self) -> dict[str, str]:
         """Names of these tensors -> why they are not quantized."""
-        used = {*self.outer.names.values(), *self.outer.left_out, *self._of_blocks()}
         return {
             n: "not a parameter of the model's class in transformers, copied bit for bit"
-            for n in sorted(set(self.stored) - used)
+            for n in sorted(self.names.unread)
+            if n not in self.outer.left_out
         }
 
     def skipped_linears(self) -> dict[str, str]:
@@ -303,8 +342,10 @@ class ModelStream:
             for name, module in self.skeleton.named_modules()
             if isinstance(module, nn.Linear)
         }
+        reasons = [dict(self.graph(i).kept) for i in range(len(self))]
         return outside | {
-            f"{self.block_name(i)}.{name}": "not in the block's graph: kept in its own dtype"
+            f"{self.block_name(i)}.{name}": reasons[i].get(name, "not in the block's graph")
+            + ": kept in its own dtype"
             for i, block in enumerate(self._blocks)
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear) and name not in self.graph(i).linears

@@ -64,7 +64,7 @@ def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site
     if norm is not None:
         offset = norm_offset(kind, norm, reads[0])
         assert offset is not None
-        residual = key_of(kind.base.inputs[norm]) in kind.base.stream
+        residual = not closed and key_of(kind.base.inputs[norm]) in kind.base.stream
         source = Source(norm, "norm", offset=offset)
     elif not _entering(kind, reads[0]):
         made = made_by(kind, reads[0], reads)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..recorder import Called
+from ..skeleton import CONVOLUTIONS
 from .replay import Change, Key, Replay, key_of
 
 _SMALL = 1e-3
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Kind:
@@ -70,7 +70,7 @@ class Kind:
         for name, x in self.base.inputs.items():
             module = self.modules[name]
             owns = any(p is not None and p.dim() > 1 for p in module._parameters.values())
-            if owns and not isinstance(module, _CONVOLUTIONS):
+            if owns and not isinstance(module, CONVOLUTIONS):
                 out.setdefault(key_of(x), []).append(name)
         return out
 
