@@ -55,6 +55,19 @@ class Planned:
         """
         return {n: g for n, own in self.grids.items() if (g := as_uniform(own)) is not None}
 
+    @cached_property
+    def split_by_inputs(self) -> frozenset[str]:
+        """Full names of the linears of which each device gets some of the inputs: what comes after
+        attention or ends an MLP. Of every other linear it gets some of the outputs.
+        """
+        ends = [
+            {*g.writers, *g.inner, *(() if g.heads is None else (g.heads.output,))}
+            for g in self.described.kinds
+        ]
+        of_layers = self.described.of_layers
+        places = {name: self.place(name) for name in self.shapes}
+        return frozenset(n for n, (i, local) in places.items() if local in ends[of_layers[i]])
+
     def local(self, name: str) -> str:
         """A linear's name inside its block."""
         return self.place(name)[1]
@@ -201,7 +214,7 @@ def unlike(p: Planned, runtime: str) -> str | None:
     for names in fused(p):
         for name in names[1:]:
             if p.grids[name] != p.grids[names[0]]:
-                joined = ", ".join(n.rpartition(".")[2] for n in names)
+                joined = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in names))
                 return (
                     f"'{names[0]}' is {p.grids[names[0]]} and '{name}' {p.grids[name]}, and "
                     f"{runtime} makes one layer of {joined}: "
@@ -244,7 +257,7 @@ def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Uniform], bool]
         return f"{kv} key and value heads do not divide among {degree} devices"
     for name, grid in p.uniform.items():
         columns = p.shapes[name][1]
-        if _split_by_inputs(p, name):
+        if name in p.split_by_inputs:
             if columns % degree or (columns // degree) % (grid.group_size or 1):
                 groups = (
                     f", which groups of {grid.group_size} do not divide" if grid.group_size else ""
@@ -276,7 +289,7 @@ def _outputs(p: Planned, name: str, degree: int, heads: int, kv: int) -> tuple[i
     all.
     """
     graph, local, rows = p.graph(name), p.local(name), p.shapes[name][0]
-    if _split_by_inputs(p, name):
+    if name in p.split_by_inputs:
         return ()
     if graph.heads is not None and graph.site_of(local).probe == graph.attention:
         width = graph.heads.width
@@ -286,14 +299,3 @@ def _outputs(p: Planned, name: str, degree: int, heads: int, kv: int) -> tuple[i
     block, part = name.removesuffix(local), local.rpartition(".")[0]
     inner = [n for n in graph.inner if n.rpartition(".")[0] == part]
     return ((p.shapes[block + inner[0]][1] if inner else rows) // degree,)
-
-
-def _split_by_inputs(p: Planned, name: str) -> bool:
-    """Whether each device gets some of a linear's inputs: what comes after attention or ends an
-    MLP. Of every other linear it gets some of the outputs.
-    """
-    graph = p.graph(name)
-    ends = {*graph.writers, *graph.inner}
-    if graph.heads is not None:
-        ends.add(graph.heads.output)
-    return p.local(name) in ends
