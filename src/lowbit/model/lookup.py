@@ -174,8 +174,8 @@ def split(name: str) -> tuple[str, str]:
 
 
 def _differing(mine: str, theirs: str) -> tuple[str, str]:
-    """Two names without the components that they end with both."""
-    a, b = mine.split("."), theirs.split(".")
+    """What holds two lists of blocks, without the components that both names end with."""
+    a, b = mine.split(".")[:-1], theirs.split(".")[:-1]
     while a and b and a[-1] == b[-1]:
         a, b = a[:-1], b[:-1]
     return ".".join(a), ".".join(b)

@@ -112,24 +112,29 @@ def _part(checkpoint: Checkpoint, place: Place) -> Tensor:
 
 
 def _transforms(model: nn.Module, config: Any) -> Iterator[list[Any]]:
-    """Ways in which transformers may rename the checkpoint: as that of the wrapper, as that of the
-    text model, not at all.
+    """Ways in which transformers may rename the checkpoint: as that of the wrapper, as its model
+    type says if its class cannot be built, as that of the text model, not at all.
     """
     import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        get_model_conversion_mapping,
+    )
 
-    text: Any = model
+    skeleton: Any = model
+    text = get_model_conversion_mapping(skeleton)
     if config.get_text_config() is not config:
         for name in getattr(config, "architectures", None) or ():
             kind = getattr(transformers, name, None)
             try:
                 with torch.device("meta"):
                     wrapper = kind(config) if kind is not None else None
-            except Exception:  # each class fails in ways of its own; its names may do as they are
+            except Exception:  # each class fails in ways of its own
                 wrapper = None
             if wrapper is not None:
                 yield get_model_conversion_mapping(wrapper)
-    yield get_model_conversion_mapping(text)
+        yield [*(get_checkpoint_conversion_mapping(config.model_type) or ()), *text]
+    yield text
     yield []
 
 
