@@ -217,7 +217,7 @@ REFUSED = {
     "another family": (
         None,
         lambda c: c.update(model_type="gemma3_text"),
-        "model family 'gemma3_text' is not supported; these are: bitnet, gemma,",
+        "'model.layers.0.self_attn.q_norm.weight' is missing from .*: the checkpoint does not fit",
     ),
     "weights in a file that is not there": (
         None,

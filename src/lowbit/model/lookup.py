@@ -199,7 +199,10 @@ def missing(name: str, view: Lookup, source: str) -> str:
     routers = (_is_router(name, view.shapes[name], m, e) for m, e in view.fused.items())
     if any(routers):
         return f"the router '{name}' is missing from '{source}'." + _similar(name, view)
-    return f"parameter '{name}' is nowhere in '{source}'." + _similar(name, view)
+    return (
+        f"tensor '{name}' is missing from '{source}': the checkpoint does not fit its config.json."
+        + _similar(name, view)
+    )
 
 
 def _is_router(name: str, shape: tuple[int, ...], module: str, experts: Experts) -> bool:

@@ -179,7 +179,9 @@ def _check(
     whole = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
     if whole != wanted or any(s[1:] != whole[1:] for s in shapes):
         tensors = ", ".join(dict.fromkeys(f"'{p.tensor}'" for p in pieces))
+        alone = len(pieces) == 1 and pieces[0].whole
+        as_held = "" if alone and pieces[0].tensor == name else f" as '{name}'"
         raise LowbitError(
-            f"{tensors} of '{source}' holds '{name}' as {list(whole)}, but its config.json asks "
-            f"for {list(wanted)}: the checkpoint does not fit its config.json."
+            f"tensor {tensors} of '{source}' has shape {whole}{as_held}, config.json wants "
+            f"{wanted}."
         )
