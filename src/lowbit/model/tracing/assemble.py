@@ -79,7 +79,8 @@ def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site
     probe = reads[0]
     if entering:
         probe = _parent(tuple(dict.fromkeys(kind.seen_at(n) for n in reads)))
-    return Site(reads, None if closed else source, probe, residual, beside)
+    through = next((m for n in reads if (m := kind.seen_at(n)) != n), None)
+    return Site(reads, None if closed else source, probe, residual, beside, through)
 
 
 def _entering(kind: Kind, reader: str) -> bool:
