@@ -236,12 +236,13 @@ class _LinearProbe:
 
 
 class _ModuleProbe:
-    """Output error of a submodule (attention, MLP) on the calls it received, which are its
-    parts.
+    """Output error of a submodule (attention, MLP, or the block) on the calls it received, which
+    are its parts.
     """
 
     def __init__(self, block: Block, site: Site, calls: list[Call]) -> None:
-        self.block, self.calls, self.prefix = block, calls, f"{site.probe}."
+        self.block, self.calls = block, calls
+        self.prefix = f"{site.probe}." if site.probe else ""
         self.module = block.module.get_submodule(site.probe)
         self.compute, self.exact = block.compute, block.exact().input_quantizers
         self.weights = {

@@ -38,7 +38,7 @@ class Site:
         reads: names of the linears inside the block; they see the same input.
         source: where a per-channel factor may be folded, or None if nowhere.
         probe: the module whose output tells how much an error in ``reads`` hurts (AWQ's inspected
-            module).
+            module); "" is the block.
         residual: the activation is the residual stream after the source norm.
         beside: parameters (..., in) that read the activation too and stay in floating point
             (routers, shared gates), by their names inside the block; a factor folded into the

@@ -115,9 +115,9 @@ def _beside(kind: Kind, names: list[str], reader: str) -> tuple[tuple[str, ...],
 
 
 def _parent(reads: tuple[str, ...]) -> str:
-    """The module that holds all of them; the first of them where that is the block."""
+    """The module that holds all of them, "" for the block; of one that lies in no other, itself."""
     if len(reads) == 1:
         return reads[0].rpartition(".")[0] or reads[0]
     paths = [n.split(".") for n in reads]
     shared = [p[0] for p in takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False))]
-    return ".".join(shared) or reads[0]
+    return ".".join(shared)
