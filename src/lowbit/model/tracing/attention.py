@@ -143,7 +143,9 @@ def _role(kind: Kind, linear: str, reach: int, reader: str) -> str:
         return out
 
     now = kind.replay({linear: at_first}).inputs[reader]
-    later = (now - kind.base.inputs[reader])[:, 1:].abs().max()
+    rows = kind.called.x.shape[0]
+    moved = (now - kind.base.inputs[reader]).reshape(rows, kind.called.x.shape[1], -1)
+    later = moved[:, 1:].abs().max()
     return "key" if float(later) > _MOVED else "query"
 
 
