@@ -15,6 +15,7 @@ from ..grid.kmeans import NotFiniteError
 from ..model.block import Block
 from ..model.statistics import Call, Seen
 from ._columns import inverse_factor
+from ._rare import second_moments
 from .cost import Cost, Shapes, Work
 
 _RETRIES = 3
@@ -248,6 +249,7 @@ def input_hessians(
 
     Returns:
         linear -> (inputs, inputs) on the block's device; zeros for a linear that no token reaches.
+            Experts of few tokens have a prior, see `_rare`.
     """
 
     def gram(seen: Seen) -> Tensor:
@@ -256,6 +258,9 @@ def input_hessians(
         return square.double()
 
     found = block.statistics(linears, "quantized", gram, rows=rows, inside=inside, keep=keep)
+    rare = any(s.tokens < len(s.value) for s in found.values()) and block.graph.mixtures
+    if rare:
+        return {n: 2 * mean for n, mean in second_moments(block.graph, found).items()}
     return {n: s.value * (2 / max(1, s.tokens)) for n, s in found.items()}
 
 

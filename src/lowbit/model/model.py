@@ -13,6 +13,7 @@ from ..errors import LowbitError
 from ..grid import ActivationGrid, AnyGrid, InputQuantizer, KVGrid, PerToken, Rotation
 from .block import Block
 from .context import Announce, Context, silent
+from .hooks import routed
 from .outline import Outline
 from .ranks import ALONE, Ranks
 from .storage import Storage
@@ -149,7 +150,8 @@ class Model:
             ranks=streams.ranks,
         )
         block = Block(context, source.block_weights(i))
-        target = block.run(streams.x, out=streams.scratch)
+        with routed(block.module, graph.mixtures) as counts:
+            target = block.run(streams.x, out=streams.scratch)
         # As norms and losses take it.
         if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):
             raise LowbitError(
@@ -157,6 +159,9 @@ class Model:
                 "weights or norms are too large."
             )
         block = block.within(target=target)
+        if counts:
+            streams.ranks.sum_(*counts.values())
+            block = block.with_notes(tokens_per_expert={n: c.tolist() for n, c in counts.items()})
         if self.activations is not None:
             input_quantizer = InputQuantizer(grid=self.activations)
             block = block.with_input_quantizers(dict.fromkeys(graph.linears, input_quantizer))
