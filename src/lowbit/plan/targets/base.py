@@ -16,6 +16,7 @@ from ...recipe import Recipe
 
 # packed codes lie in words of this many bits, and a device's share of them must end with a word
 WORD = 32
+_OF_EXPERTS = (4, 8)
 _DEGREES = (1, 2, 4, 8, 16)
 
 
@@ -178,6 +179,24 @@ def activations(p: Planned, runtime: str) -> str | None:
         f"{runtime} reads no quantized activations in this format: write A16 instead of "
         f"A{p.recipe.activations.bits} in the scheme."
     )
+
+
+def experts(p: Planned, runtime: str) -> str | None:
+    """Experts on grids that fused kernels do not take.
+
+    Source: vLLM's and SGLang's compressed_tensors_moe.py: symmetric, packed, 4 or 8 bits.
+    """
+    for name, grid in p.uniform.items():
+        mixtures = p.graph(name).mixtures
+        if any(p.local(name).startswith(f"{m}.") for m in mixtures) and not (
+            grid.symmetric and grid.bits in _OF_EXPERTS
+        ):
+            return (
+                f"{runtime} takes experts of 4 or 8 bits on symmetric grids, and '{name}' is "
+                f"{p.grids[name]}: write 'sym' at the end of the scheme, or override "
+                "'*.experts.*'."
+            )
+    return None
 
 
 def rotations(p: Planned, runtime: str) -> str | None:

@@ -18,6 +18,7 @@ from .base import (
     Planned,
     Verdict,
     degrees,
+    experts,
     export_to,
     fused,
     misfits,
@@ -35,7 +36,7 @@ _START = 128
 
 def judge(p: Planned) -> Verdict:
     """By the rules of its loaders and of the export to GPTQ."""
-    shared = [*only_weights(p, NAME), unlike(p, NAME)]
+    shared = [*only_weights(p, NAME), experts(p, NAME), unlike(p, NAME)]
     version = gptq.V1 if all(g.symmetric for g in p.uniform.values()) else gptq.V2
     plain = len(p.uniform) == len(p.grids) and all(map(_marlin, p.uniform.values()))
     if plain:

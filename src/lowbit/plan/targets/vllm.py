@@ -16,6 +16,7 @@ from .base import (
     Verdict,
     cache,
     degrees,
+    experts,
     export_to,
     kept,
     misfits,
@@ -31,7 +32,13 @@ _COMMON = (4, 8)  # bits with kernels of their own; the others run on Humming's
 
 def judge(p: Planned) -> Verdict:
     """By the rules of its loader and of `lowbit.export.for_vllm`."""
-    shared = (kept(p, NAME), cache(p, NAME), unlike(p, NAME), parallel(p, _packs_outputs))
+    shared = (
+        kept(p, NAME),
+        cache(p, NAME),
+        experts(p, NAME),
+        unlike(p, NAME),
+        parallel(p, _packs_outputs),
+    )
     no = refusal(NAME, (*misfits(p, _check), _activations(p), *_rotations(p), *shared))
     if no is not None:
         return no
