@@ -1,0 +1,170 @@
+"""Experts in blocks: who sees which tokens, what is folded beside the router, who gets a prior."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import families
+import pytest
+import torch
+from helpers import model_of, opened, run, save_tiny, staged
+
+from lowbit.grid.names import parse_scheme
+from lowbit.methods._hessian import input_hessians
+from lowbit.methods._rare import second_moments
+from lowbit.model.graph import Graph, Site
+from lowbit.model.hooks import routed
+from lowbit.model.rewrite import fold
+from lowbit.model.statistics import Statistic
+from lowbit.model.stream import ModelStream
+from lowbit.recipe.presets import load_recipe
+
+MIXTURE = "mlp.experts"
+EXPERTS = 5
+
+
+def ids_of(rows, length=24):
+    return torch.randint(3, 250, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("moe") / "m", families.config_of("qwen3_moe"))
+
+
+@pytest.fixture(scope="module")
+def source(folder):
+    return ModelStream(folder, compute=torch.float64)
+
+
+def block_of(source, rows=8, i=0):
+    recipe = load_recipe("rtn", scheme=parse_scheme("W4A16g8"))
+    return opened(source, recipe, ids_of(rows), i)
+
+
+def sent(block):
+    """(tokens, k) the experts that each token is sent to, by the router's own definition."""
+    seen = []
+    handle = block.module.get_submodule(MIXTURE).register_forward_pre_hook(
+        lambda _, args: seen.append((args[0], args[1]))
+    )
+    try:
+        block.forward(block.x.double())
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def test_levels_and_readings(source):
+    graph = source.graph(0)
+    site = graph.site_of(f"{MIXTURE}.0.up_proj")
+    assert site.through == site.reader == MIXTURE
+    assert site.probe == "mlp" and site.beside == ("mlp.gate.weight",)
+    each = [tuple(f"{MIXTURE}.{i}.{n}" for n in ("up_proj", "gate_proj")) for i in range(EXPERTS)]
+    assert list(site.readings) == each
+    assert [len(level) for level in graph.levels] == [1, 1, EXPERTS, EXPERTS]
+    assert {n for names in graph.readings for n in names} == set(graph.linears)
+
+
+def test_an_experts_hessian_is_of_the_tokens_sent_to_it(source):
+    block = block_of(source, rows=64)
+    x, chosen = sent(block)
+    names = [f"{MIXTURE}.{i}.up_proj" for i in range(EXPERTS)]
+    found = input_hessians(block, names, len(block.x))
+    for i, name in enumerate(names):
+        own = x[(chosen == i).any(1)]
+        assert len(own) >= x.shape[1], "of fewer tokens it would have a prior"
+        torch.testing.assert_close(found[name], 2 / len(own) * own.T @ own, rtol=1e-6, atol=1e-9)
+
+
+def test_tokens_of_each_expert_are_reported(source):
+    block = block_of(source)
+    _, chosen = sent(block)
+    counts = block.notes["tokens_per_expert"][MIXTURE]
+    assert counts == [int((chosen == i).sum()) for i in range(EXPERTS)]
+    assert sum(counts) == block.x.shape[0] * block.x.shape[1] * chosen.shape[1]
+    with routed(block.module, block.graph.mixtures) as counted:
+        block.forward(block.x.double())
+        block.forward(block.x.double())
+    assert counted[MIXTURE].tolist() == [2 * c for c in counts]
+
+
+def test_a_fold_keeps_the_routing_only_if_the_router_is_made_up_for(source):
+    block = block_of(source)
+    site = block.graph.site_of(f"{MIXTURE}.0.up_proj")
+    factor = torch.rand(block.weight(site.reads[0]).shape[1]).double() + 0.3
+    before, x = block.forward(block.x.double()), block.x.double()
+    folded = fold(block, site, factor)
+    assert not torch.equal(folded.weights["mlp.gate.weight"], block.weights["mlp.gate.weight"])
+    # The router is rounded to the dtype it is stored in, bfloat16.
+    error = (folded.forward(x) - before).abs().max()
+    without = fold(block, replace(site, beside=()), factor)
+    assert error < 1e-3 and (without.forward(x) - before).abs().max() > 50 * error
+    assert not torch.equal(sent(without)[1], sent(block)[1])
+    assert torch.equal(sent(folded)[1], sent(block)[1])
+
+
+def moments(tokens, width=4, seed=0):
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).double()
+    return Statistic((x.T @ x,), tokens)
+
+
+def graph_of_experts(count):
+    up, down = ([f"experts.{i}.{n}" for i in range(count)] for n in ("up", "down"))
+    sites = [Site(tuple(up), None, "", through="experts")]
+    return Graph((*sites, *(Site((n,), None, n) for n in down)), mixtures=("experts",))
+
+
+def test_priors_of_rare_experts():
+    """Of 9, 1 and 0 tokens over 4 inputs: enough, few, none."""
+    graph = graph_of_experts(3)
+    found = {f"experts.{i}.up": moments(n, seed=i) for i, n in enumerate((9, 1, 0))}
+    means = second_moments(graph, found)
+    everyone = sum(s.value for s in found.values()) / 10
+    torch.testing.assert_close(means["experts.0.up"], found["experts.0.up"].value / 9)
+    torch.testing.assert_close(
+        means["experts.1.up"], (found["experts.1.up"].value + 3 * everyone) / 4
+    )
+    torch.testing.assert_close(means["experts.2.up"], everyone)
+    found = {f"experts.{i}.down": moments(n, seed=i) for i, n in enumerate((9, 1, 0))}
+    means = second_moments(graph, found)
+    own = found["experts.1.down"].value
+    torch.testing.assert_close(means["experts.0.down"], found["experts.0.down"].value / 9)
+    torch.testing.assert_close(
+        means["experts.1.down"], (own + 3 * own.diagonal().mean() * torch.eye(4).double()) / 4
+    )
+    assert not means["experts.2.down"].any()
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "awq", "gptq", "claq", "smoothquant+gptq", "omniquant"])
+def test_experts_that_no_token_reaches(folder, recipe):
+    """One row of four tokens: most experts see nothing, and all are coded."""
+    source = ModelStream(folder)
+    settings = ["omniquant.epochs=1"] if recipe == "omniquant" else []
+    if recipe == "claq":
+        loaded = load_recipe("claq", scheme=parse_scheme("W3A16:column"))
+    else:
+        loaded = load_recipe(recipe, scheme=parse_scheme("W3A16g8"), settings=settings)
+    ids = ids_of(1, 4)
+    model, blocks = staged(source, loaded, ids), []
+    for after in run(model, model.entered(ids), blocks.append):
+        assert bool(torch.isfinite(after.xq.float()).all())
+    assert [len(b.coded) for b in blocks] == [len(b.graph.linears) for b in blocks]
+    assert any(0 in b.notes["tokens_per_expert"][MIXTURE] for b in blocks)
+
+
+def test_learning_where_some_experts_see_no_token_of_a_batch(folder):
+    source = ModelStream(folder)
+    settings = ["tesseraq.iters=2", "tesseraq.batch=1"]
+    loaded = load_recipe("tesseraq-fast", scheme=parse_scheme("W3A16g8"), settings=settings)
+    ids = ids_of(4, 8)
+    model = model_of(source, loaded, ids)
+    losses = []
+    for after in run(model, model.entered(ids)):
+        losses.append(float((after.x.float() - after.xq.float()).square().mean()))
+    nearest = load_recipe("rtn", scheme=parse_scheme("W3A16g8"))
+    plain = [
+        float((s.x.float() - s.xq.float()).square().mean())
+        for s in run(model_of(source, nearest, ids), model.entered(ids))
+    ]
+    assert losses[0] < plain[0]
