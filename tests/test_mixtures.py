@@ -168,3 +168,15 @@ def test_learning_where_some_experts_see_no_token_of_a_batch(folder):
         for s in run(model_of(source, nearest, ids), model.entered(ids))
     ]
     assert losses[0] < plain[0]
+
+
+@pytest.mark.parametrize("recipe", ["awq", "smoothquant+rtn", "crossquant-deploy", "quarot+rtn"])
+def test_what_folds_change_is_measured_in_every_block(folder, recipe):
+    source = ModelStream(folder)
+    loaded = load_recipe(recipe, scheme=parse_scheme("W4A8"))
+    ids = ids_of(4, 12)
+    model, blocks = staged(source, loaded, ids), []
+    for _ in run(model, model.entered(ids), blocks.append):
+        pass
+    errors = [b.notes["fold_error"] for b in blocks]
+    assert all(0 <= e < 2e-2 for e in errors) and any(errors)

@@ -11,7 +11,7 @@ from ..errors import LowbitError
 from ..grid import Params, RangedGrid
 from ..model.block import Block
 from ..model.graph import Site
-from ..model.rewrite import fold
+from ..model.rewrite import checked, fold
 from ._equivalent import channel_ranges, smoothing
 
 _START = 4.0  # of the logits: sigmoid 0.982
@@ -105,9 +105,12 @@ class Learned:
     @torch.no_grad()
     def folded(self, block: Block) -> Block:
         """The block with the transformation folded in and the learned ranges fixed."""
+        given = block
         for site in self.sites:
             shift = self.shift.get(site.reader)
             block = fold(block, site, self.factor[site.reader].clamp(min=_LEAST_FACTOR), shift)
+        if self.sites:
+            block = checked(given, block)
         params = {
             name: clipped_range(block.weight(name), ranged(block, name), low, self.high[name])
             for name, low in self.low.items()

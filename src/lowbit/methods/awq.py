@@ -36,7 +36,7 @@ from ..errors import LowbitError
 from ..grid import GroupedGrid
 from ..model.block import Block
 from ..model.graph import Site
-from ..model.rewrite import fold
+from ..model.rewrite import checked, fold
 from ..model.statistics import Seen
 from ._equivalent import foldable
 from ._scale_search import best_scale, collect_inputs, on_grid
@@ -110,6 +110,7 @@ class AWQ:
         block.announce("awq: inputs")
         seen = collect_inputs(block, [s for s in sites if not on_grid(block, s)], rows)
         chosen: dict[str, float] = {}
+        given = block
         for site in sites:
             block.announce(f"awq: scales of {', '.join(site.reads)}")
             key = site.reader
@@ -119,7 +120,7 @@ class AWQ:
             factor, chosen[key] = best_scale(block, site, arrived, candidates)
             if chosen[key] > 0:
                 block = fold(block, site, factor)
-        return block.with_notes(awq_exponents=chosen)
+        return checked(given, block).with_notes(awq_exponents=chosen)
 
     def _clipped(self, block: Block, grids: Mapping[str, GroupedGrid[Any]], rows: int) -> Block:
         spared = dict(block.graph.unclipped)

@@ -35,7 +35,7 @@ from ..model.graph import Heads, Site
 from ..model.model import Model, float_blocks
 from ..model.order import check_order, reorder
 from ..model.outline import Outline
-from ..model.rewrite import fold, fold_values, repeated
+from ..model.rewrite import checked, fold, fold_values, repeated
 from ..model.statistics import Seen
 from ._equivalent import foldable
 from ._scale_search import best_scale, collect_inputs
@@ -109,6 +109,7 @@ class CrossQuant:
         rows = min(self.rows or block.tuned_rows, block.tuned_rows)
         sizes = self.sizes(block, [s.reader for s in sites], rows)
         chosen: dict[str, float] = {}
+        given = block
         for site in sites:
             heads, size = _shared(block, site), sizes[site.reader]
             times = 1 if heads is None else _times(block, heads)
@@ -136,7 +137,7 @@ class CrossQuant:
                 block = fold(block, site, factor)
             else:
                 block = fold_values(block, factor.reshape(-1, times, heads.width)[:, 0].flatten())
-        return block.with_notes(crossquant_exponents=chosen)
+        return checked(given, block).with_notes(crossquant_exponents=chosen)
 
     def _sorted(self, block: Block, site: Site, size: Tensor) -> tuple[Block, Tensor]:
         """The block and the sizes with the site's channels by falling size, where that stays inside

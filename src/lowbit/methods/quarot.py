@@ -32,6 +32,7 @@ from ..model.graph import Described, Graph, Heads
 from ..model.model import Model
 from ..model.outline import Kind, Outline
 from ..model.residual import basis_of
+from ..model.rewrite import checked
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class QuaRot:
             )
 
     def __call__(self, block: Block) -> Block:
-        heads = block.graph.heads
+        heads, given = block.graph.heads, block
         if heads is not None and self.heads:
             block = self._rotate_values(block, heads)
         elif heads is not None and self.online and self.across_heads:
@@ -72,7 +73,7 @@ class QuaRot:
             block = _online(block, linear, rotation)
         if self.keys and block.kv is not None and heads is not None:
             block = replace(block, kv=KVGrid(block.kv.grid, _of_head(heads)))
-        return block
+        return checked(given, block)
 
     def online_rotations(self, graph: Graph, widths: Mapping[str, int]) -> dict[str, Rotation]:
         """The inputs of a block that are rotated while the model runs.

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import LowbitError
 from ..model.block import Block
-from ..model.rewrite import fold
+from ..model.rewrite import checked, fold
 from ._equivalent import channel_ranges, smoothing
 
 
@@ -45,10 +45,11 @@ class SmoothQuant:
             if s.source is not None and s.source.kind == "norm" and s.residual
         }
         rows = min(self.rows or block.tuned_rows, block.tuned_rows)
+        before = block
         ranges = channel_ranges(block, list(sites), rows)
         for name, site in sites.items():
             weights = torch.stack([block.weight(n).abs().amax(0) for n in site.reads]).amax(0)
             low, high = ranges[name]
             factor = smoothing(torch.maximum(-low, high), weights, self.alpha)
             block = fold(block, site, factor)
-        return block
+        return checked(before, block)

@@ -88,6 +88,20 @@ def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) 
     return block.with_weights(changes)
 
 
+@torch.no_grad()
+def checked(before: Block, after: Block) -> Block:
+    """A rewritten block with the proof of it in its notes: ``fold_error``, the largest difference
+    that the rewriting made to the block's output on one calibration row, over the largest output,
+    in float32 at least and without quantization.
+    """
+    dtype = torch.promote_types(before.compute, torch.float32)
+    was, now = (b.exact().computing(dtype) for b in (before, after))
+    x = before.x[:1].to(before.device, dtype)
+    expected = was.forward(x)
+    error = (now.forward(x) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    return after.with_notes(fold_error=max(float(error), after.notes.get("fold_error", 0.0)))
+
+
 def fold_values(block: Block, factor: Tensor) -> Block:
     """Divide attention's values by a positive factor per channel and multiply the output linear's
     columns by it.
