@@ -200,14 +200,16 @@ class CrossQuant:
 
         def largest(seen: Seen) -> Tensor:
             """(keep, channels) float32, falling; -1 where there are fewer tokens."""
-            # Some models give an MLP the tokens of all rows in one matrix.
-            x = seen.exact.reshape(-1, length, seen.exact.shape[-1])
+            x = seen.exact
             if not bool(torch.isfinite(x).all()):
                 raise LowbitError(
                     f"'{block.name}.{seen.linear}' gets activations that are not finite: check the "
                     "model and its dtype."
                 )
-            return _top(x[:, skipped:].flatten(0, -2).abs().float(), keep)
+            if not block.graph.scattered(seen.linear):
+                # Some models give an MLP the tokens of all rows in one matrix.
+                x = x.reshape(-1, length, x.shape[-1])[:, skipped:].flatten(0, -2)
+            return _top(x.abs().float(), keep)
 
         def merged(one: Tensor, other: Tensor) -> Tensor:
             return _top(torch.cat([one, other]), keep)

@@ -153,6 +153,12 @@ class Graph:
         """
         return bool(self.writers) and any(site.residual for site in self.sites)
 
+    def scattered(self, linear: str) -> bool:
+        """Whether a linear is given some of the tokens, so that their places are not known: that of
+        an expert.
+        """
+        return any(linear.startswith(f"{m}.") for m in self.mixtures)
+
     def site_of(self, linear: str) -> Site:
         """The site that a linear reads.
 

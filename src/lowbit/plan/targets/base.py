@@ -187,10 +187,8 @@ def experts(p: Planned, runtime: str) -> str | None:
     Source: vLLM's and SGLang's compressed_tensors_moe.py: symmetric, packed, 4 or 8 bits.
     """
     for name, grid in p.uniform.items():
-        mixtures = p.graph(name).mixtures
-        if any(p.local(name).startswith(f"{m}.") for m in mixtures) and not (
-            grid.symmetric and grid.bits in _OF_EXPERTS
-        ):
+        fits = grid.symmetric and grid.bits in _OF_EXPERTS
+        if p.graph(name).scattered(p.local(name)) and not fits:
             return (
                 f"{runtime} takes experts of 4 or 8 bits on symmetric grids, and '{name}' is "
                 f"{p.grids[name]}: write 'sym' at the end of the scheme, or override "
