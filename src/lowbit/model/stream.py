@@ -28,6 +28,7 @@ from .outer import Outer, outer_of
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .shell import CACHES, Shell
 from .skeleton import CONVOLUTIONS, build_skeleton
+from .source import open_source
 from .storage import Storage
 from .tokenizer import load_tokenizer as load_tokenizer
 from .tracing import described
@@ -72,7 +73,7 @@ class ModelStream:
         compute: torch.dtype | None = None,
         revision: str | None = None,
     ) -> None:
-        self.checkpoint = Checkpoint(model, revision)
+        self.checkpoint = open_source(model, revision)
         check_source(self.checkpoint)
         self.stored = self.checkpoint.stored()
         self.config = load_config(self.checkpoint)

@@ -20,6 +20,7 @@ from ..model.calibration import Rows
 from ..model.carried import SourceFiles, source_files
 from ..model.checkpoint import Checkpoint
 from ..model.ranks import ALONE, Ranks
+from ..model.source import open_source
 from ..model.stream import ModelStream
 from ..recipe import Recipe
 
@@ -142,7 +143,7 @@ def check_source(folder: Path, model: str) -> str:
             f"'{folder}' does not say which files it was made of: it comes from an older version, "
             "or is an export of one."
         )
-    then, now = report["original"]["files"], Original.of(Checkpoint(model)).hashed().hashes
+    then, now = report["original"]["files"], Original.of(open_source(model)).hashed().hashes
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name):
             how = "has other bytes"

@@ -72,12 +72,16 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
 
 
 def sizes(
-    stored: Mapping[str, Stored], left_out: Container[str], records: Sequence[Mapping[str, Any]]
+    checkpoint: Checkpoint,
+    stored: Mapping[str, Stored],
+    left_out: Container[str],
+    records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Bytes of the model before and after, and bits per weight counted from them.
 
     Args:
-        stored: of the original. left_out: names of its tensors that the artifact has no copy of.
+        checkpoint: the original. stored: its tensors as they are read.
+        left_out: names of its tensors that the artifact has no copy of.
         records: of the shards, that outside the blocks first.
     """
     linears = [e for r in records[1:] for e in r["linears"]]
@@ -85,7 +89,7 @@ def sizes(
     kept = [t for n, t in stored.items() if n not in left_out]
     of_linears = sum(e["bytes"] for e in linears)
     return {
-        "before": sum(t.nbytes for t in stored.values()),
+        "before": checkpoint.nbytes,
         "after": after,
         "bits_per_weight": 8 * of_linears / sum(math.prod(e["shape"]) for e in linears),
         "model_bits_per_weight": 8 * after / sum(t.numel for t in kept),
