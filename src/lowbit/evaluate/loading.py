@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..errors import LowbitError, unknown
 from ..model.checkpoint import Checkpoint
 from ..model.intake import check_read_as_floats, is_leftover
 from ..model.skeleton import reason_of
+from ..model.source import open_files
 from ..model.stream import load_config
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,8 +23,8 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     """Load a model through plain transformers.
 
     Args:
-        model: local folder or hub id, of floats or of codes that transformers can read. No code
-            that comes with it is run.
+        model: local folder or hub id, of floats or of codes that transformers can read, or a GGUF
+            file, which is dequantized. No code that comes with it is run.
         device: such as "cpu" or "cuda:0".
         dtype: auto, float32, bfloat16 or float16. "auto" is float32 on a CPU and the checkpoint's
             own dtype elsewhere.
@@ -32,7 +34,7 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     """
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
-    checkpoint = Checkpoint(model)
+    checkpoint = open_files(model)
     stored = checkpoint.stored()  # finds missing and truncated shards before transformers does
     config = load_config(checkpoint)
     leftover = is_leftover(checkpoint, stored)
@@ -56,9 +58,14 @@ def _from_pretrained(
 
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
+    folder: Path | None = path.parent
+    tensors = None
+    if not checkpoint.loadable:
+        folder, tensors = None, checkpoint.read(checkpoint.stored())
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
-            path.parent,
+            folder,
+            state_dict=tensors,
             config=config,
             dtype=dtype,
             trust_remote_code=False,

@@ -162,8 +162,8 @@ class Checkpoint:
         self.folder = Path(model) if Path(model).is_dir() else None
         if self.folder is None and Path(model).exists():
             raise LowbitError(
-                f"'{model}' is a file: give the folder that holds config.json and the safetensors "
-                "(quantize and plan read GGUF files as well)."
+                f"'{model}' is a file: give the folder that holds config.json and the safetensors, "
+                "or a GGUF file."
             )
         if self.folder is None and (
             str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
@@ -336,6 +336,15 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors as they lie in the files."""
         return sum(kept.nbytes for _, kept in self._held.values())
+
+    @property
+    def loadable(self) -> bool:
+        """Whether loaders find in the folder what is read here."""
+        return True
+
+    def copied(self, name: str) -> str:
+        """How a tensor is taken over that is not quantized."""
+        return "copied bit for bit"
 
     @property
     def left_out(self) -> Mapping[str, str]:

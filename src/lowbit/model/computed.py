@@ -38,6 +38,15 @@ class Computed(Checkpoint):
     def views(self) -> Mapping[str, View]:
         """Name -> the tensor that is shown under it."""
 
+    @property
+    def loadable(self) -> bool:
+        """As of `Checkpoint`: what is computed is in no file."""
+        return not self.views
+
+    def copied(self, name: str) -> str:
+        """As of `Checkpoint`."""
+        return "copied dequantized" if name in self.views else super().copied(name)
+
     def stored(self) -> dict[str, Stored]:
         """As of `Checkpoint`, of what is shown."""
         held = {n: s for n, s in super().stored().items() if n not in self.left_out}

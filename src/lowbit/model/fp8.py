@@ -159,21 +159,19 @@ def _steps(
     """How many elements of each dimension share a scale; None if the shapes do not fit, or fit
     in more ways than one.
     """
-    ones = (1,) * len(shape)
-    if math.prod(scales) == 1:
-        wide = ones
-    else:  # missing dimensions are the last ones: a scale for each row, or for each expert
-        wide = (*scales, *ones[len(scales) :])
+    # Missing dimensions are the last ones: a scale for each row, or for each expert.
+    wide = (1,) * len(shape) if math.prod(scales) == 1 else scales
+    wide = (*wide, *(1,) * (len(shape) - len(wide)))
     if len(wide) != len(shape):
         return None
-    sizes = [(1,) * (len(shape) - 2) + b for b in sorted(blocks)] or [ones]
+    outer, inner = shape[:-2], shape[-2:]
+    first = tuple(n if s == 1 else 1 for n, s in zip(outer, wide, strict=False))
+    ways = {inner, (1, *inner[1:]), (*inner[:-1], 1)}
+    if len(inner) == 2:
+        ways |= {tuple(map(min, block, inner)) for block in blocks}
     found = {
-        tuple(
-            n if s == 1 else 1 if s == n else b if s == -(-n // b) else 0
-            for n, s, b in zip(shape, wide, block, strict=True)
-        )
-        for block in sizes
-        if len(block) == len(shape)
-    } or {tuple(n if s == 1 else int(s == n) for n, s in zip(shape, wide, strict=True))}
-    fitting = [f for f in found if all(f)]
-    return fitting[0] if len(fitting) == 1 else None
+        (*first, *way)
+        for way in ways
+        if wide == tuple(-(-n // step) for n, step in zip(shape, (*first, *way), strict=True))
+    }
+    return found.pop() if len(found) == 1 else None

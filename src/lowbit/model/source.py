@@ -27,6 +27,16 @@ def open_source(model: str | Path, revision: str | None = None) -> Checkpoint:
     return Dequantized(model, revision) if path is None else GGUFSource(path)
 
 
+def open_files(model: str | Path) -> Checkpoint:
+    """The same as loaders of the model itself take it: a folder's tensors as they are stored.
+
+    Raises:
+        LowbitError: see `Checkpoint` and `GGUFSource`.
+    """
+    path = gguf_path(model)
+    return Checkpoint(model) if path is None else GGUFSource(path)
+
+
 def gguf_path(model: str | Path) -> Path | None:
     """The GGUF file that a model is named by, None if it is named otherwise.
 

@@ -325,7 +325,7 @@ class ModelStream:
     def copied(self) -> dict[str, str]:
         """Names of these tensors -> why they are not quantized."""
         return {
-            n: "not a parameter of the model's class in transformers, copied bit for bit"
+            n: "not a parameter of the model's class in transformers, " + self.checkpoint.copied(n)
             for n in sorted(self.names.unread)
             if n not in self.outer.left_out
         }

@@ -26,7 +26,8 @@ from ..names import hub_id
 
 def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where the model comes from, as far as a model card tells: its hub id, also of a snapshot in
-    the hub's cache, and its license if its own card names one.
+    the hub's cache, its license if its own card names one, and what its weights were if they were
+    no floats.
     """
     try:
         readme = checkpoint.file(CARD)
@@ -36,7 +37,8 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     hub = (
         checkpoint.name if folder is None else hub_id(folder.absolute()) or hub_id(folder.resolve())
     )
-    return {"hub": hub, "license": terms_of(readme)}
+    said = {"weights": list(checkpoint.remarks)} if checkpoint.remarks else {}
+    return {"hub": hub, "license": terms_of(readme), **said}
 
 
 def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
