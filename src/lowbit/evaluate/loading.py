@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from ..errors import LowbitError, unknown
 from ..model.checkpoint import Checkpoint
 from ..model.intake import check_read_as_floats, is_leftover
-from ..model.skeleton import reason_of
+from ..model.skeleton import build_skeleton, reason_of
 from ..model.source import open_files
 from ..model.stream import load_config
 
@@ -58,14 +57,15 @@ def _from_pretrained(
 
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
-    folder: Path | None = path.parent
-    tensors = None
+    kind: Any = AutoModelForCausalLM
+    given: dict[str, Any] = {"pretrained_model_name_or_path": path.parent}
     if not checkpoint.loadable:
-        folder, tensors = None, checkpoint.read(checkpoint.stored())
+        kind = type(build_skeleton(config, checkpoint.name))
+        tensors = checkpoint.read(checkpoint.stored())
+        given = {"pretrained_model_name_or_path": None, "state_dict": tensors}
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            state_dict=tensors,
+        loaded, found = kind.from_pretrained(
+            **given,
             config=config,
             dtype=dtype,
             trust_remote_code=False,

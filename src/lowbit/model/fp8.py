@@ -44,6 +44,7 @@ class Scaled:
     Attributes:
         name: of the weight. shape: its sizes. kind: of `FLOATS`, what it is rounded to.
         scale: name of its scales. steps: how many elements of each dimension share a scale.
+        blocked: the model's scales are of blocks, of which a small weight has one.
         part: reads a part of a stored tensor. whole: reads a stored tensor.
     """
 
@@ -52,6 +53,7 @@ class Scaled:
     kind: str
     scale: str
     steps: tuple[int, ...]
+    blocked: bool
     part: Callable[[str, At], Tensor]
     whole: Callable[[str], Tensor]
 
@@ -77,10 +79,9 @@ class Scaled:
     def granularity(self) -> str:
         """What has a scale of its own, for a person."""
         both = list(zip(self.steps[-2:], self.shape[-2:], strict=True))
-        if any(1 < step < n for step, n in both):
-            return "block scales"
-        channels = any(step == 1 < n for step, n in both)
-        return "a scale per channel" if channels else "a scale per tensor"
+        if any(step == 1 < n for step, n in both):
+            return "a scale per channel"
+        return "block scales" if self.blocked else "a scale per tensor"
 
 
 def scaled(
@@ -121,7 +122,7 @@ def scaled(
                 f"{held[scale].shape}) does not fit '{name}' of shape {tensor.shape} ({known}). "
                 "Download the checkpoint again, or start from the model in 16 or 32 bits."
             )
-        out[name] = Scaled(name, tensor.shape, kind, scale, steps, part, whole)
+        out[name] = Scaled(name, tensor.shape, kind, scale, steps, bool(blocks), part, whole)
     return out
 
 

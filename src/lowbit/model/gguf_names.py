@@ -13,6 +13,8 @@ from .skeleton import build_skeleton, reason_of
 
 # Keys of transformers' table that are no architectures, and encoders.
 _NO_DECODERS = {"general", "tokenizer", "t5", "umt5"}
+# Sizes that transformers takes from its defaults for some architectures.
+_SIZES = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
 _HEAD = "output.weight"
 _TIED = ("falcon", "bloom")  # whatever the file holds, as transformers has it
 
@@ -53,6 +55,11 @@ class Translated:
             if len(file.parts) > 1:  # transformers looks for the head in the first part alone
                 tied = _HEAD not in file.tensors or file.architecture in _TIED
                 said["tie_word_embeddings"] = tied
+            known = vars(AutoConfig.for_model(said["model_type"]))
+            for key, name in _SIZES.items():
+                size = file.field(f"{file.architecture}.{key}")
+                if size is not None and name in known:
+                    said.setdefault(name, size)
             config = AutoConfig.for_model(**said)
         except Exception as e:  # each family fails in ways of its own
             reason = reason_of(e)
@@ -85,8 +92,9 @@ class Translated:
         """Tensor of GGUF -> parameter of the model, also of tensors that are not in the file."""
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
+        skeleton = self.skeleton
         try:
-            return dict(get_gguf_hf_weights_map(self.skeleton, self.processor))
+            return dict(get_gguf_hf_weights_map(skeleton, self.processor))
         except Exception as e:  # an architecture that the gguf package does not know
             raise LowbitError(
                 f"the tensors of '{self.file.path}' cannot be named: {reason_of(e)}"

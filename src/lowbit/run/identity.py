@@ -31,14 +31,16 @@ class Original:
 
     Attributes:
         name: of the model, for errors. paths: name -> where the file lies. sizes: name -> bytes.
-        times: name -> when it was last changed, in nanoseconds. hashes: name -> sha256, empty until
-            `hashed`.
+        times: name -> when it was last changed, in nanoseconds. checkpoint: whose files they are;
+            some of a GGUF file's lie only as long as it lives.
+        hashes: name -> sha256, empty until `hashed`.
     """
 
     name: str
     paths: Mapping[str, Path]
     sizes: Mapping[str, int]
     times: Mapping[str, int]
+    checkpoint: Checkpoint = field(repr=False, compare=False)
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -58,6 +60,7 @@ class Original:
             there,
             {n: s.st_size for n, s in states.items()},
             {n: s.st_mtime_ns for n, s in states.items()},
+            checkpoint,
         )
 
     def hashed(self, ranks: Ranks = ALONE) -> Original:
