@@ -43,14 +43,16 @@ FAMILIES = {
 }
 
 
-def written(model, tokenizer, path, kind="f16", name="tiny", arch=None, split=0, change=None):
+def written(model, tokenizer, path, kind="f16", split=0, change=None, scaling=None):
     """Write a model as llama.cpp's converter does, by the gguf package alone."""
     config = model.config
-    arch = arch or {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(
+    arch = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(
         config.model_type, config.model_type
     )
     writer = package.GGUFWriter(path, arch, split_max_tensors=split)
-    writer.add_name(name)
+    writer.add_name("tiny")
+    if scaling is not None:
+        writer.add_rope_scaling_type(scaling)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -407,6 +409,16 @@ def test_tensors_that_are_not_read_are_named(models, tmp_path):
     assert set(stream.outer.left_out) == set(extra) and stream.copied() == {}
     said = " ".join(stream.remarks)
     assert "rotary frequencies ('rope_freqs.weight')" in said and "('blk.0.odd.weight')" in said
+
+
+@pytest.mark.parametrize(
+    "scaling, remarked", [(None, False), ("NONE", False), ("LINEAR", True), ("YARN", True)]
+)
+def test_rotary_scaling_that_is_not_read_is_a_remark(models, tmp_path, scaling, remarked):
+    kind = None if scaling is None else package.RopeScalingType[scaling]
+    path = written(*models("llama"), tmp_path / "m.gguf", scaling=kind)
+    said = " ".join(open_source(path).remarks)
+    assert ("rotary frequencies ('llama.rope.scaling.type')" in said) == remarked
 
 
 def test_a_folder_with_a_file_names_it(models, tmp_path):

@@ -192,15 +192,25 @@ class GGUFSource(Computed):
             f"weights were GGUF ({types}): figures are against their dequantized values"
             + (", rounded to bfloat16" if rounded else "")
         ]
-        if _ROTARY in self.left_out:
+        scaled = self._rotary_scaling()
+        if scaled is not None:
             said.append(
-                f"the file scales its rotary frequencies ('{_ROTARY}'), which transformers does "
-                "not read from GGUF files: the model is computed without them"
+                f"the file scales its rotary frequencies ('{scaled}'), which transformers does not "
+                "read from GGUF files of this architecture: the model is computed without it"
             )
         others = [n for n in self.left_out if n != _ROTARY]
         if others:
             said.append(f"of the file {len(others)} tensors are not read ('{others[0]}')")
         return tuple(said)
+
+    def _rotary_scaling(self) -> str | None:
+        """What of the file scales rotary frequencies and is not read, None if nothing does."""
+        if _ROTARY in self.left_out:
+            return _ROTARY
+        key = f"{self._translated.file.architecture}.rope.scaling.type"
+        kind = self._translated.file.field(key)
+        read = (self.config_json.get("rope_parameters") or {}).get("rope_type", "default")
+        return key if kind not in (None, "none") and read == "default" else None
 
     def file(self, name: str) -> Path | None:
         """See `Checkpoint`."""

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid.mxfp4 import GROUP, MAGNITUDES
 from .checkpoint import FLOATS, Stored
 from .computed import At, spans_of
 
 METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
 _BIAS = 127
-_LEVELS = (*MAGNITUDES, *(-m for m in MAGNITUDES))  # by code: the sign is the highest bit
+GROUP = 32  # inputs that share a scale
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_LEVELS = (*_MAGNITUDES, *(-m for m in _MAGNITUDES))  # by code: the sign is the highest bit
 
 
 @dataclass(frozen=True)
