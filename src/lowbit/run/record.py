@@ -74,7 +74,7 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
 
 
 def sizes(
-    checkpoint: Checkpoint,
+    before: int,
     stored: Mapping[str, Stored],
     left_out: Container[str],
     records: Sequence[Mapping[str, Any]],
@@ -82,7 +82,7 @@ def sizes(
     """Bytes of the model before and after, and bits per weight counted from them.
 
     Args:
-        checkpoint: the original. stored: its tensors as they are read.
+        before: of the original's tensors in its files. stored: these tensors as they are read.
         left_out: names of its tensors that the artifact has no copy of.
         records: of the shards, that outside the blocks first.
     """
@@ -91,7 +91,7 @@ def sizes(
     kept = [t for n, t in stored.items() if n not in left_out]
     of_linears = sum(e["bytes"] for e in linears)
     return {
-        "before": checkpoint.nbytes,
+        "before": before,
         "after": after,
         "bits_per_weight": 8 * of_linears / sum(math.prod(e["shape"]) for e in linears),
         "model_bits_per_weight": 8 * after / sum(t.numel for t in kept),
