@@ -355,7 +355,7 @@ def test_sizes_are_counted_from_bytes() -> None:
         {"bytes": 30, "linears": [{"bytes": 20, "shape": [4, 4]}]},
         {"bytes": 14, "linears": [{"bytes": 10, "shape": [4, 2]}, {"bytes": 4, "shape": [4, 2]}]},
     ]
-    found = sizes(stored, {"gone"}, records)
+    found = sizes(sum(t.nbytes for t in stored.values()), stored, {"gone"}, records)
     assert found == {
         "before": 116,
         "after": 84,

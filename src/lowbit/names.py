@@ -27,11 +27,11 @@ def hub_of(report: Mapping[str, Any]) -> str | None:
 
 
 def model_name(report: Mapping[str, Any]) -> str:
-    """The last part of the model's hub id, or of its path; empty where the path has none, as "."
-    has.
+    """The last part of the model's hub id, or of its path, a GGUF file's without its suffix; empty
+    where the path has none, as "." has.
 
     Args:
         report: report.json of an artifact or an export.
     """
-    name = Path(hub_of(report) or report["model"]).name
+    name = Path(hub_of(report) or report["model"]).name.removesuffix(".gguf")
     return "" if name == ".." else name

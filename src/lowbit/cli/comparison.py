@@ -11,7 +11,7 @@ from ..console import Console
 from ..evaluate import window_length
 from ..evaluate.pages import write_comparison
 from ..model.calibration import Calibration
-from ..model.checkpoint import Checkpoint
+from ..model.source import open_files
 from ..model.stream import load_config
 from .compare import Cell, Terms, cells, opened, title_of
 from .display import Progress, comparison_table
@@ -58,7 +58,7 @@ class CompareOptions:
         Raises:
             LowbitError: the model cannot be read, or a length is beyond its context.
         """
-        config = load_config(Checkpoint(self.model))
+        config = load_config(open_files(self.model))
         length = window_length(config, self.length)
         return Terms(
             model=self.model,

@@ -14,7 +14,7 @@ from ..evaluate.tasks import Prepared, TaskResults, evaluate_tasks, prepare
 from ..evaluate.tasks.show import notes, table
 from ..machine import pick_device
 from ..model.calibration import evaluation_windows
-from ..model.checkpoint import Checkpoint
+from ..model.source import open_files
 from ..model.stream import load_config, load_tokenizer
 from ..runtime.integers import in_integers
 from .display import progress_bar
@@ -77,7 +77,7 @@ def run_eval(given: EvalOptions, console: Console) -> dict[str, Any]:
         LowbitError: the model, the text or a task cannot be read, or an option is out of range.
     """
     device = str(pick_device(given.device))
-    checkpoint = Checkpoint(given.model)
+    checkpoint = open_files(given.model)
     length = window_length(load_config(checkpoint), given.length)
     tokenizer = load_tokenizer(checkpoint)
     windows = None

@@ -77,7 +77,10 @@ Plain = Annotated[
 # --- of plan --------------------------------------------------------------------------------------
 
 PlannedModel = Annotated[
-    str, typer.Argument(help="Model folder, a config.json, or hub id; weights are not needed.")
+    str,
+    typer.Argument(
+        help="Model folder, a config.json, a GGUF file, or hub id; weights are not needed."
+    ),
 ]
 PlannedRecipe = Annotated[str, typer.Option(help="Recipe whose cost to estimate.")]
 PlannedSettings = Annotated[

@@ -68,11 +68,11 @@ def generate(
     """Continue a text, through plain transformers."""
     from ..evaluate import continue_text, load_causal_lm
     from ..machine import pick_device
-    from ..model.checkpoint import Checkpoint
+    from ..model.source import open_files
     from ..model.stream import load_tokenizer
     from ..runtime.integers import in_integers
 
-    tokenizer = load_tokenizer(Checkpoint(model))
+    tokenizer = load_tokenizer(open_files(model))
     loaded = load_causal_lm(model, str(pick_device(device)))
     if integers:
         loaded = in_integers(loaded, Path(model))

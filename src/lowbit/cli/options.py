@@ -13,8 +13,10 @@ from .places import json_file
 
 # --- of several commands --------------------------------------------------------------------------
 
-Model = Annotated[str, typer.Argument(help="Model folder or hub id.")]
-ModelOrArtifact = Annotated[str, typer.Argument(help="Model or artifact: folder or hub id.")]
+Model = Annotated[str, typer.Argument(help="Model folder, hub id, or GGUF file.")]
+ModelOrArtifact = Annotated[
+    str, typer.Argument(help="Model or artifact: folder, hub id, or GGUF file.")
+]
 Length = Annotated[
     int | None,
     typer.Option(

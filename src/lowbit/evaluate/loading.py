@@ -11,7 +11,8 @@ import torch
 from ..errors import LowbitError, unknown
 from ..model.checkpoint import Checkpoint
 from ..model.intake import check_read_as_floats, is_leftover
-from ..model.skeleton import reason_of
+from ..model.skeleton import build_skeleton, reason_of
+from ..model.source import open_files
 from ..model.stream import load_config
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,8 +22,8 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     """Load a model through plain transformers.
 
     Args:
-        model: local folder or hub id, of floats or of codes that transformers can read. No code
-            that comes with it is run.
+        model: local folder or hub id, of floats or of codes that transformers can read, or a GGUF
+            file, which is dequantized. No code that comes with it is run.
         device: such as "cpu" or "cuda:0".
         dtype: auto, float32, bfloat16 or float16. "auto" is float32 on a CPU and the checkpoint's
             own dtype elsewhere.
@@ -32,7 +33,7 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     """
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
-    checkpoint = Checkpoint(model)
+    checkpoint = open_files(model)
     stored = checkpoint.stored()  # finds missing and truncated shards before transformers does
     config = load_config(checkpoint)
     leftover = is_leftover(checkpoint, stored)
@@ -56,9 +57,15 @@ def _from_pretrained(
 
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
+    kind: Any = AutoModelForCausalLM
+    given: dict[str, Any] = {"pretrained_model_name_or_path": path.parent}
+    if not checkpoint.loadable:
+        kind = type(build_skeleton(config, checkpoint.name))
+        tensors = checkpoint.read(checkpoint.stored())
+        given = {"pretrained_model_name_or_path": None, "state_dict": tensors}
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            path.parent,
+        loaded, found = kind.from_pretrained(
+            **given,
             config=config,
             dtype=dtype,
             trust_remote_code=False,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -162,7 +162,8 @@ class Checkpoint:
         self.folder = Path(model) if Path(model).is_dir() else None
         if self.folder is None and Path(model).exists():
             raise LowbitError(
-                f"'{model}' is a file: give the folder that holds config.json and the safetensors."
+                f"'{model}' is a file: give the folder that holds config.json and the safetensors, "
+                "or a GGUF file."
             )
         if self.folder is None and (
             str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
@@ -170,9 +171,7 @@ class Checkpoint:
             raise LowbitError(f"no such folder: '{model}'.")
         if self.file("config.json") is None:
             self._refuse_adapter(alone=True)
-            raise LowbitError(
-                f"'{self.name}' has no config.json: is it a Hugging Face model folder?"
-            )
+            raise LowbitError(f"'{self.name}' has no config.json: {self._instead()}")
         if self.folder is None:
             self.revision = self._commit()
         self.config_json = self._read_json("config.json")
@@ -203,6 +202,13 @@ class Checkpoint:
         path = self.file("config.json")
         snapshot = path.parent if path is not None else Path()
         return snapshot.name if snapshot.parent.name == "snapshots" else self.revision
+
+    def _instead(self) -> str:
+        """What a folder without a config.json may be meant for."""
+        found = sorted(p.name for p in self.folder.glob("*.gguf")) if self.folder else []
+        if found:
+            return f"to quantize '{found[0]}' in it, give that file."
+        return "is it a Hugging Face model folder?"
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.file(name)
@@ -326,6 +332,30 @@ class Checkpoint:
         """Shape and dtype of every tensor by its name, read from the headers alone."""
         return {name: kept for name, (_, kept) in self._held.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they lie in the files."""
+        return sum(kept.nbytes for _, kept in self._held.values())
+
+    @property
+    def loadable(self) -> bool:
+        """Whether loaders find in the folder what is read here."""
+        return True
+
+    def copied(self, name: str) -> str:
+        """How a tensor is taken over that is not quantized."""
+        return "copied bit for bit"
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Tensors of the files that are not among the stored ones -> why."""
+        return {}
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of how the tensors are read."""
+        return ()
+
     def rows(self, names: Iterable[str], start: int, stop: int) -> list[Tensor]:
         """Some rows of matrices, in their stored dtypes."""
         out = []
@@ -363,7 +393,7 @@ class Checkpoint:
                             f"{e}"
                         ) from e
                     if finite:
-                        self._refuse_nan(key, tensor)
+                        self.refuse_nan(key, tensor)
                     out[key] = tensor
         return out
 
@@ -391,10 +421,10 @@ class Checkpoint:
                     f"tensor '{name}' in shard '{shard}' of '{self.name}' cannot be read: {e}"
                 ) from e
         if finite:
-            self._refuse_nan(name, part)
+            self.refuse_nan(name, part)
         return part
 
-    def _refuse_nan(self, name: str, tensor: Tensor) -> None:
+    def refuse_nan(self, name: str, tensor: Tensor) -> None:
         """Raise LowbitError if what was read of a tensor holds NaN or infinity."""
         if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float64)):
             return

@@ -97,14 +97,16 @@ def check_floats(
     wanted: Iterable[str],
     prefixes: Iterable[str],
 ) -> tuple[str, ...]:
-    """Refuse a source of which anything that will be read is quantized.
+    """Refuse a source of which anything that will be read is quantized and not dequantized on
+    reading.
 
     Args:
         stored: of the checkpoint. wanted: full names of the weights that will be read.
         prefixes: "model.layers.0." and so on, of the blocks that will be read.
 
     Returns:
-        remarks: config.json speaks of a quantization which the weights do not have.
+        remarks: what was dequantized; or config.json speaks of a quantization which the weights do
+            not have.
 
     Raises:
         LowbitError: naming the tensor, and its dtype if that is what is wrong.
@@ -132,8 +134,8 @@ def check_floats(
             "quantize other numbers than those. Remove the entry from its config.json if the "
             "weights are meant as they are."
         )
-    if said is None:
-        return ()
+    if said is None or checkpoint.remarks:
+        return checkpoint.remarks
     what = said.replace(" says ", " of ")
     return (f"config.json has a {what}, but all weights are floats: it is left out",)
 

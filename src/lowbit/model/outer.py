@@ -23,7 +23,7 @@ class Outer:
         names: name of a parameter -> name of the tensor that the checkpoint stores for it.
         embedding, head: names of the input embedding's and of the output head's weight.
         tied: they are one matrix, under the embedding's name.
-        left_out: stored tensors that are not needed -> why.
+        left_out: tensors of the checkpoint that are not needed -> why.
         remarks: what a person should know.
     """
 
@@ -53,7 +53,7 @@ def outer_of(
     """
     embedding = _name_of(skeleton, skeleton.get_input_embeddings())
     head = _name_of(skeleton, skeleton.get_output_embeddings())
-    held, left, remarks = dict(names), {}, []
+    held, left, remarks = dict(names), dict(checkpoint.left_out), []
     if tied:
         one, other = held[embedding], held.pop(head)
         if one != other and _equal(checkpoint, stored, one, other):

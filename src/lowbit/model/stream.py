@@ -28,6 +28,7 @@ from .outer import Outer, outer_of
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .shell import CACHES, Shell
 from .skeleton import CONVOLUTIONS, build_skeleton, fast_attention
+from .source import open_source
 from .storage import Storage
 from .tokenizer import load_tokenizer as load_tokenizer
 from .tracing import described
@@ -72,7 +73,7 @@ class ModelStream:
         compute: torch.dtype | None = None,
         revision: str | None = None,
     ) -> None:
-        self.checkpoint = Checkpoint(model, revision)
+        self.checkpoint = open_source(model, revision)
         check_source(self.checkpoint)
         self.stored = self.checkpoint.stored()
         self.config = load_config(self.checkpoint)
@@ -330,7 +331,7 @@ class ModelStream:
     def copied(self) -> dict[str, str]:
         """Names of these tensors -> why they are not quantized."""
         return {
-            n: "not a parameter of the model's class in transformers, copied bit for bit"
+            n: "not a parameter of the model's class in transformers, " + self.checkpoint.copied(n)
             for n in sorted(self.names.unread)
             if n not in self.outer.left_out
         }

@@ -21,6 +21,7 @@ from ..model.calibration import Calibration
 from ..model.checkpoint import config_at, hub_file
 from ..model.model import Model, Stage
 from ..model.outline import Outline
+from ..model.source import gguf_config, gguf_path
 from ..model.stream import ModelStream
 from ..recipe import Recipe
 from .checks import (
@@ -345,13 +346,16 @@ def calibration_of(
 
 
 def read_config(model: str) -> Any:
-    """The config of a local folder, of a config.json itself or of a hub repository; weights are not
-    looked at.
+    """The config of a local folder, of a config.json itself, of a GGUF file or of a hub repository;
+    weights are not looked at.
 
     Raises:
         LowbitError: there is none.
     """
     path = Path(model)
+    gguf = gguf_path(path)
+    if gguf is not None:
+        return gguf_config(gguf)
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():

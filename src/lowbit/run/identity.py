@@ -20,6 +20,7 @@ from ..model.calibration import Rows
 from ..model.carried import SourceFiles, source_files
 from ..model.checkpoint import Checkpoint
 from ..model.ranks import ALONE, Ranks
+from ..model.source import open_source
 from ..model.stream import ModelStream
 from ..recipe import Recipe
 
@@ -30,14 +31,16 @@ class Original:
 
     Attributes:
         name: of the model, for errors. paths: name -> where the file lies. sizes: name -> bytes.
-        times: name -> when it was last changed, in nanoseconds. hashes: name -> sha256, empty until
-            `hashed`.
+        times: name -> when it was last changed, in nanoseconds. checkpoint: whose files they are;
+            some of a GGUF file's lie only as long as it lives.
+        hashes: name -> sha256, empty until `hashed`.
     """
 
     name: str
     paths: Mapping[str, Path]
     sizes: Mapping[str, int]
     times: Mapping[str, int]
+    checkpoint: Checkpoint = field(repr=False, compare=False)
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -57,6 +60,7 @@ class Original:
             there,
             {n: s.st_size for n, s in states.items()},
             {n: s.st_mtime_ns for n, s in states.items()},
+            checkpoint,
         )
 
     def hashed(self, ranks: Ranks = ALONE) -> Original:
@@ -142,7 +146,7 @@ def check_source(folder: Path, model: str) -> str:
             f"'{folder}' does not say which files it was made of: it comes from an older version, "
             "or is an export of one."
         )
-    then, now = report["original"]["files"], Original.of(Checkpoint(model)).hashed().hashes
+    then, now = report["original"]["files"], Original.of(open_source(model)).hashed().hashes
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name):
             how = "has other bytes"

@@ -26,7 +26,8 @@ from ..names import hub_id
 
 def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where the model comes from, as far as a model card tells: its hub id, also of a snapshot in
-    the hub's cache, and its license if its own card names one.
+    the hub's cache, its license if its own card names one, and what its weights were if they were
+    no floats.
     """
     try:
         readme = checkpoint.file(CARD)
@@ -36,7 +37,8 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     hub = (
         checkpoint.name if folder is None else hub_id(folder.absolute()) or hub_id(folder.resolve())
     )
-    return {"hub": hub, "license": terms_of(readme)}
+    said = {"weights": list(checkpoint.remarks)} if checkpoint.remarks else {}
+    return {"hub": hub, "license": terms_of(readme), **said}
 
 
 def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
@@ -72,12 +74,16 @@ def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) ->
 
 
 def sizes(
-    stored: Mapping[str, Stored], left_out: Container[str], records: Sequence[Mapping[str, Any]]
+    before: int,
+    stored: Mapping[str, Stored],
+    left_out: Container[str],
+    records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Bytes of the model before and after, and bits per weight counted from them.
 
     Args:
-        stored: of the original. left_out: names of its tensors that the artifact has no copy of.
+        before: of the original's tensors in its files. stored: these tensors as they are read.
+        left_out: names of its tensors that the artifact has no copy of.
         records: of the shards, that outside the blocks first.
     """
     linears = [e for r in records[1:] for e in r["linears"]]
@@ -85,7 +91,7 @@ def sizes(
     kept = [t for n, t in stored.items() if n not in left_out]
     of_linears = sum(e["bytes"] for e in linears)
     return {
-        "before": sum(t.nbytes for t in stored.values()),
+        "before": before,
         "after": after,
         "bits_per_weight": 8 * of_linears / sum(math.prod(e["shape"]) for e in linears),
         "model_bits_per_weight": 8 * after / sum(t.numel for t in kept),

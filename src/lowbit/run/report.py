@@ -87,7 +87,7 @@ def report_of(
         "compute": str(source.compute),
         "offload": asdict(facts.offload),
         "hash": digest,
-        "size": sizes(source.stored, source.outer.left_out, records),
+        "size": sizes(source.checkpoint.nbytes, source.stored, source.outer.left_out, records),
         "quality": facts.quality,
         "blocks": [{k: v for k, v in r.items() if k not in own} for r in records[1:]],
         "copied": source.copied(),

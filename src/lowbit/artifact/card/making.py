@@ -30,6 +30,9 @@ def making(report: Mapping[str, Any]) -> str:
         ("computed", f"on {report['device']}, in {report['compute'].removeprefix('torch.')}"),
         ("versions", ", ".join((f"lowbit {report['lowbit']}", *versions))),
     ]
+    weights = "; ".join(markdown(remark) for remark in report.get("source", {}).get("weights", ()))
+    if weights:
+        rows.insert(0, ("source", weights))
     lines = ["## How it was made", "", *table(("", ""), rows)]
     if "command" in report:
         lines += _command(report)

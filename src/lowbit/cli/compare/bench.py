@@ -17,7 +17,7 @@ from ...evaluate import evaluate, load_causal_lm
 from ...evaluate.tasks import Prepared, evaluate_tasks, prepare
 from ...machine import pick_device
 from ...model.calibration import evaluation_windows
-from ...model.checkpoint import Checkpoint
+from ...model.source import open_files
 from ...model.stream import load_tokenizer
 from ...run.identity import Original, state_of
 from ...run.quantize import Result, quantize
@@ -49,7 +49,7 @@ class Bench:
         self._folder = folder
         self._keep = keep
         self._device = str(pick_device(terms.device))
-        checkpoint = Checkpoint(terms.model)
+        checkpoint = open_files(terms.model)
         self._tokenizer = load_tokenizer(checkpoint)
         self._model = Original.of(checkpoint).hashed()
         self._windows = evaluation_windows(terms.text, self._tokenizer, terms.length, terms.windows)
@@ -89,7 +89,7 @@ class Bench:
 
     def _original(self, cell: Cell) -> Row:
         """Measure the original model in the arithmetic that the scheme names."""
-        size = sum(t.nbytes for t in Checkpoint(self._terms.model).stored().values())
+        size = open_files(self._terms.model).nbytes
         kind = "bfloat16" if cell.scheme == "bfloat16" else "float32"
         model = load_causal_lm(self._terms.model, self._device, kind)
         return {

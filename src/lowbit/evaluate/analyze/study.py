@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...model.calibration import evaluation_windows
-from ...model.checkpoint import Checkpoint
+from ...model.source import open_files
 from ...model.stream import load_config, load_tokenizer
 from ...model.tracing import described
 from .. import load_causal_lm, window_length
@@ -68,7 +68,7 @@ def study(
     """
     grids = grids_of(given.bits, given.exponents, given.columns)
     wanted = [] if given.shares is None else removals(given.shares, grids)
-    checkpoint = Checkpoint(given.model)
+    checkpoint = open_files(given.model)
     config = load_config(checkpoint)
     graphs = described(config)
     if wanted and getattr(config, "quantization_config", None):
