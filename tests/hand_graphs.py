@@ -210,6 +210,7 @@ def _lfm2(config: Any) -> Found:
         ),
         writers=("conv.out_proj", down),
         inner=("conv.out_proj", down),
+        mixing=("conv.in_proj",),
     )
     out = "self_attn.out_proj"
     found = attention(config, entering(QKV, norm("operator_norm"), "self_attn"), out)
@@ -234,6 +235,7 @@ def _qwen3_next(config: Any) -> Found:
         ),
         writers=(out, DOWN),
         inner=(out, DOWN),
+        mixing=("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
     )
     queries, keys, _ = widths(config)
     gated = Graph(
@@ -323,6 +325,7 @@ def _nemotron_h(config: Any) -> Found:
             ),
             writers=("mixer.out_proj",),
             inner=("mixer.out_proj",),
+            mixing=("mixer.in_proj",),
         ),
         "full_attention": Graph(
             **attention(config, entering(reads, norm("norm"), "mixer"), "mixer.o_proj"),

@@ -85,6 +85,8 @@ class Graph:
         output: the linear that reads what attention computed; None without attention.
         inner: linears that read what an MLP, or an expert, computed between its linears.
         flat: linears that are given the tokens of all rows in one matrix.
+        mixing: linears outside attention that matter at tokens after their own (recurrences,
+            convolutions).
         kept: linears that are not quantized, each with the reason.
         dropped: where a change of the block that looked possible does not keep its function, each
             with the reason; it is not made.
@@ -98,6 +100,7 @@ class Graph:
     output: str | None = None
     inner: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
+    mixing: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
 
