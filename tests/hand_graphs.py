@@ -290,7 +290,7 @@ def _falcon(config: Any) -> Found:
         heads = Heads(linear(fused, (first, first + head)), out, config.num_attention_heads, head)
     graph = Graph(
         sites=(
-            entering((fused, "mlp.dense_h_to_4h"), norm("input_layernorm"), fused),
+            entering((fused, "mlp.dense_h_to_4h"), norm("input_layernorm"), ""),
             alone(out),
             alone(down),  # GELU: no factor passes it
         ),
@@ -307,7 +307,7 @@ def _falcon(config: Any) -> Found:
 
 def _phi(config: Any) -> Found:
     """Attention and MLP side by side."""
-    at = entering((*QKV, "mlp.fc1"), norm("input_layernorm"), QKV[0])
+    at = entering((*QKV, "mlp.fc1"), norm("input_layernorm"), "")
     found = attention(config, at, "self_attn.dense")
     found["sites"] += (alone("mlp.fc2"),)
     graph = Graph(**found, writers=("self_attn.dense", "mlp.fc2"), inner=("mlp.fc2",))

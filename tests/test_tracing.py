@@ -272,7 +272,7 @@ def test_a_family_of_nobody_is_traced(own):
     (graph,) = tracing.described(own("plain")).kinds
     assert graph.sites == (
         Site(("up",), norm("norm"), "up", residual=True),
-        Site(("gate", "other"), norm("second"), "gate", residual=True),
+        Site(("gate", "other"), norm("second"), "", residual=True),
         Site(("down",), None, "down"),
     )
     assert graph.writers == ("down",) and not graph.dropped

@@ -122,10 +122,13 @@ class Reconstruction:
             y, wanted = self._output({**weights, **leaves}, x[at], target[at])
             if part.start == part.stop:
                 y, wanted = y[:0], wanted[:0]
+            # Experts that no token of these rows reaches have no gradient.
+            of = list(leaves.values())
             first = torch.autograd.grad(
-                self.distance(y, wanted), list(leaves.values()), retain_graph=True
+                self.distance(y, wanted), of, retain_graph=True, materialize_grads=True
             )
-            second = torch.autograd.grad(self._probe(y, wanted, chance[at]), list(leaves.values()))
+            probe = self._probe(y, wanted, chance[at])
+            second = torch.autograd.grad(probe, of, materialize_grads=True)
             found = tuple(g.float() for g in (*first, *second))
             if total is None:
                 return found
@@ -170,6 +173,9 @@ class Reconstruction:
             return done + 1
 
         self._parts.over(len(x), start, add)
+        for leaf in leaves:
+            if leaf.grad is None:  # of an expert that no token here reaches
+                leaf.grad = torch.zeros_like(leaf)
         b.ranks.sum_(*(leaf.grad for leaf in leaves if leaf.grad is not None))
 
     def share(self, rows: Tensor, stream: Tensor) -> Tensor:
@@ -198,7 +204,7 @@ class Reconstruction:
         def add(total: _Found | None, at: slice) -> _Found | None:
             y, wanted = self._output({**weights, **leaves}, x[at], target[at])
             loss = self.distance(y, wanted) / tokens
-            found = torch.autograd.grad(loss, list(leaves.values()))
+            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             if total is None:
                 return loss.detach(), found
             return total[0] + loss.detach(), tuple(

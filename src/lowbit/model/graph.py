@@ -38,11 +38,13 @@ class Site:
         reads: names of the linears inside the block; they see the same input.
         source: where a per-channel factor may be folded, or None if nowhere.
         probe: the module whose output tells how much an error in ``reads`` hurts (AWQ's inspected
-            module).
+            module); "" is the block.
         residual: the activation is the residual stream after the source norm.
         beside: parameters (..., in) that read the activation too and stay in floating point
             (routers, shared gates), by their names inside the block; a factor folded into the
             source is made up for in their columns.
+        through: the mixture of experts that hands each expert some of the tokens; None where all
+            readers see the same tokens.
     """
 
     reads: tuple[str, ...]
@@ -50,6 +52,24 @@ class Site:
     probe: str
     residual: bool = False
     beside: tuple[str, ...] = ()
+    through: str | None = None
+
+    @property
+    def reader(self) -> str:
+        """A module whose first argument is the activation, all tokens of it."""
+        return self.through or self.reads[0]
+
+    @property
+    def readings(self) -> tuple[tuple[str, ...], ...]:
+        """The readers by who sees the same tokens: each expert's, and those outside the mixture."""
+        if self.through is None:
+            return (self.reads,)
+        groups: dict[str, list[str]] = {}
+        for name in self.reads:
+            inside = name.startswith(f"{self.through}.")
+            expert = name.removeprefix(f"{self.through}.").partition(".")[0] if inside else ""
+            groups.setdefault(expert, []).append(name)
+        return tuple(map(tuple, groups.values()))
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,7 @@ class Graph:
         flat: linears that are given the tokens of all rows in one matrix.
         mixing: linears outside attention that matter at tokens after their own (recurrences,
             convolutions).
+        mixtures: modules that hold experts, by their numbers.
         kept: linears that are not quantized, each with the reason.
         dropped: where a change of the block that looked possible does not keep its function, each
             with the reason; it is not made.
@@ -101,6 +122,7 @@ class Graph:
     inner: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
     mixing: tuple[str, ...] = ()
+    mixtures: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
 
@@ -108,6 +130,24 @@ class Graph:
     def linears(self) -> tuple[str, ...]:
         """Every quantizable linear of the block, in the order of the forward pass."""
         return tuple(name for site in self.sites for name in site.reads)
+
+    @property
+    def readings(self) -> tuple[tuple[str, ...], ...]:
+        """The linears by who sees the same tokens, in the order of the forward pass."""
+        return tuple(names for site in self.sites for names in site.readings)
+
+    @property
+    def levels(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The same, those together that are reached at once: all experts do the same at a time."""
+        found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for at, site in enumerate(self.sites):
+            name = site.reads[0]
+            mixture = next((m for m in self.mixtures if name.startswith(f"{m}.")), None)
+            key: tuple[str, ...] = (str(at),)
+            if mixture is not None and site.through is None:
+                key = mixture, name.removeprefix(f"{mixture}.").partition(".")[2]
+            found.setdefault(key, []).extend(site.readings)
+        return tuple(map(tuple, found.values()))
 
     @property
     def rotatable(self) -> bool:

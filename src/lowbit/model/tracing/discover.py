@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LowbitError
+from ..experts import replace_fused
 from ..graph import Described, Frame, Graph
 from ..skeleton import build_skeleton
 from .assemble import graph_of
@@ -61,6 +62,7 @@ def _described(asked: _Asked) -> Described:
     counts = frozenset({1, *_counts(config.to_dict())})
     kinds: list[Graph] = []
     for first, called in zip(tiny.firsts, tiny.called, strict=True):
+        replace_fused(blocks[first])
         inside = {f"{layers}.{first}": tiny.blocks[first], **tiny.inside(first)}
         with torch.no_grad(), named(inside, tiny.described(name), f"{layers}.{first}"):
             kind = Kind(

@@ -39,11 +39,11 @@ def divisor(config: Any) -> int:
     """By how much widths can be divided: a power of two that divides the hidden size and the width
     of every kind of head.
     """
-    hidden = int(config.hidden_size)
-    heads = [(n, v) for n, v in _numbers(config.to_dict()) if _HEAD.search(n) and v > 1]
-    count = getattr(config, "num_attention_heads", None)
-    if not any(n == "head_dim" for n, _ in heads) and count and hidden % count == 0:
-        heads.append(("head_dim", hidden // count))
+    said, hidden = config.to_dict(), int(config.hidden_size)
+    heads = [(n, v) for n, v in _numbers(said) if _HEAD.search(n) and v > 1]
+    counts = [v for n, v in _named(said) if n in ("num_attention_heads", "n_head") and v]
+    if not any(n == "head_dim" for n, _ in heads):
+        heads += [("head_dim", hidden // count) for count in counts if hidden % count == 0]
     least = [v if _OF_MIXERS.search(n) else v // _NARROWEST for n, v in heads]
     most, shared = min([hidden // _LEAST, *least]), math.gcd(hidden, *(v for _, v in heads))
     found = 1
@@ -101,10 +101,15 @@ def _divided(value: Any, by: int) -> Any:
 
 def _numbers(said: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Every width of a config, those of single layers and parts included."""
+    return ((n, v) for n, v in _named(said) if _is_width(n))
+
+
+def _named(said: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every whole number of a config."""
     for name, value in said.items():
         if isinstance(value, dict):
-            yield from _numbers(value)
-        elif _is_width(str(name)) and isinstance(value, int) and not isinstance(value, bool):
+            yield from _named(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
             yield str(name), value
 
 
