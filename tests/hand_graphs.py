@@ -301,7 +301,7 @@ def _falcon(config: Any) -> Found:
         inner=(down,),
         dropped=(("the residual stream", "in another basis the block computes something else"),),
     )
-    frame = Frame("transformer", "transformer.h", ("ln_f",), 0.0, ("word_embeddings",))
+    frame = Frame("transformer", "transformer.h", ("ln_f",), 0.0, ("word_embeddings",), returns=2)
     return one(config, frame, graph)
 
 

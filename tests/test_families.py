@@ -5,7 +5,7 @@ A model type that fails is listed in ``FAILING`` with what it says; a test fails
 it failing so.
 """
 
-import json
+import shutil
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ SMALL = dict(num_hidden_layers=2, num_layers=2, n_layer=2, vocab_size=300)
 LINEAR = dict(layer_types=["linear_attention", "full_attention"])
 MORE = {  # what the sizes alone do not say
     "falcon": dict(num_kv_heads=2, new_decoder_architecture=True),
+    "falcon_h1": dict(mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32, mamba_n_groups=1),
     "gptj": dict(n_embd=64, n_head=4, rotary_dim=8),
     "lfm2": dict(layer_types=["conv", "full_attention"]),
     "mamba2": dict(expand=2, num_heads=8, head_dim=16, state_size=16, n_groups=2),
@@ -82,7 +83,19 @@ DENSE = [
     "vaultgemma",
     "youtu",
 ]
-FAILING: dict[str, tuple[str, str]] = {}
+# A LayerNorm's bias that linears without one cannot take over, or a norm that takes the mean off and
+# is none of torch's: the stream keeps its basis. Falcon-H1: not looked into.
+DROPPED = dict.fromkeys(
+    ("cohere", "cohere2", "falcon", "falcon_h1", "nemotron", "stablelm"), {"the residual stream"}
+)
+# What does not work yet, and how it fails.
+FAILING: dict[str, tuple[type[Exception], str]] = {
+    # transformers saves under older names than its model has; the artifact has the model's.
+    "gpt_neox": (KeyError, "embed_out.weight"),
+    "nemotron_h": (KeyError, "backbone.embeddings.weight"),
+    "qwen3_next": (LowbitError, "issues during automatic conversion of the weights"),
+    "recurrent_gemma": (LowbitError, "'.*input_gate_weight' is a 3-D parameter of a form that is"),
+}
 QUICK = ("tesseraq.schedule=exponential-4-3", "tesseraq.iters=2", "tesseraq.batch=2")
 RECIPES = {
     "awq": ("awq.exponents=3", "awq.shrinks=2"),
@@ -90,6 +103,15 @@ RECIPES = {
     "tesseraq": (*QUICK, "awq.exponents=3", "awq.shrinks=2"),
 }
 SCHEME = "W4A16g16"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A tokenizer's files and a text, made once."""
+    folder = tmp_path_factory.mktemp("text")
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT[:4000])
+    return folder
 
 
 def config(family):
@@ -107,8 +129,6 @@ def save(made, folder):
             elif "embed" not in name:
                 p.mul_(3)
     model.to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    (folder / "text.txt").write_text(TEXT)
 
 
 def tensors(folder):
@@ -132,13 +152,23 @@ def accounted(source, out, report):
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_the_table(family, tmp_path):
+def test_the_table(family, tmp_path, text):
+    if family not in FAILING:
+        return passes(family, tmp_path, text)
+    kind, said = FAILING[family]
+    with pytest.raises(kind, match=said):
+        passes(family, tmp_path, text)
+
+
+def passes(family, tmp_path, text):
+    """All of the table's columns for one model type."""
     made, source, out = config(family), tmp_path / "model", tmp_path / "out"
     found = described(made)
     assert all(graph.linears for graph in found.kinds)
     dropped = {what for graph in found.kinds for what, _ in graph.dropped}
     assert dropped == DROPPED.get(family, set())
     save(made, source)
+    shutil.copytree(text, source, dirs_exist_ok=True)
     done = lowbit.quantize(
         str(source),
         SCHEME,
@@ -159,8 +189,6 @@ def test_the_table(family, tmp_path):
         for i in firsts:
             block = apply_methods(opened(stream, recipe, ids, i), recipe)
             assert set(block.coded) == set(found.graph(i).linears)
-            target, x = block.context.target, block.context.x
-            error = (block.forward(block.context.xq) - target).square().sum()
-            print("ERR", family, name, i, float(error / (target - x).square().sum()))
-            assert error < 0.05 * (target - x).square().sum(), (name, i)
-DROPPED: dict[str, set[str]] = {}
+            target, x = block.context.target.float(), block.context.x.float()
+            error = (block.forward(block.context.xq.float()) - target).square().sum()
+            assert error < 0.02 * (target - x).square().sum(), (name, i)

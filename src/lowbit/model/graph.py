@@ -197,6 +197,8 @@ class Frame:
         open: the stream is changed between embedding and blocks, or between blocks and head, by
             something that has no other basis (a projection): it can be neither rotated nor
             reordered.
+        returns: how many things a block returns in a tuple, its output first; 0 where it returns
+            its output alone.
     """
 
     trunk: str
@@ -205,6 +207,7 @@ class Frame:
     final_offset: float = 0.0
     embeddings: tuple[str, ...] = ("embed_tokens",)
     open: bool = False
+    returns: int = 0
 
 
 @dataclass(frozen=True)

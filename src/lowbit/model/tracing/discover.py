@@ -102,6 +102,7 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
         final_offset=next(iter(norms.values()), 0.0),
         embeddings=tuple(n.removeprefix(own) for n in embeddings),
         open=not plain,
+        returns=tiny.returns,
     )
 
 

@@ -32,6 +32,7 @@ class Tiny:
         blocks: the real ones; only the first of each kind has data.
         of_layers: the kind of each. firsts: the first block of each kind.
         called: what the first block of each kind is called with.
+        returns: how many things a block returns in a tuple; 0 where it returns no tuple.
         before, after: modules with parameters that are called before the first block, and after the
             last one.
     """
@@ -44,6 +45,7 @@ class Tiny:
     of_layers: tuple[int, ...]
     firsts: tuple[int, ...]
     called: list[Called] = field(default_factory=list)
+    returns: int = 0
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
 
@@ -80,6 +82,7 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
         _randomize(blocks[i], model, f"{layers}.{i}", generator)
     tiny = Tiny(model, by, trunk, layers, blocks, of_layers, firsts)
     passes = [_Pass(tiny, recorders, name, live, seed) for live, seed in _PASSES]
+    tiny.returns = len(form[0]) if isinstance(form[0], tuple) else 0
     _check_alone(name, *(p.calls for p in passes))
     tiny.called += [passes[0].calls[i] for i in firsts]
     tiny.before, tiny.after = passes[0].around()
