@@ -15,7 +15,7 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.evaluate.analyze.kernels import Site, grids_of, measure
 from lowbit.evaluate.analyze.removal import Removal, knee, removals, run
-from lowbit.model.wiring import described
+from lowbit.model.tracing import described
 
 
 def analyze(*args):

@@ -28,7 +28,7 @@ from lowbit.model.outline import Outline
 from lowbit.model.residual import Basis, rotate_block
 from lowbit.model.rewrite import fold
 from lowbit.model.stream import ModelStream
-from lowbit.model.wiring import described
+from lowbit.model.tracing import described
 from lowbit.plan import make_plan, read_config
 from lowbit.plan.speed import Speed
 from lowbit.plan.targets import TARGETS

@@ -46,6 +46,7 @@ ALLOWED = {  # a folder's own row leaves out the folders in it that have rows
         *("formats", "model", "grid", "machine", "names", "errors", "__version__"),
     },
     "cli.display": {
+        "model",
         *("plan", "plan.targets", "run", "formats", "grid"),
         *("machine", "console", "verbatim", "errors"),
     },

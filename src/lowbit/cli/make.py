@@ -82,6 +82,7 @@ def plan(
     ranks: making.PlannedRanks = 1,
     offload: Offload = "auto",
     offload_dir: making.PlannedFolder = None,
+    graph: making.Graph = False,
     json_: making.PlanJson = None,
 ) -> None:
     """Say before any work what a run will need, which runtimes will load its result, and how to
@@ -105,6 +106,7 @@ def plan(
             ranks,
             offload,
             offload_dir or Path.cwd(),
+            graph,
             json_,
         ),
         out,

@@ -138,6 +138,16 @@ PlannedFolder = Annotated[
         callback=out_folder,
     ),
 ]
+Graph = Annotated[
+    bool,
+    typer.Option(
+        "--graph",
+        help=(
+            "First print what was found in the blocks: who reads what, made by which norm or "
+            "linear, what is folded, rotated or kept."
+        ),
+    ),
+]
 PlanJson = Annotated[
     Path | None,
     typer.Option("--json", help="Also write the plan as JSON.", callback=json_file),

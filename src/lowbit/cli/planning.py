@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +13,13 @@ from ..console import Console, Table
 from ..errors import LowbitError
 from ..grid.names import parse_scheme
 from ..machine import free_memory, pick_device
+from ..model.tracing import described
 from ..plan import Plan, calibration_of, make_plan, read_config
 from ..plan.memory import FreeMemory
 from ..plan.speed import measure_speed
 from ..plan.targets import check_target, demand
 from ..recipe import load_recipe
-from .display import plan_rows, runtime_table, runtimes_table
+from .display import graph_data, graph_tables, plan_rows, runtime_table, runtimes_table
 from .places import write_json
 
 
@@ -39,6 +41,7 @@ class PlanOptions:
     ranks: int
     offload: str
     folder: Path
+    graph: bool
     json: Path | None
 
     @property
@@ -86,7 +89,11 @@ class PlanOptions:
 def run_plan(asked: PlanOptions, out: Console) -> None:
     """Print a plan, write it, then refuse what cannot be done."""
     target = None if asked.target is None else check_target(asked.target, asked.tensor_parallel)
-    where, free, p = asked.where, asked.free, asked.planned()
+    where, free = asked.where, asked.free
+    found = described(read_config(asked.model)) if asked.graph else None
+    for shown in [] if found is None else graph_tables(found):  # also of what the plan refuses
+        out.print(shown)
+    p = asked.planned()
     speed = measure_speed(where) if free is None else None
     if target is not None:
         demand(p.verdict(target))
@@ -96,7 +103,9 @@ def run_plan(asked: PlanOptions, out: Console) -> None:
     out.print(table)
     out.print(runtimes_table(p.runtimes) if target is None else runtime_table(p.verdict(target)))
     if asked.json:
-        said = {"target": target, "tensor_parallel": asked.tensor_parallel}
+        said: dict[str, Any] = {"target": target, "tensor_parallel": asked.tensor_parallel}
+        if found is not None:
+            said["graph"] = graph_data(found)
         write_json(asked.json, {**p.as_dict(speed), **said})
     p.memory.check(where, free)
     if free is None:  # else it is not this machine's memory and disk that count

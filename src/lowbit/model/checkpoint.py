@@ -69,10 +69,27 @@ def config_at(path: Path) -> Any:
             path.parent if path.name == "config.json" else path, trust_remote_code=False
         )
     except Exception as e:  # each family's config class fails in ways of its own
+        own = _own_code(path)
+        if own is not None:
+            raise LowbitError(
+                f"{path} asks for code that comes with the model ({own}), and its model type is "
+                "none of transformers': lowbit runs no such code (trust_remote_code stays off). "
+                "Nothing was written."
+            ) from e
         raise LowbitError(
             f"{path} cannot be read as a model config: "
             f"{(str(e) or type(e).__name__).splitlines()[0]}"
         ) from e
+
+
+def _own_code(path: Path) -> str | None:
+    """The code of its own that a config.json names first; None if it names none."""
+    try:
+        said = json.loads((path / "config.json" if path.is_dir() else path).read_text("utf-8"))
+        named = said["auto_map"]
+        return f"auto_map: {next(iter(named.values()))}"
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration):
+        return None
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:

@@ -105,6 +105,8 @@ class Graph:
         output: the linear that reads what attention computed; None without attention.
         inner: linears that read what an MLP, or an expert, computed between its linears.
         flat: linears that are given the tokens of all rows in one matrix.
+        mixing: linears outside attention that matter at tokens after their own (recurrences,
+            convolutions).
         mixtures: modules that hold experts, by their numbers.
         kept: linears that are not quantized, each with the reason.
         dropped: where a change of the block that looked possible does not keep its function, each
@@ -119,6 +121,7 @@ class Graph:
     output: str | None = None
     inner: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
+    mixing: tuple[str, ...] = ()
     mixtures: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
@@ -200,6 +203,8 @@ class Frame:
         open: the stream is changed between embedding and blocks, or between blocks and head, by
             something that has no other basis (a projection): it can be neither rotated nor
             reordered.
+        returns: how many things a block returns in a tuple, its output first; 0 where it returns
+            its output alone.
     """
 
     trunk: str
@@ -208,6 +213,7 @@ class Frame:
     final_offset: float = 0.0
     embeddings: tuple[str, ...] = ("embed_tokens",)
     open: bool = False
+    returns: int = 0
 
 
 @dataclass(frozen=True)

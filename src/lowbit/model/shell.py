@@ -36,7 +36,7 @@ class Shell:
         """
         self.skeleton = skeleton
         self.blocks: list[nn.Module] = list(self.skeleton.get_submodule(frame.layers).children())
-        form: list[Any] = []
+        form: list[Any] = [(None,) * frame.returns] if frame.returns else []
         self._recorders = [Recorder(b, form) for b in self.blocks]
         parent, _, own = frame.layers.rpartition(".")
         setattr(self.skeleton.get_submodule(parent), own, nn.ModuleList(self._recorders))

@@ -4,6 +4,7 @@ from .analysis import analysis_tables
 from .artifact import artifact_lines, linears_table
 from .closing import summary
 from .comparison import comparison_table
+from .graph import graph_data, graph_tables
 from .plan import memory_rows, plan_rows, runtime_table, runtimes_table
 from .progress import Progress, progress_bar
 from .units import duration, size
@@ -14,6 +15,8 @@ __all__ = [
     "artifact_lines",
     "comparison_table",
     "duration",
+    "graph_data",
+    "graph_tables",
     "linears_table",
     "memory_rows",
     "plan_rows",

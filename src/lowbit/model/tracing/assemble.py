@@ -9,6 +9,7 @@ from torch import nn
 from ..graph import Graph, Site, Source
 from .attention import attention_of
 from .kind import Kind
+from .mixing import mixing
 from .proofs import proved
 from .replay import Key, key_of
 from .sources import linear_source, made_by, norm_offset
@@ -53,6 +54,7 @@ def graph_of(kind: Kind, centred: bool) -> Graph:
             for n in kind.linears
             if kind.stands(n) and kind.base.inputs[n].dim() < kind.called.x.dim()
         ),
+        mixing=mixing(kind, None if attention is None else attention.module),
         kept=tuple(kind.kept.items()),
     )
     narrow = proved(kind, graph, centred)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import LowbitError
 from ..experts import replace_fused
 from ..graph import Described, Frame, Graph
 from ..skeleton import build_skeleton
@@ -19,6 +20,7 @@ from .assemble import graph_of
 from .blocks import list_of_blocks, signature
 from .kind import Kind
 from .tiny import Tiny, build_tiny
+from .where import named
 
 _COUNT = re.compile(r"heads|experts|groups|n_group")
 _SAME = 1e-5  # some norms compute in float32 whatever they are given
@@ -50,6 +52,8 @@ def _described(asked: _Asked) -> Described:
     model = build_skeleton(config, name)
     layers = list_of_blocks(model, name)
     blocks = list(model.get_submodule(layers).children())
+    if not blocks:
+        raise LowbitError(f"'{name}' is a '{config.model_type}' model without a single block.")
     signatures = [signature(b) for b in blocks]
     distinct = list(dict.fromkeys(signatures))
     of_layers = tuple(distinct.index(s) for s in signatures)
@@ -59,7 +63,8 @@ def _described(asked: _Asked) -> Described:
     kinds: list[Graph] = []
     for first, called in zip(tiny.firsts, tiny.called, strict=True):
         replace_fused(blocks[first])
-        with torch.no_grad():
+        inside = {f"{layers}.{first}": tiny.blocks[first], **tiny.inside(first)}
+        with torch.no_grad(), named(inside, tiny.described(name), f"{layers}.{first}"):
             kind = Kind(
                 tiny.blocks[first], called, blocks[first], tiny.by, counts, config.hidden_size
             )
@@ -97,6 +102,7 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
         final_offset=next(iter(norms.values()), 0.0),
         embeddings=tuple(n.removeprefix(own) for n in embeddings),
         open=not plain,
+        returns=tiny.returns,
     )
 
 

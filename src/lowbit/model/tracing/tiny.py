@@ -14,9 +14,11 @@ from ..experts import replace_fused
 from ..recorder import Called, Recorder
 from ..skeleton import build_skeleton, reason_of
 from .shrink import divisor, shrunken
+from .where import named
 
 _ROWS, _LENGTH = 2, 12
 _SEED = 0
+_WIDEST = 2048  # hidden channels of a copy
 _PASSES = ((True, 0), (False, 0), (True, 1))  # blocks compute; the tokens' seed
 
 
@@ -30,6 +32,7 @@ class Tiny:
         blocks: the real ones; only the first of each kind has data.
         of_layers: the kind of each. firsts: the first block of each kind.
         called: what the first block of each kind is called with.
+        returns: how many things a block returns in a tuple; 0 where it returns no tuple.
         before, after: modules with parameters that are called before the first block, and after the
             last one.
     """
@@ -42,8 +45,17 @@ class Tiny:
     of_layers: tuple[int, ...]
     firsts: tuple[int, ...]
     called: list[Called] = field(default_factory=list)
+    returns: int = 0
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
+
+    def inside(self, i: int) -> dict[str, nn.Module]:
+        """Path -> module, of the modules of block i."""
+        return {f"{self.layers}.{i}.{n}": m for n, m in self.blocks[i].named_modules() if n}
+
+    def described(self, name: str) -> str:
+        """What it is a copy of, in words."""
+        return f"'{name}' is a '{self.model.config.model_type}' model"
 
 
 def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) -> Tiny:
@@ -56,8 +68,7 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
         LowbitError: it cannot be built or does not run (named by the module in which it stopped),
             or its blocks need more than what they can be given one by one.
     """
-    by = divisor(config)
-    model = build_skeleton(shrunken(config, by), name, attn_implementation="eager")
+    model, by = _narrow(config, name)
     replace_fused(model)
     trunk, _, own = layers.rpartition(".")
     blocks = list(model.get_submodule(layers).children())
@@ -66,15 +77,38 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     recorders = [Recorder(b, form) for b in blocks]
     setattr(model.get_submodule(trunk), own, nn.ModuleList(recorders))
     generator = torch.Generator().manual_seed(_SEED)
-    _randomize(model, model, generator)
+    _randomize(model, model, "", generator)
     for i in firsts:
-        _randomize(blocks[i], model, generator)
+        _randomize(blocks[i], model, f"{layers}.{i}", generator)
     tiny = Tiny(model, by, trunk, layers, blocks, of_layers, firsts)
     passes = [_Pass(tiny, recorders, name, live, seed) for live, seed in _PASSES]
+    tiny.returns = len(form[0]) if isinstance(form[0], tuple) else 0
     _check_alone(name, *(p.calls for p in passes))
     tiny.called += [passes[0].calls[i] for i in firsts]
     tiny.before, tiny.after = passes[0].around()
     return tiny
+
+
+def _narrow(config: Any, name: str) -> tuple[Any, int]:
+    """The narrowest copy that its class takes, on the meta device; and what widths were divided by.
+
+    Some classes check what their widths have to do with each other.
+    """
+    by = widest = divisor(config)
+    while True:
+        try:
+            small = shrunken(config, by)
+            return build_skeleton(small, name, attn_implementation="eager"), by
+        except Exception as e:  # each config class fails in ways of its own
+            if by == 1 or config.hidden_size * 2 // by > _WIDEST:
+                if isinstance(e, LowbitError):
+                    raise
+                raise LowbitError(
+                    f"'{name}' is a '{config.model_type}' model of which no narrow copy can be "
+                    f"made to find its wiring: divided by {widest}, its widths are refused: "
+                    f"{reason_of(e)}"
+                ) from e
+            by //= 2
 
 
 def _check_alone(
@@ -115,30 +149,44 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or type(one) is type(other)
 
 
-def _randomize(module: nn.Module, model: Any, generator: torch.Generator) -> None:
+def _randomize(module: nn.Module, model: Any, path: str, generator: torch.Generator) -> None:
     """Give every tensor without data numbers, in float64: gains and biases around one, so that
-    none is a special case.
+    none is a special case. What is one tensor stays one.
     """
-    for part in module.modules():
-        for name, p in part._parameters.items():
+    made: dict[Tensor, nn.Parameter] = {}
+    for name, part in module.named_modules():
+        for key, p in part._parameters.items():
             if p is None:
                 continue
             drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            about = 0.0 if "bias" in name else 1.0
+            about = 0.0 if "bias" in key else 1.0
             value = about + drawn / 5 if p.dim() < 2 else drawn / max(1, p.shape[-1]) ** 0.5
-            part._parameters[name] = nn.Parameter(value, requires_grad=False)
+            own = made.setdefault(p, nn.Parameter(value, requires_grad=False))
+            part._parameters[key] = own
         loose = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
-        for name in loose:
-            setattr(part, name, torch.zeros_like(getattr(part, name), device="cpu"))
+        for key in loose:
+            setattr(part, key, torch.zeros_like(getattr(part, key), device="cpu"))
         if loose:
-            kept = dict(part._parameters)
-            with torch.no_grad():
-                model._init_weights(part)
-            part._parameters.update(kept)
+            _initialize(part, model, ".".join(p for p in (path, name) if p))
     for part in module.modules():
-        for name, b in part.named_buffers(recurse=False):
+        for key, b in part.named_buffers(recurse=False):
             if b.is_floating_point():
-                setattr(part, name, b.double())
+                setattr(part, key, b.double())
+
+
+def _initialize(part: nn.Module, model: Any, path: str) -> None:
+    """Let a model compute the buffers of a module, and nothing else."""
+    kept = dict(part._parameters)
+    try:
+        with torch.no_grad():
+            model._init_weights(part)
+    except Exception as e:  # each model class fails in ways of its own
+        raise LowbitError(
+            f"'{model.config.model_type}' models cannot compute the buffers of '{path}' from their "
+            f"config, so their wiring cannot be found: {reason_of(e)}"
+        ) from e
+    finally:
+        part._parameters.update(kept)
 
 
 class _Pass:
@@ -151,30 +199,17 @@ class _Pass:
     def __init__(
         self, tiny: Tiny, recorders: list[Recorder], name: str, live: bool, seed: int
     ) -> None:
-        self._tiny, self._order = tiny, list[str]()
+        self._tiny = tiny
         for i, recorder in enumerate(recorders):
             recorder.live = live and i in tiny.firsts
-        stack: list[str] = []
-        handles = []
-        for path, module in tiny.model.named_modules():
-            handles += [
-                module.register_forward_pre_hook(lambda *_, p=path: stack.append(p)),
-                module.register_forward_hook(lambda *_: self._order.append(stack.pop())),
-            ]
+        modules = dict(tiny.model.named_modules())
+        for i in tiny.firsts:  # which a recorder holds, and the model no longer
+            modules |= tiny.inside(i)
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, tiny.model.config.vocab_size, (_ROWS, _LENGTH), generator=generator)
-        try:
-            with torch.no_grad():
-                tiny.model(input_ids=ids, use_cache=False)
-        except Exception as e:  # each model class fails in ways of its own
-            where = next((p for p in reversed(stack) if p), "the model")
-            raise LowbitError(
-                f"'{name}' is a '{tiny.model.config.model_type}' model whose narrow copy does not "
-                f"run, so its wiring cannot be found: '{where}' says {reason_of(e)}"
-            ) from e
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.no_grad(), named(modules, tiny.described(name), "the model") as where:
+            tiny.model(input_ids=ids, use_cache=False)
+        self._order = where.order
         self.calls = [r.called() for r in recorders]
 
     def around(self) -> tuple[list[str], list[str]]:
@@ -183,6 +218,5 @@ class _Pass:
         first = self._order.index(f"{self._tiny.layers}.0")
         inside = [i for i, p in enumerate(self._order) if p.startswith(f"{self._tiny.layers}.")]
         before, after = self._order[:first], self._order[inside[-1] :]
-        return [p for p in before if parts[p]._parameters], [
-            p for p in after if parts[p]._parameters
-        ]
+        with_own = [n for n, m in parts.items() if m._parameters]
+        return [p for p in before if p in with_own], [p for p in after if p in with_own]
