@@ -92,7 +92,6 @@ DROPPED = {
 }
 # What does not work yet, and how it fails.
 FAILING: dict[str, tuple[type[Exception], str]] = {
-    "falcon_h1": (LowbitError, "its logits differ from the tuned model's"),
     # transformers saves under older names than its model has; the artifact has the model's.
     "gpt_neox": (KeyError, "embed_out.weight"),
     "nemotron_h": (KeyError, "backbone.embeddings.weight"),

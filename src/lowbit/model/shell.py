@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from .graph import Frame
 from .recorder import Called, Recorder
+from .skeleton import compute_buffers
 
 CACHES = ("past_key_values", "layer_past", "past_key_value", "cache_params")
 
@@ -35,26 +36,13 @@ class Shell:
             skeleton: of transformers, on the meta device; it is changed.
         """
         self.skeleton = skeleton
+        compute_buffers(skeleton)
         self.blocks: list[nn.Module] = list(self.skeleton.get_submodule(frame.layers).children())
         form: list[Any] = [(None,) * frame.returns] if frame.returns else []
         self._recorders = [Recorder(b, form) for b in self.blocks]
         parent, _, own = frame.layers.rpartition(".")
         setattr(self.skeleton.get_submodule(parent), own, nn.ModuleList(self._recorders))
         self._frame = frame
-        for part in (self.skeleton, *self.blocks):
-            self._compute_buffers(part)
-
-    def _compute_buffers(self, root: nn.Module) -> None:
-        """What is computed rather than stored (rotary frequencies, Gemma's embedding factor) must
-        be real, not meta.
-        """
-        for module in root.modules():
-            loose = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-            if loose:
-                for name in loose:
-                    setattr(module, name, torch.zeros_like(getattr(module, name), device="cpu"))
-                with torch.no_grad():
-                    self.skeleton._init_weights(module)
 
     @cached_property
     def stored(self) -> dict[str, tuple[int, ...]]:

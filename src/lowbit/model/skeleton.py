@@ -45,6 +45,39 @@ def fast_attention(config: Any) -> dict[str, str]:
     return {"attn_implementation": "sdpa" if fast else "eager"}
 
 
+def compute_buffers(model: Any) -> None:
+    """Make real what is computed rather than stored (rotary frequencies, Gemma's embedding factor).
+
+    Some models fill the buffers of their blocks; so everything that holds a buffer is asked, from
+    the inside out.
+
+    Args:
+        model: of transformers, on the meta device; parameters stay there.
+
+    Raises:
+        LowbitError: its class cannot, naming the module.
+    """
+    loose = []
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+                loose.append(path)
+    holders = set(loose)
+    for path in loose:
+        parts = path.split(".")
+        holders |= {".".join(parts[:n]) for n in range(len(parts))}
+    for path in sorted(holders, key=lambda p: (-len(p.split(".")), not p, p)):
+        try:
+            with torch.no_grad():
+                model._init_weights(model.get_submodule(path))
+        except Exception as e:  # each model class fails in ways of its own
+            raise LowbitError(
+                f"'{model.config.model_type}' models cannot compute the buffers of '{path}' from "
+                f"their config: {reason_of(e)}"
+            ) from e
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of what an exception says, with its kind where that alone would not be
     understood.

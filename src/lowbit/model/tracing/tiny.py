@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import LowbitError
 from ..experts import replace_fused
 from ..recorder import Called, Recorder
-from ..skeleton import build_skeleton, reason_of
+from ..skeleton import build_skeleton, compute_buffers, reason_of
 from .shrink import divisor, shrunken
 from .where import named
 
@@ -70,6 +70,7 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     """
     model, by = _narrow(config, name)
     replace_fused(model)
+    compute_buffers(model)
     trunk, _, own = layers.rpartition(".")
     blocks = list(model.get_submodule(layers).children())
     firsts = tuple(of_layers.index(k) for k in sorted(set(of_layers)))
@@ -77,9 +78,9 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     recorders = [Recorder(b, form) for b in blocks]
     setattr(model.get_submodule(trunk), own, nn.ModuleList(recorders))
     generator = torch.Generator().manual_seed(_SEED)
-    _randomize(model, model, "", generator)
+    _randomize(model, generator)
     for i in firsts:
-        _randomize(blocks[i], model, f"{layers}.{i}", generator)
+        _randomize(blocks[i], generator)
     tiny = Tiny(model, by, trunk, layers, blocks, of_layers, firsts)
     passes = [_Pass(tiny, recorders, name, live, seed) for live, seed in _PASSES]
     tiny.returns = len(form[0]) if isinstance(form[0], tuple) else 0
@@ -149,12 +150,12 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or type(one) is type(other)
 
 
-def _randomize(module: nn.Module, model: Any, path: str, generator: torch.Generator) -> None:
+def _randomize(module: nn.Module, generator: torch.Generator) -> None:
     """Give every tensor without data numbers, in float64: gains and biases around one, so that
     none is a special case. What is one tensor stays one.
     """
     made: dict[Tensor, nn.Parameter] = {}
-    for name, part in module.named_modules():
+    for part in module.modules():
         for key, p in part._parameters.items():
             if p is None:
                 continue
@@ -163,30 +164,10 @@ def _randomize(module: nn.Module, model: Any, path: str, generator: torch.Genera
             value = about + drawn / 5 if p.dim() < 2 else drawn / max(1, p.shape[-1]) ** 0.5
             own = made.setdefault(p, nn.Parameter(value, requires_grad=False))
             part._parameters[key] = own
-        loose = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
-        for key in loose:
-            setattr(part, key, torch.zeros_like(getattr(part, key), device="cpu"))
-        if loose:
-            _initialize(part, model, ".".join(p for p in (path, name) if p))
     for part in module.modules():
         for key, b in part.named_buffers(recurse=False):
             if b.is_floating_point():
                 setattr(part, key, b.double())
-
-
-def _initialize(part: nn.Module, model: Any, path: str) -> None:
-    """Let a model compute the buffers of a module, and nothing else."""
-    kept = dict(part._parameters)
-    try:
-        with torch.no_grad():
-            model._init_weights(part)
-    except Exception as e:  # each model class fails in ways of its own
-        raise LowbitError(
-            f"'{model.config.model_type}' models cannot compute the buffers of '{path}' from their "
-            f"config, so their wiring cannot be found: {reason_of(e)}"
-        ) from e
-    finally:
-        part._parameters.update(kept)
 
 
 class _Pass:
