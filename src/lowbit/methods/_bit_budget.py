@@ -69,13 +69,13 @@ def survey(block: Block, walk: Walk, upper: int) -> Iterator[tuple[Tensor, int, 
         bits of a weight that the grid has beyond the least width.
     """
     rows = min(walk.rows or block.tuned_rows, block.tuned_rows)
-    hessians = input_hessians(block, [site.reads[0] for site in block.graph.sites], rows)
-    for site in block.graph.sites:
-        name = site.reads[0]
+    hessians = input_hessians(block, [names[0] for names in block.graph.readings], rows)
+    for readers in block.graph.readings:
+        name = readers[0]
         inputs = factored(block, walk, name, hessians.pop(name), [])
         if inputs is None:
             continue
-        for name in site.reads:
+        for name in readers:
             weight = block.weight(name).masked_fill(inputs.dead, 0)[:, inputs.order]
             bits = block.grids[name].bits
             least = min(LEAST, bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ _RETRIES = 3
 _LEAST_RETRIED_DAMPING = 1e-2
 # Bytes of calls kept for the next step, so that it need not run the block from its start.
 _KEPT = 1 << 28
+_AT_ONCE = 2 << 30  # bytes of Hessians in one pass, where many experts are reached at once
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,35 @@ class Walk:
             )
 
     def steps(self, block: Block) -> list[list[tuple[str, ...]]]:
-        """The linears still to be coded: by step, in one pass each, and by site."""
-        sites = [tuple(n for n in site.reads if n not in block.coded) for site in block.graph.sites]
-        sites = [names for names in sites if names]
-        if self.true_sequential:
-            return [[names] for names in sites]
-        return [sites] if sites else []
+        """The linears still to be coded: by step, in one pass each, and by who sees the same
+        tokens.
+        """
+        levels = [_left(block, level) for level in block.graph.levels]
+        if not self.true_sequential:
+            everything = [names for level in levels for names in level]
+            return [everything] if everything else []
+        return [part for level in levels for part in _parts(block, level)]
+
+
+def _left(block: Block, level: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """What is not coded yet of it."""
+    left = (tuple(n for n in names if n not in block.coded) for names in level)
+    return [names for names in left if names]
+
+
+def _parts(block: Block, level: Sequence[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    """Cut a level so that the Hessians of a pass take no more than `_AT_ONCE`."""
+    part: list[tuple[str, ...]] = []
+    held = 0
+    for names in level:
+        size = 8 * block.weight(names[0]).shape[1] ** 2
+        if part and held + size > _AT_ONCE:
+            yield part
+            part, held = [], 0
+        part.append(names)
+        held += size
+    if part:
+        yield part
 
 
 Solve = Callable[[Block, Sequence[str], Inputs | None], Mapping[str, Coded]]

@@ -35,9 +35,9 @@ class Learned:
                 )
         self.factor: dict[str, Tensor] = {}
         self.shift: dict[str, Tensor] = {}
-        ranges = channel_ranges(block, [s.reads[0] for s in sites], block.tuned_rows)
+        ranges = channel_ranges(block, [s.reader for s in sites], block.tuned_rows)
         for site in sites:
-            key, (low, high) = site.reads[0], ranges[site.reads[0]]
+            key, (low, high) = site.reader, ranges[site.reader]
             if shiftable(block, site):
                 self.shift[key] = ((low + high) / 2).float().requires_grad_()
                 low, high = low - (low + high) / 2, high - (low + high) / 2
@@ -61,8 +61,8 @@ class Learned:
         """
         out = dict(self.block.weights)
         for site in self.sites:
-            source, factor = site.source, self.factor[site.reads[0]].clamp(min=_LEAST_FACTOR)
-            shift = self.shift.get(site.reads[0])
+            source, factor = site.source, self.factor[site.reader].clamp(min=_LEAST_FACTOR)
+            shift = self.shift.get(site.reader)
             assert source is not None
             key, bias = f"{source.module}.weight", f"{source.module}.bias"
             rows = slice(*source.rows) if source.rows else slice(None)
@@ -106,8 +106,8 @@ class Learned:
     def folded(self, block: Block) -> Block:
         """The block with the transformation folded in and the learned ranges fixed."""
         for site in self.sites:
-            shift = self.shift.get(site.reads[0])
-            block = fold(block, site, self.factor[site.reads[0]].clamp(min=_LEAST_FACTOR), shift)
+            shift = self.shift.get(site.reader)
+            block = fold(block, site, self.factor[site.reader].clamp(min=_LEAST_FACTOR), shift)
         params = {
             name: clipped_range(block.weight(name), ranged(block, name), low, self.high[name])
             for name, low in self.low.items()

@@ -62,10 +62,10 @@ def collect_inputs(block: Block, sites: Sequence[Site], rows: int) -> dict[str, 
         by each site's first reader.
     """
     kept: dict[str, list[Call]] = {}
-    linear = [s.reads[0] for s in sites if s.probe in s.reads]
-    grams = {s.reads[0] for s in sites if s.probe in s.reads and not on_grid(block, s)}
+    linear = [s.reader for s in sites if s.probe in s.reads]
+    grams = {s.reader for s in sites if s.probe in s.reads and not on_grid(block, s)}
     for site in sites:
-        if site.reads[0] not in grams:
+        if site.reader not in grams:
             kept[_called(site)] = []
 
     def sums(seen: Arrived) -> Value:
@@ -79,11 +79,11 @@ def collect_inputs(block: Block, sites: Sequence[Site], rows: int) -> dict[str, 
     # pass.
     whole = block.kv is not None or bool(block.input_quantizers) or block.device.type != "cpu"
     most = None if whole else max(1, _TOKENS // block.x.shape[1])
-    first_readers = [site.reads[0] for site in sites]
+    first_readers = [site.reader for site in sites]
     found = block.statistics(first_readers, "float", sums, rows=rows, most=most, keep=kept)
     out: dict[str, Seen] = {}
     for site in sites:
-        name = site.reads[0]
+        name = site.reader
         calls, (size, *gram) = kept.get(_called(site), []), found[name].values
         inputs = [call.args[0] for call in calls] if name in linear else []
         held = [] if name in linear else calls
@@ -93,7 +93,7 @@ def collect_inputs(block: Block, sites: Sequence[Site], rows: int) -> dict[str, 
 
 def _called(site: Site) -> str:
     """The submodule whose calls a search needs."""
-    return site.reads[0] if site.probe in site.reads else site.probe
+    return site.reader if site.probe in site.reads else site.probe
 
 
 def on_grid(block: Block, site: Site) -> bool:

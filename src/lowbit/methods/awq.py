@@ -112,7 +112,7 @@ class AWQ:
         chosen: dict[str, float] = {}
         for site in sites:
             block.announce(f"awq: scales of {', '.join(site.reads)}")
-            key = site.reads[0]
+            key = site.reader
             # Where an input is quantized, what arrives depends on the factors before it.
             arrived = seen.pop(key) if key in seen else collect_inputs(block, [site], rows)[key]
             candidates = scale_candidates(arrived.mean, self.exponents)
@@ -125,11 +125,11 @@ class AWQ:
         spared = dict(block.graph.unclipped)
         weights, params = {}, {}
         moments = self._moments(block, grids, rows)
-        for site in block.graph.sites:
-            for name in (n for n in site.reads if n in grids):
+        for readers in block.graph.readings:
+            for name in (n for n in readers if n in grids):
                 block.announce(f"awq: clip of {name}")
                 weight, grid = block.weight(name), grids[name]
-                gram, drift = moments[site.reads[0], grid.group(weight.shape[1])]
+                gram, drift = moments[readers[0], grid.group(weight.shape[1])]
                 low, high = search_clip(
                     weight,
                     gram,
@@ -148,18 +148,18 @@ class AWQ:
     def _moments(
         self, block: Block, grids: Mapping[str, GroupedGrid[Any]], rows: int
     ) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
-        """(first reader of a site, group length) -> sums over the quantized stream, (groups, group,
-        group) each.
+        """(first of those that see the same tokens, group length) -> sums over the quantized
+        stream, (groups, group, group) each.
 
         With x the input in floating point and q what its activation grid makes of it: q q^T, and q
         (q - x)^T, or None where activations are not quantized.
         """
         lengths: dict[int, list[str]] = {}
-        for site in block.graph.sites:
-            read = [n for n in site.reads if n in grids]
+        for readers in block.graph.readings:
+            read = [n for n in readers if n in grids]
             widths = {grids[n].group(block.weight(n).shape[1]) for n in read}
             for length in sorted(widths):
-                lengths.setdefault(length, []).append(site.reads[0])
+                lengths.setdefault(length, []).append(readers[0])
         total, generator = rows * block.xq.shape[1], torch.Generator().manual_seed(block.seed)
         tokens = pick_tokens(total, self.clip_tokens, self.clip_sampling, generator)
         out: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}

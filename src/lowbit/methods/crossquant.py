@@ -107,10 +107,10 @@ class CrossQuant:
             if foldable(block, s) and (s.source is not None or _shared(block, s) is not None)
         ]
         rows = min(self.rows or block.tuned_rows, block.tuned_rows)
-        sizes = self.sizes(block, [s.reads[0] for s in sites], rows)
+        sizes = self.sizes(block, [s.reader for s in sites], rows)
         chosen: dict[str, float] = {}
         for site in sites:
-            heads, size = _shared(block, site), sizes[site.reads[0]]
+            heads, size = _shared(block, site), sizes[site.reader]
             times = 1 if heads is None else _times(block, heads)
             if self.fold == "group":
                 block, size = self._sorted(block, site, size)
@@ -127,9 +127,9 @@ class CrossQuant:
             factor, exponent = _factor(size, self.row_exponent), self.row_exponent
             if self.search:
                 block.announce(f"crossquant: exponent of {', '.join(site.reads)}")
-                seen = collect_inputs(block, [site], min(self.search_rows, rows))[site.reads[0]]
+                seen = collect_inputs(block, [site], min(self.search_rows, rows))[site.reader]
                 factor, exponent = best_scale(block, site, seen, list(_candidates(size)))
-            chosen[site.reads[0]] = exponent
+            chosen[site.reader] = exponent
             if exponent == 1:
                 continue
             if heads is None:
@@ -246,7 +246,7 @@ class Reorder:
         (hidden,) float64.
         """
         method = self.method
-        names = [s.reads[0] for s in block.graph.sites if s.residual]
+        names = [s.reader for s in block.graph.sites if s.residual]
         found = method.sizes(block, names, min(method.rows or block.tuned_rows, block.tuned_rows))
         start = torch.zeros((), dtype=torch.float64, device=block.device)
         return sum((c.clamp(min=1e-30).log() for c in found.values()), start=start)

@@ -40,7 +40,7 @@ class SmoothQuant:
 
     def __call__(self, block: Block) -> Block:
         sites = {
-            s.reads[0]: s
+            s.reader: s
             for s in block.graph.sites
             if s.source is not None and s.source.kind == "norm" and s.residual
         }

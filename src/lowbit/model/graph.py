@@ -43,6 +43,8 @@ class Site:
         beside: parameters (..., in) that read the activation too and stay in floating point
             (routers, shared gates), by their names inside the block; a factor folded into the
             source is made up for in their columns.
+        through: the mixture of experts that hands each expert some of the tokens; None where all
+            readers see the same tokens.
     """
 
     reads: tuple[str, ...]
@@ -50,6 +52,24 @@ class Site:
     probe: str
     residual: bool = False
     beside: tuple[str, ...] = ()
+    through: str | None = None
+
+    @property
+    def reader(self) -> str:
+        """A module whose first argument is the activation, all tokens of it."""
+        return self.through or self.reads[0]
+
+    @property
+    def readings(self) -> tuple[tuple[str, ...], ...]:
+        """The readers by who sees the same tokens: each expert's, and those outside the mixture."""
+        if self.through is None:
+            return (self.reads,)
+        groups: dict[str, list[str]] = {}
+        for name in self.reads:
+            inside = name.startswith(f"{self.through}.")
+            expert = name.removeprefix(f"{self.through}.").partition(".")[0] if inside else ""
+            groups.setdefault(expert, []).append(name)
+        return tuple(map(tuple, groups.values()))
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,7 @@ class Graph:
         output: the linear that reads what attention computed; None without attention.
         inner: linears that read what an MLP, or an expert, computed between its linears.
         flat: linears that are given the tokens of all rows in one matrix.
+        mixtures: modules that hold experts, by their numbers.
         kept: linears that are not quantized, each with the reason.
         dropped: where a change of the block that looked possible does not keep its function, each
             with the reason; it is not made.
@@ -98,6 +119,7 @@ class Graph:
     output: str | None = None
     inner: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
+    mixtures: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
 
@@ -105,6 +127,24 @@ class Graph:
     def linears(self) -> tuple[str, ...]:
         """Every quantizable linear of the block, in the order of the forward pass."""
         return tuple(name for site in self.sites for name in site.reads)
+
+    @property
+    def readings(self) -> tuple[tuple[str, ...], ...]:
+        """The linears by who sees the same tokens, in the order of the forward pass."""
+        return tuple(names for site in self.sites for names in site.readings)
+
+    @property
+    def levels(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The same, those together that are reached at once: all experts do the same at a time."""
+        found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for at, site in enumerate(self.sites):
+            name = site.reads[0]
+            mixture = next((m for m in self.mixtures if name.startswith(f"{m}.")), None)
+            key: tuple[str, ...] = (str(at),)
+            if mixture is not None and site.through is None:
+                key = mixture, name.removeprefix(f"{mixture}.").partition(".")[2]
+            found.setdefault(key, []).extend(site.readings)
+        return tuple(map(tuple, found.values()))
 
     @property
     def rotatable(self) -> bool:

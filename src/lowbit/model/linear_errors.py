@@ -41,9 +41,7 @@ def linear_errors(block: Block) -> dict[str, LinearError]:
     length = block.xq.shape[1]
     rows = min(block.tuned_rows, -(-_TOKENS // length))
     tokens = torch.arange(min(_TOKENS, rows * length))
-    coded = {
-        site.reads[0]: [n for n in site.reads if n in block.coded] for site in block.graph.sites
-    }
+    coded = {names[0]: [n for n in names if n in block.coded] for names in block.graph.readings}
 
     def squares(seen: Seen) -> Tensor:
         """(linears that read it, 3): of the output, the nearest one's error, the tuned one's."""

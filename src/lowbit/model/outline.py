@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from ..grid import Rotation
+from .experts import replace_fused
 from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
 from .tracing import described
+from .tracing.blocks import signature
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,23 @@ class Outline:
         found.check(name)
         model: Any = build_skeleton(copy.deepcopy(config), name)
         blocks = list(model.get_submodule(found.frame.layers).children())
+        everything = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+        outside = everything - sum(p.numel() for block in blocks for p in block.parameters())
         kinds: list[Kind] = []
         of_layers: list[int] = []
+        seen: dict[Any, int] = {}  # blocks with many experts take long to take apart
         for i, block in enumerate(blocks):
-            kind = Kind.of(found.graph(i), block)
-            if kind not in kinds:
-                kinds.append(kind)
-            of_layers.append(kinds.index(kind))
+            alike = found.of_layers[i], signature(block)
+            if alike not in seen:
+                replace_fused(block)
+                kind = Kind.of(found.graph(i), block)
+                if kind not in kinds:
+                    kinds.append(kind)
+                seen[alike] = kinds.index(kind)
+            of_layers.append(seen[alike])
         # Meta tensors carry no data to tie: count the head out by the config's word.
         head = model.get_output_embeddings().weight
         tied = bool(getattr(config, "tie_word_embeddings", False))
-        everything = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-        outside = everything - sum(p.numel() for block in blocks for p in block.parameters())
         if tied and head is not model.get_input_embeddings().weight:
             outside -= head.numel()
         return cls(

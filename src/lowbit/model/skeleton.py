@@ -34,6 +34,17 @@ def build_skeleton(config: Any, name: str, **options: Any) -> Any:
         ) from e
 
 
+def fast_attention(config: Any) -> dict[str, str]:
+    """The option of `build_skeleton` for torch's own attention, where the model's class can use it;
+    else for the plain one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    fast = getattr(kind, "_supports_sdpa", False)
+    return {"attn_implementation": "sdpa" if fast else "eager"}
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of what an exception says, with its kind where that alone would not be
     understood.

@@ -27,7 +27,7 @@ from .order import check_order, order_block, order_outer
 from .outer import Outer, outer_of
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .shell import CACHES, Shell
-from .skeleton import CONVOLUTIONS, build_skeleton
+from .skeleton import CONVOLUTIONS, build_skeleton, fast_attention
 from .storage import Storage
 from .tokenizer import load_tokenizer as load_tokenizer
 from .tracing import described
@@ -79,7 +79,7 @@ class ModelStream:
         self.described: Described = described(self.config)
         self.described.check(self.checkpoint.name)
         self.device = torch.device(device)
-        skeleton = build_skeleton(self.config, self.checkpoint.name, attn_implementation="sdpa")
+        skeleton = build_skeleton(self.config, self.checkpoint.name, **fast_attention(self.config))
         replace_fused(skeleton)
         self.names = self._found(skeleton)
         self._shell = Shell(skeleton, self.frame)
@@ -296,7 +296,13 @@ class ModelStream:
         block.
         """
         prefix = self.block_name(i) + "."
-        return {n: FLOATS[self.stored[prefix + n].kind] for n in self._shell.stored_in[i]}
+        found = {}
+        for name in self._shell.stored_in[i]:
+            places = self.names.places.get(prefix + name)
+            kind = self.stored[places[0].tensor].kind if places else ""
+            if kind in FLOATS:
+                found[name] = FLOATS[kind]
+        return found
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the blocks as an artifact stores them: by name, in the checkpoint's

@@ -203,7 +203,7 @@ class Plan:
             layer = Layer(
                 kind.linears, kind.rest, o.stored_outside, config.hidden_size, config.vocab_size
             )
-            sites, inner = [site.reads for site in kind.graph.sites], kind.graph.inner
+            sites, inner = list(kind.graph.readings), kind.graph.inner
             grid = self.recipe.grid
             found.append(Shapes(layer, grid, sites, inner, rows, HELD_OUT, s.device, s.computes))
         return tuple(found)

@@ -12,6 +12,7 @@ from .kind import Kind
 from .proofs import proved
 from .replay import Key, key_of
 from .sources import linear_source, made_by, norm_offset
+from .spread import spread
 from .widen import widened
 from .writers import writers
 
@@ -26,7 +27,7 @@ def graph_of(kind: Kind, centred: bool) -> Graph:
     norms = {}
     for key, names in kind.readers.items():
         norm = kind.base.made.get(key)
-        if norm is not None and norm_offset(kind, norm, names[0]) is not None:
+        if norm is not None and norm_offset(kind, norm, kind.seen_at(names[0])) is not None:
             norms.update(dict.fromkeys(names, norm))
     attention = attention_of(kind, norms)
     found = [_site(kind, key, names, norms) for key, names in kind.readers.items()]
@@ -47,10 +48,15 @@ def graph_of(kind: Kind, centred: bool) -> Graph:
         attention=None if attention is None else attention.module,
         output=output,
         inner=inner,
-        flat=tuple(n for n in kind.linears if kind.base.inputs[n].dim() < kind.called.x.dim()),
+        flat=tuple(
+            n
+            for n in kind.linears
+            if kind.stands(n) and kind.base.inputs[n].dim() < kind.called.x.dim()
+        ),
         kept=tuple(kind.kept.items()),
     )
-    return widened(proved(kind, graph, centred), kind)
+    narrow = proved(kind, graph, centred)
+    return spread(widened(narrow, kind), kind.counts(kind.real))
 
 
 def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site | None:
@@ -62,7 +68,7 @@ def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site
     source: Source | None = None
     residual = False
     if norm is not None:
-        offset = norm_offset(kind, norm, reads[0])
+        offset = norm_offset(kind, norm, kind.seen_at(reads[0]))
         assert offset is not None
         residual = not closed and key_of(kind.base.inputs[norm]) in kind.base.stream
         source = Source(norm, "norm", offset=offset)
@@ -70,13 +76,16 @@ def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site
         made = made_by(kind, reads[0], reads)
         source = linear_source(made, kind.modules[made[0]].out_features if made else 0)
     entering = residual or _entering(kind, reads[0])
-    probe = _parent(reads) if entering else reads[0]
-    return Site(reads, None if closed else source, probe, residual, beside)
+    probe = reads[0]
+    if entering:
+        probe = _parent(tuple(dict.fromkeys(kind.seen_at(n) for n in reads)))
+    through = next((m for n in reads if (m := kind.seen_at(n)) != n), None)
+    return Site(reads, None if closed else source, probe, residual, beside, through)
 
 
 def _entering(kind: Kind, reader: str) -> bool:
     """Whether a module reads the residual stream, or its norm."""
-    key = key_of(kind.base.inputs[reader])
+    key = kind.key(reader)
     if key in kind.base.stream:
         return True
     norm = kind.base.made.get(key)

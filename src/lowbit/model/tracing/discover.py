@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..experts import replace_fused
 from ..graph import Described, Frame, Graph
 from ..skeleton import build_skeleton
 from .assemble import graph_of
@@ -57,6 +58,7 @@ def _described(asked: _Asked) -> Described:
     counts = frozenset({1, *_counts(config.to_dict())})
     kinds: list[Graph] = []
     for first, called in zip(tiny.firsts, tiny.called, strict=True):
+        replace_fused(blocks[first])
         with torch.no_grad():
             kind = Kind(
                 tiny.blocks[first], called, blocks[first], tiny.by, counts, config.hidden_size

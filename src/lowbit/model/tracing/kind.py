@@ -8,9 +8,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ..experts import Experts
 from ..recorder import Called
 from ..skeleton import CONVOLUTIONS
 from .replay import Change, Key, Replay, key_of
+from .spread import Seat
 
 _SMALL = 1e-3
 
@@ -58,6 +60,56 @@ class Kind:
         return module.out_features, module.in_features
 
     @cached_property
+    def seats(self) -> tuple[Seat, ...]:
+        """The first expert of each mixture that some token was sent to."""
+        found = []
+        for name, module in self.modules.items():
+            if isinstance(module, Experts):
+                called = (i for i in range(module.form.count) if f"{name}.{i}" in self._used)
+                found.append(Seat(name, next(called, 0)))
+        return tuple(found)
+
+    @cached_property
+    def _used(self) -> set[str]:
+        """Modules that were called, or that hold one that was."""
+        used = set()
+        for name in self.base.inputs:
+            parts = name.split(".")
+            used |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+        return used
+
+    def counts(self, block: nn.Module) -> dict[Seat, int]:
+        """How many experts each mixture of the narrow or of the real block has."""
+        found = {}
+        for seat in self.seats:
+            mixture = block.get_submodule(seat.mixture)
+            assert isinstance(mixture, Experts)
+            found[seat] = mixture.form.count
+        return found
+
+    def stands(self, name: str) -> bool:
+        """Whether a module is outside every mixture, or in the expert that stands for its own."""
+        return all(
+            name.startswith(s.prefix) for s in self.seats if name.startswith(f"{s.mixture}.")
+        )
+
+    def seen_at(self, reader: str) -> str:
+        """The module whose first argument is what a reader reads: the mixture, where an expert
+        reads some of the mixture's tokens.
+        """
+        for seat in self.seats:
+            if reader.startswith(f"{seat.mixture}."):
+                rows = self.base.inputs[reader].flatten(0, -2)
+                given = self.base.inputs[seat.mixture].flatten(0, -2)
+                if rows.shape[1:] == given.shape[1:] and _among(rows, given):
+                    return seat.mixture
+        return reader
+
+    def key(self, reader: str) -> Key:
+        """The activation that a module reads."""
+        return key_of(self.base.inputs[self.seen_at(reader)])
+
+    @cached_property
     def linears(self) -> list[str]:
         """Linears that are to be quantized, in the order of the pass."""
         names = (n for n in self.base.inputs if isinstance(self.modules[n], nn.Linear))
@@ -67,11 +119,11 @@ class Kind:
     def readers(self) -> dict[Key, list[str]]:
         """Modules that own matrices, by the activation they read, in the order of the pass."""
         out: dict[Key, list[str]] = {}
-        for name, x in self.base.inputs.items():
+        for name in self.base.inputs:
             module = self.modules[name]
             owns = any(p is not None and p.dim() > 1 for p in module._parameters.values())
-            if owns and not isinstance(module, CONVOLUTIONS):
-                out.setdefault(key_of(x), []).append(name)
+            if owns and not isinstance(module, CONVOLUTIONS) and self.stands(name):
+                out.setdefault(self.key(name), []).append(name)
         return out
 
     @cached_property
@@ -79,7 +131,9 @@ class Kind:
         """Linears that stay in floating point -> why."""
         found = {}
         for name, module in self.modules.items():
-            if isinstance(module, nn.Linear) and (why := self._reason(name, module)):
+            if not isinstance(module, nn.Linear) or not self.stands(name):
+                continue
+            if why := self._reason(name, module):
                 found[name] = why
         return found
 
@@ -92,3 +146,8 @@ class Kind:
             return "one output per head, expert or group: it chooses or weighs"
         moved = self.replay({name: lambda y: y * (1 + _SMALL)}).out
         return "it only chooses" if torch.equal(moved, self.base.out) else None
+
+
+def _among(rows: Tensor, given: Tensor) -> bool:
+    """Whether each of (n, channels) rows is one of (tokens, channels) ``given``."""
+    return all(bool((row == given).all(1).any()) for row in rows)

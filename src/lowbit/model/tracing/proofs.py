@@ -18,6 +18,7 @@ from ..graph import Graph, Site
 from ..residual import Basis, rotate_block
 from ..rewrite import fold
 from .kind import Kind
+from .spread import spread
 
 _SAME = 1e-4  # some norms compute in float32 whatever they are given, and blocks add that up
 _SEED = 0
@@ -32,14 +33,16 @@ def proved(kind: Kind, graph: Graph, centred: bool) -> Graph:
     dropped: dict[str, str] = {}
     sites = []
     for site in graph.sites:
-        if site.source is not None and not _folds(kind, graph, site):
+        every = spread(Graph((site,)), kind.counts(kind.block)).sites
+        if site.source is not None and not all(_folds(kind, graph, s) for s in every):
             dropped[site.source.module] = (
                 "others use what it makes besides the linears that read it"
             )
             site = replace(site, source=None, residual=False)
         sites.append(site)
     out = replace(graph, sites=tuple(sites))
-    if out.rotatable and not _turns(kind, out, centred):
+    whole = spread(out, kind.counts(kind.block))
+    if whole.rotatable and not _turns(kind, whole, centred):
         dropped["the residual stream"] = "in another basis the block computes something else"
         out = replace(out, writers=())
     return replace(out, dropped=tuple(dropped.items()))

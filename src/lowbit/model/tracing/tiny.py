@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LowbitError
+from ..experts import replace_fused
 from ..recorder import Called, Recorder
 from ..skeleton import build_skeleton, reason_of
 from .shrink import divisor, shrunken
@@ -57,6 +58,7 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     """
     by = divisor(config)
     model = build_skeleton(shrunken(config, by), name, attn_implementation="eager")
+    replace_fused(model)
     trunk, _, own = layers.rpartition(".")
     blocks = list(model.get_submodule(layers).children())
     firsts = tuple(of_layers.index(k) for k in sorted(set(of_layers)))

@@ -29,7 +29,7 @@ def writers(kind: Kind) -> tuple[str, ...]:
         found.append(name)
         left = [a - s for a, s in zip(left, shares, strict=True)]
     alike = all(_none_left(a, of) for a, of in zip(left, base.added, strict=True))
-    return tuple(found) if alike else ()
+    return tuple(n for n in found if kind.stands(n)) if alike else ()
 
 
 def _shares(kind: Kind, name: str) -> list[Tensor] | None:
