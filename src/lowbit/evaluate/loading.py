@@ -13,6 +13,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.intake import check_read_as_floats, is_leftover
 from ..model.skeleton import reason_of
 from ..model.stream import load_config
+from ..model.wrapper import class_for
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -52,12 +53,10 @@ def _from_pretrained(
     checkpoint: Checkpoint, config: Any, dtype: str
 ) -> tuple[Any, Mapping[str, Any]]:
     """Return the model and what transformers says of the keys it found and missed."""
-    from transformers import AutoModelForCausalLM
-
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+        loaded, found = class_for(config).from_pretrained(
             path.parent,
             config=config,
             dtype=dtype,

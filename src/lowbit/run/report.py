@@ -65,7 +65,7 @@ def report_of(
         hashes: of the artifact's other files that decide what is loaded.
     """
     own = ("tensors", "sha256", "bytes", "linears")  # of a record, said elsewhere
-    skipped = source.skipped_linears()
+    skipped = {source.written.linear(n): why for n, why in source.skipped_linears().items()}
     linears = [e for r in records[1:] for e in r["linears"]]
     shards = {r["shard"]: {k: r[k] for k in ("sha256", "bytes", "tensors")} for r in records}
     digest = hashlib.sha256("".join(s["sha256"] for s in shards.values()).encode()).hexdigest()
