@@ -49,7 +49,7 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor | Raw]) -> None:
     with disk(path):
         path.parent.mkdir(exist_ok=True)
         try:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata={"format": "pt"})
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
             # The writer makes files that only their owner can read.

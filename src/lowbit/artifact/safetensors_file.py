@@ -39,9 +39,10 @@ _KINDS = {
 _NAMES = {kind: str(dtype) for dtype, kind in _KINDS.items()}
 # The order of tensors in a file.
 _ORDER = (
-    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 "
-    "I8 U8 F6_E3M2 F6_E2M3 F4 BOOL"
-).split()
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2"),
+    *("I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL"),
+)
 
 
 def dtype_name(kind: str) -> str:
@@ -54,17 +55,20 @@ def bytes_of(t: Tensor) -> memoryview:
     flat = t.detach().reshape(-1)
     if flat.stride(0) != 1:  # also of a single element, whose stride says nothing
         flat = flat.clone(memory_format=torch.contiguous_format)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
-def save_file(tensors: Mapping[str, Tensor | Raw], path: Path) -> None:
+def save_file(tensors: Mapping[str, Tensor | Raw], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a file.
+
+    Args:
+        metadata: what its header says besides the tensors.
 
     Raises:
         OSError: the file system refuses, or a file that is copied from cannot be read.
     """
     names = sorted(tensors, key=lambda n: (_place(_kind(tensors[n])), n.encode()))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name in names:
         t = tensors[name]

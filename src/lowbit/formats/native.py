@@ -23,7 +23,9 @@ Weights lie in the tensors of their grid's layout, see `lowbit.formats`. The con
                  linear's name in the files after transformers' own renaming -> its tail in the
                  model, where they differ; "*" for the expert's number (version 7)
 
-Names of linears are those of their tensors. A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers
+Names of linears are those of their tensors.
+
+A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers
 quantizer in `lowbit.runtime`.
 """
 

@@ -92,9 +92,7 @@ class Experts(nn.Module):
         made._modules = {n: m for n, m in self._modules.items() if not n.isdigit()}
         made.train(self.training)
         for name, part in self.form.parts.items():
-            linears = [
-                self.get_submodule(f"{i}.{name}") for i in range(self.form.count)
-            ]
+            linears = [self.get_submodule(f"{i}.{name}") for i in range(self.form.count)]
             for kind in ("weight", "bias") if self.form.biased else ("weight",):
                 whole = part.parameter + (BIAS if kind == "bias" else "")
                 first = linears[0].get_parameter(kind)

@@ -109,4 +109,6 @@ def headed(config: Any, **options: Any) -> nn.Module:
             out = self.model(input_ids=input_ids, **kwargs)
             return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state))
 
+    # transformers reads the source of a class's module to see which settings it takes.
+    Headed.__module__ = type(trunk).__module__
     return Headed(trunk.config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
                 f"the header of '{path}' is not what was written, though its tensors are."
             )
         packed = frozenset(format_.linears(hashes))
-        held = read_shard(path, lambda name, packed=packed: name.rpartition(".")[0] in packed)
+        held = read_shard(path, partial(_is_of, packed))
         for linear in sorted(packed):
             linears += 1
             try:
@@ -81,6 +83,10 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
             f"'{folder}' holds {linears} packed linears, its report lists another number."
         )
     return tensors, linears
+
+
+def _is_of(linears: Collection[str], tensor: str) -> bool:
+    return tensor.rpartition(".")[0] in linears
 
 
 def _same_names(path: Path, listed: set[str], held: set[str]) -> None:

@@ -130,9 +130,13 @@ def read(folder, given, arguments):
             import lowbit  # noqa: F401
         narrow = method in _NEEDED
         # GPTQModel's CPU kernels take bfloat16, and not all of them float32.
-        model = class_for(folder).from_pretrained(
-            folder, dtype=torch.bfloat16 if narrow else "auto", trust_remote_code=False
-        ).eval()
+        model = (
+            class_for(folder)
+            .from_pretrained(
+                folder, dtype=torch.bfloat16 if narrow else "auto", trust_remote_code=False
+            )
+            .eval()
+        )
         assert ("lowbit" in sys.modules) == (method == "lowbit")
         if not narrow:
             return {"logits": passed(in_float32(model, folder, proof == "exact"), rows, last)}
