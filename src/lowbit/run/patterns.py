@@ -9,6 +9,7 @@ import torch
 from ..grid import InputQuantizer, Rotation
 from ..model.graph import Described
 from ..model.model import Model
+from ..model.wrapper import is_wrapper
 
 Part = tuple[int, str]  # number of a block, name inside it
 
@@ -39,7 +40,21 @@ def attention_patterns(model: Model) -> list[str]:
             parts.append((i, name))
         inside = (n for n, _ in source.block_module(i).named_modules() if n and n != name)
         others += [f"{source.block_name(i)}.{n}" for n in inside]
-    return patterns(source.described, parts, others)
+    found = patterns(source.described, parts, others)
+    if not is_wrapper(source.whole_config):
+        return found
+    # Towers have attention of the same name: only that of the text model is meant, inside of the
+    # larger class and in a class of its own.
+    module = source.written.spellings(f"{source.block_name(0)}.{source.graph(0).linears[0]}")[0]
+    inside = module.split(".0.")[0].removeprefix("model.")
+    layers = source.frame.layers.rpartition(".")[2]
+    tails = [p.removeprefix(f"*{layers}.").removeprefix("*.") for p in found]
+    blocks = [p.startswith(f"*{layers}.") for p in found]
+    return [
+        f"{root}.{tail}" if numbered else f"{root}.*.{tail}"
+        for root in (f"*{inside}", source.frame.layers, layers)
+        for tail, numbered in zip(tails, blocks, strict=True)
+    ]
 
 
 def input_patterns(model: Model) -> dict[str, InputQuantizer]:

@@ -101,7 +101,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 m.register_forward_pre_hook(QuantizeStates(kv), with_kwargs=True) for m in matching
             ]
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Plain linears in place of packed ones; activations, keys and values are no longer
         quantized.
         """
@@ -109,6 +109,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             hook.remove()
         self._hooks = []
         dtype = dtype or model.dtype
+        if isinstance(dtype, str):  # save_pretrained leaves its name in the config
+            dtype = getattr(torch, dtype)
         # Names only: a linear that is held keeps its packed tensors, and a decoded weight, until
         # the last one is replaced.
         for name in [n for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
