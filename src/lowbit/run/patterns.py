@@ -45,16 +45,13 @@ def attention_patterns(model: Model) -> list[str]:
         return found
     # Towers have attention of the same name: only that of the text model is meant, inside of the
     # larger class and in a class of its own.
-    module = source.written.spellings(f"{source.block_name(0)}.{source.graph(0).linears[0]}")[0]
-    inside = module.split(".0.")[0].removeprefix("model.")
+    linear = next(iter(source.linear_shapes()))
+    module = source.written.spellings(linear)[0].removeprefix("model.")
+    root = module.removesuffix(linear.removeprefix(source.frame.layers))
     layers = source.frame.layers.rpartition(".")[2]
-    tails = [p.removeprefix(f"*{layers}.").removeprefix("*.") for p in found]
-    blocks = [p.startswith(f"*{layers}.") for p in found]
-    return [
-        f"{root}.{tail}" if numbered else f"{root}.*.{tail}"
-        for root in (f"*{inside}", source.frame.layers, layers)
-        for tail, numbered in zip(tails, blocks, strict=True)
-    ]
+    tails = [p.removeprefix(f"*{layers}.") if p.startswith(f"*{layers}.") else p for p in found]
+    roots = f"*{root}", source.frame.layers, layers
+    return [f"{r}.{tail}" for r in roots for tail in tails]
 
 
 def input_patterns(model: Model) -> dict[str, InputQuantizer]:
