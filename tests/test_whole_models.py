@@ -21,6 +21,7 @@ from lowbit.artifact.safetensors_file import save_file
 from lowbit.errors import LowbitError
 from lowbit.evaluate.loading import load_causal_lm
 from lowbit.formats.packing import packed_linears
+from lowbit.grid.names import parse_scheme
 from lowbit.model import raw
 from lowbit.model.raw import raw_tensors
 from lowbit.model.wrapper import class_for, text_config
@@ -187,7 +188,7 @@ def test_config_comes_out_as_it_went_in(case):
 def test_a_plan_of_the_folder_is_of_the_same_linears(case):
     source, _, _, result = case
     scheme = result.report["recipe"]["scheme"]
-    recipe = load_recipe("rtn", scheme=lowbit.parse_scheme(scheme))
+    recipe = load_recipe("rtn", scheme=parse_scheme(scheme))
     plan = make_plan(read_config(str(source)), recipe, 8, 32)
     count = sum(1 for e in result.report["linears"] if "skipped" not in e)
     assert len(plan.outline.shapes) == count
@@ -223,7 +224,7 @@ def test_a_loaded_model_is_saved_and_dequantized(case, again, tmp_path):
 )
 def test_a_model_without_a_text_model_is_refused(config, tmp_path):
     config.save_pretrained(tmp_path)
-    recipe = load_recipe("rtn", scheme=lowbit.parse_scheme("W4A16g32"))
+    recipe = load_recipe("rtn", scheme=parse_scheme("W4A16g32"))
     with pytest.raises(LowbitError, match=r"config.json|without a text model") as e:
         make_plan(read_config(str(tmp_path)), recipe)
     assert str(e.value).count("\n") == 0
