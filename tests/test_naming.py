@@ -378,4 +378,4 @@ def test_mixtral_in_its_own_sizes():
     assert names.places["model.layers.0.mlp.experts.7.up_proj.weight"] == (
         Place("model.layers.0.block_sparse_moe.experts.7.w3.weight"),
     )
-    assert names.unread == () and json.dumps(names.modules) == "{}"
+    assert names.unread == () and json.dumps(names.apart) == "{}"

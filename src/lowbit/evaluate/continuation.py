@@ -32,7 +32,7 @@ def continue_text(
             f"{temperature:g}."
         )
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if not ids.shape[1]:
         raise LowbitError("the prompt is empty.")
     if ids.shape[1] >= context:

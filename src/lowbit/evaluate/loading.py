@@ -14,6 +14,7 @@ from ..model.intake import check_read_as_floats, is_leftover
 from ..model.skeleton import build_skeleton, reason_of
 from ..model.source import open_files
 from ..model.stream import load_config
+from ..model.wrapper import class_for
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -53,11 +54,9 @@ def _from_pretrained(
     checkpoint: Checkpoint, config: Any, dtype: str
 ) -> tuple[Any, Mapping[str, Any]]:
     """Return the model and what transformers says of the keys it found and missed."""
-    from transformers import AutoModelForCausalLM
-
     path = checkpoint.file("config.json")
     assert path is not None  # Checkpoint() has checked
-    kind: Any = AutoModelForCausalLM
+    kind: Any = class_for(config)
     given: dict[str, Any] = {"pretrained_model_name_or_path": path.parent}
     if not checkpoint.loadable:
         kind = type(build_skeleton(config, checkpoint.name))

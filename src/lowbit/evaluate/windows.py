@@ -19,7 +19,7 @@ def window_length(config: Any, asked: int | None, option: str = "--length") -> i
     Raises:
         LowbitError: the length asked for is beyond the context.
     """
-    context = getattr(config, "max_position_embeddings", None) or _USUAL
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or _USUAL
     if asked is not None and asked > context:
         raise LowbitError(f"{option} {asked} is beyond the model's context of {context} tokens.")
     return asked or min(_USUAL, context)

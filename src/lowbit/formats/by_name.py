@@ -4,7 +4,7 @@ unpack pair each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,8 @@ class Format:
     unpack: Callable[[Mapping[str, Tensor], Any, str], QTensor[Any, Any]]
     grid_of: Callable[[Mapping[str, Any], str], AnyGrid | None]
 
-    def linears(self, held: Mapping[str, Tensor]) -> list[str]:
-        """Full names of the linears among the tensors of a file."""
+    def linears(self, held: Collection[str]) -> list[str]:
+        """Full names of the linears among the tensors of a file, by their names."""
         if self.mark is None:
             return packing.packed_linears(held)
         return sorted(k.rpartition(".")[0] for k in held if k.rpartition(".")[2] == self.mark)

@@ -19,6 +19,11 @@ Weights lie in the tensors of their grid's layout, see `lowbit.formats`. The con
                  `lowbit.formats.codebook`; {outliers: count} for one with weights kept apart
                  (version 2); {kquant: kind} for one in blocks of llama.cpp, stored as in
                  `lowbit.formats.kquant` (version 5)
+    experts      of a mixture of experts whose linears are quantized, each on its own: tail of a
+                 linear's name in the files after transformers' own renaming -> its tail in the
+                 model, where they differ; "*" for the expert's number (version 7)
+
+Names of linears are those of their tensors.
 
 A factor is {"identity": n}, {"sylvester": n} or {"table": n}. Models load through the transformers
 quantizer in `lowbit.runtime`.
@@ -43,7 +48,8 @@ from . import compressed_tensors as ct
 NAME = "lowbit"
 VERSION = 5
 _SEVERAL = 6  # of a config with several patterns of attention modules
-_READ = (1, 2, 3, 4, 5, 6)
+_EXPERTS = 7  # of a config with experts
+_READ = (1, 2, 3, 4, 5, 6, 7)
 _BESIDE = {"columns", "outliers"}  # of an entry: what does not say which grid
 
 
@@ -54,6 +60,7 @@ def describe(
     input_quantizers: Mapping[str, InputQuantizer],
     kv: tuple[KVGrid, Sequence[str]] | None,
     counts: Mapping[str, Mapping[str, Any]],
+    experts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """`quantization_config` for config.json.
 
@@ -66,6 +73,7 @@ def describe(
         kv: of keys and values, and patterns on the names of the attention modules.
         counts: full linear name -> what `lowbit.formats.packing.counts` says of it, of which
             "columns" and "outliers" are taken.
+        experts: see the module's docstring; None for a model without any that are quantized.
 
     Raises:
         LowbitError: linears have different activation grids.
@@ -75,7 +83,7 @@ def describe(
     weights = ct.describe(plain, list(skipped))
     return {
         "quant_method": NAME,
-        "version": VERSION if kv is None or len(kv[1]) == 1 else _SEVERAL,
+        "version": _version(kv, experts),
         "format": weights["format"],
         "ignore": weights["ignore"],
         "config_groups": weights["config_groups"],
@@ -89,7 +97,14 @@ def describe(
         "kv": None if kv is None else _kv(*kv, tables),
         "tables": tables,
         "linears": _linears(grids, counts),
+        **({} if experts is None else {"experts": dict(experts)}),
     }
+
+
+def _version(kv: tuple[KVGrid, Sequence[str]] | None, experts: Mapping[str, str] | None) -> int:
+    if experts is not None:
+        return _EXPERTS
+    return VERSION if kv is None or len(kv[1]) == 1 else _SEVERAL
 
 
 def _activations(input_quantizers: Mapping[str, InputQuantizer]) -> dict[str, Any] | None:
@@ -189,6 +204,12 @@ def grid_of(config: Mapping[str, Any], name: str) -> AnyGrid | None:
             f"('{unread[0]}'): install the version that made the artifact."
         )
     return grid or ct.grid_of(config, name)
+
+
+def experts_of(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """How experts are named, see the module's docstring; None if none is quantized."""
+    found: dict[str, str] | None = config.get("experts")
+    return found
 
 
 def columns_of(config: Mapping[str, Any], name: str) -> dict[int, int]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LowbitError
+from .raw import Raw, raw_tensors
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -440,6 +441,32 @@ class Checkpoint:
         if finite:
             self.refuse_nan(name, part)
         return part
+
+    def raw(self, names: Iterable[str]) -> dict[str, Raw]:
+        """Tensors by name as bytes in their files, whatever their dtype.
+
+        Raises:
+            LowbitError: a file cannot be read.
+        """
+        wanted = list(names)
+        found: dict[str, Raw] = {}
+        for shard in dict.fromkeys(self._held[n][0] for n in wanted):
+            path = self.file(shard)
+            assert path is not None  # its header was read
+            try:
+                found.update(raw_tensors(path))
+            except (OSError, ValueError) as e:
+                raise LowbitError(f"{path} is not a readable safetensors file: {e}") from e
+        return {n: found[n] for n in wanted}
+
+    def as_stored(self, names: Iterable[str]) -> dict[str, Tensor | Raw]:
+        """Tensors by name, bit for bit as they are shown: where they lie in a file, or as they
+        were computed.
+
+        Raises:
+            LowbitError: see `raw` and `read`.
+        """
+        return dict(self.raw(names))
 
     def refuse_nan(self, name: str, tensor: Tensor) -> None:
         """Raise LowbitError if what was read of a tensor holds NaN or infinity."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .checkpoint import Checkpoint, Stored
+from .raw import Raw
 
 At = tuple[int | slice, ...]
 
@@ -68,6 +69,12 @@ class Computed(Checkpoint):
         if name not in self.views:
             return super().read_part(name, at, finite=finite)
         return self._view(name, at, finite)
+
+    def as_stored(self, names: Iterable[str]) -> dict[str, Tensor | Raw]:
+        """As of `Checkpoint`."""
+        names = list(names)
+        plain = super().as_stored([n for n in names if n not in self.views])
+        return {n: self._view(n, (), False) if n in self.views else plain[n] for n in names}
 
     def _view(self, name: str, at: At, finite: bool) -> Tensor:
         tensor = self.views[name].read(at)

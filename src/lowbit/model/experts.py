@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -84,6 +85,26 @@ class Experts(nn.Module):
                 out.index_add_(0, token, made.to(dtype))
         return out.to(rows.dtype).view_as(hidden_states)
 
+    @torch.no_grad()
+    def fused(self) -> nn.Module:
+        """The module that transformers makes, with the numbers of these experts."""
+        made = _emptied(self._shell[0])
+        made._modules = {n: m for n, m in self._modules.items() if not n.isdigit()}
+        made.train(self.training)
+        for name, part in self.form.parts.items():
+            linears = [self.get_submodule(f"{i}.{name}") for i in range(self.form.count)]
+            for kind in ("weight", "bias") if self.form.biased else ("weight",):
+                whole = part.parameter + (BIAS if kind == "bias" else "")
+                first = linears[0].get_parameter(kind)
+                if whole not in made._parameters:
+                    zeros = first.new_zeros(self.form.shape(whole))
+                    made.register_parameter(whole, nn.Parameter(zeros))
+                held = made.get_parameter(whole)
+                for one, linear in zip(held, linears, strict=False):
+                    view = part.bias(one) if kind == "bias" else part.weight(one)
+                    view.copy_(linear.get_parameter(kind))
+        return made
+
     def _sorted(self, rows: Tensor) -> Tensor:
         """(experts * tokens, hidden) -> the same: expert after expert, rows of zeros left out."""
         used = rows.detach().ne(0).any(-1).nonzero().squeeze(-1)
@@ -124,8 +145,20 @@ def unfused(module: nn.Module) -> Experts:
     return Experts(module, form_of(module))
 
 
-def replace_fused(model: nn.Module) -> list[str]:
+def fuse_again(model: nn.Module) -> None:
+    """Put fused modules where `replace_fused` has put experts, in place. Parameters of a choice
+    that is no expert are zero.
+    """
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Experts)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.fused())
+
+
+def replace_fused(model: nn.Module, only: Collection[str] | None = None) -> list[str]:
     """Replace every fused module of a model by its experts, in place.
+
+    Args:
+        only: names of the modules that are replaced; None means all.
 
     Returns:
         Names of the modules replaced, in the model's order.
@@ -133,7 +166,11 @@ def replace_fused(model: nn.Module) -> list[str]:
     Raises:
         LowbitError: the layout of one is not known (named).
     """
-    found = [(n, m) for n, m in model.named_modules() if is_fused_experts(m)]
+    found = [
+        (n, m)
+        for n, m in model.named_modules()
+        if is_fused_experts(m) and (only is None or n in only)
+    ]
     forms: dict[tuple[type, tuple[torch.Size, ...]], Form] = {}
     for name, module in found:
         kind = type(module), tuple(p.shape for p in module.parameters(recurse=False))
@@ -172,18 +209,20 @@ def proved(fused: nn.Module, made: Experts, tolerance: float = 1e-10) -> bool:
             few roundings of float32.
     """
     form, rng = made.form, torch.Generator().manual_seed(0)
+    # On the CPU whatever the default device is: transformers loads models under meta.
+    drawn: dict[str, Any] = dict(generator=rng, dtype=torch.float64, device="cpu")
     tokens, choices = 12, form.count + form.identities
-    x = torch.randn(tokens, form.hidden, generator=rng, dtype=torch.float64)
+    x = torch.randn(tokens, form.hidden, **drawn)
     arguments: tuple[Tensor, ...]
     if form.sorted:
-        sent = torch.rand(form.count, tokens, 1, generator=rng) < 0.5
+        sent = torch.rand(form.count, tokens, 1, **drawn) < 0.5
         arguments = ((x * sent).reshape(-1, form.hidden),)
     else:
         k = min(3, choices)
-        likes = torch.rand(tokens, choices, generator=rng)
+        likes = torch.rand(tokens, choices, **drawn)
         likes[0, -1] = 2  # the last choice is an identity if there are any
         picks = likes.topk(k).indices
-        weights = torch.rand(tokens, k, generator=rng, dtype=torch.float64) + 0.1
+        weights = torch.rand(tokens, k, **drawn) + 0.1
         arguments = x, picks, weights
     try:
         # Beneath the decorator that dispatches to kernels.

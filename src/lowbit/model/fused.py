@@ -170,7 +170,7 @@ def _resized(
         # The first dimension of what belongs to all experts is their number.
         fixed = tensor.ndim == 3 or tensor.shape[:1] == (count,)
         shape = [n if i == 0 and fixed else sizes.get(n, n) for i, n in enumerate(tensor.shape)]
-        return torch.randn(shape, generator=rng, dtype=torch.float64)
+        return torch.randn(shape, generator=rng, dtype=torch.float64, device="cpu")
 
     fields = small.__dict__
     for name, value in list(fields.items()):

@@ -31,12 +31,13 @@ class Names:
         places: parameter or persistent buffer of the skeleton -> where it lies; pieces follow each
             other along the first dimension. Nearly all have one.
         unread: stored tensors that nothing of the skeleton is read from.
-        modules: linear of an expert that lies in a 3-D tensor -> the name its own tensors get.
+        apart: parameter that is no tensor of its own, such as an expert's in a 3-D one -> the name
+            it gets as one.
     """
 
     places: Mapping[str, tuple[Place, ...]]
     unread: tuple[str, ...]
-    modules: Mapping[str, str]
+    apart: Mapping[str, str]
 
     @classmethod
     def of(cls, model: nn.Module, config: Any, stored: Mapping[str, Stored], source: str) -> Names:
@@ -76,10 +77,15 @@ class Names:
         Raises:
             KeyError: the skeleton has no such linear.
         """
-        if linear in self.modules:
-            return self.modules[linear]
-        (place,) = self.places[f"{linear}.weight"]
-        return place.tensor.removesuffix(".weight")
+        return self.tensor(f"{linear}.weight").removesuffix(".weight")
+
+    def tensor(self, name: str) -> str:
+        """The name under which a parameter goes out: its tensor's, or its own.
+
+        Raises:
+            KeyError: the skeleton has no such parameter.
+        """
+        return self.apart[name] if name in self.apart else self.places[name][0].tensor
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
         """Read parameters by the skeleton's names, in their stored dtypes; of a 3-D tensor only the
@@ -150,21 +156,24 @@ def _tied(model: Any, config: Any) -> dict[str, str]:
 
 
 def _outside(places: Mapping[str, tuple[Place, ...]]) -> dict[str, str]:
-    """Linear whose weight is no tensor of its own -> its name beside those of its block."""
+    """Parameter that is no tensor of its own -> its name beside those of its block."""
     heads: dict[str, Counter[str]] = {}
     for name, pieces in places.items():
         head, tail = split(name)
-        if tail and len(pieces) == 1 and pieces[0].whole and pieces[0].tensor.endswith(tail):
+        if tail and _is_whole(pieces) and pieces[0].tensor.endswith(tail):
             theirs = pieces[0].tensor.removesuffix(tail)
             heads.setdefault(head, Counter())[theirs] += 1
     out = {}
     for name, pieces in places.items():
-        linear = name.removesuffix(".weight")
-        if linear != name and not (len(pieces) == 1 and pieces[0].whole):
-            head, tail = split(linear)
+        if not _is_whole(pieces):
+            head, tail = split(name)
             known = heads.get(head)
-            out[linear] = known.most_common(1)[0][0] + tail if known and tail else linear
+            out[name] = known.most_common(1)[0][0] + tail if known and tail else name
     return out
+
+
+def _is_whole(pieces: tuple[Place, ...]) -> bool:
+    return len(pieces) == 1 and pieces[0].whole
 
 
 def _check(

@@ -17,6 +17,7 @@ from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
 from .tracing import described
 from .tracing.blocks import signature
+from .wrapper import text_config
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,15 @@ class Outline:
 
     @classmethod
     def of(cls, config: Any) -> Outline:
-        """The outline of a transformers config.
+        """The outline of a transformers config, of a wrapper that of its text model.
 
         Raises:
             LowbitError: unsupported family, or a config that describes no model, or one without a
                 linear that can be quantized.
         """
-        found = described(config)
         name = getattr(config, "name_or_path", "") or config.model_type
+        config = text_config(config, name)
+        found = described(config)
         found.check(name)
         model: Any = build_skeleton(copy.deepcopy(config), name)
         blocks = list(model.get_submodule(found.frame.layers).children())
@@ -140,6 +142,13 @@ class Outline:
             for i in range(self.blocks)
             for n, shape in self.kind(i).linears.items()
         }
+
+    @property
+    def mixtures(self) -> bool:
+        """Whether experts are quantized."""
+        return any(
+            n.startswith(f"{m}.") for k in self.kinds for m in k.graph.mixtures for n in k.linears
+        )
 
     @property
     def biased(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LowbitError
+from .wrapper import headed, is_text_of_wrapper
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -26,6 +27,10 @@ def build_skeleton(config: Any, name: str, **options: Any) -> Any:
 
     try:
         with torch.device("meta"):
+            if type(config) not in AutoModelForCausalLM._model_mapping and is_text_of_wrapper(
+                config
+            ):
+                return headed(config, **options).eval()
             return AutoModelForCausalLM.from_config(config, **options).eval()
     except Exception as e:  # each model class fails in ways of its own
         raise LowbitError(
@@ -38,9 +43,11 @@ def fast_attention(config: Any) -> dict[str, str]:
     """The option of `build_skeleton` for torch's own attention, where the model's class can use it;
     else for the plain one.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None) or (
+        AutoModel._model_mapping.get(type(config), None)
+    )
     fast = getattr(kind, "_supports_sdpa", False)
     return {"attn_implementation": "sdpa" if fast else "eager"}
 

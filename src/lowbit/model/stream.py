@@ -22,9 +22,11 @@ from .intake import (
     dtype_of_most,
     without_quantization,
 )
+from .modules import ModuleNames
 from .naming import Names
 from .order import check_order, order_block, order_outer
 from .outer import Outer, outer_of
+from .raw import Raw
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .shell import CACHES, Shell
 from .skeleton import CONVOLUTIONS, build_skeleton, fast_attention
@@ -32,6 +34,8 @@ from .source import open_source
 from .storage import Storage
 from .tokenizer import load_tokenizer as load_tokenizer
 from .tracing import described
+from .wrapper import is_wrapper, text_config, whole_model
+from .written import Written
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -76,11 +80,14 @@ class ModelStream:
         self.checkpoint = open_source(model, revision)
         check_source(self.checkpoint)
         self.stored = self.checkpoint.stored()
-        self.config = load_config(self.checkpoint)
+        self.whole_config = load_config(self.checkpoint)
+        self.config = text_config(self.whole_config, self.checkpoint.name)
         self.described: Described = described(self.config)
         self.described.check(self.checkpoint.name)
         self.device = torch.device(device)
         skeleton = build_skeleton(self.config, self.checkpoint.name, **fast_attention(self.config))
+        whole = whole_model(self.whole_config) if is_wrapper(self.whole_config) else None
+        modules = ModuleNames(skeleton if whole is None else whole)
         replace_fused(skeleton)
         self.names = self._found(skeleton)
         self._shell = Shell(skeleton, self.frame)
@@ -95,7 +102,10 @@ class ModelStream:
                 if n in self.names.places
             },
             self.stored,
-            bool(getattr(self.config, "tie_word_embeddings", False)),
+            self._tied(skeleton),
+        )
+        self.written = Written.of(
+            self.names, modules, self.described, self._shell.stored_in, self.outer
         )
         self._remarks: tuple[str, ...] = (
             *leftover,
@@ -163,6 +173,11 @@ class ModelStream:
         is true of the tensors written.
         """
         said = without_quantization(self.checkpoint.config_json)
+        if is_wrapper(self.whole_config):
+            if self.outer.tied and not self.tied:
+                said["tie_word_embeddings"] = False
+                said["text_config"] = {**said["text_config"], "tie_word_embeddings": False}
+            return said
         if getattr(self.config, "tie_word_embeddings", False) and not self.tied:
             said["tie_word_embeddings"] = False
         named = str(self.dtype).removeprefix("torch.")
@@ -192,6 +207,17 @@ class ModelStream:
         """The transformers model on the meta device, its blocks taken out."""
         return self._shell.skeleton
 
+    def _tied(self, skeleton: Any) -> bool:
+        """What the configs say of the head. A wrapper's head that is stored is not tied, whichever
+        of its configs says so.
+        """
+        if not is_wrapper(self.whole_config):
+            return bool(getattr(self.config, "tie_word_embeddings", False))
+        parts = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+        names = [f"{n}.weight" for p in parts for n, m in skeleton.named_modules() if m is p]
+        one, other = (self.names.places[n] for n in names)
+        return one == other
+
     def _of_blocks(self) -> dict[str, tuple[int, ...]]:
         """Full name -> shape of everything that blocks store."""
         return {
@@ -207,7 +233,7 @@ class ModelStream:
             LowbitError: something is missing; or the weights are another quantizer's.
         """
         try:
-            return Names.of(skeleton, self.config, self.stored, self.checkpoint.name)
+            return Names.of(skeleton, self.whole_config, self.stored, self.checkpoint.name)
         except LowbitError:
             known = [n for n in skeleton.state_dict() if n in self.stored]
             check_floats(self.checkpoint, self.stored, known, [""])
@@ -228,9 +254,20 @@ class ModelStream:
         return check_floats(
             self.checkpoint,
             self.stored,
-            [p.tensor for places in self.names.places.values() for p in places],
+            [p.tensor for n in self._floats() for p in self.names.places.get(n, ())],
             self._prefixes(),
         )
+
+    def _floats(self) -> set[str]:
+        """What of the skeleton is floats."""
+        parts: list[tuple[str, Any]] = [("", self.skeleton)]
+        parts += [(f"{self.block_name(i)}.", block) for i, block in enumerate(self._blocks)]
+        return {
+            prefix + n
+            for prefix, module in parts
+            for n, t in module.state_dict().items()
+            if t.is_floating_point()
+        }
 
     def _prefixes(self) -> list[str]:
         """What the names of each block's tensors begin with in the checkpoint."""
@@ -322,19 +359,33 @@ class ModelStream:
         tensors.setdefault(head, tensors[self.outer.embedding])
         return rotate_outer(tensors, embeddings, norm, head, frame.final_offset, self._basis)
 
-    def copied_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the checkpoint that the model's class does not know, bit for bit as they are
-        stored.
+    def copied_tensors(self) -> dict[str, Tensor | Raw]:
+        """Tensors of the checkpoint that go out bit for bit as they are stored, read when they are
+        written.
         """
-        return self.checkpoint.read(self.copied(), finite=False)
+        return self.checkpoint.as_stored(self.copied())
 
     def copied(self) -> dict[str, str]:
         """Names of these tensors -> why they are not quantized."""
-        return {
-            n: "not a parameter of the model's class in transformers, " + self.checkpoint.copied(n)
-            for n in sorted(self.names.unread)
-            if n not in self.outer.left_out
-        }
+        outside = "not a parameter of the model's class in transformers, "
+        if is_wrapper(self.whole_config):
+            outside = "outside the text model, "
+        unread = {n: outside + self.checkpoint.copied(n) for n in sorted(self.names.unread)}
+        of_parts = dict.fromkeys(self.written.copied, "none of its parts is quantized, copied")
+        return {n: why for n, why in (unread | of_parts).items() if n not in self.outer.left_out}
+
+    def stored_name(self, name: str) -> str | None:
+        """The name of a parameter, or of a linear, in an artifact's files; None of one that is part
+        of a tensor that is copied.
+
+        Args:
+            name: its full name in the text model.
+        """
+        return self.written.name(name)
+
+    def tensor_name(self, name: str) -> str:
+        """The same of what lies outside the blocks."""
+        return self.written.outer(name)
 
     def skipped_linears(self) -> dict[str, str]:
         """Full name -> the reason why a linear is not quantized: those outside the blocks, then

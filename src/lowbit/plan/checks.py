@@ -63,6 +63,8 @@ def beyond_compressed_tensors(recipe: Recipe, outline: Outline) -> str | None:
         return "quantized keys and values"
     if outline.online:
         return "online rotations (--set quarot.online=false leaves them out)"
+    if outline.mixtures:
+        return "experts, which transformers keeps fused"
     if not ct.carries(grids, recipe.activations):
         return (
             "these activations: compressed-tensors takes 4- or 8-bit ones with "

@@ -23,6 +23,7 @@ from ..model.model import Model, Stage
 from ..model.outline import Outline
 from ..model.source import gguf_config, gguf_path
 from ..model.stream import ModelStream
+from ..model.wrapper import text_config
 from ..recipe import Recipe
 from .checks import (
     beyond_compressed_tensors,
@@ -316,8 +317,8 @@ def make_plan(
     Raises:
         LowbitError: as `Plan.of`, or an unsupported family.
     """
-    context = getattr(config, "max_position_embeddings", None) or length
     outline, where = Outline.of(config), device or torch.device("cpu")
+    context = getattr(outline.config, "max_position_embeddings", None) or length
     setting = Setting(samples, min(length, context), where, outline.dtype, ranks=ranks, here=ranks)
     return Plan.of(outline, recipe, setting, plain=plain, tensor_parallel=tensor_parallel)
 
@@ -335,7 +336,8 @@ def calibration_of(
     Raises:
         LowbitError: longer rows than that were asked for.
     """
-    context = getattr(config, "max_position_embeddings", None) or given.length
+    text = text_config(config, config.model_type)
+    context = getattr(text, "max_position_embeddings", None) or given.length
     if length is not None and length > context:
         raise LowbitError(f"--length {length} is beyond the model's context of {context} tokens.")
     return Calibration(

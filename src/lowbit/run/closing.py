@@ -102,16 +102,22 @@ def close(
 
 def _described(model: Model, plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
     """`quantization_config` for config.json."""
-    source, skipped = model.source, list(model.source.skipped_linears())
-    linears = [e for r in records[1:] for e in r["linears"]]
-    grids = {e["name"]: plan.recipe.grid_of(e["name"]) for e in linears}
+    source = model.source
+    written, skipped = source.written, list(source.skipped_linears())
+    of_skeleton = {n: plan.recipe.grid_of(n) for n in source.linear_shapes()}
     if format_of(plan) == ct.NAME:
-        return ct.describe(grids, skipped, plan.recipe.activations, source.dtype)
+        grids = {n: g for full, g in of_skeleton.items() for n in written.spellings(full)}
+        kept = list(dict.fromkeys(n for full in skipped for n in written.spellings(full)))
+        return ct.describe(grids, kept, plan.recipe.activations, source.dtype)
+    grids = {written.linear(full): g for full, g in of_skeleton.items()}
+    skipped = [written.linear(full) for full in skipped]
     kv = None
     if model.kv is not None:
         kv = KVGrid(model.kv, model.key_rotation), attention_patterns(model)
-    counts = {e["name"]: e for e in linears}
-    return native.describe(grids, skipped, source.dtype, input_patterns(model), kv, counts)
+    counts = {e["name"]: e for r in records[1:] for e in r["linears"]}
+    return native.describe(
+        grids, skipped, source.dtype, input_patterns(model), kv, counts, written.experts
+    )
 
 
 @torch.no_grad()

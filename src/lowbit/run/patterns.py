@@ -9,6 +9,7 @@ import torch
 from ..grid import InputQuantizer, Rotation
 from ..model.graph import Described
 from ..model.model import Model
+from ..model.wrapper import is_wrapper
 
 Part = tuple[int, str]  # number of a block, name inside it
 
@@ -39,7 +40,18 @@ def attention_patterns(model: Model) -> list[str]:
             parts.append((i, name))
         inside = (n for n, _ in source.block_module(i).named_modules() if n and n != name)
         others += [f"{source.block_name(i)}.{n}" for n in inside]
-    return patterns(source.described, parts, others)
+    found = patterns(source.described, parts, others)
+    if not is_wrapper(source.whole_config):
+        return found
+    # Towers have attention of the same name: only that of the text model is meant, inside of the
+    # larger class and in a class of its own.
+    linear = next(iter(source.linear_shapes()))
+    module = source.written.spellings(linear)[0].removeprefix("model.")
+    root = module.removesuffix(linear.removeprefix(source.frame.layers))
+    layers = source.frame.layers.rpartition(".")[2]
+    tails = [p.removeprefix(f"*{layers}.") if p.startswith(f"*{layers}.") else p for p in found]
+    roots = f"*{root}", source.frame.layers, layers
+    return [f"{r}.{tail}" for r in roots for tail in tails]
 
 
 def input_patterns(model: Model) -> dict[str, InputQuantizer]:

@@ -260,7 +260,7 @@ class _Run:
         try:
             if place.done:
                 return self._told(repeated=True)
-            shards = Shards(place, original, [], self.options.progress)
+            shards = Shards(place, original, [], self.stream.stored_name, self.options.progress)
             model = self._executed(shards)
             found = quality(model, self.rows)
             if not self.ranks.first:

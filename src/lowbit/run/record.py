@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..artifact.card import terms_of
-from ..artifact.files import CARD
+from ..artifact.files import CARD, Named
 from ..errors import LowbitError
 from ..formats.packing import counts, local_tensors
 from ..grid import Coded, GroupedGrid
@@ -41,19 +41,24 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"hub": hub, "license": terms_of(readme), **said}
 
 
-def block_record(block: Block, tensors: Mapping[str, Tensor], seconds: float) -> dict[str, Any]:
+def block_record(
+    block: Block, tensors: Mapping[str, Tensor], seconds: float, named: Named
+) -> dict[str, Any]:
     """What the report says of a finished block and of each of its linears.
 
     Args:
-        tensors: as packed, by full name. seconds: that it took.
+        tensors: as packed, by their names in files. seconds: that it took.
+        named: full name of a linear -> its name in files.
     """
     linears, errors = [], linear_errors(block)
     for name, q in block.coded.items():
-        stored = sum(t.nbytes for t in local_tensors(tensors, f"{block.name}.{name}").values())
+        full = named(f"{block.name}.{name}")
+        assert full is not None
+        stored = sum(t.nbytes for t in local_tensors(tensors, full).values())
         error = errors[name]
         linears.append(
             {
-                "name": f"{block.name}.{name}",
+                "name": full,
                 "scheme": scheme_name(q.grid),
                 "shape": list(q.codes.shape),
                 "bytes": stored,

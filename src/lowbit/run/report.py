@@ -12,6 +12,7 @@ from ..formats import native
 from ..model.calibration import Rows
 from ..model.carried import SourceFiles
 from ..model.stream import ModelStream
+from ..model.wrapper import class_for, is_wrapper
 from ..plan import Plan
 from ..plan.memory import Offload
 from .identity import Original, own_version, versions
@@ -64,8 +65,9 @@ def report_of(
         records: of the shards, that outside the blocks first.
         hashes: of the artifact's other files that decide what is loaded.
     """
+    whole = source.whole_config
     own = ("tensors", "sha256", "bytes", "linears")  # of a record, said elsewhere
-    skipped = source.skipped_linears()
+    skipped = {source.written.linear(n): why for n, why in source.skipped_linears().items()}
     linears = [e for r in records[1:] for e in r["linears"]]
     shards = {r["shard"]: {k: r[k] for k in ("sha256", "bytes", "tensors")} for r in records}
     digest = hashlib.sha256("".join(s["sha256"] for s in shards.values()).encode()).hexdigest()
@@ -79,6 +81,7 @@ def report_of(
         "original": facts.original.as_dict(),
         "recipe": plan.recipe.as_dict(),
         "format": format_of(plan),
+        **({"class": class_for(whole).__name__} if is_wrapper(whole) else {}),
         "beyond_compressed_tensors": plan.beyond,
         "calibration": _calibration(facts.rows),
         "seed": facts.seed,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..artifact.files import block_tensors, compare_block, read_shard, unpack_linear
+from ..artifact.files import Named, block_tensors, compare_block, read_shard, unpack_linear
 from ..grid import Coded
 from ..model.block import Block
 from ..model.model import Model
@@ -27,12 +27,15 @@ class Shards:
     Attributes:
         place: the directory. original: the files of the model, which must not change meanwhile.
         records: of the shards so far, the one outside the blocks first.
+        named: full name of a parameter, or of a linear -> its name in files; None of one that is
+            stored as part of a larger tensor.
         progress: told after each block.
     """
 
     place: Workplace
     original: Original
     records: list[Record]
+    named: Named
     progress: OnBlock | None = None
 
     def finished(self, i: int) -> Record | None:
@@ -42,11 +45,12 @@ class Shards:
         return record
 
     def keep(self, i: int, block: Block, seconds: float) -> Record:
-        tensors = block_tensors(block)
+        tensors = block_tensors(block, self.named)
         # Before it is noted, or a resume would take a block of another model for this one's.
         self.original.check_unchanged()
-        record = block_record(block, tensors, seconds)
-        record = self.place.finish(i + 1, tensors, record, partial(compare_block, block))
+        record = block_record(block, tensors, seconds, self.named)
+        check = partial(compare_block, block, self.named)
+        record = self.place.finish(i + 1, tensors, record, check)
         self._noted(i, record, resumed=False)
         return record
 
@@ -55,11 +59,13 @@ class Shards:
         codes: dict[str, Coded] = {}
         weights = dict(block.weights)
         for linear in block.graph.linears:
-            full = f"{block.name}.{linear}"
+            full = self.named(f"{block.name}.{linear}")
+            assert full is not None
             codes[linear] = unpack_linear(held, full, block.grids[linear], block.device)
         for name in weights:
-            if name.removesuffix(".weight") not in codes:
-                weights[name] = held[f"{block.name}.{name}"].to(block.device, weights[name].dtype)
+            full = self.named(f"{block.name}.{name}")
+            if name.removesuffix(".weight") not in codes and full is not None:
+                weights[name] = held[full].to(block.device, weights[name].dtype)
         return replace(block, weights=weights, coded=codes)
 
     def _noted(self, i: int, record: Record, *, resumed: bool) -> None:
@@ -83,8 +89,15 @@ class Outside:
         shards = self.shards
         record = shards.place.finished(0)
         if record is None:
-            tensors = {**model.source.outer_tensors(), **model.source.copied_tensors()}
+            source = model.source
+            outer = {source.tensor_name(n): t for n, t in source.outer_tensors().items()}
             shards.original.check_unchanged()
-            record = shards.place.finish(0, tensors, {"name": "outside the blocks"})
+            record = shards.place.finish(
+                0,
+                {**outer, **source.copied_tensors()},
+                {"name": "outside the blocks"},
+                # What is copied is read while it is written.
+                lambda _: shards.original.check_unchanged(),
+            )
         shards.records.append(record)
         return model

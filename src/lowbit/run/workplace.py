@@ -21,8 +21,9 @@ from ..artifact.files import (
     REPORT,
     STATE,
     file_hash,
-    read_shard,
+    raw_hash,
     save_shard,
+    shard_hashes,
     shard_name,
     tensor_hash,
 )
@@ -32,6 +33,7 @@ from ..artifact.tree import MOVING, entries
 from ..errors import LowbitError
 from ..model.checkpoint import Checkpoint
 from ..model.ranks import ALONE, Ranks
+from ..model.raw import Raw
 
 RESUMES = (STATE, "shard-*.json")  # what tells that a directory is an unfinished run
 _DIFFERENCES = {  # of a run's fingerprint, in words
@@ -176,12 +178,12 @@ class Workplace:
     def finish(
         self,
         number: int,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | Raw],
         record: Mapping[str, Any],
-        check: Callable[[Mapping[str, Tensor]], None] | None = None,
+        check: Callable[[Path], None],
     ) -> dict[str, Any]:
-        """Write a shard, read it back, let ``check`` look at what was read, then write its record
-        with the hashes.
+        """Write a shard, let ``check`` look at the file, then write its record with the hashes of
+        what lies there.
 
         Without its record a shard does not count as finished: a resume makes it again.
 
@@ -189,7 +191,10 @@ class Workplace:
             LowbitError: other ranks have other tensors.
         """
         if self.ranks.size > 1:
-            made = {name: tensor_hash(t.cpu()) for name, t in tensors.items()}
+            made = {
+                name: raw_hash(t) if isinstance(t, Raw) else tensor_hash(t.cpu())
+                for name, t in tensors.items()
+            }
             self.ranks.agree(
                 f"'{record['name']}' as tuned",
                 made,
@@ -199,16 +204,13 @@ class Workplace:
             return dict(record)
         path = self.shard(number)
         save_shard(path, tensors)
-        held = read_shard(path)
-        if check:
-            check(held)
-        hashes = {k: tensor_hash(t) for k, t in held.items()}
+        check(path)
         full = {
             **record,
             "shard": path.name,
             "sha256": file_hash(path),
             "bytes": path.stat().st_size,
-            "tensors": hashes,
+            "tensors": shard_hashes(path),
         }
         write_atomic(
             self._note(number),

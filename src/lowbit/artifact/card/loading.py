@@ -40,13 +40,14 @@ def _way(name: str, *parts: str) -> str:
     return "\n\n".join((f"### {name}", *parts))
 
 
-def _transformers(options: str = "") -> tuple[str, ...]:
+def _transformers(report: Mapping[str, Any], options: str = "") -> tuple[str, ...]:
     """Return the lines of Python that load MODEL and continue a text."""
+    kind = report.get("class", "AutoModelForCausalLM")
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind}, AutoTokenizer",
         "",
         'tokenizer = AutoTokenizer.from_pretrained("MODEL")',
-        f'model = AutoModelForCausalLM.from_pretrained("MODEL"{options})',
+        f'model = {kind}.from_pretrained("MODEL"{options})',
         'ids = tokenizer("Once", return_tensors="pt").input_ids',
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))",
     )
@@ -61,7 +62,7 @@ def _compressed_tensors(report: Mapping[str, Any]) -> list[str]:
         f"{versions['compressed-tensors']}; lowbit is not needed."
     )
     install = code_block("sh", "pip install transformers compressed-tensors")
-    return [_way("transformers", tried, install, code_block("python", *_transformers()))]
+    return [_way("transformers", tried, install, code_block("python", *_transformers(report)))]
 
 
 def _lowbit(report: Mapping[str, Any]) -> list[str]:
@@ -71,7 +72,9 @@ def _lowbit(report: Mapping[str, Any]) -> list[str]:
         f"{needs} Tried with transformers {report['versions']['transformers']}; without the import "
         "it warns of missing weights and makes them up."
     )
-    load = code_block("python", "import lowbit  # before the model is loaded", *_transformers())
+    load = code_block(
+        "python", "import lowbit  # before the model is loaded", *_transformers(report)
+    )
     ways = [_way("transformers", text, load)]
     if any(LAYOUTS[type(g)].is_gguf for g in grids_of(report)):
         about = "The blocks are those of GGUF; a file for it:"
@@ -99,7 +102,7 @@ def _mlx() -> list[str]:
 def _gptqmodel(report: Mapping[str, Any]) -> list[str]:
     format_, grids = report["format"], grids_of(report)
     install = code_block("sh", "pip install transformers optimum gptqmodel")
-    load = code_block("python", "import torch", *_transformers(", dtype=torch.bfloat16"))
+    load = code_block("python", "import torch", *_transformers(report, ", dtype=torch.bfloat16"))
     ways = [_way("transformers", install, load)]
     if format_ != awq.NAME:
         own = ("from gptqmodel import GPTQModel", "", 'model = GPTQModel.load("MODEL")')

@@ -41,6 +41,18 @@ def with_transforms(model, transforms, folder):
             parameters[key].copy_(f.get_tensor(key))
 
 
+def class_for(folder):
+    """The automatic class that loads a causal model, or a model around one with all its towers."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    inside = config.get_text_config() is not config
+    if inside and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return transformers.AutoModelForMultimodalLM
+    return transformers.AutoModelForCausalLM
+
+
 def in_float32(model, folder, exact):
     import torch
 
@@ -114,15 +126,17 @@ def read(folder, given, arguments):
     with torch.no_grad():
         if method == "gguf":
             return {"logits": passed(of_gguf(folder), rows, last)}
-        from transformers import AutoModelForCausalLM
-
         if method == "lowbit":
             import lowbit  # noqa: F401
         narrow = method in _NEEDED
         # GPTQModel's CPU kernels take bfloat16, and not all of them float32.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16 if narrow else "auto", trust_remote_code=False
-        ).eval()
+        model = (
+            class_for(folder)
+            .from_pretrained(
+                folder, dtype=torch.bfloat16 if narrow else "auto", trust_remote_code=False
+            )
+            .eval()
+        )
         assert ("lowbit" in sys.modules) == (method == "lowbit")
         if not narrow:
             return {"logits": passed(in_float32(model, folder, proof == "exact"), rows, last)}

@@ -75,9 +75,10 @@ def _some(names: Iterable[str], shown: int = 3) -> str:
 
 def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
     """Return the lines on how to load and to serve an artifact."""
+    kind = report.get("class", "AutoModelForCausalLM")
     if report["format"] == "lowbit":
         return [
-            f"load      import lowbit; AutoModelForCausalLM.from_pretrained({literal(folder)})    "
+            f"load      import lowbit; {kind}.from_pretrained({literal(folder)})    "
             "(runs in transformers, after import lowbit)",
             "serve     no server reads this format, chosen for "
             f"{report.get('beyond_compressed_tensors', 'what compressed-tensors cannot carry')}",
@@ -93,7 +94,7 @@ def _use(folder: Path, report: Mapping[str, Any]) -> list[str]:
             f"--scheme {scheme})"
         )
     return [
-        f"load      AutoModelForCausalLM.from_pretrained({literal(folder)})    (plain "
+        f"load      {kind}.from_pretrained({literal(folder)})    (plain "
         "transformers with compressed-tensors)",
         f"serve     {serve}",
     ]

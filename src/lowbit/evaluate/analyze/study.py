@@ -13,6 +13,7 @@ from ...model.calibration import evaluation_windows
 from ...model.source import open_files
 from ...model.stream import load_config, load_tokenizer
 from ...model.tracing import described
+from ...model.wrapper import is_wrapper
 from .. import load_causal_lm, window_length
 from .kernels import GridOn, Site, grids_of, mean_kernel, measure
 from .removal import KINDS, Removal, knee, removals, run
@@ -70,6 +71,11 @@ def study(
     wanted = [] if given.shares is None else removals(given.shares, grids)
     checkpoint = open_files(given.model)
     config = load_config(checkpoint)
+    if is_wrapper(config):
+        raise LowbitError(
+            f"'{given.model}' is a '{config.model_type}' model around a text model: analyze reads "
+            "text models on their own."
+        )
     graphs = described(config)
     if wanted and getattr(config, "quantization_config", None):
         raise LowbitError(
