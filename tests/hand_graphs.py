@@ -166,6 +166,7 @@ def _opt(config: Any) -> Found:
         final=final + outside,
         embeddings=("embed_tokens", "embed_positions"),
         open=projected or not final,
+        centred=True,
     )
     out, hidden = "self_attn.out_proj", config.hidden_size
     graph = Graph(
@@ -210,6 +211,7 @@ def _lfm2(config: Any) -> Found:
         ),
         writers=("conv.out_proj", down),
         inner=("conv.out_proj", down),
+        fixed=("conv.out_proj",),
         mixing=("conv.in_proj",),
     )
     out = "self_attn.out_proj"
@@ -299,9 +301,23 @@ def _falcon(config: Any) -> Found:
         attention="self_attention",
         output=out,
         inner=(down,),
-        dropped=(("the residual stream", "in another basis the block computes something else"),),
+        dropped=(
+            (
+                "the residual stream",
+                "in another basis the block computes something else, or a norm's bias has no "
+                "reader that could take it over",
+            ),
+        ),
     )
-    frame = Frame("transformer", "transformer.h", ("ln_f",), 0.0, ("word_embeddings",), returns=2)
+    frame = Frame(
+        "transformer",
+        "transformer.h",
+        ("ln_f",),
+        0.0,
+        ("word_embeddings",),
+        centred=True,
+        returns=2,
+    )
     return one(config, frame, graph)
 
 
@@ -311,7 +327,7 @@ def _phi(config: Any) -> Found:
     found = attention(config, at, "self_attn.dense")
     found["sites"] += (alone("mlp.fc2"),)
     graph = Graph(**found, writers=("self_attn.dense", "mlp.fc2"), inner=("mlp.fc2",))
-    return one(config, replace(MODEL, final=("final_layernorm",)), graph)
+    return one(config, replace(MODEL, final=("final_layernorm",), centred=True), graph)
 
 
 def _nemotron_h(config: Any) -> Found:
@@ -325,6 +341,7 @@ def _nemotron_h(config: Any) -> Found:
             ),
             writers=("mixer.out_proj",),
             inner=("mixer.out_proj",),
+            fixed=("mixer.out_proj",),
             mixing=("mixer.in_proj",),
         ),
         "full_attention": Graph(

@@ -107,6 +107,7 @@ class Graph:
         flat: linears that are given the tokens of all rows in one matrix.
         mixing: linears outside attention that matter at tokens after their own (recurrences,
             convolutions).
+        fixed: linears of ``inner`` whose channels cannot change places.
         mixtures: modules that hold experts, by their numbers.
         kept: linears that are not quantized, each with the reason.
         dropped: where a change of the block that looked possible does not keep its function, each
@@ -122,6 +123,7 @@ class Graph:
     inner: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
     mixing: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     mixtures: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
@@ -175,7 +177,8 @@ class Graph:
 
     def movable(self, site: Site) -> bool:
         """Whether the channels of a site of ``inner`` can change places."""
-        if site.source is None or set(site.reads).isdisjoint(self.inner):
+        movable = set(self.inner) - set(self.fixed)
+        if site.source is None or movable.isdisjoint(site.reads):
             return False
         makers = self.makers(site)
         return bool(makers) and (site.source.kind == "norm" or site.source.module in makers)
@@ -203,6 +206,7 @@ class Frame:
         open: the stream is changed between embedding and blocks, or between blocks and head, by
             something that has no other basis (a projection): it can be neither rotated nor
             reordered.
+        centred: norms take the mean off (LayerNorm).
         returns: how many things a block returns in a tuple, its output first; 0 where it returns
             its output alone.
     """
@@ -213,6 +217,7 @@ class Frame:
     final_offset: float = 0.0
     embeddings: tuple[str, ...] = ("embed_tokens",)
     open: bool = False
+    centred: bool = False
     returns: int = 0
 
 

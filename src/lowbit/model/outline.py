@@ -117,7 +117,7 @@ class Outline:
             of_layers=tuple(of_layers),
             outside=outside,
             tied_head=head.numel() if tied else 0,
-            centred=any(isinstance(m, nn.LayerNorm) for block in blocks for m in block.modules()),
+            centred=found.frame.centred,
         )
 
     @property

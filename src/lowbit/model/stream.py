@@ -138,14 +138,12 @@ class ModelStream:
             LowbitError: the family or its hidden size does not allow it.
         """
         out = copy(self)
-        layer_norm = any(
-            isinstance(block.get_submodule(site.source.module), nn.LayerNorm)
-            for i, block in enumerate(self._blocks)
-            for site in self.graph(i).sites
-            if site.residual and site.source is not None
-        )
         out._basis = basis_of(
-            self.described, self.config.hidden_size, layer_norm, self.config.model_type, seed
+            self.described,
+            self.config.hidden_size,
+            self.frame.centred,
+            self.config.model_type,
+            seed,
         )
         out._fixed = None
         return out

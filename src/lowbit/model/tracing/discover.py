@@ -58,7 +58,8 @@ def _described(asked: _Asked) -> Described:
     distinct = list(dict.fromkeys(signatures))
     of_layers = tuple(distinct.index(s) for s in signatures)
     tiny = build_tiny(config, name, layers, of_layers)
-    centred = any(isinstance(m, nn.LayerNorm) for b in blocks for m in b.modules())
+    hidden = tiny.called[0].x.shape[-1]
+    centred = any(_centred(m, hidden) for i in tiny.firsts for m in tiny.blocks[i].modules())
     counts = frozenset({1, *_counts(config.to_dict())})
     kinds: list[Graph] = []
     for first, called in zip(tiny.firsts, tiny.called, strict=True):
@@ -68,6 +69,11 @@ def _described(asked: _Asked) -> Described:
             kind = Kind(
                 tiny.blocks[first], called, blocks[first], tiny.by, counts, config.hidden_size
             )
+            if not kind.causal:
+                raise LowbitError(
+                    f"'{name}' is a '{config.model_type}' model whose blocks look at tokens to "
+                    "come: it is no decoder that continues a text."
+                )
             kinds.append(graph_of(kind, centred))
     alike = list(dict.fromkeys(kinds))
     places = tuple(alike.index(kinds[k]) for k in of_layers)
@@ -102,8 +108,20 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
         final_offset=next(iter(norms.values()), 0.0),
         embeddings=tuple(n.removeprefix(own) for n in embeddings),
         open=not plain,
+        centred=centred,
         returns=tiny.returns,
     )
+
+
+def _centred(norm: nn.Module, hidden: int) -> bool:
+    """Whether a module is a norm of the stream that takes the mean off."""
+    gain = norm._parameters.get("weight")
+    if gain is None or gain.shape != (hidden,) or _offset(norm) is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x: Tensor = torch.randn(3, hidden, generator=generator, dtype=gain.dtype)
+    with torch.no_grad():
+        return torch.allclose(norm(x + 1), norm(x), rtol=_SAME, atol=_SAME)
 
 
 def _offset(norm: nn.Module) -> float | None:

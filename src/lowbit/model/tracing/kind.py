@@ -44,6 +44,14 @@ class Kind:
         """A pass with the outputs of some modules changed."""
         return Replay(self.block, self.called, changes, x)
 
+    @property
+    def causal(self) -> bool:
+        """Whether no token depends on those after it."""
+        x = self.called.x.clone()
+        x[:, -1] += 1
+        out = self.replay({}, x).out
+        return torch.allclose(out[:, :-1], self.base.out[:, :-1], rtol=_SMALL, atol=_SMALL)
+
     def scaled(self, reader: str) -> Callable[[str, Tensor], Tensor | None]:
         """What a module reads when a linear's outputs are scaled; None if it has another shape."""
 

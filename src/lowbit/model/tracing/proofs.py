@@ -15,6 +15,7 @@ from ...grid import Rotation
 from ..block import Block
 from ..context import Context
 from ..graph import Graph, Site
+from ..order import reorder
 from ..residual import Basis, rotate_block
 from ..rewrite import fold
 from .kind import Kind
@@ -43,9 +44,13 @@ def proved(kind: Kind, graph: Graph, centred: bool) -> Graph:
     out = replace(graph, sites=tuple(sites))
     whole = spread(out, kind.counts(kind.block))
     if whole.rotatable and not _turns(kind, whole, centred):
-        dropped["the residual stream"] = "in another basis the block computes something else"
+        dropped["the residual stream"] = (
+            "in another basis the block computes something else, or a norm's bias has no reader "
+            "that could take it over"
+        )
         out = replace(out, writers=())
-    return replace(out, dropped=tuple(dropped.items()))
+    fixed = [n for s in out.sites if out.movable(s) and not _moves(kind, out, s) for n in s.reads]
+    return replace(out, fixed=tuple(fixed), dropped=tuple(dropped.items()))
 
 
 def _weights(kind: Kind) -> dict[str, Tensor]:
@@ -80,6 +85,18 @@ def _folds(kind: Kind, graph: Graph, site: Site) -> bool:
     try:
         changed = fold(block, site, factor).forward(kind.called.x)
     except (ValueError, RuntimeError, KeyError):  # rows or columns that are not there
+        return False
+    return _alike(changed, kind.base.out)
+
+
+def _moves(kind: Kind, graph: Graph, site: Site) -> bool:
+    """Whether the block computes the same with the channels of a site in another order."""
+    block = _block(kind, graph, _weights(kind))
+    generator = torch.Generator().manual_seed(_SEED)
+    order = torch.randperm(block.weight(site.reads[0]).shape[1], generator=generator)
+    try:
+        changed = reorder(block, site, order).forward(kind.called.x)
+    except (ValueError, RuntimeError, IndexError, KeyError):  # rows that are not there
         return False
     return _alike(changed, kind.base.out)
 

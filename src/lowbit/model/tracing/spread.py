@@ -43,6 +43,7 @@ def spread(graph: Graph, counts: Mapping[Seat, int]) -> Graph:
         writers=each(graph.writers),
         inner=each(graph.inner),
         flat=each(graph.flat),
+        fixed=each(graph.fixed),
         mixtures=tuple(dict.fromkeys(s.mixture for s in counts)),
         kept=tuple((n, why) for name, why in graph.kept for n in each([name])),
     )
