@@ -390,6 +390,13 @@ FAMILIES: dict[str, Callable[[Any], Found]] = {
 def described(config: Any) -> Described:
     """The graphs of a transformers config of one of ``FAMILIES``."""
     frame, kinds, of_layers = FAMILIES[config.model_type](config)
+    # Else logits are capped or divided after the head.
+    capped = getattr(config, "final_logit_softcapping", None)
+    plain = capped is None and getattr(config, "logits_scaling", 1) == 1
     # A kind is numbered when its first block comes.
     order = list(dict.fromkeys(of_layers))
-    return Described(frame, tuple(kinds[k] for k in order), tuple(map(order.index, of_layers)))
+    return Described(
+        replace(frame, plain=plain),
+        tuple(kinds[k] for k in order),
+        tuple(map(order.index, of_layers)),
+    )

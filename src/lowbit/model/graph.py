@@ -207,6 +207,8 @@ class Frame:
             something that has no other basis (a projection): it can be neither rotated nor
             reordered.
         centred: norms take the mean off (LayerNorm).
+        plain: logits are what the head makes of what the final modules make of the last block's
+            output, and nothing else.
         returns: how many things a block returns in a tuple, its output first; 0 where it returns
             its output alone.
     """
@@ -218,6 +220,7 @@ class Frame:
     embeddings: tuple[str, ...] = ("embed_tokens",)
     open: bool = False
     centred: bool = False
+    plain: bool = False
     returns: int = 0
 
 

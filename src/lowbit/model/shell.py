@@ -79,6 +79,8 @@ class Shell:
         Args:
             tensors: as in `enter`.
         """
+        if self._frame.plain:
+            return self._short(tensors)
         last = self._recorders[-1]
 
         def logits(x: Tensor) -> Tensor:
@@ -96,6 +98,31 @@ class Shell:
                 last.returned = None
             out: Tensor = said.logits
             return out.float()
+
+        return logits
+
+    def _short(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """The same where only the final modules and the head take part."""
+        modules = dict(self.skeleton.named_modules())
+        head = self.skeleton.get_output_embeddings()
+        names = [f"{self._frame.trunk}.{n}" for n in self._frame.final]
+        names.append(next(n for n, m in modules.items() if m is head))
+        steps = [
+            (
+                modules[name],
+                {
+                    k.removeprefix(f"{name}."): v
+                    for k, v in tensors.items()
+                    if k.startswith(f"{name}.")
+                },
+            )
+            for name in names
+        ]
+
+        def logits(x: Tensor) -> Tensor:
+            for module, weights in steps:
+                x = functional_call(module, weights, (x,))
+            return x.float()
 
         return logits
 

@@ -109,8 +109,23 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
         embeddings=tuple(n.removeprefix(own) for n in embeddings),
         open=not plain,
         centred=centred,
+        plain=_plain(tiny, [parts[n] for n in after], head),
         returns=tiny.returns,
     )
+
+
+def _plain(tiny: Tiny, after: list[nn.Module], head: nn.Module) -> bool:
+    """Whether nothing but these modules and the head makes the logits."""
+    x = tiny.left
+    try:
+        with torch.no_grad():
+            for module in (*after, head):
+                x = module(x)
+    except Exception:  # a module that takes something else, each in its own way
+        return False
+    # Some classes give logits in float32.
+    alike = x.shape == tiny.logits.shape
+    return alike and torch.allclose(x.float(), tiny.logits.float(), rtol=_SAME, atol=_SAME)
 
 
 def _centred(norm: nn.Module, hidden: int) -> bool:

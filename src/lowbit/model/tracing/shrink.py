@@ -45,7 +45,9 @@ def divisor(config: Any) -> int:
     if not any(n == "head_dim" for n, _ in heads):
         heads += [("head_dim", hidden // count) for count in counts if hidden % count == 0]
     least = [v if _OF_MIXERS.search(n) else v // _NARROWEST for n, v in heads]
-    most, shared = min([hidden // _LEAST, *least]), math.gcd(hidden, *(v for _, v in heads))
+    most = min([hidden // _LEAST, *least])
+    # Rotary embeddings turn pairs of a head's channels.
+    shared = math.gcd(hidden, *(v if _OF_MIXERS.search(n) or v % 2 else v // 2 for n, v in heads))
     found = 1
     while found * 2 <= most and shared % (found * 2) == 0:
         found *= 2

@@ -33,6 +33,7 @@ class Tiny:
         of_layers: the kind of each. firsts: the first block of each kind.
         called: what the first block of each kind is called with.
         returns: how many things a block returns in a tuple; 0 where it returns no tuple.
+        left, logits: what leaves the last block where none computes anything, and its logits.
         before, after: modules with parameters that are called before the first block, and after the
             last one.
     """
@@ -46,6 +47,8 @@ class Tiny:
     firsts: tuple[int, ...]
     called: list[Called] = field(default_factory=list)
     returns: int = 0
+    left: Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
 
@@ -87,6 +90,8 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     _check_alone(name, *(p.calls for p in passes))
     tiny.called += [passes[0].calls[i] for i in firsts]
     tiny.before, tiny.after = passes[0].around()
+    # Passive blocks hand on what they are given.
+    tiny.left, tiny.logits = passes[1].calls[-1].x, passes[1].logits
     return tiny
 
 
@@ -189,7 +194,8 @@ class _Pass:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, tiny.model.config.vocab_size, (_ROWS, _LENGTH), generator=generator)
         with torch.no_grad(), named(modules, tiny.described(name), "the model") as where:
-            tiny.model(input_ids=ids, use_cache=False)
+            said = tiny.model(input_ids=ids, use_cache=False)
+        self.logits: Tensor = getattr(said, "logits", said)
         self._order = where.order
         self.calls = [r.called() for r in recorders]
 
