@@ -231,13 +231,22 @@ def _qwen3_next(config: Any) -> Found:
     out = "linear_attn.out_proj"
     delta = Graph(
         sites=(
-            entering(("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"), before, "linear_attn"),
+            replace(
+                entering(("linear_attn.in_proj_qkvz",), before, "linear_attn"),
+                beside=("linear_attn.in_proj_ba.weight",),
+            ),
             alone(out),  # a norm of each head, whose gain the heads share
             *mlp,
         ),
         writers=(out, DOWN),
         inner=(out, DOWN),
-        mixing=("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+        kept=(
+            (
+                "linear_attn.in_proj_ba",
+                "one output per head, expert or group: it chooses or weighs",
+            ),
+        ),
+        mixing=("linear_attn.in_proj_qkvz",),
     )
     queries, keys, _ = widths(config)
     gated = Graph(

@@ -87,15 +87,10 @@ DENSE = [
 # A LayerNorm's bias that linears without one cannot take over, or a norm that takes the mean off and
 # is none of torch's: the stream keeps its basis. Falcon-H1: not looked into.
 DROPPED = {
-    family: {"the residual stream"}
-    for family in ("cohere", "cohere2", "falcon", "falcon_h1", "nemotron", "stablelm")
+    family: {"the residual stream"} for family in ("falcon", "falcon_h1", "nemotron", "stablelm")
 }
 # What does not work yet, and how it fails.
 FAILING: dict[str, tuple[type[Exception], str]] = {
-    # transformers saves under older names than its model has; the artifact has the model's.
-    "gpt_neox": (KeyError, "embed_out.weight"),
-    "nemotron_h": (KeyError, "backbone.embeddings.weight"),
-    "qwen3_next": (LowbitError, "issues during automatic conversion of the weights"),
     "recurrent_gemma": (LowbitError, "'.*input_gate_weight' is a 3-D parameter of a form that is"),
 }
 QUICK = ("tesseraq.schedule=exponential-4-3", "tesseraq.iters=2", "tesseraq.batch=2")

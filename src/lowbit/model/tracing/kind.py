@@ -15,6 +15,7 @@ from .replay import Change, Key, Replay, key_of
 from .spread import Seat
 
 _SMALL = 1e-3
+_SEVERAL = (2, 3, 4)  # numbers per head that one linear may make
 
 
 class Kind:
@@ -150,7 +151,9 @@ class Kind:
             return "the model does not call it"
         outputs = self.sizes(name)[0]
         grown = self.by > 1 and narrow.out_features * self.by == outputs
-        if outputs in self._counts and not grown:
+        unchanged = self.by > 1 and narrow.out_features == outputs
+        several = unchanged and any(outputs == m * c for c in self._counts for m in _SEVERAL)
+        if (outputs in self._counts and not grown) or several:
             return "one output per head, expert or group: it chooses or weighs"
         moved = self.replay({name: lambda y: y * (1 + _SMALL)}).out
         return "it only chooses" if torch.equal(moved, self.base.out) else None
