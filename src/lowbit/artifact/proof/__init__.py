@@ -19,6 +19,7 @@ from ...formats import gguf
 from ..files import PROOF, read_shard
 from .contents import check_tensors, read_report
 from .runtimes import (
+    GGUF_DECODED,
     GGUF_DECODER,
     READERS,
     WITHIN,
@@ -142,7 +143,10 @@ def _verify_gguf(
     if report["gguf"]["moved"] is not None:
         done = replace(done, reference="those of the numbers in the file")
     exact: dict[str, Tensor] | str = "no gguf package that knows Q2_0"
-    if "Q2_0" not in report["gguf"]["types"]:  # not known to releases of the package up to 0.19
+    own = json.loads((folder / PROOF.parent / "config.json").read_text())["model_type"]
+    if own not in GGUF_DECODED:
+        exact = f"no loader of transformers that reads GGUF files of '{own}' models"
+    elif "Q2_0" not in report["gguf"]["types"]:  # not known to releases of the package up to 0.19
         exact = runtime_logits(folder, proof["ids"], gguf.NAME, last, reader=GGUF_DECODER)
     if not isinstance(exact, str):
         decoded, top1 = _compared(

@@ -98,6 +98,9 @@ def of_gguf(folder):
     for key in (
         "head_dim",
         "rope_parameters",
+        "layer_types",
+        "sliding_window",
+        "query_pre_attn_scalar",
     ):
         if getattr(own, key, None) is not None:
             setattr(config, key, getattr(own, key))
