@@ -22,6 +22,8 @@ from ..errors import LowbitError
 from .ggml import BY_NUMBER, BlockType
 
 NAME = "gguf"
+# How the name of a tensor ends that scores experts.
+ROUTER = "ffn_gate_inp.weight"
 _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 _SCALARS = {
     0: "<B",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import LowbitError
+from ..export.gguf.types import instead_of
 from ..formats import LAYOUTS
 from ..formats import compressed_tensors as ct
 from ..model.outline import Outline
@@ -33,6 +34,9 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
         try:
             grid.check(width)
         except ValueError as e:
+            instead = instead_of(grid, (w for _, w in shapes.values()))
+            if instead is not None:
+                raise LowbitError(f"{e} of '{name}': {instead}.") from e
             sizes = (256, 128, 64, 32, 16, 8)
             fitting = [str(g) for g in sizes if all(w % g == 0 for _, w in shapes.values())]
             raise LowbitError(

@@ -101,6 +101,9 @@ def of_gguf(folder):
         "layer_types",
         "sliding_window",
         "query_pre_attn_scalar",
+        "pad_token_id",
+        "num_experts",
+        "moe_intermediate_size",
     ):
         if getattr(own, key, None) is not None:
             setattr(config, key, getattr(own, key))

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...formats.ggml import BlockType
-from ...formats.gguf import Entry
+from ...formats.gguf import ROUTER, Entry
 from .families import FAMILIES, Family, head_width
 
 _SHOWN = {"silu": "SiLU", "gelu_pytorch_tanh": "GELU by tanh"}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
-_ROUTER = "ffn_gate_inp.weight"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Spot:
     @property
     def is_router(self) -> bool:
         """Whether it chooses experts: llama.cpp wants it in float32."""
-        return self.tensor.endswith(_ROUTER)
+        return self.tensor.endswith(ROUTER)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ can say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from ...errors import LowbitError
 from ...formats.ggml import BLOCKS, BlockType, pack_affine, pack_k, unpack_affine, unpack_k
 from ...grid import Affine, AffineParams, AnyGrid, KQuant, QTensor
+from ...grid.kquant import Kind
+from ...grid.names import scheme_name
 from ..extra import extra_error, steps_of
 
 FLOATS = ("f32", "f16", "bf16")
@@ -23,6 +25,9 @@ _LARGER = 1.2
 REST = (*FLOATS, "q8_0", "q6_k")
 _EXACT = ("Q2_0", "Q4_0", "Q8_0")
 _GROUPS = (64, 128, 32)
+_K_QUANTS: tuple[Kind, ...] = get_args(Kind)
+# Grids made for the types with small blocks.
+_SIMPLE = (Affine(2, 64, True), Affine(4, 32, True), Affine(4, 32), Affine(8, 32, True))
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,16 @@ def chosen(grid: AnyGrid, columns: int, asked: str | None, name: str) -> BlockTy
         raise LowbitError(f"'{name}' is on {grid}, which no type of GGUF holds.")
     if asked is not None:
         kind = BLOCKS[asked.upper()]
+        fit = [k.name.lower() for k in possible if _misfit(grid, columns, k) is None]
         if kind not in possible:
             raise LowbitError(
                 f"{kind.name} does not hold the codes of '{name}', which is on {grid}: it can be "
-                f"{', '.join(k.name.lower() for k in possible)}."
+                f"{', '.join(fit) or 'in no type with rows this wide'}."
             )
         reason = _misfit(grid, columns, kind)
         if reason:
-            raise LowbitError(f"'{name}' does not fit into {kind.name}: {reason}.")
+            others = f"{grid} with rows this wide can be {', '.join(fit) or 'in no type of GGUF'}"
+            raise LowbitError(f"'{name}' does not fit into {kind.name}: {reason}; {others}.")
         return kind
     if isinstance(grid, Affine) and not grid.symmetric and grid.bits == 3:
         raise LowbitError(
@@ -138,6 +145,26 @@ def _fits_all(grid: Affine, shapes: Mapping[str, tuple[int, int]]) -> bool:
     except LowbitError:
         return False
     return True
+
+
+def instead_of(grid: AnyGrid, widths: Iterable[int]) -> str | None:
+    """What goes into GGUF in place of a K-quant that does not fit, in words; None of other grids.
+
+    Args:
+        widths: inputs of every linear.
+    """
+    if not isinstance(grid, KQuant):
+        return None
+    distinct, found = set(widths), []
+    for other in (*(KQuant(kind) for kind in _K_QUANTS), *_SIMPLE):
+        kind = types_of(other)[0 if isinstance(other, KQuant) or other.symmetric else -1]
+        if all(
+            w % (other.group_size or 1) == 0 and _misfit(other, w, kind) is None for w in distinct
+        ):
+            found.append(f"{scheme_name(other)} ({kind.name.lower()})")
+    if not found:
+        return "no type of GGUF fits every linear of this model"
+    return f"schemes whose types fit every linear of this model are {', '.join(found)}"
 
 
 def said(kind: BlockType, grid: AnyGrid) -> str:
