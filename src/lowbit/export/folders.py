@@ -14,6 +14,7 @@ from ..formats import compressed_tensors as ct
 from ..formats.by_name import FORMATS
 from ..formats.uniform import Uniform, as_uniform
 from .extra import extra_error, steps_of
+from .for_mlx import settings
 from .place import place
 from .source import Source
 
@@ -85,7 +86,7 @@ def _described(source: Source, target: str, grids: dict[str, Uniform]) -> dict[s
         elif target == mlx.NAME:
             mlx.group_of(grids[name], columns, name)
     if target == mlx.NAME:
-        return {"quantization": mlx.describe(grids, source.shapes)}
+        return {**settings(source.config), "quantization": mlx.describe(grids, source.shapes)}
     if target == awq.NAME:
         return {"quantization_config": awq.describe(grids, source.skipped)}
     return {

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..windows import period
+
 _GELU = "gelu_pytorch_tanh"
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 _ALL = (*_ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -39,7 +41,8 @@ class Family:
         gain: what it adds to the weights of norms beforehand.
         windows: whether it can limit how far attention reaches.
         partial: whether it can rotate a part of each head.
-        factors: whether it divides rotary frequencies by numbers of the file. biases: its tensors that may have one.
+        factors: whether it divides rotary frequencies by numbers of the file.
+        biases: its tensors that may have one.
         keys: config -> metadata beyond what all have, without the name of the architecture.
         fault: config -> what it computes otherwise, in words after "llama.cpp"; None without.
     """
@@ -67,24 +70,14 @@ def head_width(config: Any) -> int:
 # --- gemma3 ---------------------------------------------------------------------------------------
 
 
-def _period(config: Any) -> int | None:
-    """The number n for which every n-th block attends to all tokens and the others to a window."""
-    kinds = [kind == "sliding_attention" for kind in config.layer_types]
-    periods = (_GEMMA3_PERIOD, *range(1, len(kinds) + 2))
-    return next(
-        (n for n in periods if kinds == [i % n < n - 1 for i in range(len(kinds))]),
-        None,
-    )
-
-
 def _gemma3_keys(config: Any) -> Keys:
     keys: Keys = {}
     if config.final_logit_softcapping:
         keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
     if "sliding_attention" in config.layer_types:
         keys["attention.sliding_window"] = config.sliding_window
-        if (period := _period(config)) != _GEMMA3_PERIOD:
-            keys["attention.sliding_window_pattern"] = period
+        if (every := period(config.layer_types, _GEMMA3_PERIOD)) != _GEMMA3_PERIOD:
+            keys["attention.sliding_window_pattern"] = every
         local = config.rope_parameters["sliding_attention"]
         keys["rope.freq_base_swa"] = float(local["rope_theta"])
     return keys
@@ -102,7 +95,7 @@ def _gemma3_fault(config: Any) -> str | None:
             f"scales scores by the root of {width} in 'gemma3' of {config.num_hidden_layers} "
             f"blocks, and this model by that of {config.query_pre_attn_scalar}"
         )
-    if _period(config) is None:
+    if period(config.layer_types, _GEMMA3_PERIOD) is None:
         return "repeats windows with a period in 'gemma3', which this model's layer_types have not"
     if config.rope_parameters["sliding_attention"].get("rope_type", "default") != "default":
         return "scales no rotary embeddings of blocks with a window in 'gemma3'"

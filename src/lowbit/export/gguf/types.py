@@ -89,7 +89,7 @@ def chosen(grid: AnyGrid, columns: int, asked: str | None, name: str) -> BlockTy
             )
         reason = _misfit(grid, columns, kind)
         if reason:
-            others = f"{grid} with rows this wide can be {', '.join(fit) or 'in no type of GGUF'}"
+            others = f"of the types that hold its codes, {' and '.join(fit) or 'none'} would fit"
             raise LowbitError(f"'{name}' does not fit into {kind.name}: {reason}; {others}.")
         return kind
     if isinstance(grid, Affine) and not grid.symmetric and grid.bits == 3:
