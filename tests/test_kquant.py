@@ -17,6 +17,7 @@ import lowbit
 from lowbit.artifact.proof import verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
+from lowbit.export.gguf.types import instead_of
 from lowbit.formats import kquant as blocks
 from lowbit.formats.packing import pack, tensor_bytes, unpack
 from lowbit.grid import Affine, KQuant, QTensor
@@ -266,11 +267,28 @@ def test_an_artifact_of_several_kinds_loads_and_goes_out_unchanged(tmp_path, mon
         assert refused.exit_code == 2 and not (tmp_path / "x").exists(), refused.output
 
 
+@pytest.mark.parametrize(
+    "grid, widths, words",
+    [
+        (
+            KQuant("q2_k"),
+            (640, 1024, 2048),
+            "schemes whose types fit every linear of this model are W2A16g64sym (q2_0), "
+            "W4A16g32sym (q4_0), W4A16g32 (q4_1), W8A16g32sym (q8_0)",
+        ),
+        (KQuant("q2_k"), (640, 40), "no type of GGUF fits every linear of this model"),
+        (Affine(2, 64), (640, 40), None),
+    ],
+)
+def test_what_fits_instead_of_a_k_quant(grid, widths, words):
+    assert instead_of(grid, widths) == words
+
+
 def test_rows_that_blocks_do_not_divide_are_refused_before_any_work(tmp_path):
     model = save_tiny(tmp_path / "m")
     with pytest.raises(
         LowbitError,
-        match=r"gguf:q2_k comes in blocks of 256 inputs, which do not divide the 64 inputs of 'model.layers.0.self_attn.q_proj'",
+        match=r"gguf:q2_k comes in blocks of 256 inputs, which do not divide the 64 inputs of 'model.layers.0.self_attn.q_proj': schemes whose types fit every linear of this model are W4A16g32sym \(q4_0\), W4A16g32 \(q4_1\), W8A16g32sym \(q8_0\)\.",
     ):
         lowbit.quantize(
             str(model),
