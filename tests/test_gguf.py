@@ -608,8 +608,8 @@ MODELS = {
     ),
     "smollm3": {},
     "glm4": {},
-    "mixtral": dict(sliding_window=None),
-    "qwen3_moe": dict(norm_topk_prob=True),
+    "mixtral": dict(sliding_window=None, num_hidden_layers=2),
+    "qwen3_moe": dict(norm_topk_prob=True, num_hidden_layers=2),
 }
 
 
@@ -636,8 +636,8 @@ def quantized(tmp_path, monkeypatch, family, scheme, options=()):
         ("granite", "W8A16g32sym"),
         ("smollm3", "W4A16g32sym"),
         ("glm4", "gguf:q3_k"),
-        ("mixtral", "gguf:q4_k"),
-        ("qwen3_moe", "W8A16g32sym"),
+        ("mixtral", "W8A16g32sym"),
+        ("qwen3_moe", "gguf:q4_k"),
     ],
 )
 def test_llama_cpp_computes_what_was_tuned(tmp_path, monkeypatch, family, scheme):
@@ -691,11 +691,8 @@ def test_experts_lie_in_one_tensor_and_routers_in_float32(tmp_path, monkeypatch)
     }
 
 
-@pytest.mark.parametrize(
-    "override",
-    ["overrides.*.experts.1.up_proj=W8A16g32sym", "overrides.*.experts.1.up_proj=skip"],
-)
-def test_experts_of_several_types_are_refused(tmp_path, monkeypatch, override):
+def test_experts_of_several_types_are_refused(tmp_path, monkeypatch):
+    override = "overrides.*.experts.1.up_proj=W8A16g32sym"
     made = quantized(tmp_path, monkeypatch, "qwen3_moe", "W4A16g32sym", [override])
     code, text = export(made, tmp_path / "g", "--to", "gguf")
     words = "experts of 'blk.0.ffn_up_exps.weight' would be in"
@@ -750,7 +747,7 @@ def test_the_keys_of_a_family(family, keys):
             "repeats windows with a period",
         ),
         ("gemma3_text", dict(hidden_activation="silu"), "gates with GELU by tanh in 'gemma3'"),
-        ("phi3", dict(num_attention_heads=2), "wants heads as wide as the model"),
+        ("phi3", dict(head_dim=32), "wants heads as wide as the model"),
         ("granite", dict(residual_multiplier=0.0), "a multiplier of 0"),
         ("smollm3", dict(no_rope_layers=[1, 0, 1, 0]), "rotates all but every 4th block"),
         (
@@ -792,7 +789,7 @@ def test_parameters_without_a_place_are_refused(family, full, words):
 def test_both_names_of_an_expert_are_one_spot():
     known = Architecture.of(config_of("mixtral"))
     for name in ("mlp.experts.3.gate_proj", "block_sparse_moe.experts.3.w1"):
-        assert known.spot(f"model.layers.2.{name}.weight") == Spot("blk.2.ffn_gate_exps.weight", 3)
+        assert known.spot(f"model.layers.1.{name}.weight") == Spot("blk.1.ffn_gate_exps.weight", 3)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -862,6 +859,19 @@ def test_the_splitting_rule_is_recognised(tmp_path, kind):
     )
 
 
+def cut_by_llama_cpp(path, texts):
+    """Ids of texts by the tokenizer of a file."""
+    code = (
+        "import json,sys,llama_cpp; m=llama_cpp.Llama(sys.argv[1],vocab_only=True,verbose=False); "
+        "print(json.dumps([m.tokenize(t.encode(),add_bos=True) for t in json.loads(sys.argv[2])]))"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", code, str(path), json.dumps(texts)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.skipif(not RUNS, reason="no llama-cpp-python")
 @pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "smollm"])
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, kind):
@@ -878,15 +888,7 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, kind):
         "   leading, trailing   ",
         "naïve Привет 1 22 333 4444",
     ]
-    code = (
-        "import json,sys,llama_cpp; m=llama_cpp.Llama(sys.argv[1],vocab_only=True,verbose=False); "
-        "print(json.dumps([m.tokenize(t.encode(),add_bos=True) for t in json.loads(sys.argv[2])]))"
-    )
-    done = subprocess.run(
-        [PYTHON, "-c", code, str(path), json.dumps(texts)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [own(t).input_ids for t in texts]
+    assert cut_by_llama_cpp(path, texts) == [own(t).input_ids for t in texts]
 
 
 @pytest.mark.parametrize(
@@ -949,3 +951,32 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     )
     types = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"], strict=True))
     assert (types["<unk>"], types["<s>"], types["<0x41>"], types["ab"]) == (2, 3, 6, 1)
+
+
+def gemma_tokenizer(folder):
+    """Spaces become U+2581 before a split at spaces, which then finds none."""
+    bytes_ = {f"<0x{i:02X}>": 3 + i for i in range(256)}
+    letters = sorted({c for t in tokens.SAMPLES for c in t.replace(" ", "\u2581")})
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **bytes_}
+    merges = [("o", "n"), ("c", "e"), ("\u2581", "a"), ("on", "ce"), ("\u2581", "t")]
+    for piece in [*letters, *(a + b for a, b in merges)]:
+        vocab.setdefault(piece, len(vocab))
+    tok = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tok.normalizer = normalizers.Replace(" ", "\u2581")
+    tok.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    T.PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return len(vocab)
+
+
+def test_a_split_at_spaces_that_are_gone_changes_nothing(tmp_path):
+    found = tokens.read(tmp_path, gemma_tokenizer(tmp_path))
+    said = found.metadata
+    assert said["tokenizer.ggml.model"] == "llama" and not found.remarks
+    assert said["tokenizer.ggml.add_space_prefix"] is False
+    if RUNS:
+        path = tmp_path / "v.gguf"
+        with gguf.Writer(path, {"general.architecture": "gemma3", **said}, []):
+            pass
+        assert cut_by_llama_cpp(path, list(found.samples)) == list(found.samples.values())

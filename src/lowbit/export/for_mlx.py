@@ -24,6 +24,12 @@ FAMILIES = (
     "granite",
     "smollm3",
     "glm4",
+    "olmo3",
+    "seed_oss",
+    "cohere",
+    "hunyuan_v1_dense",
+    "ernie4_5",
+    "helium",
 )
 _STACKED = "it wants the experts of a block stacked in one tensor, which is not written"
 # Model type -> why it is not taken.
@@ -31,6 +37,9 @@ REASONS = {
     "opt": "it has no such model",
     "bitnet": "it packs these linears in a way of its own",
     "gemma2": "it attends to all tokens where this model has windows",
+    "glm": "it gave other logits when it was tried",
+    "olmo": "it wants a package that reads checkpoints of another layout",
+    "exaone4": "it wants keys in config.json that transformers 5 does not write",
     "mixtral": _STACKED,
     "qwen3_moe": _STACKED,
     "qwen2_moe": _STACKED,
