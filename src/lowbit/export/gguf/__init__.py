@@ -26,7 +26,7 @@ from ...verbatim import encodable
 from ..place import Place, place
 from ..source import Source
 from . import tokens
-from .model import Architecture, joined
+from .model import Architecture, Spot, joined
 from .rounded import RoundedModel
 from .types import FLOATS, REST, Held, chosen, held, rounded
 
@@ -119,7 +119,7 @@ class _Export:
         return BLOCKS["F32" if wanted else (self.asked or kept.kind).upper()]
 
     def _entries(self) -> list[gguf.Entry]:
-        parts = [
+        parts: list[tuple[Spot, tuple[int, ...], BlockType]] = [
             (self.architecture.spot(f"{n}.weight"), shape, self.kinds[n])
             for n, shape in self.source.shapes.items()
         ]

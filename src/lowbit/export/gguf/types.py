@@ -25,9 +25,14 @@ _LARGER = 1.2
 REST = (*FLOATS, "q8_0", "q6_k")
 _EXACT = ("Q2_0", "Q4_0", "Q8_0")
 _GROUPS = (64, 128, 32)
-_K_QUANTS: tuple[Kind, ...] = get_args(Kind)
-# Grids made for the types with small blocks.
-_SIMPLE = (Affine(2, 64, True), Affine(4, 32, True), Affine(4, 32), Affine(8, 32, True))
+# Grids, each with the type that holds its numbers best.
+_MADE_FOR: tuple[tuple[KQuant | Affine, BlockType], ...] = (
+    *((KQuant(kind), BLOCKS[kind.upper()]) for kind in get_args(Kind)),
+    (Affine(2, 64, True), BLOCKS["Q2_0"]),
+    (Affine(4, 32, True), BLOCKS["Q4_0"]),
+    (Affine(4, 32), BLOCKS["Q4_1"]),
+    (Affine(8, 32, True), BLOCKS["Q8_0"]),
+)
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,7 @@ def instead_of(grid: AnyGrid, widths: Iterable[int]) -> str | None:
     if not isinstance(grid, KQuant):
         return None
     distinct, found = set(widths), []
-    for other in (*(KQuant(kind) for kind in _K_QUANTS), *_SIMPLE):
-        kind = types_of(other)[0 if isinstance(other, KQuant) or other.symmetric else -1]
+    for other, kind in _MADE_FOR:
         if all(
             w % (other.group_size or 1) == 0 and _misfit(other, w, kind) is None for w in distinct
         ):
