@@ -4,9 +4,9 @@ can say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from torch import Tensor
 from ...errors import LowbitError
 from ...formats.ggml import BLOCKS, BlockType, pack_affine, pack_k, unpack_affine, unpack_k
 from ...grid import Affine, AffineParams, AnyGrid, KQuant, QTensor
-from ...grid.kquant import Kind
-from ...grid.names import scheme_name
 from ..extra import extra_error, steps_of
 
 FLOATS = ("f32", "f16", "bf16")
@@ -25,14 +23,6 @@ _LARGER = 1.2
 REST = (*FLOATS, "q8_0", "q6_k")
 _EXACT = ("Q2_0", "Q4_0", "Q8_0")
 _GROUPS = (64, 128, 32)
-# Grids, each with the type that holds its numbers best.
-_MADE_FOR: tuple[tuple[KQuant | Affine, BlockType], ...] = (
-    *((KQuant(kind), BLOCKS[kind.upper()]) for kind in get_args(Kind)),
-    (Affine(2, 64, True), BLOCKS["Q2_0"]),
-    (Affine(4, 32, True), BLOCKS["Q4_0"]),
-    (Affine(4, 32), BLOCKS["Q4_1"]),
-    (Affine(8, 32, True), BLOCKS["Q8_0"]),
-)
 
 
 @dataclass(frozen=True)
@@ -150,25 +140,6 @@ def _fits_all(grid: Affine, shapes: Mapping[str, tuple[int, int]]) -> bool:
     except LowbitError:
         return False
     return True
-
-
-def instead_of(grid: AnyGrid, widths: Iterable[int]) -> str | None:
-    """What goes into GGUF in place of a K-quant that does not fit, in words; None of other grids.
-
-    Args:
-        widths: inputs of every linear.
-    """
-    if not isinstance(grid, KQuant):
-        return None
-    distinct, found = set(widths), []
-    for other, kind in _MADE_FOR:
-        if all(
-            w % (other.group_size or 1) == 0 and _misfit(other, w, kind) is None for w in distinct
-        ):
-            found.append(f"{scheme_name(other)} ({kind.name.lower()})")
-    if not found:
-        return "no type of GGUF fits every linear of this model"
-    return f"schemes whose types fit every linear of this model are {', '.join(found)}"
 
 
 def said(kind: BlockType, grid: AnyGrid) -> str:
