@@ -676,6 +676,34 @@ def test_a_wrong_order_is_found_by_llama_cpp(tmp_path, monkeypatch, family, what
     assert code == 1 and "logits differ" in text and not (tmp_path / "g").exists(), text
 
 
+@pytest.mark.skipif(not RUNS, reason="no llama-cpp-python")
+@pytest.mark.parametrize(
+    "family, key",
+    [
+        ("gemma3_text", "attention.sliding_window"),
+        ("gemma3_text", "attention.sliding_window_pattern"),
+        ("gemma3_text", "rope.freq_base_swa"),
+        ("gemma3_text", "rope.scaling.factor"),
+        ("granite", "attention.scale"),
+        ("granite", "embedding_scale"),
+        ("granite", "residual_scale"),
+        ("glm4", "rope.dimension_count"),
+    ],
+)
+def test_a_key_that_is_left_out_is_found_by_llama_cpp(tmp_path, monkeypatch, family, key):
+    made = quantized(tmp_path, monkeypatch, family, "W8A16g32sym")
+    right = Architecture.of
+
+    def spoilt(config):
+        known = right(config)
+        del known.metadata[f"{known.name}.{key}"]
+        return known
+
+    monkeypatch.setattr(Architecture, "of", spoilt)
+    code, text = export(made, tmp_path / "g", "--to", "gguf")
+    assert code == 1 and "logits differ" in text and not (tmp_path / "g").exists(), text
+
+
 def test_experts_lie_in_one_tensor_and_routers_in_float32(tmp_path, monkeypatch):
     made = quantized(tmp_path, monkeypatch, "qwen3_moe", "W4A16g32sym")
     code, text = export(made, tmp_path / "g", "--to", "gguf", "--embeddings", "q8_0")
