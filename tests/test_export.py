@@ -9,6 +9,7 @@ import sys
 import helpers
 import pytest
 import torch
+import transformers as T
 from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ import lowbit
 from lowbit.artifact.proof import compare_logits, loader_logits, verify
 from lowbit.cli import app
 from lowbit.errors import VerificationError
+from lowbit.export import for_mlx
 from lowbit.formats.by_name import FORMATS
 from lowbit.formats.packing import local_tensors, unpack
 from lowbit.grid.names import parse_scheme
@@ -324,3 +326,70 @@ def test_what_only_the_format_of_lowbit_carries(tmp_path, scheme, recipe, settin
     made = artifact(save_tiny(tmp_path / "m"), tmp_path / "a", scheme, recipe, settings)
     code, text = export(made, tmp_path / "e", "--to", "gptq_v2")
     assert code == 2 and words in text
+
+
+# --- mlx-lm ---------------------------------------------------------------------------------------
+
+LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"rope_theta": 5e5}, {}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        (
+            {"rope_theta": 1e4, "rope_parameters": LINEAR},
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "layer_types": ["sliding_attention", "full_attention"] * 3,
+                "rope_parameters": {"full_attention": LINEAR, **LOCAL},
+            },
+            {
+                "rope_theta": 1e6,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "rope_local_base_freq": 1e4,
+                "sliding_window_pattern": 2,
+            },
+        ),
+    ],
+)
+def test_mlx_lm_finds_rotary_embeddings_where_it_looks(config, said):
+    assert for_mlx.settings({"model_type": "llama", **config}) == said
+
+
+@pytest.mark.parametrize(
+    "family, more, words",
+    [
+        ("llama", {}, None),
+        ("granite", {}, None),
+        ("mixtral", {}, "wants the experts of a block stacked"),
+        ("gemma2", {}, "attends to all tokens where this model has windows"),
+        ("opt", {}, "of 'opt' models: it has no such model; it reads those of llama"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]}, None),
+        (
+            "gemma3_text",
+            {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
+            "every n-th block",
+        ),
+    ],
+)
+def test_mlx_lm_reads_a_family_or_why_not(family, more, words):
+    config = T.CONFIG_MAPPING[family](**({"num_hidden_layers": 6} | more))
+    said = for_mlx.misread(config)
+    assert said is None if words is None else words in said
+
+
+def test_what_mlx_lm_does_not_read_is_not_written(tmp_path):
+    made = artifact(save_tiny(tmp_path / "m", "opt"), tmp_path / "a", "W4A16g32", "rtn", ())
+    code, text = export(made, tmp_path / "e", "--to", "mlx")
+    assert code == 2 and "cannot go to MLX: mlx-lm does not read" in text, text
+    assert not (tmp_path / "e").exists()

@@ -3,6 +3,7 @@ models by transformers and, where an interpreter has it (LOWBIT_LLAMACPP_PYTHON 
 llama.cpp.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import gguf as package
 import helpers
 import numpy as np
@@ -28,6 +30,8 @@ from lowbit.artifact.proof import verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.export.gguf import tokens
+from lowbit.export.gguf.families import FAMILIES as KNOWN
+from lowbit.export.gguf.model import Architecture, Spot
 from lowbit.export.gguf.types import chosen, held, rounded
 from lowbit.formats import gguf
 from lowbit.formats.ggml import BLOCKS, pack_affine, pack_k, unpack_affine, unpack_k
@@ -319,6 +323,25 @@ def test_the_container_by_the_gguf_package(seed, name, tmp_path_factory):
             "q4_k",
             r"does not fit into Q4_K: it has a scale for every 32 inputs, which does not divide groups of 16",
         ),
+        (
+            Affine(4, 64),
+            640,
+            "q4_k",
+            r"its blocks hold 256 inputs, which does not divide 640; of the types that hold its codes, q4_1 would fit\.",
+        ),
+        (
+            Affine(4, 32, True),
+            640,
+            "q6_k",
+            r"which does not divide 640; of the types that hold its codes, q4_0 and q8_0 would fit\.",
+        ),
+        (Affine(4, 64), 640, "q8_0", r"which is on W4g64: it can be q4_1\."),
+        (
+            KQuant("q2_k"),
+            640,
+            "q2_k",
+            r"divide 640; of the types that hold its codes, none would fit\.",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_never_put_into_something_larger(
@@ -355,14 +378,6 @@ def test_embeddings_in_other_types():
 
 
 # --- whole models ---------------------------------------------------------------------------------
-
-FAMILIES = {
-    "llama": {},
-    "llama-mha": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-}
 
 
 def wide(monkeypatch):
@@ -527,7 +542,7 @@ def test_a_wrong_order_of_rows_is_found(tmp_path, monkeypatch):
             "W4A16g32",
             "rtn",
             [],
-            "GGUF export knows llama, mistral, qwen2, qwen3, not the model family 'gemma'",
+            f"GGUF export knows {', '.join(KNOWN)}, not the model family 'gemma'",
         ),
         ("llama", "W2A16", "claq", [], "is on W2 codebook per column, which no type of GGUF holds"),
         ("llama", "W8A8sym", "rtn", [], "quantizes activations, which gguf cannot say"),
@@ -563,6 +578,246 @@ def test_what_cannot_be_said_is_refused(tmp_path, family, scheme, recipe, option
     )
     assert code == 2 and words in text, text
     assert not (tmp_path / "g").exists() and not (tmp_path / "g.partial").exists()
+
+
+# --- more families --------------------------------------------------------------------------------
+
+WIDE = dict(
+    vocab_size=300,
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=256,
+    head_dim=64,
+)
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
+LOCAL = {"rope_type": "default", "rope_theta": 1e3}
+MODELS = {
+    "gemma3_text": dict(
+        query_pre_attn_scalar=64,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={"full_attention": LINEAR, "sliding_attention": LOCAL},
+    ),
+    "phi3": dict(sliding_window=None),
+    "granite": dict(
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.1,
+        attention_bias=True,
+    ),
+    "smollm3": {},
+    "glm4": {},
+    "mixtral": dict(sliding_window=None, num_hidden_layers=2),
+    "qwen3_moe": dict(norm_topk_prob=True, num_hidden_layers=2),
+}
+
+
+def config_of(family, **more):
+    known = vars(T.CONFIG_MAPPING[family]())
+    wide = {k: v for k, v in WIDE.items() if k in known}
+    return families.config_of(family, **{**wide, **MODELS[family], **more})
+
+
+def quantized(tmp_path, monkeypatch, family, scheme, options=()):
+    """An artifact that is exported without having been loaded: mixtures are not, everywhere."""
+    monkeypatch.setattr(
+        "lowbit.run.closing.verify", functools.partial(verify, loader=False), raising=True
+    )
+    model = save_tiny(tmp_path / "m", config_of(family), dtype=torch.float32)
+    return artifact(model, tmp_path / "a", scheme, options=options)
+
+
+@pytest.mark.parametrize(
+    "family, scheme",
+    [
+        ("gemma3_text", "W4A16g32"),
+        ("phi3", "gguf:q4_k"),
+        ("granite", "W8A16g32sym"),
+        ("smollm3", "W4A16g32sym"),
+        ("glm4", "gguf:q3_k"),
+        ("mixtral", "W8A16g32sym"),
+        ("qwen3_moe", "gguf:q4_k"),
+    ],
+)
+def test_llama_cpp_computes_what_was_tuned(tmp_path, monkeypatch, family, scheme):
+    """By transformers from the file alone where it reads such files, and by llama.cpp."""
+    made = quantized(tmp_path, monkeypatch, family, scheme)
+    code, text = export(made, tmp_path / "g", "--to", "gguf")
+    assert code == 0, text
+    done = verify(tmp_path / "g", python=PYTHON)
+    assert not RUNS or (done.reader == "llama.cpp" and done.loader == "passed")
+    decoded = family in ("gemma3_text", "phi3", "qwen3_moe")
+    assert decoded == ((done.decoded_rms if RUNS else done.logits_rms) is not None)
+    if decoded:
+        assert (done.decoded_rms if RUNS else done.logits_rms) < 2e-4
+    elif not RUNS:
+        assert f"of '{family}' models" in done.loader and "llama.cpp not run" in done.loader
+
+
+@pytest.mark.skipif(not RUNS, reason="no llama-cpp-python")
+@pytest.mark.parametrize(
+    "family, what, wrong",
+    [
+        ("mixtral", "spot", lambda s, full, own: Spot(own.tensor, own.part and 5 - own.part)),
+        ("granite", "rows", lambda s, full, own: None),
+        ("smollm3", "rows", lambda s, full, own: None),
+    ],
+)
+def test_a_wrong_order_is_found_by_llama_cpp(tmp_path, monkeypatch, family, what, wrong):
+    made = quantized(tmp_path, monkeypatch, family, "W8A16g32sym")
+    right = getattr(Architecture, what)
+
+    def spoilt(self, full, *count):
+        return wrong(self, full, right(self, full, *count))
+
+    monkeypatch.setattr(Architecture, what, spoilt)
+    code, text = export(made, tmp_path / "g", "--to", "gguf")
+    assert code == 1 and "logits differ" in text and not (tmp_path / "g").exists(), text
+
+
+@pytest.mark.skipif(not RUNS, reason="no llama-cpp-python")
+@pytest.mark.parametrize(
+    "family, key",
+    [
+        ("gemma3_text", "attention.sliding_window"),
+        ("gemma3_text", "attention.sliding_window_pattern"),
+        ("gemma3_text", "rope.freq_base_swa"),
+        ("gemma3_text", "rope.scaling.factor"),
+        ("granite", "attention.scale"),
+        ("granite", "embedding_scale"),
+        ("granite", "residual_scale"),
+        ("glm4", "rope.dimension_count"),
+    ],
+)
+def test_a_key_that_is_left_out_is_found_by_llama_cpp(tmp_path, monkeypatch, family, key):
+    made = quantized(tmp_path, monkeypatch, family, "W8A16g32sym")
+    right = Architecture.of
+
+    def spoilt(config):
+        known = right(config)
+        del known.metadata[f"{known.name}.{key}"]
+        return known
+
+    monkeypatch.setattr(Architecture, "of", spoilt)
+    code, text = export(made, tmp_path / "g", "--to", "gguf")
+    assert code == 1 and "logits differ" in text and not (tmp_path / "g").exists(), text
+
+
+def test_experts_lie_in_one_tensor_and_routers_in_float32(tmp_path, monkeypatch):
+    made = quantized(tmp_path, monkeypatch, "qwen3_moe", "W4A16g32sym")
+    code, text = export(made, tmp_path / "g", "--to", "gguf", "--embeddings", "q8_0")
+    assert code == 0, text
+    reader = gguf.Reader(next((tmp_path / "g").glob("*.gguf")))
+    found = {n: (e.shape, e.kind.name) for n, e in reader.entries.items() if "blk.1.ffn" in n}
+    assert found == {
+        "blk.1.ffn_norm.weight": ((256,), "F32"),
+        "blk.1.ffn_gate_inp.weight": ((5, 256), "F32"),
+        "blk.1.ffn_gate_exps.weight": ((5, 256, 256), "Q4_0"),
+        "blk.1.ffn_up_exps.weight": ((5, 256, 256), "Q4_0"),
+        "blk.1.ffn_down_exps.weight": ((5, 256, 256), "Q4_0"),
+    }
+
+
+def test_experts_of_several_types_are_refused(tmp_path, monkeypatch):
+    override = "overrides.*.experts.1.up_proj=W8A16g32sym"
+    made = quantized(tmp_path, monkeypatch, "qwen3_moe", "W4A16g32sym", [override])
+    code, text = export(made, tmp_path / "g", "--to", "gguf")
+    words = "experts of 'blk.0.ffn_up_exps.weight' would be in"
+    assert code == 2 and words in text and "give them the same scheme" in text, text
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.parametrize(
+    "family, keys",
+    [
+        (
+            "gemma3_text",
+            {
+                "attention.sliding_window": 8,
+                "attention.sliding_window_pattern": 2,
+                "rope.freq_base": 1e6,
+                "rope.freq_base_swa": 1e3,
+                "rope.scaling.type": "linear",
+                "context_length": 128,
+            },
+        ),
+        ("phi3", {"attention.sliding_window": 0}),
+        (
+            "granite",
+            {
+                "attention.scale": 0.1,
+                "embedding_scale": 3.0,
+                "residual_scale": 0.3,
+                "logit_scale": 2.0,
+            },
+        ),
+        ("smollm3", {"rope.dimension_count": 64}),
+        ("glm4", {"rope.dimension_count": 32}),
+        ("mixtral", {"expert_count": 5, "expert_used_count": 2}),
+        ("qwen3_moe", {"expert_count": 5, "expert_feed_forward_length": 256}),
+    ],
+)
+def test_the_keys_of_a_family(family, keys):
+    known = Architecture.of(config_of(family))
+    assert {k: known.metadata[f"{known.name}.{k}"] for k in keys} == keys
+
+
+@pytest.mark.parametrize(
+    "family, change, words",
+    [
+        ("gemma3_text", dict(query_pre_attn_scalar=128), "scales scores by the root of 64"),
+        ("gemma3_text", dict(attn_logit_softcapping=30.0), "does not cap attention scores"),
+        ("gemma3_text", dict(use_bidirectional_attention=True), "does not look ahead"),
+        (
+            "gemma3_text",
+            dict(layer_types=["full_attention", "sliding_attention"] * 2),
+            "repeats windows with a period",
+        ),
+        ("gemma3_text", dict(hidden_activation="silu"), "gates with GELU by tanh in 'gemma3'"),
+        ("phi3", dict(head_dim=32), "wants heads as wide as the model"),
+        ("granite", dict(residual_multiplier=0.0), "a multiplier of 0"),
+        ("smollm3", dict(no_rope_layers=[1, 0, 1, 0]), "rotates all but every 4th block"),
+        (
+            "smollm3",
+            dict(
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            ),
+            "not among those that GGUF export knows of 'smollm3': default, linear",
+        ),
+        ("qwen3_moe", dict(norm_topk_prob=False), "sum to 1"),
+        ("qwen3_moe", dict(mlp_only_layers=[1]), "wants experts in every block"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(family, change, words):
+    with pytest.raises(LowbitError, match=words):
+        Architecture.of(config_of(family, **change))
+
+
+@pytest.mark.parametrize(
+    "family, full, words",
+    [
+        ("glm4", "model.layers.0.mlp.down_proj.bias", "no place in 'glm4'"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.3.up_proj.bias", "no place in 'qwen3moe'"),
+        ("gemma3_text", "model.layers.0.adapter.weight", "no place in 'gemma3'"),
+    ],
+)
+def test_parameters_without_a_place_are_refused(family, full, words):
+    with pytest.raises(LowbitError, match=words):
+        Architecture.of(config_of(family)).spot(full)
+
+
+def test_both_names_of_an_expert_are_one_spot():
+    known = Architecture.of(config_of("mixtral"))
+    for name in ("mlp.experts.3.gate_proj", "block_sparse_moe.experts.3.w1"):
+        assert known.spot(f"model.layers.1.{name}.weight") == Spot("blk.1.ffn_gate_exps.weight", 3)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -632,6 +887,19 @@ def test_the_splitting_rule_is_recognised(tmp_path, kind):
     )
 
 
+def cut_by_llama_cpp(path, texts):
+    """Ids of texts by the tokenizer of a file."""
+    code = (
+        "import json,sys,llama_cpp; m=llama_cpp.Llama(sys.argv[1],vocab_only=True,verbose=False); "
+        "print(json.dumps([m.tokenize(t.encode(),add_bos=True) for t in json.loads(sys.argv[2])]))"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", code, str(path), json.dumps(texts)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.skipif(not RUNS, reason="no llama-cpp-python")
 @pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "smollm"])
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, kind):
@@ -648,15 +916,7 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, kind):
         "   leading, trailing   ",
         "naïve Привет 1 22 333 4444",
     ]
-    code = (
-        "import json,sys,llama_cpp; m=llama_cpp.Llama(sys.argv[1],vocab_only=True,verbose=False); "
-        "print(json.dumps([m.tokenize(t.encode(),add_bos=True) for t in json.loads(sys.argv[2])]))"
-    )
-    done = subprocess.run(
-        [PYTHON, "-c", code, str(path), json.dumps(texts)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [own(t).input_ids for t in texts]
+    assert cut_by_llama_cpp(path, texts) == [own(t).input_ids for t in texts]
 
 
 @pytest.mark.parametrize(
@@ -719,3 +979,32 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     )
     types = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"], strict=True))
     assert (types["<unk>"], types["<s>"], types["<0x41>"], types["ab"]) == (2, 3, 6, 1)
+
+
+def gemma_tokenizer(folder):
+    """Spaces become U+2581 before a split at spaces, which then finds none."""
+    bytes_ = {f"<0x{i:02X}>": 3 + i for i in range(256)}
+    letters = sorted({c for t in tokens.SAMPLES for c in t.replace(" ", "\u2581")})
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **bytes_}
+    merges = [("o", "n"), ("c", "e"), ("\u2581", "a"), ("on", "ce"), ("\u2581", "t")]
+    for piece in [*letters, *(a + b for a, b in merges)]:
+        vocab.setdefault(piece, len(vocab))
+    tok = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tok.normalizer = normalizers.Replace(" ", "\u2581")
+    tok.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    T.PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return len(vocab)
+
+
+def test_a_split_at_spaces_that_are_gone_changes_nothing(tmp_path):
+    found = tokens.read(tmp_path, gemma_tokenizer(tmp_path))
+    said = found.metadata
+    assert said["tokenizer.ggml.model"] == "llama" and not found.remarks
+    assert said["tokenizer.ggml.add_space_prefix"] is False
+    if RUNS:
+        path = tmp_path / "v.gguf"
+        with gguf.Writer(path, {"general.architecture": "gemma3", **said}, []):
+            pass
+        assert cut_by_llama_cpp(path, list(found.samples)) == list(found.samples.values())

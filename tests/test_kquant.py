@@ -29,6 +29,7 @@ from lowbit.methods._soft import SoftBlock
 from lowbit.methods.gptq import error_cost, fit_range, solve
 from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
+from lowbit.plan.checks import check_divides
 from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
 from lowbit.runtime.linears import DecodedLinear
@@ -266,11 +267,30 @@ def test_an_artifact_of_several_kinds_loads_and_goes_out_unchanged(tmp_path, mon
         assert refused.exit_code == 2 and not (tmp_path / "x").exists(), refused.output
 
 
+@pytest.mark.parametrize(
+    "widths, words",
+    [
+        (
+            (640, 1024, 2048),
+            "W2A16g64sym (q2_0), W4A16g32sym (q4_0), W4A16g32 (q4_1), W8A16g32sym (q8_0)",
+        ),
+        ((64, 96), "W4A16g32sym (q4_0), W4A16g32 (q4_1), W8A16g32sym (q8_0)"),
+        ((640, 40), "none"),
+    ],
+)
+def test_a_k_quant_that_does_not_fit_names_what_does(widths, words):
+    shapes = {f"model.layers.{i}.w": (8, width) for i, width in enumerate(widths)}
+    with pytest.raises(LowbitError) as refused:
+        check_divides(shapes, Recipe(KQuant("q2_k"), ()))
+    said = "schemes whose types of GGUF fit every linear of this model are"
+    assert str(refused.value).endswith(f"of 'model.layers.0.w': {said} {words}.")
+
+
 def test_rows_that_blocks_do_not_divide_are_refused_before_any_work(tmp_path):
     model = save_tiny(tmp_path / "m")
     with pytest.raises(
         LowbitError,
-        match=r"gguf:q2_k comes in blocks of 256 inputs, which do not divide the 64 inputs of 'model.layers.0.self_attn.q_proj'",
+        match=r"gguf:q2_k comes in blocks of 256 inputs, which do not divide the 64 inputs of 'model.layers.0.self_attn.q_proj': schemes whose types of GGUF fit every linear of this model are W4A16g32sym \(q4_0\), W4A16g32 \(q4_1\), W8A16g32sym \(q8_0\)\.",
     ):
         lowbit.quantize(
             str(model),

@@ -13,7 +13,9 @@ from ..formats import LAYOUTS, awq, gptq, mlx
 from ..formats import compressed_tensors as ct
 from ..formats.by_name import FORMATS
 from ..formats.uniform import Uniform, as_uniform
+from ..model.checkpoint import config_at
 from .extra import extra_error, steps_of
+from .for_mlx import misread, settings
 from .place import place
 from .source import Source
 
@@ -77,6 +79,10 @@ def _described(source: Source, target: str, grids: dict[str, Uniform]) -> dict[s
     """What config.json says of the weights, with its key; refuses what the format cannot say before
     anything is written.
     """
+    if target == mlx.NAME:
+        fault = misread(config_at(source.folder / "config.json"))
+        if fault is not None:
+            raise LowbitError(f"'{source.folder}' cannot go to MLX: {fault}")
     for name, (rows, columns) in source.shapes.items():
         if target in (gptq.V1, gptq.V2):
             gptq.check(grids[name], rows, columns, target, name)
@@ -85,7 +91,7 @@ def _described(source: Source, target: str, grids: dict[str, Uniform]) -> dict[s
         elif target == mlx.NAME:
             mlx.group_of(grids[name], columns, name)
     if target == mlx.NAME:
-        return {"quantization": mlx.describe(grids, source.shapes)}
+        return {**settings(source.config), "quantization": mlx.describe(grids, source.shapes)}
     if target == awq.NAME:
         return {"quantization_config": awq.describe(grids, source.skipped)}
     return {

@@ -17,14 +17,17 @@ scale * (code - zero_point), with
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import LowbitError
 from ..grid import Affine, AffineParams, KQuant, KQuantParams, QTensor
-from ..grid.kquant import SUPER
+from ..grid.kquant import SUPER, Kind
+from ..grid.names import scheme_name
 from .half import in_half
 
 
@@ -65,6 +68,28 @@ BLOCKS = {
     )
 }
 BY_NUMBER = {b.number: b for b in BLOCKS.values()}
+# The grids that types are made for.
+_MADE_FOR: tuple[tuple[KQuant | Affine, BlockType], ...] = (
+    *((KQuant(kind), BLOCKS[kind.upper()]) for kind in get_args(Kind)),
+    (Affine(2, 64, True), BLOCKS["Q2_0"]),
+    (Affine(4, 32, True), BLOCKS["Q4_0"]),
+    (Affine(4, 32), BLOCKS["Q4_1"]),
+    (Affine(8, 32, True), BLOCKS["Q8_0"]),
+)
+
+
+def fitting_schemes(widths: Iterable[int]) -> list[str]:
+    """Schemes whose types have blocks that divide all rows, each with its type.
+
+    Args:
+        widths: inputs of every linear.
+    """
+    distinct = set(widths)
+    return [
+        f"{scheme_name(grid)} ({kind.name.lower()})"
+        for grid, kind in _MADE_FOR
+        if all(width % kind.size == 0 for width in distinct)
+    ]
 
 
 def _half_bytes(t: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from ..errors import LowbitError
 from .ggml import BY_NUMBER, BlockType
 
 NAME = "gguf"
+# How the name of a tensor ends that scores experts.
+ROUTER = "ffn_gate_inp.weight"
 _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 _SCALARS = {
     0: "<B",
@@ -111,17 +113,25 @@ class Writer:
         self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
         self._file.write(raw)
         self._file.truncate(self._data + at)
-        self._missing = set(self._places)
+        # Tensors of three dimensions come in parts.
+        self._missing: set[tuple[str, int | None]] = {
+            (e.name, part)
+            for e in entries
+            for part in (range(e.shape[0]) if len(e.shape) == 3 else (None,))
+        }
 
-    def add(self, name: str, rows: Tensor) -> None:
-        """The bytes of one tensor, uint8 of any shape."""
+    def add(self, name: str, rows: Tensor, part: int | None = None) -> None:
+        """The bytes of one tensor, uint8 of any shape, or those of one part of a tensor of three
+        dimensions.
+        """
         at, entry = self._places[name]
+        size = entry.bytes if part is None else entry.bytes // entry.shape[0]
         flat = rows.contiguous().cpu().view(-1)
-        if flat.dtype != torch.uint8 or len(flat) != entry.bytes:
-            raise ValueError(f"'{name}' takes {entry.bytes} bytes, got {len(flat)} {flat.dtype}")
-        self._file.seek(self._data + at)
+        if flat.dtype != torch.uint8 or len(flat) != size:
+            raise ValueError(f"'{name}' takes {size} bytes, got {len(flat)} {flat.dtype}")
+        self._file.seek(self._data + at + size * (part or 0))
         self._file.write(flat.numpy().data)
-        self._missing.discard(name)
+        self._missing.discard((name, part))
 
     def __enter__(self) -> Writer:
         return self
@@ -134,7 +144,8 @@ class Writer:
     ) -> None:
         self._file.close()
         if kind is None and self._missing:
-            raise ValueError(f"'{min(self._missing)}' was never written")
+            name = min(name for name, _ in self._missing)
+            raise ValueError(f"'{name}' was never written")
 
 
 class _Cursor:

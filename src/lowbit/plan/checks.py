@@ -9,6 +9,7 @@ import torch
 from ..errors import LowbitError
 from ..formats import LAYOUTS
 from ..formats import compressed_tensors as ct
+from ..formats.ggml import fitting_schemes
 from ..model.outline import Outline
 from ..recipe import Recipe
 
@@ -33,6 +34,12 @@ def check_divides(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None
         try:
             grid.check(width)
         except ValueError as e:
+            if LAYOUTS[type(grid)].is_gguf:
+                schemes = ", ".join(fitting_schemes(w for _, w in shapes.values()))
+                raise LowbitError(
+                    f"{e} of '{name}': schemes whose types of GGUF fit every linear of this model "
+                    f"are {schemes or 'none'}."
+                ) from e
             sizes = (256, 128, 64, 32, 16, 8)
             fitting = [str(g) for g in sizes if all(w % g == 0 for _, w in shapes.values())]
             raise LowbitError(

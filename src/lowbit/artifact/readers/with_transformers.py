@@ -110,6 +110,12 @@ def of_gguf(folder):
     for key in (
         "head_dim",
         "rope_parameters",
+        "layer_types",
+        "sliding_window",
+        "query_pre_attn_scalar",
+        "pad_token_id",
+        "num_experts",
+        "moe_intermediate_size",
     ):
         if getattr(own, key, None) is not None:
             setattr(config, key, getattr(own, key))

@@ -26,7 +26,7 @@ from ...verbatim import encodable
 from ..place import Place, place
 from ..source import Source
 from . import tokens
-from .model import Architecture
+from .model import Architecture, Spot, joined
 from .rounded import RoundedModel
 from .types import FLOATS, REST, Held, chosen, held, rounded
 
@@ -111,25 +111,27 @@ class _Export:
         self.known: dict[str, dict[str, Any]] = {}
         self.outer: dict[str, dict[str, Any]] = {}
 
-    def _rest_of(self, kept: Stored) -> BlockType:
-        """The type of a tensor that is not quantized: vectors as llama.cpp wants them, matrices as
-        they are stored or as asked for.
+    def _rest_of(self, full: str, kept: Stored) -> BlockType:
+        """The type of a tensor that is not quantized: vectors and routers as llama.cpp wants them,
+        other matrices as they are stored or as asked for.
         """
-        return BLOCKS["F32" if len(kept.shape) == 1 else (self.asked or kept.kind).upper()]
+        wanted = len(kept.shape) == 1 or self.architecture.spot(full).is_router
+        return BLOCKS["F32" if wanted else (self.asked or kept.kind).upper()]
 
     def _entries(self) -> list[gguf.Entry]:
-        found = [
-            gguf.Entry(self.architecture.tensor(f"{n}.weight"), shape, self.kinds[n])
+        parts: list[tuple[Spot, tuple[int, ...], BlockType]] = [
+            (self.architecture.spot(f"{n}.weight"), shape, self.kinds[n])
             for n, shape in self.source.shapes.items()
         ]
         for full, kept in self.others.items():
-            kind = self._rest_of(kept)
+            kind = self._rest_of(full, kept)
             if kept.shape[-1] % kind.size:
                 raise LowbitError(
                     f"'{full}' has rows of {kept.shape[-1]} numbers, which blocks of {kind.name} "
                     "do not divide: choose another type for --embeddings."
                 )
-            found.append(gguf.Entry(self.architecture.tensor(full), kept.shape, kind))
+            parts.append((self.architecture.spot(full), kept.shape, kind))
+        found = joined(parts)
         if self.architecture.factors is not None:
             found.append(
                 gguf.Entry("rope_freqs.weight", (len(self.architecture.factors),), BLOCKS["F32"])
@@ -157,21 +159,22 @@ class _Export:
         )
         inexact = refitted or any(
             t.kind.lower() != (self.asked or t.kind.lower())
-            for t in self.others.values()
-            if len(t.shape) > 1
+            for full, t in self.others.items()
+            if len(t.shape) > 1 and not self.architecture.spot(full).is_router
         )
         ids = read_shard(self.source.folder / PROOF)["ids"]
         anew = inexact or ids.shape[1] > self.architecture.context
-        model = RoundedModel(self.config) if anew else None
+        model = RoundedModel(self.config, self.architecture.spot) if anew else None
         with place(self.source, output, carry=False) as made:
             with (
                 disk(path := made.partial / self.file),
                 gguf.Writer(path, self._metadata(), entries) as file,
             ):
                 for full, kept in self._tensors():
-                    file.add(self.architecture.tensor(full), kept.rows)
+                    spot = self.architecture.spot(full)
+                    file.add(spot.tensor, kept.rows, spot.part)
                     if model is not None:
-                        model.put(full, _back(self.architecture, full, kept.decode()))
+                        model.put(full, self.architecture.given(full, kept.decode()))
                 if self.architecture.factors is not None:
                     file.add("rope_freqs.weight", self.architecture.factors.view(torch.uint8))
             made.add_gguf(self.file)
@@ -199,7 +202,7 @@ class _Export:
                 kept = held(q if order is None else _ordered(q, order), kind, linear)
                 size = kept.rows.numel()
                 self.known[linear] = {
-                    "tensor": self.architecture.tensor(full),
+                    "tensor": self.architecture.spot(full).tensor,
                     "type": kind.name,
                     "bytes": size,
                     "bits_per_weight": 8 * size / q.codes.numel(),
@@ -210,11 +213,12 @@ class _Export:
                 if full not in self.others:
                     continue
                 if value.dim() == 1:
-                    order = self.architecture.rows(full, len(value))
-                    vector = (value if order is None else value[order]).float().contiguous()
+                    vector = self.architecture.stored(full, value).contiguous()
                     yield full, Held(vector.view(torch.uint8), vector.double, 0.0)
                     continue
-                kind, kept = rounded(value, self._rest_of(self.others[full]).name.lower(), full)
+                kind, kept = rounded(
+                    value, self._rest_of(full, self.others[full]).name.lower(), full
+                )
                 self.outer[full] = {
                     "type": kind.name,
                     "bytes": kept.rows.numel(),
@@ -246,9 +250,3 @@ def _place_in_file(entry: gguf.Entry) -> tuple[int, int, str]:
 def _ordered(q: Coded, order: Tensor) -> Coded:
     """The weight with its rows in another order; every tensor of its params has them first."""
     return QTensor(q.grid, q.codes[order], q.params.map(lambda t: t[order]))
-
-
-def _back(architecture: Architecture, full: str, value: Tensor) -> Tensor:
-    """Rows as transformers has them."""
-    order = architecture.rows(full, len(value))
-    return value if order is None else value[order.argsort()]

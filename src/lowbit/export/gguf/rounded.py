@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...model.experts import replace_fused
 
 
 class RoundedModel:
     """A transformers model in float32 that takes its weights one by one.
 
     Args:
-        config: of transformers.
+        config: of transformers. spot: full parameter name, as transformers or a checkpoint has it
+            -> where it lies, the same for both.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, spot: Callable[[str], Hashable] = str) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
@@ -26,14 +30,16 @@ class RoundedModel:
                 config, dtype=torch.float32, attn_implementation="eager"
             ).eval()
         self._model.tie_weights()
-        self._left = dict(self._model.named_parameters())
+        replace_fused(self._model)
+        self._spot = spot
+        self._left = {spot(n): (n, p) for n, p in self._model.named_parameters()}
 
     @torch.no_grad()
     def put(self, full: str, value: Tensor) -> None:
         """One parameter by its full name; a copy of a tied one that a file holds all the same is
         left out.
         """
-        own = self._left.pop(full, None)
+        _, own = self._left.pop(self._spot(full), (full, None))
         if own is not None:
             own.copy_(value)
 
@@ -41,5 +47,6 @@ class RoundedModel:
     def logits(self, ids: Tensor) -> Tensor:
         """(n, length) int64 -> (n, length, vocab) float32."""
         if self._left:
-            raise ValueError(f"'{next(iter(self._left))}' was never put in")
+            name, _ = next(iter(self._left.values()))
+            raise ValueError(f"'{name}' was never put in")
         return torch.cat([self._model(row[None], use_cache=False).logits for row in ids])

@@ -181,6 +181,8 @@ def _sentencepiece(said: Mapping[str, Any], path: Path, remarks: list[str]) -> d
         else:
             raise LowbitError(f"'{path}' normalizes text by {_shown(step)}, which GGUF cannot say.")
     for step in _steps(said.get("pre_tokenizer"), "pretokenizers"):
+        if replaced and step["type"] == "Split" and step["pattern"] == {"String": " "}:
+            continue  # no space is left by then
         if (
             step["type"] != "Metaspace"
             or step.get("replacement", _SPACE) != _SPACE

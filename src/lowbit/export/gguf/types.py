@@ -76,14 +76,16 @@ def chosen(grid: AnyGrid, columns: int, asked: str | None, name: str) -> BlockTy
         raise LowbitError(f"'{name}' is on {grid}, which no type of GGUF holds.")
     if asked is not None:
         kind = BLOCKS[asked.upper()]
+        fit = [k.name.lower() for k in possible if _misfit(grid, columns, k) is None]
         if kind not in possible:
             raise LowbitError(
                 f"{kind.name} does not hold the codes of '{name}', which is on {grid}: it can be "
-                f"{', '.join(k.name.lower() for k in possible)}."
+                f"{', '.join(fit) or 'in no type with rows this wide'}."
             )
         reason = _misfit(grid, columns, kind)
         if reason:
-            raise LowbitError(f"'{name}' does not fit into {kind.name}: {reason}.")
+            others = f"of the types that hold its codes, {' and '.join(fit) or 'none'} would fit"
+            raise LowbitError(f"'{name}' does not fit into {kind.name}: {reason}; {others}.")
         return kind
     if isinstance(grid, Affine) and not grid.symmetric and grid.bits == 3:
         raise LowbitError(
