@@ -3,7 +3,6 @@ models by transformers and, where an interpreter has it (LOWBIT_LLAMACPP_PYTHON 
 llama.cpp.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -619,11 +618,8 @@ def config_of(family, **more):
     return families.config_of(family, **{**wide, **MODELS[family], **more})
 
 
-def quantized(tmp_path, monkeypatch, family, scheme, options=()):
-    """An artifact that is exported without having been loaded: mixtures are not, everywhere."""
-    monkeypatch.setattr(
-        "lowbit.run.closing.verify", functools.partial(verify, loader=False), raising=True
-    )
+def quantized(tmp_path, family, scheme, options=()):
+    """An artifact of a family, verified."""
     model = save_tiny(tmp_path / "m", config_of(family), dtype=torch.float32)
     return artifact(model, tmp_path / "a", scheme, options=options)
 
@@ -642,7 +638,7 @@ def quantized(tmp_path, monkeypatch, family, scheme, options=()):
 )
 def test_llama_cpp_computes_what_was_tuned(tmp_path, monkeypatch, family, scheme):
     """By transformers from the file alone where it reads such files, and by llama.cpp."""
-    made = quantized(tmp_path, monkeypatch, family, scheme)
+    made = quantized(tmp_path, family, scheme)
     code, text = export(made, tmp_path / "g", "--to", "gguf")
     assert code == 0, text
     done = verify(tmp_path / "g", python=PYTHON)
@@ -665,7 +661,7 @@ def test_llama_cpp_computes_what_was_tuned(tmp_path, monkeypatch, family, scheme
     ],
 )
 def test_a_wrong_order_is_found_by_llama_cpp(tmp_path, monkeypatch, family, what, wrong):
-    made = quantized(tmp_path, monkeypatch, family, "W8A16g32sym")
+    made = quantized(tmp_path, family, "W8A16g32sym")
     right = getattr(Architecture, what)
 
     def spoilt(self, full, *count):
@@ -691,7 +687,7 @@ def test_a_wrong_order_is_found_by_llama_cpp(tmp_path, monkeypatch, family, what
     ],
 )
 def test_a_key_that_is_left_out_is_found_by_llama_cpp(tmp_path, monkeypatch, family, key):
-    made = quantized(tmp_path, monkeypatch, family, "W8A16g32sym")
+    made = quantized(tmp_path, family, "W8A16g32sym")
     right = Architecture.of
 
     def spoilt(config):
@@ -705,7 +701,7 @@ def test_a_key_that_is_left_out_is_found_by_llama_cpp(tmp_path, monkeypatch, fam
 
 
 def test_experts_lie_in_one_tensor_and_routers_in_float32(tmp_path, monkeypatch):
-    made = quantized(tmp_path, monkeypatch, "qwen3_moe", "W4A16g32sym")
+    made = quantized(tmp_path, "qwen3_moe", "W4A16g32sym")
     code, text = export(made, tmp_path / "g", "--to", "gguf", "--embeddings", "q8_0")
     assert code == 0, text
     reader = gguf.Reader(next((tmp_path / "g").glob("*.gguf")))
@@ -721,7 +717,7 @@ def test_experts_lie_in_one_tensor_and_routers_in_float32(tmp_path, monkeypatch)
 
 def test_experts_of_several_types_are_refused(tmp_path, monkeypatch):
     override = "overrides.*.experts.1.up_proj=W8A16g32sym"
-    made = quantized(tmp_path, monkeypatch, "qwen3_moe", "W4A16g32sym", [override])
+    made = quantized(tmp_path, "qwen3_moe", "W4A16g32sym", [override])
     code, text = export(made, tmp_path / "g", "--to", "gguf")
     words = "experts of 'blk.0.ffn_up_exps.weight' would be in"
     assert code == 2 and words in text and "give them the same scheme" in text, text
