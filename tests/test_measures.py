@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as T
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -133,10 +134,10 @@ def test_sums_of_ranks_are_those_of_one() -> None:
     ],
 )
 def test_the_length_of_a_window(context: int | None, asked: int | None, found: int | None) -> None:
-    config = SimpleNamespace(max_position_embeddings=context)
+    config = T.PretrainedConfig(max_position_embeddings=context)
     if found is not None:
         assert window_length(config, asked) == found
-        assert context is not None or window_length(SimpleNamespace(), asked) == found
+        assert context is not None or window_length(T.PretrainedConfig(), asked) == found
         return
     with pytest.raises(LowbitError, match=f"^--len {asked} is beyond the model's context of "):
         window_length(config, asked, "--len")

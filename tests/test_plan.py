@@ -66,8 +66,17 @@ def test_bad_input(tmp_path):
         read_config(str(tmp_path))
     with pytest.raises(LowbitError, match="does not divide"):
         make_plan(FAMILIES["llama"](), recipe("W2A16g24"))
-    with pytest.raises(LowbitError, match="mixture of experts"):
-        make_plan(T.MixtralConfig(num_hidden_layers=1), recipe("W2A16g16"))
+
+
+def test_every_expert_is_counted():
+    config = T.MixtralConfig(num_hidden_layers=2, num_local_experts=6)
+    with torch.device("meta"):
+        model = T.AutoModelForCausalLM.from_config(config)
+    made = make_plan(config, recipe("W2A16g128"))
+    assert made.parameters == sum(p.numel() for p in model.parameters())
+    hidden, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads
+    attention = 2 * hidden * hidden + 2 * hidden * kv * hidden // config.num_attention_heads
+    assert made.quantized == 2 * (attention + 6 * 3 * hidden * inner)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,7 +268,7 @@ def test_calibration_that_no_model_could_have(asked, words) -> None:
 
 
 def test_a_config_without_a_context_leaves_the_recipes_length() -> None:
-    for config in (SimpleNamespace(), SimpleNamespace(max_position_embeddings=None)):
+    for config in (T.PretrainedConfig(), T.PretrainedConfig(max_position_embeddings=None)):
         assert calibration_of(Calibration(length=3000), config).length == 3000
 
 
