@@ -7,7 +7,7 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from helpers import model_of, opened, run, save_tiny, staged
+from helpers import apply_methods, model_of, opened, run, save_tiny, staged
 
 from lowbit.grid.names import parse_scheme
 from lowbit.methods._hessian import input_hessians
@@ -177,3 +177,38 @@ def test_what_folds_change_is_measured_in_every_block(folder, recipe):
         pass
     errors = [b.notes["fold_error"] for b in blocks]
     assert all(0 <= e < 2e-2 for e in errors) and any(errors)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "deepseek_v3",
+        "ernie4_5_moe",
+        "glm4_moe",
+        "gpt_oss",
+        "granitemoe",
+        "hunyuan_v1_moe",
+        "llama4_text",
+        "mixtral",
+        "nemotron_h",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_5_moe_text",
+        "qwen3_next",
+    ],
+)
+def test_mixtures_of_other_families(family, tmp_path):
+    """The first block of every kind: all its linears are coded, GPTQ better than to nearest."""
+    source = ModelStream(save_tiny(tmp_path / "m", families.config_of(family)))
+    described = source.described
+    assert any(graph.mixtures for graph in described.kinds)
+    nearest, solved = (load_recipe(n, scheme=parse_scheme("W3A16g8")) for n in ("rtn", "gptq"))
+    for kind in range(len(described.kinds)):
+        i = described.of_layers.index(kind)
+        errors = []
+        for recipe in (nearest, solved):
+            block = apply_methods(opened(source, recipe, ids_of(8), i), recipe)
+            assert set(block.coded) == set(block.graph.linears)
+            now = replace(block, weights=block.decoded()).forward(block.x.float())
+            errors.append(float((now - block.target.float()).square().mean()))
+        assert errors[1] < errors[0]
