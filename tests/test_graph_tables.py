@@ -53,6 +53,7 @@ ROLES = {
         {**SPLIT, "out_proj": "output", "w1": "gate", "w3": "up", "w2": "down"},
     ],
     "Qwen3-Next-80B": [
+        {"in_proj_qkvz": "state", "out_proj": "output", **GATED},
         {**SPLIT, "o_proj": "output", **GATED},
     ],
     "Nemotron-H-8B": [
