@@ -398,14 +398,14 @@ class ModelStream:
             for name, module in self.skeleton.named_modules()
             if isinstance(module, nn.Linear)
         }
-        reasons = [dict(self.graph(i).kept) for i in range(len(self))]
-        return outside | {
-            f"{self.block_name(i)}.{name}": reasons[i].get(name, "not in the block's graph")
-            + ": kept in its own dtype"
-            for i, block in enumerate(self._blocks)
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear) and name not in self.graph(i).linears
-        }
+        inside = {}
+        for i, block in enumerate(self._blocks):
+            held, reasons = set(self.graph(i).linears), dict(self.graph(i).kept)
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear) and name not in held:
+                    why = reasons.get(name, "not in the block's graph")
+                    inside[f"{self.block_name(i)}.{name}"] = f"{why}: kept in its own dtype"
+        return outside | inside
 
     def _outer(self) -> dict[str, Tensor]:
         """Everything outside the blocks, ready to compute, tied names included."""

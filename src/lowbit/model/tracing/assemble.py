@@ -25,12 +25,13 @@ def graph_of(kind: Kind, centred: bool) -> Graph:
     Args:
         centred: the model's norms are LayerNorms.
     """
-    norms = {}
+    norms: dict[str, Source] = {}  # reader -> the norm that alone makes what it reads
     for key, names in kind.readers.items():
         norm = kind.base.made.get(key)
-        if norm is not None and norm_offset(kind, norm, kind.seen_at(names[0])) is not None:
-            norms.update(dict.fromkeys(names, norm))
-    attention = attention_of(kind, norms)
+        offset = None if norm is None else norm_offset(kind, norm, kind.seen_at(names[0]))
+        if norm is not None and offset is not None:
+            norms.update(dict.fromkeys(names, Source(norm, "norm", offset=offset)))
+    attention = attention_of(kind, {name: source.module for name, source in norms.items()})
     found = [_site(kind, key, names, norms) for key, names in kind.readers.items()]
     sites = tuple(s for s in found if s is not None)
     writing = writers(kind)
@@ -61,19 +62,15 @@ def graph_of(kind: Kind, centred: bool) -> Graph:
     return spread(widened(narrow, kind), kind.counts(kind.real))
 
 
-def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, str]) -> Site | None:
+def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, Source]) -> Site | None:
     reads = tuple(n for n in names if n in kind.linears)
     if not reads:
         return None
     beside, closed = _beside(kind, [n for n in names if n not in reads], reads[0])
-    norm = norms.get(reads[0])
-    source: Source | None = None
+    source = norms.get(reads[0])
     residual = False
-    if norm is not None:
-        offset = norm_offset(kind, norm, kind.seen_at(reads[0]))
-        assert offset is not None
-        residual = not closed and key_of(kind.base.inputs[norm]) in kind.base.stream
-        source = Source(norm, "norm", offset=offset)
+    if source is not None:
+        residual = not closed and key_of(kind.base.inputs[source.module]) in kind.base.stream
     elif not _entering(kind, reads[0]):
         made = made_by(kind, reads[0], reads)
         source = linear_source(made, kind.modules[made[0]].out_features if made else 0)
