@@ -7,16 +7,22 @@ from dataclasses import replace
 import families
 import pytest
 import torch
+import transformers as T
 from helpers import apply_methods, model_of, opened, run, save_tiny, staged
+from typer.testing import CliRunner
 
+from lowbit.cli import app
+from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
 from lowbit.methods._hessian import input_hessians
 from lowbit.methods._rare import second_moments
+from lowbit.model import tracing
 from lowbit.model.graph import Graph, Site
 from lowbit.model.hooks import routed
 from lowbit.model.rewrite import fold
 from lowbit.model.statistics import Statistic
 from lowbit.model.stream import ModelStream
+from lowbit.plan import make_plan
 from lowbit.recipe.presets import load_recipe
 
 MIXTURE = "mlp.experts"
@@ -212,3 +218,33 @@ def test_mixtures_of_other_families(family, tmp_path):
             now = replace(block, weights=block.decoded()).forward(block.x.float())
             errors.append(float((now - block.target.float()).square().mean()))
         assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("windows", [1, 20])
+def test_mixtures_are_analyzed(folder, tmp_path, windows):
+    """One window of four tokens leaves most experts without any."""
+    options = ("--text", folder / "text.txt", "--length", 4, "--windows", windows)
+    found = CliRunner().invoke(
+        app, list(map(str, ("analyze", folder, *options, "-o", tmp_path / "a")))
+    )
+    assert found.exit_code == 0, found.output
+    said = (tmp_path / "a" / "analysis.json").read_text()
+    assert "mlp.experts." in said
+
+
+def test_encoders_are_no_decoders():
+    config = T.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    with pytest.raises(LowbitError, match="look at tokens to come"):
+        tracing.described(config)
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("scheme", "fits"), [("W4A16g8", False), ("W3A16g8sym", False), ("W4A16g8sym", True)]
+)
+def test_servers_take_experts_on_symmetric_grids(target, scheme, fits):
+    recipe = load_recipe("rtn", scheme=parse_scheme(scheme))
+    reasons = " ".join(make_plan(families.config_of("qwen3_moe"), recipe).verdict(target).reasons)
+    assert ("takes experts of 4 or 8 bits on symmetric grids" in reasons) is not fits

@@ -135,13 +135,11 @@ def _over_median(values: Tensor) -> float:
 
 
 def sites_of(described: Described) -> list[tuple[str, ...]]:
-    """Return the full names of every block's linears, those that read the same activation
-    together.
-    """
+    """Return the full names of every block's linears, those that read the same tokens together."""
     return [
-        tuple(f"{described.block_name(i)}.{n}" for n in site.reads)
+        tuple(f"{described.block_name(i)}.{n}" for n in names)
         for i in range(len(described.of_layers))
-        for site in described.graph(i).sites
+        for names in described.graph(i).readings
     ]
 
 
@@ -154,7 +152,8 @@ def measure(
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Site]:
-    """Count kernel shares and outliers of every linear's input while windows of tokens pass.
+    """Count kernel shares and outliers of every linear's input while windows of tokens pass; of
+    linears that some token reaches.
 
     Args:
         model: as transformers loads it. described: its blocks.
@@ -181,7 +180,7 @@ def measure(
     finally:
         for handle in handles:
             handle.remove()
-    return sites
+    return [s for s in sites if s.channels is not None]
 
 
 def mean_kernel(sites: Sequence[Site], name: str) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...model.calibration import evaluation_windows
+from ...model.experts import replace_fused
 from ...model.source import open_files
 from ...model.stream import load_config, load_tokenizer
 from ...model.tracing import described
@@ -85,6 +86,7 @@ def study(
     length = window_length(config, given.length)
     ids = evaluation_windows(given.text, load_tokenizer(checkpoint), length, given.windows)
     loaded = load_causal_lm(given.model, given.device)
+    replace_fused(loaded)
     sites = measure(loaded, graphs, ids, grids, given.batch, measuring)
     found: list[tuple[Removal, float]] = []
     if wanted:
