@@ -35,8 +35,8 @@ def evaluate(
         LowbitError: no windows, a token id outside the vocabulary, a reference with another one, or
             logits that are not numbers.
     """
-    vocab = _vocabulary(model)
-    _check_windows(windows, vocab, reference)
+    vocab = vocabulary(model)
+    check_windows(windows, vocab, reference)
     step = max(1, min(batch, _LOGITS_AT_ONCE // (windows.shape[1] * vocab)))
     tally = Tally()
     for at in range(0, len(windows), step):
@@ -70,13 +70,13 @@ def numeric(logits: Tensor, whose: str) -> Tensor:
     return logits
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary(model: Any) -> int:
     """Return the number of tokens."""
     # Models that also see keep the text model's config inside their own.
     return int(model.config.get_text_config().vocab_size)
 
 
-def _check_windows(windows: Tensor, vocab: int, reference: Any) -> None:
+def check_windows(windows: Tensor, vocab: int, reference: Any = None) -> None:
     """Refuse windows that the model cannot read, and a reference with another vocabulary."""
     if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
         raise LowbitError(
@@ -89,8 +89,8 @@ def _check_windows(windows: Tensor, vocab: int, reference: Any) -> None:
             f"the text has token id {top}, the vocabulary ends at {vocab - 1}: is it the model's "
             "own tokenizer?"
         )
-    if reference is not None and _vocabulary(reference) != vocab:
+    if reference is not None and vocabulary(reference) != vocab:
         raise LowbitError(
-            f"the reference has {_vocabulary(reference)} tokens in its vocabulary, the model "
+            f"the reference has {vocabulary(reference)} tokens in its vocabulary, the model "
             f"{vocab}: they cannot be compared."
         )

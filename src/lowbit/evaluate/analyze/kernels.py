@@ -17,6 +17,7 @@ from torch import Tensor
 from ...errors import LowbitError
 from ...grid import CrossQuant, PerToken
 from ...model.graph import Described
+from ..perplexity import check_windows, vocabulary
 
 _OUTLIER = 6.0  # where LLM.int8() stops quantizing a channel
 
@@ -164,6 +165,7 @@ def measure(
     Raises:
         LowbitError: an activation is not finite.
     """
+    check_windows(windows, vocabulary(model))
     sites = [Site(names) for names in sites_of(described)]
 
     def hook_of(site: Site) -> Any:
