@@ -35,7 +35,9 @@ def ids_of(rows, length=24):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("moe") / "m", families.config_of("qwen3_moe", vocab_size=300))
+    return save_tiny(
+        tmp_path_factory.mktemp("moe") / "m", families.config_of("qwen3_moe", vocab_size=300)
+    )
 
 
 @pytest.fixture(scope="module")
