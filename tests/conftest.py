@@ -1,5 +1,6 @@
 """What several files of tests need set up and taken down."""
 
+import subprocess
 import types
 
 import forked
@@ -7,20 +8,26 @@ import pytest
 from standin import Hub
 
 
-@pytest.fixture(autouse=True)
-def forked_readers(request, monkeypatch):
-    """Readers that this process starts do not import torch and transformers each time, but in tests
-    marked ``anew``.
+@pytest.fixture(scope="session", autouse=True)
+def forked_readers():
+    """Readers that this process starts do not import torch and transformers each time. Of the
+    session, so that fixtures of modules start them so, too.
     """
-    if "anew" in request.keywords:
-        return
     from lowbit.artifact.proof import runtimes
 
-    monkeypatch.setattr(
-        runtimes,
-        "subprocess",
-        types.SimpleNamespace(**{**vars(runtimes.subprocess), "run": forked.run}),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        launch = {**vars(subprocess), "run": forked.run}
+        patch.setattr(runtimes, "subprocess", types.SimpleNamespace(**launch))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def started_anew(request, monkeypatch):
+    """In tests marked ``anew`` readers are started as users start them."""
+    if "anew" in request.keywords:
+        from lowbit.artifact.proof import runtimes
+
+        monkeypatch.setattr(runtimes, "subprocess", subprocess)
 
 
 @pytest.fixture

@@ -100,16 +100,21 @@ def test_tokens_of_each_expert_are_reported(source):
 def test_a_fold_keeps_the_routing_only_if_the_router_is_made_up_for(source):
     block = block_of(source)
     site = block.graph.site_of(f"{MIXTURE}.0.up_proj")
-    factor = torch.rand(block.weight(site.reads[0]).shape[1]).double() + 0.3
+    rng = torch.Generator().manual_seed(0)
+    factor = torch.rand(block.weight(site.reads[0]).shape[1], generator=rng).double() + 0.3
     before, x = block.forward(block.x.double()), block.x.double()
     folded = fold(block, site, factor)
     assert not torch.equal(folded.weights["mlp.gate.weight"], block.weights["mlp.gate.weight"])
-    # The router is rounded to the dtype it is stored in, bfloat16.
-    error = (folded.forward(x) - before).abs().max()
     without = fold(block, replace(site, beside=()), factor)
-    assert error < 1e-3 and (without.forward(x) - before).abs().max() > 50 * error
-    assert not torch.equal(sent(without)[1], sent(block)[1])
-    assert torch.equal(sent(folded)[1], sent(block)[1])
+    # The router is rounded to the dtype it is stored in, bfloat16: a token between two experts may
+    # go to the other one.
+    chosen = sent(block)[1]
+    same, kept = ((sent(b)[1] == chosen).all(-1) for b in (folded, without))
+    assert same.double().mean() > 0.98 and kept.double().mean() < 0.8
+    error, lost = (
+        (b.forward(x) - before).flatten(0, 1)[same].abs().max() for b in (folded, without)
+    )
+    assert error < 1e-3 and lost > 50 * error
 
 
 def moments(tokens, width=4, seed=0):
