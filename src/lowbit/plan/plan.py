@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ from ..formats.packing import tensor_bytes
 from ..grid import AnyGrid
 from ..methods.cost import Layer, Rows, Shapes
 from ..model.calibration import Calibration
-from ..model.checkpoint import config_at, hub_file
 from ..model.model import Model, Stage
 from ..model.outline import Outline
-from ..model.source import gguf_config, gguf_path
 from ..model.stream import ModelStream
 from ..model.wrapper import text_config
 from ..recipe import Recipe
@@ -345,31 +342,3 @@ def calibration_of(
         given.samples if samples is None else samples,
         min(given.length, context) if length is None else length,
     )
-
-
-def read_config(model: str) -> Any:
-    """The config of a local folder, of a config.json itself, of a GGUF file or of a hub repository;
-    weights are not looked at.
-
-    Raises:
-        LowbitError: there is none.
-    """
-    path = Path(model)
-    gguf = gguf_path(path)
-    if gguf is not None:
-        return gguf_config(gguf)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        if (
-            path.suffix == ".json"
-            or path.name == "config.json"
-            or model.count("/") != 1
-            or model.startswith((".", "/"))
-        ):
-            raise LowbitError(f"no config.json at '{model}'.")
-        found = hub_file(model, "config.json")
-        if found is None:
-            raise LowbitError(f"hub repository '{model}' has no config.json.")
-        path = found
-    return config_at(path)
