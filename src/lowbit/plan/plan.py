@@ -155,7 +155,7 @@ class Plan:
     def parameters(self) -> int:
         """Of the model, tied heads once."""
         o = self.outline
-        return self.quantized + o.rest + o.outside
+        return self.quantized + o.rest + o.outside + o.around
 
     @property
     def original(self) -> int:
@@ -177,7 +177,7 @@ class Plan:
     def artifact(self) -> int:
         """Bytes of the packed artifact."""
         o = self.outline
-        return self.packed + 2 * (o.rest + o.stored_outside)
+        return self.packed + 2 * (o.rest + o.stored_outside + o.around)
 
     @property
     def bits_per_weight(self) -> float:
@@ -259,6 +259,7 @@ class Plan:
             "blocks": self.outline.blocks,
             "parameters": self.parameters,
             "quantized": self.quantized,
+            "around": self.outline.around,
             "original": self.original,
             "artifact": self.artifact,
             "bits_per_weight": self.bits_per_weight,
@@ -290,7 +291,7 @@ def plan_for(
         samples, length, ranks, here: as in `Setting`. plain: as in `Plan.of`.
     """
     setting = Setting(samples, length, source.device, source.dtype, source.compute, ranks, here)
-    return Plan.of(Outline.of(source.config), recipe, setting, plain=plain)
+    return Plan.of(Outline.of(source.whole_config), recipe, setting, plain=plain)
 
 
 def make_plan(
