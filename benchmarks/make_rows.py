@@ -16,7 +16,7 @@ import sys
 
 from lowbit.model.calibration import evaluation_windows
 from lowbit.model.checkpoint import Checkpoint
-from lowbit.model.stream import load_tokenizer
+from lowbit.model.tokenizer import load_tokenizer
 
 
 def main() -> None:

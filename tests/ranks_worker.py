@@ -21,7 +21,8 @@ from lowbit.grid.names import parse_scheme
 from lowbit.model.calibration import Calibration, draw_rows
 from lowbit.model.model import Streams
 from lowbit.model.ranks import ALONE, Ranks
-from lowbit.model.stream import ModelStream, load_tokenizer
+from lowbit.model.stream import ModelStream
+from lowbit.model.tokenizer import load_tokenizer
 from lowbit.recipe.presets import load_recipe
 from lowbit.run.launch import joined
 

@@ -5,13 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as T
+from families import wrapper_of
 from helpers import COMMON, FAMILIES, LLAMA
 from torch import nn
 
 from lowbit.errors import LowbitError
 from lowbit.grid import InputQuantizer, PerToken
+from lowbit.grid.names import parse_scheme
+from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.hooks import AllSeen, quantized_inputs, watched
 from lowbit.model.outline import Outline
+from lowbit.plan import make_plan
+from lowbit.recipe import load_recipe
 
 H, F, V = 64, 96, 300  # hidden, inner, vocabulary
 
@@ -131,6 +136,42 @@ def test_a_config_is_left_as_it_was():
 def test_other_families_are_refused_by_name(config):
     with pytest.raises(LowbitError, match=config.model_type):
         Outline.of(config)
+
+
+TOWERS = ("vision", "visual", "projector")
+
+
+@pytest.mark.parametrize(
+    "family, text",
+    [
+        ("gemma3", "gemma3_text"),  # ties its head in either config
+        ("mistral3", "mistral"),  # in the larger one
+        ("qwen3_vl", "qwen3_vl_text"),
+        ("qwen3_5", "qwen3_5_text"),
+        ("llava", "mixtral"),
+    ],
+)
+def test_what_lies_around_a_text_model_is_counted(family, text, tmp_path):
+    config = wrapper_of(family, text)
+    model = T.AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path)
+    found = Checkpoint(tmp_path).stored()
+    towers = sum(t.numel for n, t in found.items() if any(word in n for word in TOWERS))
+    assert towers and Outline.of(config).around == towers
+    recipe = load_recipe("rtn", scheme=parse_scheme("W4A16g8sym"))
+    plan = make_plan(config, recipe, 8, 32)
+    assert plan.parameters == sum(t.numel for t in found.values())
+    assert plan.as_dict()["around"] == towers
+    alone = replace(plan, outline=replace(plan.outline, around=0))
+    assert plan.artifact - alone.artifact == 2 * towers
+    assert plan.check_memory - alone.check_memory == 4 * towers
+    assert plan.memory == alone.memory  # a run copies them piece by piece
+    assert Outline.of(config.get_text_config()).around == 0
+
+
+def test_what_cannot_be_built_around_a_text_model_is_not_counted(monkeypatch):
+    monkeypatch.setattr("lowbit.model.outline.whole_model", lambda config: None)
+    assert Outline.of(wrapper_of("gemma3", "gemma3_text")).around == 0
 
 
 # --- hooks ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .evaluate.pages import write_page
 from .machine import pick_device
 from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint
-from .model.stream import load_tokenizer
+from .model.tokenizer import load_tokenizer
 from .run.quantize import Result, quantize
 from .verbatim import shell
 

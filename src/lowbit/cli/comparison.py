@@ -11,8 +11,8 @@ from ..console import Console
 from ..evaluate import window_length
 from ..evaluate.pages import write_comparison
 from ..model.calibration import Calibration
+from ..model.config import load_config
 from ..model.source import open_files
-from ..model.stream import load_config
 from .compare import Cell, Terms, cells, opened, title_of
 from .display import Progress, comparison_table
 from .sentences import check_needed

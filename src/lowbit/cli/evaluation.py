@@ -14,8 +14,9 @@ from ..evaluate.tasks import Prepared, TaskResults, evaluate_tasks, prepare
 from ..evaluate.tasks.show import notes, table
 from ..machine import pick_device
 from ..model.calibration import evaluation_windows
+from ..model.config import load_config
 from ..model.source import open_files
-from ..model.stream import load_config, load_tokenizer
+from ..model.tokenizer import load_tokenizer
 from ..runtime.integers import in_integers
 from .display import progress_bar
 from .sentences import check_needed

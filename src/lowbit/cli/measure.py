@@ -69,7 +69,7 @@ def generate(
     from ..evaluate import continue_text, load_causal_lm
     from ..machine import pick_device
     from ..model.source import open_files
-    from ..model.stream import load_tokenizer
+    from ..model.tokenizer import load_tokenizer
     from ..runtime.integers import in_integers
 
     tokenizer = load_tokenizer(open_files(model))

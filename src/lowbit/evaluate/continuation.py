@@ -18,7 +18,7 @@ def continue_text(
     """Return the prompt with up to ``tokens`` new tokens.
 
     Args:
-        model, tokenizer: as from `load_causal_lm` and `lowbit.model.stream.load_tokenizer`.
+        model, tokenizer: as from `load_causal_lm` and `lowbit.model.tokenizer.load_tokenizer`.
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling.
 

@@ -10,10 +10,10 @@ import torch
 
 from ..errors import LowbitError, unknown
 from ..model.checkpoint import Checkpoint
+from ..model.config import load_config
 from ..model.intake import check_read_as_floats, is_leftover
 from ..model.skeleton import build_skeleton, reason_of
 from ..model.source import open_files
-from ..model.stream import load_config
 from ..model.wrapper import class_for
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -13,7 +13,7 @@ from ..formats import LAYOUTS, awq, gptq, mlx
 from ..formats import compressed_tensors as ct
 from ..formats.by_name import FORMATS
 from ..formats.uniform import Uniform, as_uniform
-from ..model.checkpoint import config_at
+from ..model.config import config_at
 from .extra import extra_error, steps_of
 from .for_mlx import misread, settings
 from .place import place

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
-from .checkpoint import TEMPLATES, Checkpoint
+from .checkpoint import Checkpoint
+from .repository import TEMPLATES
 
 _OWN = {"README.md", "report.json", "recipe.toml", "proof/", "model.safetensors.index.json"}
 _OF_QUANTIZERS = {

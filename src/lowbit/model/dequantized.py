@@ -34,7 +34,8 @@ class Dequantized(Computed):
         held = Checkpoint.stored(self)
         if not any(t.kind in fp8.KINDS for t in held.values()) or self.file(_MODELOPT) is None:
             return {}
-        return {"quant_method": (self._read_json(_MODELOPT).get("producer") or {}).get("name")}
+        producer = self.repository.read_json(_MODELOPT).get("producer") or {}
+        return {"quant_method": producer.get("name")}
 
     @cached_property
     def _scaled(self) -> dict[str, fp8.Scaled]:

@@ -21,6 +21,7 @@ from .checkpoint import FLOATS, Stored
 from .computed import At, Computed, spans_of
 from .gguf_file import GGUFFile, package
 from .gguf_names import Translated
+from .repository import Repository
 from .skeleton import reason_of
 
 _ROTARY = "rope_freqs.weight"
@@ -91,17 +92,16 @@ class GGUFSource(Computed):
     """
 
     def __init__(self, path: Path) -> None:
-        self.name, self.revision = str(path), None
+        self._place = tempfile.TemporaryDirectory(prefix="lowbit-gguf-")
+        self.repository = Repository(str(path), Path(self._place.name))
         self._translated = Translated.of(GGUFFile(path))
         self._files = {p.name: p for p in self._translated.file.parts}
         self.shards = tuple(self._files)
         self._held = {}  # all that is shown is computed
         self._check_types()
-        self._place = tempfile.TemporaryDirectory(prefix="lowbit-gguf-")
-        self.folder = Path(self._place.name)
         self._save_config()
         self._save_tokenizer()
-        self.config_json = self._read_json("config.json")
+        self.config_json = self.repository.read_json("config.json")
 
     def _check_types(self) -> None:
         """Raise LowbitError if a tensor's type cannot be dequantized."""
@@ -126,7 +126,7 @@ class GGUFSource(Computed):
         for view in self.views.values():
             counted[view.kind] += math.prod(view.shape)
         config.dtype = FLOATS[counted.most_common(1)[0][0]] if counted else None
-        config.save_pretrained(self.folder)
+        config.save_pretrained(self._place.name)
 
     def _save_tokenizer(self) -> None:
         from transformers import AutoTokenizer
@@ -134,7 +134,7 @@ class GGUFSource(Computed):
         first = self._translated.file.first
         try:
             tokenizer = AutoTokenizer.from_pretrained(first.parent, gguf_file=first.name)
-            tokenizer.save_pretrained(self.folder)
+            tokenizer.save_pretrained(self._place.name)
         except Exception as e:  # each kind of tokenizer fails in ways of its own
             raise LowbitError(
                 f"transformers cannot make a tokenizer of what '{self.name}' holds: {reason_of(e)}"

@@ -17,7 +17,7 @@ from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
 from .tracing import described
 from .tracing.blocks import signature
-from .wrapper import text_config
+from .wrapper import is_wrapper, text_config, whole_model
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Outline:
         kinds: of blocks. of_layers: of each block, the index of its kind.
         outside: parameters outside the blocks, a tied head not counted. tied_head: parameters of
             that head; 0 without one.
+        around: parameters of a larger model around the text model (towers, projectors), which are
+            copied as they are; 0 without one, or where its class cannot be built.
         centred: its norms take the mean off (LayerNorm).
         rotated: the residual stream is in another basis; the head is no longer tied then.
         online: full linear name -> rotation of its input while the finished model runs.
@@ -72,6 +74,7 @@ class Outline:
     outside: int
     tied_head: int
     centred: bool
+    around: int = 0
     rotated: bool = False
     online: Mapping[str, Rotation] = field(default_factory=dict)
     kv: bool = False
@@ -85,11 +88,12 @@ class Outline:
             LowbitError: unsupported family, or a config that describes no model, or one without a
                 linear that can be quantized.
         """
-        name = getattr(config, "name_or_path", "") or config.model_type
-        config = text_config(config, name)
+        whole, name = config, getattr(config, "name_or_path", "") or config.model_type
+        config = text_config(whole, name)
         found = described(config)
         found.check(name)
         model: Any = build_skeleton(copy.deepcopy(config), name)
+        around = _around(whole, model)
         blocks = list(model.get_submodule(found.frame.layers).children())
         everything = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
         outside = everything - sum(p.numel() for block in blocks for p in block.parameters())
@@ -105,9 +109,9 @@ class Outline:
                     kinds.append(kind)
                 seen[alike] = kinds.index(kind)
             of_layers.append(seen[alike])
-        # Meta tensors carry no data to tie: count the head out by the config's word.
+        # Meta tensors carry no data to tie: count the head out by the word of the whole's config.
         head = model.get_output_embeddings().weight
-        tied = bool(getattr(config, "tie_word_embeddings", False))
+        tied = bool(getattr(whole, "tie_word_embeddings", False))
         if tied and head is not model.get_input_embeddings().weight:
             outside -= head.numel()
         return cls(
@@ -118,6 +122,7 @@ class Outline:
             outside=outside,
             tied_head=head.numel() if tied else 0,
             centred=found.frame.centred,
+            around=around,
         )
 
     @property
@@ -174,3 +179,18 @@ class Outline:
         """Of the checkpoint, as the config says; bfloat16 if it does not."""
         said = getattr(self.config, "dtype", None)
         return said if isinstance(said, torch.dtype) else torch.bfloat16
+
+
+def _around(config: Any, text: nn.Module) -> int:
+    """Parameters of a model outside its text model, as far as its class can be built.
+
+    Args:
+        config: of the whole. text: the text model with its head, on the meta device.
+    """
+    whole = whole_model(config) if is_wrapper(config) else None
+    return 0 if whole is None else _named(whole) - _named(text)
+
+
+def _named(model: nn.Module) -> int:
+    """Parameters of a model, those with two names twice: tied heads count in either model."""
+    return sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))

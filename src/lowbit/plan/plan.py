@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ from ..formats.packing import tensor_bytes
 from ..grid import AnyGrid
 from ..methods.cost import Layer, Rows, Shapes
 from ..model.calibration import Calibration
-from ..model.checkpoint import config_at, hub_file
 from ..model.model import Model, Stage
 from ..model.outline import Outline
-from ..model.source import gguf_config, gguf_path
 from ..model.stream import ModelStream
 from ..model.wrapper import text_config
 from ..recipe import Recipe
@@ -158,7 +155,7 @@ class Plan:
     def parameters(self) -> int:
         """Of the model, tied heads once."""
         o = self.outline
-        return self.quantized + o.rest + o.outside
+        return self.quantized + o.rest + o.outside + o.around
 
     @property
     def original(self) -> int:
@@ -180,7 +177,7 @@ class Plan:
     def artifact(self) -> int:
         """Bytes of the packed artifact."""
         o = self.outline
-        return self.packed + 2 * (o.rest + o.stored_outside)
+        return self.packed + 2 * (o.rest + o.stored_outside + o.around)
 
     @property
     def bits_per_weight(self) -> float:
@@ -262,6 +259,7 @@ class Plan:
             "blocks": self.outline.blocks,
             "parameters": self.parameters,
             "quantized": self.quantized,
+            "around": self.outline.around,
             "original": self.original,
             "artifact": self.artifact,
             "bits_per_weight": self.bits_per_weight,
@@ -293,7 +291,7 @@ def plan_for(
         samples, length, ranks, here: as in `Setting`. plain: as in `Plan.of`.
     """
     setting = Setting(samples, length, source.device, source.dtype, source.compute, ranks, here)
-    return Plan.of(Outline.of(source.config), recipe, setting, plain=plain)
+    return Plan.of(Outline.of(source.whole_config), recipe, setting, plain=plain)
 
 
 def make_plan(
@@ -345,31 +343,3 @@ def calibration_of(
         given.samples if samples is None else samples,
         min(given.length, context) if length is None else length,
     )
-
-
-def read_config(model: str) -> Any:
-    """The config of a local folder, of a config.json itself, of a GGUF file or of a hub repository;
-    weights are not looked at.
-
-    Raises:
-        LowbitError: there is none.
-    """
-    path = Path(model)
-    gguf = gguf_path(path)
-    if gguf is not None:
-        return gguf_config(gguf)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        if (
-            path.suffix == ".json"
-            or path.name == "config.json"
-            or model.count("/") != 1
-            or model.startswith((".", "/"))
-        ):
-            raise LowbitError(f"no config.json at '{model}'.")
-        found = hub_file(model, "config.json")
-        if found is None:
-            raise LowbitError(f"hub repository '{model}' has no config.json.")
-        path = found
-    return config_at(path)

@@ -23,7 +23,8 @@ from ..model.microbatches import ran_out
 from ..model.model import SEEDS, Model, Stage
 from ..model.ranks import ALONE, Ranks
 from ..model.storage import Storage
-from ..model.stream import ModelStream, load_tokenizer
+from ..model.stream import ModelStream
+from ..model.tokenizer import load_tokenizer
 from ..plan import HELD_OUT, calibration_of, plan_for
 from ..plan.memory import Offload
 from ..recipe import Recipe, load_recipe

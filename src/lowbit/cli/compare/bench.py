@@ -18,7 +18,7 @@ from ...evaluate.tasks import Prepared, evaluate_tasks, prepare
 from ...machine import pick_device
 from ...model.calibration import evaluation_windows
 from ...model.source import open_files
-from ...model.stream import load_tokenizer
+from ...model.tokenizer import load_tokenizer
 from ...run.identity import Original, state_of
 from ...run.quantize import Result, quantize
 from ..display import Progress

@@ -27,6 +27,9 @@ def plan_rows(
         offload, folder, free: as `lowbit.plan.memory.Needs.placed`.
     """
     gib, model_type = 2**30, p.outline.config.model_type
+    around = ""
+    if p.outline.around:
+        around = f" ({p.outline.around / 1e9:.3g} B are around the text model and copied)"
     took = "not said of a GPU that is not here"
     if speed is not None:
         took = (
@@ -37,7 +40,7 @@ def plan_rows(
         (
             "model",
             f"{model_type}, {p.outline.blocks} blocks, {p.parameters / 1e9:.3g} B parameters, "
-            f"{p.quantized / p.parameters:.1%} of them quantized",
+            f"{p.quantized / p.parameters:.1%} of them quantized{around}",
         ),
         (
             "size",

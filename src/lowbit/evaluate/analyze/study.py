@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...model.calibration import evaluation_windows
+from ...model.config import load_config
 from ...model.experts import replace_fused
 from ...model.source import open_files
-from ...model.stream import load_config, load_tokenizer
+from ...model.tokenizer import load_tokenizer
 from ...model.tracing import described
 from ...model.wrapper import is_wrapper
 from .. import load_causal_lm, window_length

@@ -106,7 +106,7 @@ def evaluate_tasks(
     Args:
         prepared: as from `prepare`; good for one evaluation.
         model, tokenizer: as from `lowbit.evaluate.load_causal_lm` and
-            `lowbit.model.stream.load_tokenizer`.
+            `lowbit.model.tokenizer.load_tokenizer`.
         limit: only the first so many examples of each task, of each subject in a group.
         batch: rows a forward pass.
         progress: called with rows done and rows in all after each pass.

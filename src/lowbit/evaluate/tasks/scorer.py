@@ -19,7 +19,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     Args:
         model, tokenizer: as from `lowbit.evaluate.load_causal_lm` and
-            `lowbit.model.stream.load_tokenizer`.
+            `lowbit.model.tokenizer.load_tokenizer`.
         batch: rows a forward pass.
         progress: called with rows done and rows in all after each pass.
 

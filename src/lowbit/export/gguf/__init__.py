@@ -20,7 +20,8 @@ from ...errors import LowbitError
 from ...formats import gguf
 from ...formats.ggml import BLOCKS, BlockType
 from ...grid import Affine, Coded, QTensor
-from ...model.checkpoint import Stored, config_at
+from ...model.checkpoint import Stored
+from ...model.config import config_at
 from ...names import model_name
 from ...verbatim import encodable
 from ..place import Place, place

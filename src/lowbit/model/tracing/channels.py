@@ -28,6 +28,9 @@ def rows_of(scaled: Scaled, linear: str, count: int, base: Tensor) -> Tensor | N
     Returns:
         (channels,) int64; None if some channel is made by none.
     """
+    every = scaled(linear, _factors(count, slice(0, count)))
+    if every is not None and torch.equal(every, base):
+        return None  # nothing of the linear reaches what is read
     for chunks in _CHUNKS:
         if chunks > 1 and (count % chunks or count < base.shape[-1]):
             continue
@@ -95,6 +98,10 @@ def _matched(base: Tensor, now: Tensor, factors: Tensor) -> Tensor:
     ratio = torch.where(base.abs() > 1e-12, now / base, torch.nan)
     middle = ratio.nanmedian(0).values
     constant = (((ratio - middle).abs() < _EXACT) | ratio.isnan()).all(0) & ~middle.isnan()
-    gap = (middle.nan_to_num()[:, None] - factors).abs()  # (channels, rows)
-    gap[:, factors == 1] = torch.inf
-    return torch.where(constant & (gap.amin(1) < _EXACT), gap.argmin(1), -1)
+    rows = (factors != 1).nonzero().squeeze(1)
+    ordered, by = factors[rows].sort()
+    above = torch.searchsorted(ordered, middle.nan_to_num()).clamp(max=len(ordered) - 1)
+    below = (above - 1).clamp(min=0)
+    gaps = [(middle - ordered[at]).abs() for at in (below, above)]
+    nearest = torch.where(gaps[0] <= gaps[1], below, above)
+    return torch.where(constant & (torch.minimum(*gaps) < _EXACT), rows[by[nearest]], -1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..experts import Experts
 from ..recorder import Called
 from ..skeleton import CONVOLUTIONS
+from .chunks import in_short_chunks
 from .replay import Change, Key, Replay, key_of
 from .spread import Seat
 
@@ -36,8 +37,10 @@ class Kind:
         counts: frozenset[int],
         hidden: int,
     ) -> None:
-        self.block, self.called, self.real, self.by, self.hidden = block, called, real, by, hidden
+        self.block, self.real, self.by, self.hidden = block, real, by, hidden
+        self.called = in_short_chunks(block, called)
         self._counts = counts
+        self._scalings: dict[tuple[str, tuple[float, ...]], Mapping[str, Tensor]] = {}
         self.modules = dict(block.named_modules())
         self.base = self.replay({})
 
@@ -57,10 +60,17 @@ class Kind:
         """What a module reads when a linear's outputs are scaled; None if it has another shape."""
 
         def activation(linear: str, factors: Tensor) -> Tensor | None:
-            now = self.replay({linear: lambda y: y * factors}).inputs[reader]
+            now = self._scaled(linear, factors)[reader]
             return now if now.shape == self.base.inputs[reader].shape else None
 
         return activation
+
+    def _scaled(self, linear: str, factors: Tensor) -> Mapping[str, Tensor]:
+        """What every module reads then. Several readers ask for the same factors."""
+        asked = linear, tuple(factors.tolist())
+        if asked not in self._scalings:
+            self._scalings[asked] = self.replay({linear: lambda y: y * factors}).inputs
+        return self._scalings[asked]
 
     def sizes(self, linear: str) -> tuple[int, int]:
         """(out, in) of the real linear."""

@@ -69,6 +69,28 @@ class Planned:
         places = {name: self.place(name) for name in self.shapes}
         return frozenset(n for n, (i, local) in places.items() if local in ends[of_layers[i]])
 
+    @cached_property
+    def distinct(self) -> dict[str, Uniform]:
+        """One linear of each sort: the first of those of one place in blocks of one kind, or of one
+        place in experts, of one size and on one grid. Rules that ask for nothing else need not look
+        at the others.
+        """
+        first: dict[Any, str] = {}
+        for name, grid in self.uniform.items():
+            i, local = self.place(name)
+            kind = self.described.of_layers[i]
+            own = self._without_number(kind, local)
+            first.setdefault((kind, own, self.shapes[name], grid), name)
+        return {name: self.uniform[name] for name in first.values()}
+
+    def _without_number(self, kind: int, local: str) -> tuple[str, str]:
+        """A linear's name inside its block, that of an expert without the expert's number."""
+        for mixture in self.described.kinds[kind].mixtures:
+            if local.startswith(f"{mixture}."):
+                number, _, rest = local.removeprefix(f"{mixture}.").partition(".")
+                return (mixture, rest) if number.isdigit() else ("", local)
+        return "", local
+
     def local(self, name: str) -> str:
         """A linear's name inside its block."""
         return self.place(name)[1]
@@ -186,7 +208,7 @@ def experts(p: Planned, runtime: str) -> str | None:
 
     Source: vLLM's and SGLang's compressed_tensors_moe.py: symmetric, packed, 4 or 8 bits.
     """
-    for name, grid in p.uniform.items():
+    for name, grid in p.distinct.items():
         fits = grid.symmetric and grid.bits in _OF_EXPERTS
         if p.graph(name).scattered(p.local(name)) and not fits:
             return (
@@ -272,7 +294,7 @@ def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Uniform], bool]
         return f"{heads} attention heads do not divide among {degree} devices"
     if max(kv, degree) % min(kv, degree):
         return f"{kv} key and value heads do not divide among {degree} devices"
-    for name, grid in p.uniform.items():
+    for name, grid in p.distinct.items():
         columns = p.shapes[name][1]
         if name in p.split_by_inputs:
             if columns % degree or (columns // degree) % (grid.group_size or 1):
@@ -289,7 +311,7 @@ def _undivided(p: Planned, degree: int, packs_outputs: Callable[[Uniform], bool]
                     f"Each of {degree} devices gets {share} of '{name}', whose {grid.bits}-bit "
                     "codes end inside a word"
                 )
-    for name, grid in p.uniform.items():
+    for name, grid in p.distinct.items():
         if not packs_outputs(grid):
             continue
         shares = [s for s in _outputs(p, name, degree, heads, kv) if s * grid.bits % WORD]
