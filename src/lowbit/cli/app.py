@@ -47,6 +47,10 @@ Calib = Annotated[
         )
     ),
 ]
+BOS = (
+    "What rows of tokens begin with: yes (BOS), no (the text goes on), or auto: BOS where the "
+    "tokenizer adds it to a text, but wikitext2, c4 and pile-val are cut as papers cut them."
+)
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
 Offload = Annotated[
     str,

@@ -36,6 +36,7 @@ class CompareOptions:
     text: str
     eval_length: int | None
     windows: int | None
+    bos: str
     tasks: str | None
     task_data: Path | None
     limit: int | None
@@ -62,7 +63,7 @@ class CompareOptions:
         length = window_length(config, self.length)
         return Terms(
             model=self.model,
-            calibration=Calibration(self.calib, self.samples, length),
+            calibration=Calibration(self.calib, self.samples, length, self.bos),
             text=self.text,
             length=window_length(config, self.eval_length, "--eval-length"),
             windows=self.windows,

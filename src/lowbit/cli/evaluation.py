@@ -13,6 +13,7 @@ from ..evaluate import evaluate, load_causal_lm, together, window_length
 from ..evaluate.tasks import Prepared, TaskResults, evaluate_tasks, prepare
 from ..evaluate.tasks.show import notes, table
 from ..machine import pick_device
+from ..model.bos import check_bos, said_of
 from ..model.calibration import evaluation_windows
 from ..model.config import load_config
 from ..model.source import open_files
@@ -36,6 +37,7 @@ class EvalOptions:
     text: str | None
     length: int | None
     windows: int | None
+    bos: str
     reference: str | None
     tasks: str | None
     shots: int | None
@@ -47,6 +49,7 @@ class EvalOptions:
     device: str
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
         of_tasks = {
             "--shots": self.shots,
             "--limit": self.limit,
@@ -83,14 +86,16 @@ def run_eval(given: EvalOptions, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(checkpoint)
     windows = None
     if given.measured_text is not None:
-        windows = evaluation_windows(given.measured_text, tokenizer, length, given.windows)
+        windows = evaluation_windows(
+            given.measured_text, tokenizer, length, given.windows, given.bos
+        )
     prepared = _prepared(given, console)
     model = load_causal_lm(given.model, device, given.dtype)
     if given.integers:
         model = in_integers(model, Path(given.model))
     data: dict[str, Any] = {}
     if windows is not None:
-        data = _on_text(given, model, windows, device, console)
+        data = _on_text(given, model, windows, said_of(windows, tokenizer), device, console)
     if prepared is not None:
         data["tasks"] = _on_tasks(given, model, tokenizer, prepared, console).as_dict()
     return data
@@ -107,7 +112,7 @@ def _prepared(given: EvalOptions, console: Console) -> tuple[Prepared, ...] | No
 
 
 def _on_text(
-    given: EvalOptions, model: Any, windows: Tensor, device: str, console: Console
+    given: EvalOptions, model: Any, windows: Tensor, begun: str, device: str, console: Console
 ) -> dict[str, Any]:
     """Print and return perplexity on windows (n, length), and the distance to the reference."""
     reference = None
@@ -117,8 +122,8 @@ def _on_text(
         result = evaluate(model, windows, reference, progress=progress)
     line = (
         f"{given.model} on {given.measured_text}: perplexity {result.perplexity:.4f} (nll "
-        f"{result.nll:.5f}; {result.windows} windows x {result.length}, {result.tokens} tokens, "
-        f"{together(result.batch)})"
+        f"{result.nll:.5f}; {result.windows} windows x {result.length}{begun}, "
+        f"{result.tokens} tokens, {together(result.batch)})"
     )
     if result.kl is not None and result.top1 is not None:
         line += f"; to {given.reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .app import BOS
 from .numbers import real, whole
 from .places import json_file, out_folder
 
@@ -55,6 +56,7 @@ RowLength = Annotated[
         callback=whole(2),
     ),
 ]
+Bos = Annotated[str | None, typer.Option(help=f"{BOS} Default: the recipe's, auto.")]
 OffloadDir = Annotated[
     Path | None,
     typer.Option(

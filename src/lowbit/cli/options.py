@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import numbers
+from .app import BOS
 from .numbers import real, whole
 from .places import json_file
 
@@ -26,6 +27,7 @@ Length = Annotated[
 Windows = Annotated[
     int | None, typer.Option(help="Use only the first so many windows.", callback=whole())
 ]
+Bos = Annotated[str, typer.Option(help=BOS)]
 Limit = Annotated[
     int | None,
     typer.Option(help="Only the first so many examples of each task.", callback=whole()),

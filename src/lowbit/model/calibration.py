@@ -8,13 +8,14 @@ import hashlib
 import random
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LowbitError
+from .bos import begun, check_bos
 from .chat import token_ids
 from .records import Conversation, Document
 from .text import iter_documents
@@ -31,20 +32,23 @@ class Calibration:
         source: see `lowbit.model.text.iter_documents`.
         samples: rows, exactly as many or an error.
         length: tokens a row; in a recipe, the model's context if that is shorter.
+        bos: what rows begin with, see `lowbit.model.bos.begun`.
 
     Raises:
-        LowbitError: fewer than one sample or two tokens, or no source.
+        LowbitError: fewer than one sample or two tokens, no source, or no such choice of bos.
     """
 
     source: str = "stdlib"
     samples: int = 128
     length: int = 2048
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.source:
             raise LowbitError(
                 "calibration needs a text source (--calib): stdlib, a file, or a named corpus."
             )
+        check_bos(self.bos)
         if self.samples < 1 or self.length < 2:
             raise LowbitError(
                 f"calibration needs at least 1 sample of at least 2 tokens, got {self.samples} x "
@@ -90,6 +94,8 @@ def draw_rows(calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16)
     each with the special tokens that the tokenizer gives it (a conversation: those of the chat
     template), cut into rows, of which some are drawn.
 
+    What rows begin with follows ``calib.bos`` (`lowbit.model.bos.begun`).
+
     Held-out rows are the first windows of the evaluation side; where there is only one side (files,
     folders, pile-val), rows or documents that were not drawn.
 
@@ -99,18 +105,23 @@ def draw_rows(calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16)
     """
     if held_out < 0:
         raise LowbitError(f"held-out rows cannot be negative, got {held_out}.")
-    return _DRAWS.get(calib.source, _from_all)(calib, tokenizer, random.Random(seed), held_out)
+    draw = _DRAWS.get(calib.source, _from_all)
+    rows = draw(calib, tokenizer, random.Random(seed), held_out)
+    calibration, spare = (
+        begun(t, tokenizer, calib.bos, calib.source) for t in (rows.calibration, rows.held_out)
+    )
+    return replace(rows, calibration=calibration, held_out=spare)
 
 
 def evaluation_windows(
-    source: str, tokenizer: Any, length: int, limit: int | None = None
+    source: str, tokenizer: Any, length: int, limit: int | None = None, bos: str = "auto"
 ) -> Tensor:
     """Non-overlapping windows (n, length) int64, the tail dropped; at most ``limit``, and at most
     256 of c4.
 
     A single document (wikitext2, c4, a .txt file) is tokenised once; several documents are joined.
     Each has the special tokens that the tokenizer gives it: with most, BOS at its start, with some
-    none.
+    none. What windows begin with follows ``bos`` (`lowbit.model.bos.begun`).
 
     Raises:
         LowbitError: the text is missing or shorter than one window; a length or limit that leaves
@@ -127,7 +138,7 @@ def evaluation_windows(
             f"'{source}' has {tokens} tokens, too few for a window of {length}. Use a smaller "
             "--length or more text."
         )
-    return windows
+    return begun(windows, tokenizer, bos, source)
 
 
 def _first_windows(

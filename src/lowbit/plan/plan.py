@@ -327,6 +327,7 @@ def calibration_of(
     source: str | None = None,
     samples: int | None = None,
     length: int | None = None,
+    bos: str | None = None,
 ) -> Calibration:
     """A recipe's calibration with what was asked for on top, rows no longer than the model's
     context.
@@ -342,4 +343,5 @@ def calibration_of(
         given.source if source is None else source,
         given.samples if samples is None else samples,
         min(given.length, context) if length is None else length,
+        given.bos if bos is None else bos,
     )

@@ -52,6 +52,7 @@ class Asked:
     device: str
     settings: tuple[str, ...]
     plain: bool
+    bos: str | None = None
 
     @property
     def command(self) -> list[str]:
@@ -66,6 +67,7 @@ class Asked:
                 ("--calib", self.calib),
                 ("--samples", self.samples),
                 ("--length", self.length),
+                ("--bos", self.bos),
             ):
                 if value is not None:
                     out += [option, str(value)]
@@ -135,6 +137,7 @@ def quantize(
     calib: str | None = None,
     samples: int | None = None,
     length: int | None = None,
+    bos: str | None = None,
     seed: int = 0,
     device: str = "auto",
     settings: Sequence[str] = (),
@@ -155,8 +158,9 @@ def quantize(
         out: the artifact's directory, one that does not exist or is empty. OUT.partial while it is
             being made, OUT/.partial if OUT exists.
         calib: calibration text, see `lowbit.model.text.documents`. samples, length: rows and tokens
-            a row. None takes the recipe's, which is stdlib, 128 and 2048 (or the model's context if
-            that is shorter) if it does not say.
+            a row. bos: what rows begin with, see `lowbit.model.bos.begun`. None takes the recipe's,
+            which is stdlib, 128, 2048 (or the model's context if that is shorter) and "auto" if it
+            does not say.
         settings: "method.option=value" changes to the recipe.
         plain: refuse what plain loaders could not run instead of writing it in the library's own
             format.
@@ -177,7 +181,7 @@ def quantize(
     place = claimed(Path(out), "quantize", finished=True, resumes=RESUMES, writes=ranks.first)
     with place as output:
         asked = Asked(
-            model, scheme, recipe, calib, samples, length, seed, device, tuple(settings), plain
+            model, scheme, recipe, calib, samples, length, seed, device, tuple(settings), plain, bos
         )
         options = Options(offload, offload_dir, progress, watch, ranks)
         return _Run(asked, options, output).result()
@@ -197,7 +201,12 @@ class _Run:
             device = device_of_rank(asked.device, ranks.local)
         self.stream = ModelStream(asked.model, device)
         calibration = calibration_of(
-            recipe.calibration, self.stream.config, asked.calib, asked.samples, asked.length
+            recipe.calibration,
+            self.stream.config,
+            asked.calib,
+            asked.samples,
+            asked.length,
+            asked.bos,
         )
         recipe = replace(recipe, calibration=calibration)
         self.plan = plan_for(

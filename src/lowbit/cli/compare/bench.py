@@ -52,7 +52,9 @@ class Bench:
         checkpoint = open_files(terms.model)
         self._tokenizer = load_tokenizer(checkpoint)
         self._model = Original.of(checkpoint).hashed()
-        self._windows = evaluation_windows(terms.text, self._tokenizer, terms.length, terms.windows)
+        self._windows = evaluation_windows(
+            terms.text, self._tokenizer, terms.length, terms.windows, terms.calibration.bos
+        )
         self._prepared()  # what is wrong with a task is found before any work
 
     def check_unchanged(self) -> None:
@@ -154,6 +156,7 @@ class Bench:
                 calib=terms.calibration.source,
                 samples=terms.calibration.samples,
                 length=terms.calibration.length,
+                bos=terms.calibration.bos,
                 seed=terms.seed,
                 device=terms.device,
                 progress=progress,

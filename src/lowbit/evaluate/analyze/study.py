@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import LowbitError
+from ...model.bos import check_bos, said_of
 from ...model.calibration import evaluation_windows
 from ...model.config import load_config
 from ...model.experts import replace_fused
@@ -36,9 +37,10 @@ class StudyOptions:
         bits, exponents, columns: of the grids, see `grids_of`.
         shares: of elements to set to zero; None leaves the experiment out.
         device: such as "cpu" or "cuda:0".
+        bos: what windows begin with, see `lowbit.model.bos.begun`.
 
     Raises:
-        LowbitError: no window at a time.
+        LowbitError: no window at a time, or no such choice of bos.
     """
 
     model: str
@@ -51,8 +53,10 @@ class StudyOptions:
     columns: str
     shares: Sequence[float] | None
     device: str
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
         if self.batch < 1:
             raise LowbitError("--batch must be at least 1.")
 
@@ -85,23 +89,26 @@ def study(
             "analyze the original, or give --no-remove."
         )
     length = window_length(config, given.length)
-    ids = evaluation_windows(given.text, load_tokenizer(checkpoint), length, given.windows)
+    tokenizer = load_tokenizer(checkpoint)
+    ids = evaluation_windows(given.text, tokenizer, length, given.windows, given.bos)
     loaded = load_causal_lm(given.model, given.device)
     replace_fused(loaded)
     sites = measure(loaded, graphs, ids, grids, given.batch, measuring)
     found: list[tuple[Removal, float]] = []
     if wanted:
         found = list(run(loaded, graphs, ids, wanted, given.batch, progress=removing))
-    return _described(given, ids) | _measured(sites, grids) | _removed(found)
+    return (
+        _described(given, ids, said_of(ids, tokenizer)) | _measured(sites, grids) | _removed(found)
+    )
 
 
-def _described(given: StudyOptions, ids: Tensor) -> dict[str, Any]:
+def _described(given: StudyOptions, ids: Tensor, begun: str) -> dict[str, Any]:
     """Return what was studied; ids are (windows, length)."""
     windows, length = ids.shape
     return {
         "title": (
-            f"{given.model} on {given.text}: {windows} windows of {length} tokens, {given.batch} "
-            f"together; columns of a {given.columns}"
+            f"{given.model} on {given.text}: {windows} windows of {length} tokens{begun}, "
+            f"{given.batch} together; columns of a {given.columns}"
         ),
         "model": given.model,
         "text": given.text,

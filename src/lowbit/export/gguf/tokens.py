@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LowbitError
+from ...model.bos import adds_bos
 from ...model.tokenizer import tokenizer_at
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -103,9 +104,7 @@ def read(folder: Path, vocab_size: int) -> Tokens:
                 f"tokenizer.ggml.{ {'unk': 'unknown', 'pad': 'padding'}.get(key, key) }_token_id"
             ] = found
     ids = own("a").input_ids
-    metadata["tokenizer.ggml.add_bos_token"] = (
-        bool(ids) and own.bos_token_id is not None and ids[0] == own.bos_token_id
-    )
+    metadata["tokenizer.ggml.add_bos_token"] = adds_bos(own)
     metadata["tokenizer.ggml.add_eos_token"] = (
         bool(ids) and own.eos_token_id is not None and ids[-1] == own.eos_token_id
     )
