@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def device(monkeypatch):
     # The loader is a process without this device.
-    monkeypatch.setattr(lowbit.run.closing, "verify", partial(verify, loader=False))
+    monkeypatch.setattr("lowbit.run.closing.verify", partial(verify, loader=False))
     yield from accelerator.entered(monkeypatch)
 
 

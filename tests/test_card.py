@@ -48,10 +48,9 @@ def native(model, tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs that leave the runtime out of their proof."""
-    import lowbit.run.quantize
     from lowbit.artifact.proof import verify
 
-    monkeypatch.setattr(lowbit.run.closing, "verify", partial(verify, loader=False))
+    monkeypatch.setattr("lowbit.run.closing.verify", partial(verify, loader=False))
 
 
 def report_of(folder):

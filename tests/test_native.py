@@ -100,7 +100,6 @@ def test_generation_with_and_without_a_cache_agree(artifact):
     [
         "import lowbit, transformers",
         "import transformers.quantizers, lowbit",
-        "import transformers, lowbit",
     ],
 )
 def test_importing_lowbit_is_enough_in_any_order(artifact, order):
@@ -112,12 +111,20 @@ def test_importing_lowbit_is_enough_in_any_order(artifact, order):
     assert done.stdout.strip().endswith("DecodedLinear"), done.stderr
 
 
-def test_importing_lowbit_alone_does_not_load_transformers():
-    code = "import sys, lowbit; print('transformers' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-        == "False"
-    )
+@pytest.mark.parametrize("what", ["import lowbit", "import lowbit.cli; lowbit.cli.make"])
+def test_importing_lowbit_alone_loads_nothing_large(what):
+    code = f"{what}; import sys; print({{'torch', 'transformers', 'numpy'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_everything_public_is_found_when_asked_for():
+    code = "import lowbit; print(*(getattr(lowbit, n).__name__ for n in lowbit.__all__))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == lowbit.__all__, done.stderr
+    assert {*lowbit.__all__} <= {*dir(lowbit)}
+    with pytest.raises(AttributeError, match="module 'lowbit' has no attribute 'quantise'"):
+        lowbit.quantise  # noqa: B018
 
 
 def test_interrupt_after_each_block_continues_with_the_same_bytes(artifact, model, tmp_path):

@@ -63,7 +63,7 @@ def artifacts(tmp_path_factory):
                 (folder / "mine.toml").write_text(recipe)
                 recipe = str(folder / "mine.toml")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(lowbit.run.closing, "verify", partial(verify, loader=False))
+                patch.setattr("lowbit.run.closing.verify", partial(verify, loader=False))
                 lowbit.quantize(
                     str(model),
                     scheme,
