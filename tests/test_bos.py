@@ -15,7 +15,7 @@ from lowbit.recipe import load_recipe
 
 
 class Told:
-    """A tokenizer that gives each text some ids."""
+    """A tokenizer whose texts begin so."""
 
     def __init__(self, bos, *ids):
         self.bos_token_id, self._ids = bos, list(ids)
@@ -24,7 +24,7 @@ class Told:
         return type("Encoding", (), {"input_ids": self._ids})
 
 
-ADDS, KNOWS, NONE, EMPTY = Told(7, 7, 3), Told(7, 3), Told(None, 3), Told(7)
+ADDS, KNOWS, NONE = Told(7, 7, 3), Told(7, 3), Told(None, 3)
 ROWS = torch.tensor([[1, 2, 3], [7, 5, 6]])
 BEGUN = [[7, 2, 3], [7, 5, 6]]
 
@@ -43,19 +43,18 @@ BEGUN = [[7, 2, 3], [7, 5, 6]]
         (KNOWS, "yes", "stdlib", BEGUN),
         (NONE, "auto", "stdlib", None),
         (NONE, "no", "stdlib", None),
-        (EMPTY, "auto", "stdlib", None),
     ],
 )
 def test_rows_begin_as_asked(tokenizer, bos, source, want):
     rows = ROWS.clone()
-    made = begun(rows, tokenizer, bos, source)
+    made = begun(rows, tokenizer, bos, source, tokenizer("a").input_ids[0])
     assert made.tolist() == (ROWS.tolist() if want is None else want)
     assert torch.equal(rows, ROWS)
 
 
 def test_a_tokenizer_without_bos_cannot_begin_rows_with_it():
     with pytest.raises(LowbitError, match="no BOS token for rows to begin with"):
-        begun(ROWS, NONE, "yes", "stdlib")
+        begun(ROWS, NONE, "yes", "stdlib", 3)
 
 
 @pytest.mark.parametrize("bos", ["row", "", "YES"])

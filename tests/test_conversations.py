@@ -321,10 +321,12 @@ def test_rows_hold_what_transformers_makes_of_conversations(tmp_path: Path, temp
     assert [ids.count(1) for ids in each] == [int(template == WITH_BOS)] * len(talks)
     assert each[0].count(2) == 3  # a special token, not its letters
     tokens = [i for ids in each for i in ids]
-    assert (
-        evaluation_windows(source, tokenizer, 16).flatten().tolist()
-        == tokens[: len(tokens) // 16 * 16]
-    )
+    windows = evaluation_windows(source, tokenizer, 16, bos="no")
+    assert windows.flatten().tolist() == tokens[: len(tokens) // 16 * 16]
+    # The template says whether conversations begin with BOS, not the tokenizer.
+    begun = evaluation_windows(source, tokenizer, 16)
+    assert begun[:, 1:].equal(windows[:, 1:])
+    assert begun[:, 0].eq(1).all() if template == WITH_BOS else begun.equal(windows)
     rows = draw_rows(Calibration(source, 4, 16), tokenizer, 0)
     assert rows.conversations == len(talks) and rows.tokens_available == len(tokens)
 

@@ -31,14 +31,15 @@ def adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
-def begun(rows: Tensor, tokenizer: Any, bos: str, source: str) -> Tensor:
+def begun(rows: Tensor, tokenizer: Any, bos: str, source: str, first: int | None) -> Tensor:
     """Rows as a model reads them: where they begin with BOS, it replaces their first token.
 
     Args:
         rows: (n, length) int64, cut out of texts.
-        bos: "yes", "no" (as the text goes on), or "auto": as the tokenizer does with a text, but
-            rows of the corpora that papers name stay as papers cut them.
-        source: where the rows come from.
+        bos: "yes", "no" (as the text goes on), or "auto": as the texts themselves begin, by their
+            tokenizer or their chat template; but rows of the corpora that papers name stay as
+            papers cut them.
+        source: where the rows come from. first: token of its texts, None of none.
 
     Returns:
         (n, length) int64; ``rows`` itself where they stay.
@@ -47,15 +48,16 @@ def begun(rows: Tensor, tokenizer: Any, bos: str, source: str) -> Tensor:
         LowbitError: "yes" of a tokenizer without a BOS token; no such choice.
     """
     check_bos(bos)
-    if bos == "no" or (bos == "auto" and (source in PUBLISHED or not adds_bos(tokenizer))):
+    own = tokenizer.bos_token_id
+    if bos == "no" or (bos == "auto" and (source in PUBLISHED or own is None or first != own)):
         return rows
-    if tokenizer.bos_token_id is None:
+    if own is None:
         raise LowbitError(
             "the model's tokenizer has no BOS token for rows to begin with: leave the option bos "
             "at 'auto'."
         )
     out = rows.clone()
-    out[:, :1] = tokenizer.bos_token_id
+    out[:, :1] = own
     return out
 
 

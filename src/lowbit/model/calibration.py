@@ -68,6 +68,7 @@ class Rows:
             pile-val, whose documents are read until there are rows enough (of pile-val only those
             that are short enough to be used).
         conversations: documents among them that the model's chat template wrote out.
+        first: token of the texts.
     """
 
     calibration: Tensor
@@ -75,6 +76,7 @@ class Rows:
     source: str
     tokens_available: int
     conversations: int = 0
+    first: int | None = None
 
     @property
     def sha256(self) -> str:
@@ -108,7 +110,8 @@ def draw_rows(calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16)
     draw = _DRAWS.get(calib.source, _from_all)
     rows = draw(calib, tokenizer, random.Random(seed), held_out)
     calibration, spare = (
-        begun(t, tokenizer, calib.bos, calib.source) for t in (rows.calibration, rows.held_out)
+        begun(t, tokenizer, calib.bos, calib.source, rows.first)
+        for t in (rows.calibration, rows.held_out)
     )
     return replace(rows, calibration=calibration, held_out=spare)
 
@@ -138,7 +141,7 @@ def evaluation_windows(
             f"'{source}' has {tokens} tokens, too few for a window of {length}. Use a smaller "
             "--length or more text."
         )
-    return begun(windows, tokenizer, bos, source)
+    return begun(windows, tokenizer, bos, source, int(windows[0, 0]))
 
 
 def _first_windows(
@@ -208,7 +211,8 @@ def _from_all(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int)
         raise _too_short(c, len(pool), len(tokens))
     rest = order[c.samples : c.samples + held_out]
     spare = _spare(c, tokenizer, held_out) if c.source == "stdlib" else pool[sorted(rest)].long()
-    return Rows(pool[order[: c.samples]].long(), spare, c.source, len(tokens), chats)
+    drawn = pool[order[: c.samples]].long()
+    return Rows(drawn, spare, c.source, len(tokens), chats, tokens[0])
 
 
 def _from_one_document(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
