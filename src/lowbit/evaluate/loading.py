@@ -54,11 +54,13 @@ def _opened(model: str) -> Checkpoint:
     """The model's files, or what a run reads of them: transformers loads FP8 and MXFP4 in other
     ways on other devices, some of which leave weights in another dtype than their inputs.
     """
-    read = open_source(model)
-    said = read.config_json.get("quantization_config") or {}
+    files = open_files(model)
+    said = files.config_json.get("quantization_config")
     # The loader of these computes what servers do, inputs quantized.
-    theirs = said.get("quant_method") == "compressed-tensors"
-    return open_files(model) if read.loadable or theirs else read
+    if isinstance(said, Mapping) and said.get("quant_method") == "compressed-tensors":
+        return files
+    read = open_source(model)
+    return files if read.loadable else read
 
 
 def _from_pretrained(
