@@ -101,7 +101,10 @@ MORE_OF_MIXTURES = {
     "qwen4_exp_text": LINEAR,
 }
 EXPERTS = " with experts"  # beside a model type that there is without, too
-TABLE = [*DENSE, *(family + EXPERTS for family in MIXTURES)]
+# Left out for the time they take, a loop over tokens in their linear attention: bailing_hybrid, which
+# passes, traces for 10 s of a processor and is quantized in 20; kimi_linear did not end in minutes.
+SLOW = {"bailing_hybrid", "kimi_linear"}
+TABLE = [*DENSE, *(family + EXPERTS for family in MIXTURES if family not in SLOW)]
 # A LayerNorm's bias that linears without one cannot take over, or a norm that takes the mean off and
 # is none of torch's: the stream keeps its basis. Falcon-H1: not looked into. With experts: what others
 # than linears read beside them, too.
@@ -130,6 +133,11 @@ FAILING: dict[str, tuple[type[Exception], str]] = {
     f"glm_moe_dsa{EXPERTS}": (LowbitError, "is given 'prev_topk_indices', which depends on what"),
     f"hy_v4{EXPERTS}": (LowbitError, _STREAMS),
     f"inkling_text{EXPERTS}": (LowbitError, "gate_proj' is a 3-D parameter of a form that is not"),
+    # A block by itself, of several rows: its own code indexes what was made for one.
+    f"qwen4_exp_text{EXPERTS}": (
+        IndexError,
+        "index 1 is out of bounds for dimension 0 with size 1",
+    ),
     f"zaya{EXPERTS}": (LowbitError, "is given 'prev_router_hidden_states', which depends on what"),
     "recurrent_gemma": (LowbitError, "'.*input_gate_weight' is a 3-D parameter of a form that is"),
 }
