@@ -393,6 +393,66 @@ def test_one_expert_in_mxfp4_is_read_without_the_others(tmp_path, monkeypatch):
     assert len(parts) == 2 and {len(p) for p in parts} == {1}
 
 
+def fp8_deepseek(folder):
+    """A tiny deepseek_v3 with its linears in FP8 and a block more for several tokens at once, which
+    no class knows; and its floats.
+    """
+    config = config_of(
+        "deepseek_v3",
+        vocab_size=300,
+        num_hidden_layers=2,
+        moe_intermediate_size=64,
+        kv_lora_rank=32,
+    )
+    floats = save_tiny(folder / "floats", config)
+    ours = shutil.copytree(floats, folder / "fp8")
+    held = load_file(floats / "model.safetensors")
+    held |= {n.replace(".1.", ".2.", 1): t.clone() for n, t in held.items() if ".layers.1." in n}
+    stored = dict(held)
+    for name, weight in held.items():
+        if name.endswith(("_proj.weight", "_with_mqa.weight")):
+            steps = (32, 32)
+            scale = torch.rand([math.ceil(n / s) for n, s in zip(weight.shape, steps, strict=True)])
+            each = grown(scale, weight.shape, steps)
+            stored[name] = (weight.float() / each).clamp(-448, 448).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale
+            held[name] = (stored[name].float() * each).bfloat16()
+    for at, tensors in ((floats, held), (ours, stored)):
+        save_file(tensors, at / "model.safetensors", metadata={"format": "pt"})
+    with_quantization(ours, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    return ours, floats
+
+
+@pytest.mark.parametrize("made", [packed_gpt_oss, fp8_deepseek])
+def test_quantized_mixtures_from_the_command_line(made, tmp_path):
+    source, floats = made(tmp_path)
+    out, text = tmp_path / "out", source / "text.txt"
+
+    def run(*options):
+        found = CliRunner().invoke(app, list(map(str, options)))
+        assert found.exit_code == 0, found.output
+        return " ".join(found.output.split())
+
+    asked = ("--scheme", "W4A16g32", "--recipe", "rtn", "--samples", 4, "--length", 32)
+    said = run("quantize", source, *asked, "--calib", text, "--device", "cpu", "-o", out)
+    assert "figures are against their dequantized values" in said and "logits by" in said
+    assert said.count("left out:") <= 2
+    assert "verified" in run("verify", out)
+    windows = ("--text", text, "--length", 16, "--windows", 2, "--device", "cpu")
+    figures = [
+        run("eval", model, *windows, "--reference", reference).partition("perplexity")[2]
+        for model, reference in ((out, source), (out, floats), (source, floats))
+    ]
+    assert figures[0].partition(";")[0] == figures[1].partition(";")[0]
+    assert figures[0].partition("KL")[2] == figures[1].partition("KL")[2]
+    assert "KL 0.00000, top-1 100.00%" in figures[2]
+    ids = torch.randint(3, 280, (2, 12), generator=torch.Generator().manual_seed(0))
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ours = load_causal_lm(str(out), "cpu")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, ours(ids).logits)
+
+
 MXFP4_REFUSED = {
     "no scales": (
         lambda t: t.pop(f"{EXPERTS}.down_proj_scales"),

@@ -518,6 +518,10 @@ REPORT = {
         ({"offload": {"used": "disk", "bytes": 1500}}, "activations were kept on disk, 1.5 KB at most"),
         ({"left_out": {"x.bin": "why", "README.md": "own", ".git": "own"}}, "note: left out: x.bin (why)"),
         (
+            {"left_out": {f"w{i}_scale": f"the scale of 'w{i}', which is dequantized" for i in range(9)}},
+            "note: left out: w0_scale (the scale of 'w0', which is dequantized) and 8 alike",
+        ),
+        (
             {"copied": {f"t{i}": "" for i in range(5)}},
             "note: 5 tensors that the model's class does not know were copied as they are: t0, t1, t2 "
             "and 2 more",

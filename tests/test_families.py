@@ -1,17 +1,18 @@
-"""The table of model types: traced, folds proved, four recipes, the artifact verified, every tensor
-of the source accounted for.
+"""The table of model types, dense and with experts: traced, folds proved, four recipes, the artifact
+verified, every tensor of the source accounted for.
 
 A model type that fails is listed in ``FAILING`` with what it says; a test fails that does not find
 it failing so.
 """
 
+import math
 import shutil
 from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers as T
-from families import config_of
+from families import MIXTURES, config_of
 from helpers import TEXT, apply_methods, opened, tiny_tokenizer
 from safetensors.torch import load_file
 
@@ -84,13 +85,60 @@ DENSE = [
     "vaultgemma",
     "youtu",
 ]
+SLIDING = dict(layer_types=["sliding_attention", "full_attention"])
+MORE_OF_MIXTURES = {
+    "beam": dict(mlp_layer_types=["dense", "sparse"]),
+    "exaone_moe": SLIDING,
+    "flint": dict(mlp_only_layers=[0]),
+    "gemma4_text": SLIDING,
+    "gpt_oss": SLIDING,
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "longcat_flash": dict(num_hidden_layers=4),
+    "nemotron_h": dict(layers_block_type=["mamba", "moe"]),
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_next": LINEAR,
+    "qwen4_exp_text": LINEAR,
+}
+EXPERTS = " with experts"  # beside a model type that there is without, too
+# Left out for the time they take, a loop over tokens in their linear attention: bailing_hybrid, which
+# passes, traces for 10 s of a processor and is quantized in 20; kimi_linear did not end in minutes.
+SLOW = {"bailing_hybrid", "kimi_linear"}
+TABLE = [*DENSE, *(family + EXPERTS for family in MIXTURES if family not in SLOW)]
 # A LayerNorm's bias that linears without one cannot take over, or a norm that takes the mean off and
-# is none of torch's: the stream keeps its basis. Falcon-H1: not looked into.
+# is none of torch's: the stream keeps its basis. Falcon-H1: not looked into. With experts: what others
+# than linears read beside them, too.
 DROPPED = {
     family: {"the residual stream"} for family in ("falcon", "falcon_h1", "nemotron", "stablelm")
 }
+_NORMS = {"input_layernorm", "post_attention_layernorm"}
+DROPPED |= {
+    f"{family}{EXPERTS}": dropped
+    for family, dropped in {
+        "axk2": {"the residual stream", *(f"{n}.norm" for n in _NORMS)},
+        "jamba": {"the residual stream"},
+        "llama4_text": {"the residual stream", "post_attention_layernorm"},
+        "longcat_flash": {"post_attention_layernorm.0"},
+        "minimax": _NORMS,
+        "phimoe": {"the residual stream"},
+        "qwen4_exp_text": {f"{n}_hyper_connection.hc_norm" for n in ("attn", "mlp")},
+    }.items()
+}
 # What does not work yet, and how it fails.
+_STREAMS = "carries 2 residual streams from block to block"
 FAILING: dict[str, tuple[type[Exception], str]] = {
+    f"beam{EXPERTS}": (LowbitError, "the experts of BeamExperts lie in a layout that is not known"),
+    f"deepseek_v4{EXPERTS}": (LowbitError, _STREAMS),
+    f"gemma4_text{EXPERTS}": (LowbitError, "is given 'per_layer_input', which depends on what the"),
+    f"glm_moe_dsa{EXPERTS}": (LowbitError, "is given 'prev_topk_indices', which depends on what"),
+    f"hy_v4{EXPERTS}": (LowbitError, _STREAMS),
+    f"inkling_text{EXPERTS}": (LowbitError, "gate_proj' is a 3-D parameter of a form that is not"),
+    # A block by itself, of several rows: its own code indexes what was made for one.
+    f"qwen4_exp_text{EXPERTS}": (
+        IndexError,
+        "index 1 is out of bounds for dimension 0 with size 1",
+    ),
+    f"zaya{EXPERTS}": (LowbitError, "is given 'prev_router_hidden_states', which depends on what"),
     "recurrent_gemma": (LowbitError, "'.*input_gate_weight' is a 3-D parameter of a form that is"),
 }
 QUICK = ("tesseraq.schedule=exponential-4-3", "tesseraq.iters=2", "tesseraq.batch=2")
@@ -100,6 +148,10 @@ RECIPES = {
     "tesseraq": (*QUICK, "awq.exponents=3", "awq.shrinks=2"),
 }
 SCHEME = "W4A16g16"
+OF_EXPERTS = "W4A16g8"  # groups that divide the inputs of every kind of expert
+# Of a block's change to its input, what its 4 bits may miss: routers and indexers choose otherwise
+# where two are as good.
+WITHIN, OF_CHOICES = 0.02, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +163,10 @@ def text(tmp_path_factory):
     return folder
 
 
-def config(family):
-    return config_of(family, **{**SMALL, **MORE.get(family, {})})
+def config(case):
+    family = case.removesuffix(EXPERTS)
+    more = MORE if case == family else MORE_OF_MIXTURES
+    return config_of(family, **{**SMALL, **more.get(family, {})})
 
 
 def save(made, folder):
@@ -137,38 +191,53 @@ def tensors(folder):
 
 
 def accounted(source, out, report):
-    """Every tensor of the source is a linear that was quantized, or there bit for bit."""
-    made, coded = tensors(out), {e["name"] for e in report["linears"] if "skipped" not in e}
-    for name, tensor in tensors(source).items():
+    """Every tensor of the source is a linear that was quantized, or there bit for bit, or one of
+    all experts: these hold as many numbers as the experts' linears, and their biases.
+    """
+    made, coded = tensors(out), {e["name"]: e for e in report["linears"] if "skipped" not in e}
+    held, fused = tensors(source), {}
+    for name, tensor in held.items():
         linear, _, kind = name.rpartition(".")
         if kind == "weight" and linear in coded:
             assert any(n.startswith(f"{linear}.") for n in made) and name not in made
-        else:
+        elif name in made:
             assert torch.equal(made[name], tensor), name
+        else:
+            fused[name] = tensor
+    cut = [e for n, e in coded.items() if f"{n}.weight" not in held]
+    weights = [t for n, t in fused.items() if not n.endswith("bias")]
+    assert sum(t.numel() for t in weights) == sum(math.prod(e["shape"]) for e in cut)
+    whole = [t.flatten() for n, t in fused.items() if n.endswith("bias")]
+    apart = [made[f"{e['name']}.bias"] for e in cut if f"{e['name']}.bias" in made]
+    assert bool(whole) == bool(apart)
+    if whole:
+        assert torch.equal(torch.cat(whole).sort().values, torch.cat(apart).sort().values)
 
 
-@pytest.mark.parametrize("family", DENSE)
-def test_the_table(family, tmp_path, text):
+@pytest.mark.parametrize("case", TABLE)
+def test_the_table(case, tmp_path, text):
     failing = nullcontext()
-    if family in FAILING:
-        kind, said = FAILING[family]
+    if case in FAILING:
+        kind, said = FAILING[case]
         failing = pytest.raises(kind, match=said)
     with failing:
-        passes(family, tmp_path, text)
+        passes(case, tmp_path, text)
 
 
-def passes(family, tmp_path, text):
+def passes(case, tmp_path, text):
     """All of the table's columns for one model type."""
-    made, source, out = config(family), tmp_path / "model", tmp_path / "out"
+    made, source, out = config(case), tmp_path / "model", tmp_path / "out"
+    scheme = OF_EXPERTS if case.endswith(EXPERTS) else SCHEME
     found = described(made)
     assert all(graph.linears for graph in found.kinds)
+    assert any(graph.mixtures for graph in found.kinds) == case.endswith(EXPERTS)
     dropped = {what for graph in found.kinds for what, _ in graph.dropped}
-    assert dropped == DROPPED.get(family, set())
+    assert dropped == DROPPED.get(case, set())
     save(made, source)
     shutil.copytree(text, source, dirs_exist_ok=True)
     done = lowbit.quantize(
         str(source),
-        SCHEME,
+        scheme,
         "rtn",
         out=out,
         calib=str(source / "text.txt"),
@@ -178,14 +247,21 @@ def passes(family, tmp_path, text):
     )
     assert done.verification.loader == "passed"
     accounted(source, out, done.report)
+    tuned(case, source, found, scheme)
+
+
+def tuned(case, source, found, scheme):
+    """Every recipe on a block of each kind, or of each that has experts."""
     stream = ModelStream(source, compute=torch.float32)
     ids = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(0))
-    firsts = [found.of_layers.index(k) for k in range(len(found.kinds))]
+    mixed, kinds = case.endswith(EXPERTS), enumerate(found.kinds)
+    firsts = [found.of_layers.index(k) for k, graph in kinds if graph.mixtures or not mixed]
     for name, settings in RECIPES.items():
-        recipe = load_recipe(name, scheme=parse_scheme(SCHEME), settings=settings)
+        recipe = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
         for i in firsts:
             block = apply_methods(opened(stream, recipe, ids, i), recipe)
             assert set(block.coded) == set(found.graph(i).linears)
             target, x = block.context.target.float(), block.context.x.float()
             error = (block.forward(block.context.xq.float()) - target).square().sum()
-            assert error < 0.02 * (target - x).square().sum(), (name, i)
+            within = OF_CHOICES if mixed else WITHIN
+            assert error < within * (target - x).square().sum(), (name, i)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers as T
 from gguf.quants import dequantize
-from helpers import save_tiny
+from helpers import TEXT, save_tiny, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -649,6 +649,27 @@ def test_llama_cpp_computes_what_was_tuned(tmp_path, monkeypatch, family, scheme
         assert (done.decoded_rms if RUNS else done.logits_rms) < 2e-4
     elif not RUNS:
         assert f"of '{family}' models" in done.loader and "llama.cpp not run" in done.loader
+
+
+def test_the_text_model_of_a_wrapper(tmp_path):
+    """Alone, as a model of its own kind."""
+    config = families.wrapper_of("gemma3", "gemma3_text")
+    text = config.get_text_config()
+    text.vocab_size, text.query_pre_attn_scalar = 300, text.head_dim
+    torch.manual_seed(0)
+    model = T.AutoModelForImageTextToText.from_config(config).bfloat16()
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "text.txt").write_text(TEXT)
+    made = artifact(tmp_path / "m", tmp_path / "a", "W8A16g32sym")
+    code, said = export(made, tmp_path / "g", "--to", "gguf")
+    assert code == 0, said
+    assert "the file has the text model of 'gemma3' alone" in " ".join(said.split())
+    done = verify(tmp_path / "g", python=PYTHON)
+    rms = done.decoded_rms if RUNS else done.logits_rms
+    assert rms is not None and rms < 1e-2 and done.loader != "failed"
+    report = json.loads((tmp_path / "g" / "report.json").read_text())
+    assert any("vision" in name for name in report["left_out"])
 
 
 @pytest.mark.skipif(not RUNS, reason="no llama-cpp-python")

@@ -13,7 +13,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.config import load_config
 from ..model.intake import check_read_as_floats, is_leftover
 from ..model.skeleton import build_skeleton, reason_of
-from ..model.source import open_files
+from ..model.source import open_files, open_source
 from ..model.wrapper import class_for
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -34,11 +34,11 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     """
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
-    checkpoint = open_files(model)
+    checkpoint = _opened(model)
     stored = checkpoint.stored()  # finds missing and truncated shards before transformers does
     config = load_config(checkpoint)
     leftover = is_leftover(checkpoint, stored)
-    if leftover:
+    if leftover and "quantization_config" in config:
         del config.quantization_config
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
@@ -48,6 +48,19 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     if leftover or not checkpoint.config_json.get("quantization_config"):
         check_read_as_floats(checkpoint, stored, _unused(loaded, found, stored))
     return loaded.to(device).eval()
+
+
+def _opened(model: str) -> Checkpoint:
+    """The model's files, or what a run reads of them: transformers loads FP8 and MXFP4 in other
+    ways on other devices, some of which leave weights in another dtype than their inputs.
+    """
+    files = open_files(model)
+    said = files.config_json.get("quantization_config")
+    # The loader of these computes what servers do, inputs quantized.
+    if isinstance(said, Mapping) and said.get("quant_method") == "compressed-tensors":
+        return files
+    read = open_source(model)
+    return files if read.loadable else read
 
 
 def _from_pretrained(

@@ -73,7 +73,7 @@ class Bucket:
         self.v = torch.zeros(self.grid.freedom(self._params), device=self.nu.device)
         self._nu_moments, self._v_moments = Moments(self.nu), Moments(self.v)
         self._scratch = Scratch()
-        self._turned()
+        self._way = self._ways(slice(None))
 
     def _start(
         self, lists: Tensor, params: Params, from_codes: bool
@@ -90,11 +90,11 @@ class Bucket:
         """Codes as they are held: those of levels that are looked up, as an index."""
         return codes if self._line is not None else codes.to(torch.int64)
 
-    def _turned(self) -> None:
-        """Note what follows from base and other."""
-        self._way: Tensor | None = None
-        if self._line is not None:
-            self._way = self.other.to(torch.int8) - self.base.to(torch.int8)
+    def _ways(self, rows: slice) -> Tensor | None:
+        """The step from base to other on a uniform grid, int8; None on others."""
+        if self._line is None:
+            return None
+        return self.other[rows].to(torch.int8) - self.base[rows].to(torch.int8)
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -188,26 +188,31 @@ class Bucket:
 
     # --- the result -------------------------------------------------------------------------------
 
-    def _hard(self) -> Tensor:
+    def _hard(self, rows: slice) -> Tensor:
         """(rows, length) codes by the sign of nu."""
-        return torch.where(self.nu > 0, self.other, self.base)
+        return torch.where(self.nu[rows] > 0, self.other[rows], self.base[rows])
 
-    def coded(self, rows: slice, shape: torch.Size) -> Coded:
-        """One linear on its grid, each weight by the sign of its nu."""
-        params = self.now().rows(rows)
-        codes, params = self.grid.arranged(self._hard()[rows].to(torch.uint8), params)
+    def coded(self, rows: slice, shape: torch.Size, now: Params) -> Coded:
+        """One linear on its grid, each weight by the sign of its nu.
+
+        Args:
+            now: what `now` gives.
+        """
+        codes, params = self.grid.arranged(self._hard(rows).to(torch.uint8), now.rows(rows))
         return QTensor(
             self._own,
             self._own.unlisted(codes, shape[0]),
             self._own.uncut(params, shape[0]),
         )
 
-    def aim(self, rows: slice, gradient: Tensor, curvature: Tensor) -> None:
+    def aim(self, rows: slice, gradient: Tensor, curvature: Tensor, params: Params) -> None:
         """Let one linear's weights start again between their codes and the neighbours toward which
         the loss falls.
+
+        Args:
+            gradient, curvature: (rows, length) float32. params: of its rows, of what `now` gives.
         """
-        params = self.now().rows(rows)
-        hard = self._hard()[rows]
+        hard = self._hard(rows)
         other = self._codes(self.grid.beside(hard.to(torch.uint8), -torch.sign(gradient), params))
         if self._line is not None:
             scale = self._line.linear(params).scale  # (lists * groups, 1)
@@ -215,7 +220,9 @@ class Bucket:
         else:
             gap = (self.grid.decode(other, params) - self.grid.decode(hard, params)).abs()
         self.base[rows], self.other[rows] = hard, other
-        self._turned()
+        way = self._ways(rows)
+        if self._way is not None and way is not None:
+            self._way[rows] = way
         nu = aimed(gradient, curvature, gap.clamp(min=1e-12), other == hard)
         self.nu[rows] = nu
 

@@ -26,6 +26,23 @@ class _Place:
     shape: torch.Size
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Linears of one size that follow each other in a bucket."""
+
+    bucket: int
+    rows: slice
+    names: tuple[str, ...]
+
+
+# Weights of the largest linears that are worked on together, and of all of them. On the CPU 192
+# linears of 24576 weights descend in 24 instead of 53 ms (benchmarks/experts_step.py), and larger
+# runs gain nothing. Elsewhere a launch takes the host longer than the work of a small linear takes
+# the device; not measured there.
+_TOGETHER = {"cpu": (1 << 17, 1 << 20)}
+_ELSEWHERE = (1 << 21, 1 << 26)
+
+
 class SoftBlock:
     """The soft weights of a block's linears and their variables. Outliers of a solver before stay
     as they are.
@@ -54,6 +71,25 @@ class SoftBlock:
             for name, rows in zip(names, bucket.places, strict=True):
                 self.places[name] = _Place(len(self.buckets), rows, block.weight(name).shape)
             self.buckets.append(bucket)
+        self._runs = self._found_runs()
+
+    def _found_runs(self) -> list[_Run]:
+        """All linears, those together that are so small that calls cost more than the work."""
+        each, total = _TOGETHER.get(self.block.device.type, _ELSEWHERE)
+        runs: list[_Run] = []
+        for name, place in self.places.items():
+            last, size = runs[-1] if runs else None, place.shape.numel()
+            if (
+                last is not None
+                and last.bucket == place.bucket
+                and self.places[last.names[0]].shape.numel() == size <= each
+                and size * (len(last.names) + 1) <= total
+            ):
+                rows = slice(last.rows.start, place.rows.stop)
+                runs[-1] = replace(last, rows=rows, names=(*last.names, name))
+            else:
+                runs.append(_Run(place.bucket, place.rows, (name,)))
+        return runs
 
     def _bundles(self) -> list[list[str]]:
         """Linears that can lie in one matrix."""
@@ -100,14 +136,21 @@ class SoftBlock:
             gradients: by the weights that `weights` gave last, in the order of ``names``, (out, in)
                 each in any float dtype.
         """
-        for name, g in zip(self.names, gradients, strict=True):
-            kept, p = self.outliers.get(name), self.places[name]
-            if kept is not None:
-                g = g.flatten().index_fill(0, kept.index, 0).view(g.shape)
-            self.buckets[p.bucket].descend(p.rows, self.buckets[p.bucket].lists(g), adam)
+        by_name = dict(zip(self.names, gradients, strict=True))
+        for run in self._runs:
+            bucket = self.buckets[run.bucket]
+            lists = [bucket.lists(self._masked(n, by_name[n])) for n in run.names]
+            bucket.descend(run.rows, lists[0] if len(lists) == 1 else torch.cat(lists), adam)
         if decay is not None:
             for b in self.buckets:
                 b.retune(adam, decay)
+
+    def _masked(self, name: str, gradient: Tensor) -> Tensor:
+        """A gradient that is zero where the weight is an outlier."""
+        kept = self.outliers.get(name)
+        if kept is None:
+            return gradient
+        return gradient.flatten().index_fill(0, kept.index, 0).view(gradient.shape)
 
     # --- hardening --------------------------------------------------------------------------------
 
@@ -116,11 +159,10 @@ class SoftBlock:
         """Freeze, in each linear, all but the ``soft_share`` of its weights that lie nearest to the
         middle.
         """
-        for name in self.names:
-            place = self.places[name]
-            nu = self.buckets[place.bucket].nu[place.rows]
+        for run in self._runs:
+            nu = self.buckets[run.bucket].nu[run.rows].view(len(run.names), -1)
             h = rectified(nu)
-            threshold = quantile((h - 0.5).abs_(), soft_share)
+            threshold = quantiles((h - 0.5).abs_(), soft_share)[:, None]
             nu.masked_fill_(h > 0.5 + threshold, FROZEN).masked_fill_(h < 0.5 - threshold, -FROZEN)
 
     @torch.no_grad()
@@ -142,12 +184,12 @@ class SoftBlock:
         """Integer codes by the sign of nu, with the tuned scales or levels as they will be
         stored.
         """
+        params = [b.now() for b in self.buckets]
         out = {}
         for name in self.names:
             p = self.places[name]
-            out[name] = replace(
-                self.buckets[p.bucket].coded(p.rows, p.shape), outliers=self.outliers.get(name)
-            )
+            coded = self.buckets[p.bucket].coded(p.rows, p.shape, params[p.bucket])
+            out[name] = replace(coded, outliers=self.outliers.get(name))
         return out
 
     @torch.no_grad()
@@ -159,10 +201,12 @@ class SoftBlock:
             gradient, curvature: by parameter name, first and (positive) second derivative of the
                 loss by the weight.
         """
+        params = [b.now() for b in self.buckets]
         for name, key in zip(self.names, self.keys, strict=True):
             p = self.places[name]
             b = self.buckets[p.bucket]
-            b.aim(p.rows, b.lists(gradient[key]).float(), b.lists(curvature[key]).float())
+            first, second = (b.lists(t[key]).float() for t in (gradient, curvature))
+            b.aim(p.rows, first, second, params[p.bucket].rows(p.rows))
 
     def snapshot(self) -> list[tuple[Tensor, Tensor]]:
         """Copies of (nu, v) of every bucket."""
@@ -181,6 +225,25 @@ class SoftBlock:
 
 
 _BINS = 1 << 16
+
+
+def quantiles(values: Tensor, q: float, by_rank: bool | None = None) -> Tensor:
+    """`quantile` of every row, (rows,).
+
+    Args:
+        values: (rows, n) in [0, 0.5].
+        by_rank: find all rows' ranks at once, without a wait for the device, rather than by a
+            histogram each. None for what suits: on the CPU the histogram is faster from some
+            thousand numbers on (measured), and so it should be for a single row on any device.
+    """
+    if by_rank is None:
+        by_rank = values.device.type != "cpu" and len(values) > 1
+    if not by_rank:
+        return torch.stack([quantile(row, q) for row in values])
+    last = values.shape[1] - 1
+    rank = int(q * last)
+    low, high = (values.kthvalue(min(k, last) + 1, dim=1).values for k in (rank, rank + 1))
+    return low + (high - low) * (q * last - rank)
 
 
 def quantile(values: Tensor, q: float) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowbitError
-from .fused import BIAS, Form, Part, candidates, is_fused_experts, small_copy
+from .fused import BIAS, DOWN, GATE, UP, Form, Part, candidates, is_fused_experts, small_copy
+from .grouped import chosen, grouped_linear, put_back, sent
 
 __all__ = ["Experts", "form_of", "is_fused_experts", "proved", "replace_fused", "unfused"]
 
@@ -69,12 +70,14 @@ class Experts(nn.Module):
         if self.form.sorted:
             return self._sorted(rows).view_as(hidden_states)
         assert top_k_index is not None and top_k_weights is not None
-        chosen = top_k_index.reshape(-1)
+        if chosen(self._experts()) == "grouped":
+            return self._grouped(rows, top_k_index, top_k_weights).view_as(hidden_states)
+        picked = top_k_index.reshape(-1)
         weights = top_k_weights.reshape(-1, 1)
-        order = chosen.argsort(stable=True)
+        order = picked.argsort(stable=True)
         total = self.form.count + self.form.identities
         # The one wait for the device: how many rows each expert has.
-        counts: list[int] = chosen.bincount(minlength=total).tolist()
+        counts: list[int] = picked.bincount(minlength=total).tolist()
         # Summed in the dtype of the products, as the runtimes' grouped kernels do.
         dtype = torch.promote_types(rows.dtype, weights.dtype)
         out = rows.new_zeros(rows.shape, dtype=dtype)
@@ -105,10 +108,47 @@ class Experts(nn.Module):
                     view.copy_(linear.get_parameter(kind))
         return made
 
+    def _experts(self) -> list[nn.Module]:
+        """The experts, in order."""
+        return [self.get_submodule(str(i)) for i in range(self.form.count)]
+
+    def _grouped(self, rows: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(tokens, hidden) -> the same, all experts at once."""
+        k = top_k_index.shape[-1]
+        picked = top_k_index.reshape(-1)
+        order = picked.argsort(stable=True)
+        inverse = order.argsort()
+        experts = torch.arange(self.form.count, dtype=picked.dtype, device=picked.device)
+        # Nothing here is read back: a step does not wait for the device.
+        ends = torch.searchsorted(picked[order], experts, right=True, out_int32=True)
+        x = sent(rows, order, inverse)
+        if self.form.identities:
+            passed = int(ends[-1])
+            made = torch.cat((self._products(x[:passed], ends), x[passed:]))
+        else:
+            made = self._products(x, ends)
+        each = put_back(made, order, inverse).view(-1, k, made.shape[-1])
+        dtype = torch.promote_types(rows.dtype, top_k_weights.dtype)
+        return (each * top_k_weights.reshape(-1, k, 1)).to(dtype).sum(1).to(rows.dtype)
+
+    def _products(self, x: Tensor, ends: Tensor) -> Tensor:
+        """What experts make of their rows, (rows, hidden), expert after expert; ``ends`` as
+        `grouped_linear` takes it.
+        """
+        experts: list[Any] = self._experts()
+        linears = {n: [expert.get_submodule(n) for expert in experts] for n in self.form.parts}
+        gate = grouped_linear(x, linears[GATE], ends) if self.form.gated else None
+        inner = self._joined(gate, grouped_linear(x, linears[UP], ends))
+        return self._normed(grouped_linear(inner, linears[DOWN], ends))
+
     def _sorted(self, rows: Tensor) -> Tensor:
         """(experts * tokens, hidden) -> the same: expert after expert, rows of zeros left out."""
         used = rows.detach().ne(0).any(-1).nonzero().squeeze(-1)
         each = max(rows.shape[0] // self.form.count, 1)
+        if chosen(self._experts()) == "grouped":
+            lasts = torch.arange(1, self.form.count + 1, device=used.device) * each
+            ends = torch.searchsorted(used, lasts, out_int32=True)
+            return torch.zeros_like(rows).index_copy(0, used, self._products(rows[used], ends))
         counts: list[int] = (used // each).bincount(minlength=self.form.count).tolist()
         out = torch.zeros_like(rows)
         for number, picks in enumerate(torch.split(used, counts)):
@@ -122,15 +162,25 @@ class Experts(nn.Module):
             return x
         expert: Any = self.get_submodule(str(number))
         up = expert.up_proj(x)
+        inner = self._joined(expert.gate_proj(x) if self.form.gated else None, up)
+        return self._normed(expert.down_proj(inner))
+
+    def _joined(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """What the down projection reads, (rows, inner), of what gate and up make."""
         shell: Any = self._shell[0]
-        if not self.form.gated:
-            inner = shell.act_fn(up)
+        if gate is None:
+            inner: Tensor = shell.act_fn(up)
         elif self.form.gates:
-            inner = shell._apply_gate(self.form.join(expert.gate_proj(x), up))
+            inner = shell._apply_gate(self.form.join(gate, up))
         else:
-            inner = shell.act_fn(expert.gate_proj(x)) * up
-        out: Tensor = expert.down_proj(inner)
-        return shell.post_expert_norm(out) if self.form.normed else out
+            inner = shell.act_fn(gate) * up
+        return inner
+
+    def _normed(self, out: Tensor) -> Tensor:
+        """What an expert gives, (rows, hidden), of what its down projection makes."""
+        shell: Any = self._shell[0]
+        normed: Tensor = shell.post_expert_norm(out) if self.form.normed else out
+        return normed
 
 
 def unfused(module: nn.Module) -> Experts:

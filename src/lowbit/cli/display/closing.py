@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,13 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
             f"{len(copied)} tensors that the model's class does not know were copied as they are: "
             f"{_some(copied)}"
         )
+    # A quantized mixture has thousands of scales: the report names them all.
+    alike: dict[str, list[str]] = {}
     for name, why in report.get("left_out", {}).items():
         if name not in _USUALLY_LEFT and not name.startswith("."):
-            lines.append(f"left out: {name} ({why})")
+            alike.setdefault(re.sub("'.*?'", "", why), []).append(f"{name} ({why})")
+    for first, *others in alike.values():
+        lines.append(f"left out: {first}" + (f" and {len(others)} alike" if others else ""))
     return lines
 
 

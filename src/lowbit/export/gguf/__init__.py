@@ -22,6 +22,7 @@ from ...formats.ggml import BLOCKS, BlockType
 from ...grid import Affine, Coded, QTensor
 from ...model.checkpoint import Stored
 from ...model.config import config_at
+from ...model.wrapper import text_config
 from ...names import model_name
 from ...verbatim import encodable
 from ..place import Place, place
@@ -85,7 +86,8 @@ class _Export:
 
     def __init__(self, source: Source, asked: str | None, embeddings: str | None) -> None:
         self.source = source
-        self.config = config_at(source.folder / "config.json")
+        self.whole = whole = config_at(source.folder / "config.json")
+        self.config = text_config(whole, source.report["model"])
         self.architecture = Architecture.of(self.config)
         self.kinds = {
             n: chosen(source.grids[n], columns, asked, n)
@@ -108,6 +110,11 @@ class _Export:
             self.remarks.append(
                 f"{len(source.copied)} tensors that the model's class does not know are left out, "
                 "for GGUF has no names for them"
+            )
+        if self.config is not whole:
+            self.remarks.append(
+                f"the file has the text model of '{whole.model_type}' alone, which neither sees "
+                "nor hears"
             )
         self.known: dict[str, dict[str, Any]] = {}
         self.outer: dict[str, dict[str, Any]] = {}
@@ -188,7 +195,8 @@ class _Export:
                 "moved": None if model is None else self._prove(made, model),
             }
             made.write((PROOF.parent / "tokens.json").as_posix(), self.words.samples)
-            plain = {k: v for k, v in self.source.config.items() if k != "quantization_config"}
+            inside = self.source.config if self.config is self.whole else self.config.to_dict()
+            plain = {k: v for k, v in inside.items() if k != "quantization_config"}
             made.write((PROOF.parent / "config.json").as_posix(), plain)
             return made.close(gguf.NAME, self.known, python)
 

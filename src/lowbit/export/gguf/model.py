@@ -19,6 +19,7 @@ from ...formats.gguf import ROUTER, Entry
 from .families import FAMILIES, Family, head_width
 
 _SHOWN = {"silu": "SiLU", "gelu_pytorch_tanh": "GELU by tanh"}
+_INSIDE = "language_model."  # before a text model's own names, in a wrapper
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 
 
@@ -126,7 +127,7 @@ class Architecture:
         Raises:
             LowbitError: llama.cpp has no place for it.
         """
-        module, _, kind = full.rpartition(".")
+        module, _, kind = full.replace(_INSIDE, "", 1).rpartition(".")
         found = _EXPERT.fullmatch(module)
         stem = self._names.get_name(f"{found[1]}.{found[3]}" if found else module)
         fits = kind == "weight" or (
