@@ -187,5 +187,9 @@ def passes(family, tmp_path, text):
             block = apply_methods(opened(stream, recipe, ids, i), recipe)
             assert set(block.coded) == set(found.graph(i).linears)
             target, x = block.context.target.float(), block.context.x.float()
-            error = (block.forward(block.context.xq.float()) - target).square().sum()
+            error = (
+                (block.forward(block.context.xq.float(), given=block.context.given_q) - target)
+                .square()
+                .sum()
+            )
             assert error < 0.02 * (target - x).square().sum(), (name, i)

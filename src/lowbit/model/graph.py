@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import LowbitError
+from .beside import Item, Place
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Graph:
             is added, too.
         heads: attention's values; None where no linear makes them or the block has no attention.
         attention: name of the module that stores keys and values; None without one.
-        output: the linear that reads what attention computed; None without attention.
+        output: the linear that reads what attention computed; None without attention. Without
+            ``attention`` it is computed with the keys and values of an earlier block.
         inner: linears that read what an MLP, or an expert, computed between its linears.
         flat: linears that are given the tokens of all rows in one matrix.
         mixing: linears outside attention that matter at tokens after their own (recurrences,
@@ -231,15 +233,21 @@ class Described:
     Attributes:
         kinds: graphs that differ, each of at least one block.
         of_layers: of each block, the index of its graph in ``kinds``.
+        items: what goes through the model beside the residual stream.
     """
 
     frame: Frame
     kinds: tuple[Graph, ...]
     of_layers: tuple[int, ...]
+    items: tuple[Item, ...] = ()
 
     def graph(self, i: int) -> Graph:
         """The graph of block i."""
         return self.kinds[self.of_layers[i]]
+
+    def place(self, i: int) -> Place:
+        """What block i is given and leaves beside the residual stream."""
+        return Place.of(self.items, i)
 
     def check(self, model: str) -> None:
         """Raise LowbitError if no block has a linear that can be quantized."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LowbitError
+from ..beside import Keys
 from ..experts import replace_fused
 from ..graph import Described, Frame, Graph
 from ..skeleton import build_skeleton
@@ -62,12 +63,19 @@ def _described(asked: _Asked) -> Described:
     centred = any(_centred(m, hidden) for i in tiny.firsts for m in tiny.blocks[i].modules())
     counts = frozenset({1, *_counts(config.to_dict())})
     kinds: list[Graph] = []
-    for first, called in zip(tiny.firsts, tiny.called, strict=True):
+    for number, (first, called) in enumerate(zip(tiny.firsts, tiny.called, strict=True)):
         replace_fused(blocks[first])
         inside = {f"{layers}.{first}": tiny.blocks[first], **tiny.inside(first)}
         with torch.no_grad(), named(inside, tiny.described(name), f"{layers}.{first}"):
             kind = Kind(
-                tiny.blocks[first], called, blocks[first], tiny.by, counts, config.hidden_size
+                tiny.blocks[first],
+                called,
+                blocks[first],
+                tiny.by,
+                counts,
+                config.hidden_size,
+                _left(tiny, number),
+                _borrowed(tiny, first),
             )
             if not kind.causal:
                 raise LowbitError(
@@ -77,7 +85,19 @@ def _described(asked: _Asked) -> Described:
             kinds.append(graph_of(kind, centred))
     alike = list(dict.fromkeys(kinds))
     places = tuple(alike.index(kinds[k]) for k in of_layers)
-    return Described(_frame(tiny, centred), tuple(alike), places)
+    return Described(_frame(tiny, centred), tuple(alike), places, tiny.items)
+
+
+def _left(tiny: Tiny, kind: int) -> frozenset[Keys]:
+    """Where blocks of a kind leave something that later blocks read."""
+    made = ((item.maker, item.path) for item in tiny.items)
+    return frozenset(p for i, p in made if i is not None and tiny.of_layers[i] == kind)
+
+
+def _borrowed(tiny: Tiny, block: int) -> frozenset[Keys]:
+    """Where a block is given floats that an earlier block left."""
+    made = (t for t in tiny.items if t.maker is not None and t.size is None)
+    return frozenset(p for item in made for i, p in item.readers if i == block)
 
 
 def _counts(said: Mapping[str, Any]) -> Iterator[int]:
@@ -96,7 +116,8 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
     after = [n for n in tiny.after if parts[n] is not head]
     norms = {n: offset for n in after if (offset := _offset(parts[n])) is not None}
     plain = (
-        len(after) == len(norms) <= 1
+        all(item.maker is not None for item in tiny.items)
+        and len(after) == len(norms) <= 1
         and len(embeddings) == len(tiny.before)
         and all(n.startswith(own) for n in (*embeddings, *after))
         and not (centred and not norms)

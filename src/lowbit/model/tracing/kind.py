@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ..beside import Keys
 from ..experts import Experts
 from ..recorder import Called
 from ..skeleton import CONVOLUTIONS
@@ -25,6 +26,8 @@ class Kind:
         real: the same block of the real model, for its sizes; may be on the meta device. by: what
             widths were divided by. counts: numbers of heads, experts and groups of the real model.
             hidden: its hidden size.
+        leaves: where what it leaves for later blocks is. borrowed: where floats are that an
+            earlier block left.
     """
 
     def __init__(
@@ -35,15 +38,17 @@ class Kind:
         by: int,
         counts: frozenset[int],
         hidden: int,
+        leaves: frozenset[Keys] = frozenset(),
+        borrowed: frozenset[Keys] = frozenset(),
     ) -> None:
         self.block, self.called, self.real, self.by, self.hidden = block, called, real, by, hidden
-        self._counts = counts
+        self._counts, self.leaves, self.borrowed = counts, leaves, borrowed
         self.modules = dict(block.named_modules())
         self.base = self.replay({})
 
     def replay(self, changes: Mapping[str, Change], x: Tensor | None = None) -> Replay:
         """A pass with the outputs of some modules changed."""
-        return Replay(self.block, self.called, changes, x)
+        return Replay(self.block, self.called, changes, x, self.leaves)
 
     @property
     def causal(self) -> bool:

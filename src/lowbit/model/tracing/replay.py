@@ -5,13 +5,14 @@ stream.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..beside import Keys, left_by
 from ..recorder import Called
 
 _ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
@@ -34,6 +35,7 @@ class Replay:
         made: key of a tensor -> the innermost module that returned it.
         added: what was added to the residual stream, in order. stream: keys of its states.
         entered, out: (rows, length, hidden) the block's input and output.
+        left: what it left for later blocks.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class Replay:
         called: Called,
         changes: Mapping[str, Change] | None = None,
         x: Tensor | None = None,
+        leaves: Collection[Keys] = (),
     ) -> None:
         """
         Args:
             changes: module -> what becomes of its output. x: the block's input, else as called.
+            leaves: where what it leaves for later blocks is.
         """
         self.inputs: dict[str, Tensor] = {}
         self.made: dict[Key, str] = {}
@@ -60,13 +64,15 @@ class Replay:
                 ]
         x = (called.x if x is None else x).clone()
         watch, self.entered = _Additions(x), x
+        kwargs = _copied(called.kwargs)
         try:
             with torch.no_grad(), watch:
-                out = block(x, **_copied(called.kwargs))
+                out = block(x, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
         self.out: Tensor = out[0] if isinstance(out, tuple) else out
+        self.left = {path: left_by(out, kwargs, path) for path in leaves}
         self.stream, self.added = watch.keys, watch.added
         self._kept += watch.kept
 
