@@ -162,8 +162,38 @@ MORE = {
 }
 
 
+PER_LAYER = dict(
+    **SLIDING,
+    num_kv_shared_layers=0,
+    enable_moe_block=False,
+    hidden_size_per_layer_input=16,
+    vocab_size_per_layer_input=300,
+    global_head_dim=32,
+    vocab_size=300,
+)
+INDEXED = dict(
+    mlp_layer_types=["dense"] * 4,
+    indexer_types=["full", "shared"] * 2,
+    index_topk=8,
+    index_head_dim=16,
+    index_n_heads=2,
+    vocab_size=300,
+)
+# Models whose blocks are given more than the hidden state: model type, and what makes it one.
+BESIDE = {
+    "gemma4 with per-layer inputs": ("gemma4_text", PER_LAYER),
+    "gemma4 with shared keys": ("gemma4_text", dict(PER_LAYER, num_kv_shared_layers=2)),
+    "glm_moe_dsa with shared indices": ("glm_moe_dsa", INDEXED),
+}
+
+
 def config_of(family, **more):
-    """A tiny config of a model type."""
+    """A tiny config of a model type, or of a name in `BESIDE`."""
+    family, own = BESIDE.get(family, (family, {}))
+    return _config_of(family, **{**own, **more})
+
+
+def _config_of(family, **more):
     kind = T.CONFIG_MAPPING[family]
     known = vars(kind())
     known = {**known, **{k: known[v] for k, v in kind.attribute_map.items() if v in known}}

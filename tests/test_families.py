@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers as T
-from families import config_of
+from families import BESIDE, config_of
 from helpers import TEXT, apply_methods, opened, tiny_tokenizer
 from safetensors.torch import load_file
 
@@ -112,6 +112,8 @@ def text(tmp_path_factory):
 
 
 def config(family):
+    if family in BESIDE:
+        return config_of(family)
     return config_of(family, **{**SMALL, **MORE.get(family, {})})
 
 
@@ -147,7 +149,7 @@ def accounted(source, out, report):
             assert torch.equal(made[name], tensor), name
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", [*DENSE, *BESIDE])
 def test_the_table(family, tmp_path, text):
     failing = nullcontext()
     if family in FAILING:

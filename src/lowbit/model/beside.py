@@ -8,7 +8,7 @@ last one that reads it, where the streams lie.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
 
@@ -57,6 +57,24 @@ class Item:
             stored: bytes of a number in the streams.
         """
         return self.numbers * length * (length if self.square else 1) * (self.size or stored)
+
+
+def held_at_most(items: Sequence[Item], blocks: int, length: int, stored: int) -> int:
+    """Bytes of a row that lie beside the streams in the block where that is most: of what a block
+    left, what the float and what the quantized model have of it.
+
+    Args:
+        blocks: how many there are. length, stored: as in `Item.bytes`.
+    """
+    sizes = [item.bytes(length, stored) * (1 if item.maker is None else 2) for item in items]
+    return max(
+        sum(
+            size
+            for size, item in zip(sizes, items, strict=True)
+            if (item.maker or 0) <= i <= item.last
+        )
+        for i in range(blocks)
+    )
 
 
 @dataclass(frozen=True)

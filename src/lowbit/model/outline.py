@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..grid import Rotation
+from .beside import Item
 from .experts import replace_fused
 from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
@@ -60,6 +61,7 @@ class Outline:
         outside: parameters outside the blocks, a tied head not counted. tied_head: parameters of
             that head; 0 without one.
         centred: its norms take the mean off (LayerNorm).
+        items: what goes through the model beside the residual stream.
         rotated: the residual stream is in another basis; the head is no longer tied then.
         online: full linear name -> rotation of its input while the finished model runs.
         kv: keys and values will be quantized. key_rotation: of queries and keys then.
@@ -72,6 +74,7 @@ class Outline:
     outside: int
     tied_head: int
     centred: bool
+    items: tuple[Item, ...] = ()
     rotated: bool = False
     online: Mapping[str, Rotation] = field(default_factory=dict)
     kv: bool = False
@@ -118,6 +121,7 @@ class Outline:
             outside=outside,
             tied_head=head.numel() if tied else 0,
             centred=found.frame.centred,
+            items=found.items,
         )
 
     @property
@@ -128,7 +132,8 @@ class Outline:
     @cached_property
     def described(self) -> Described:
         """The graphs, one a kind."""
-        return Described(self.frame, tuple(kind.graph for kind in self.kinds), self.of_layers)
+        graphs = tuple(kind.graph for kind in self.kinds)
+        return Described(self.frame, graphs, self.of_layers, self.items)
 
     def kind(self, i: int) -> Kind:
         """The kind of block i."""

@@ -17,6 +17,7 @@ from ..errors import LowbitError
 from ..formats.packing import tensor_bytes
 from ..grid import AnyGrid
 from ..methods.cost import Layer, Rows, Shapes
+from ..model.beside import held_at_most
 from ..model.calibration import Calibration
 from ..model.checkpoint import config_at, hub_file
 from ..model.model import Model, Stage
@@ -220,7 +221,15 @@ class Plan:
         """What one process holds while it runs: the most that any kind of block takes."""
         process = PROCESS if self.setting.device.type == "cpu" else 0
         here = self.setting.here
-        return most([needs(self.recipe, shapes, process, here) for shapes in self.shapes_of])
+        found = most([needs(self.recipe, shapes, process, here) for shapes in self.shapes_of])
+        return replace(found, beside=self._beside)
+
+    @property
+    def _beside(self) -> int:
+        """Bytes that lie beside one process's streams at most."""
+        rows = self.shapes.rows
+        row = held_at_most(self.outline.items, self.outline.blocks, rows.length, rows.stored)
+        return rows.mine(rows.count) * row
 
     @property
     def check_memory(self) -> int:

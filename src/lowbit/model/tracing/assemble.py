@@ -50,11 +50,7 @@ def graph_of(kind: Kind, centred: bool) -> Graph:
         attention=None if attention is None else attention.module,
         output=output,
         inner=inner,
-        flat=tuple(
-            n
-            for n in kind.linears
-            if kind.stands(n) and kind.base.inputs[n].dim() < kind.called.x.dim()
-        ),
+        flat=tuple(n for n in kind.linears if kind.stands(n) and kind.base.inputs[n].dim() < 3),
         mixing=mixing(kind, None if attention is None else attention.module),
         kept=tuple(kind.kept.items()),
     )

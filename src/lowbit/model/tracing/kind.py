@@ -154,6 +154,8 @@ class Kind:
     def _reason(self, name: str, narrow: nn.Linear) -> str | None:
         if name not in self.base.inputs:
             return "the model does not call it"
+        if not _multiplies(narrow, self.base.inputs[name]):
+            return "it does something else than multiply its input by its weight"
         outputs = self.sizes(name)[0]
         grown = self.by > 1 and narrow.out_features * self.by == outputs
         unchanged = self.by > 1 and narrow.out_features == outputs
@@ -162,6 +164,15 @@ class Kind:
             return "one output per head, expert or group: it chooses or weighs"
         moved = self.replay({name: lambda y: y * (1 + _SMALL)}).out
         return "it only chooses" if torch.equal(moved, self.base.out) else None
+
+
+@torch.no_grad()
+def _multiplies(linear: nn.Linear, x: Tensor) -> bool:
+    """Whether a linear, which may be of a class of its own, computes what torch's does."""
+    if type(linear) is nn.Linear:
+        return True
+    expected, found = nn.functional.linear(x, linear.weight, linear.bias), linear(x)
+    return found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def _among(rows: Tensor, given: Tensor) -> bool:

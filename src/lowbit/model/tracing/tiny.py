@@ -94,7 +94,7 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     tiny.returns = len(form[0]) if isinstance(form[0], tuple) else 0
     form[:] = [(None,) * tiny.returns] if tiny.returns else []
     passive, tokens = run(()), run((), other=True)
-    _check_single(name, live.calls.called[0].x)
+    _check_rows(name, live.calls.called[0].x)
     tiny.before, tiny.after = live.around()
     # Passive blocks hand on what they are given.
     tiny.left, tiny.logits = passive.calls.called[-1].x, passive.logits
@@ -110,12 +110,13 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     return tiny
 
 
-def _check_single(name: str, x: Tensor) -> None:
-    """Refuse a model with more than one residual stream."""
-    if x.dim() != 3:
+def _check_rows(name: str, x: Tensor) -> None:
+    """Refuse a residual stream that is not (rows, length, ..., hidden)."""
+    if x.dim() < 3 or x.shape[:2] != (_ROWS, _LENGTH):
         raise LowbitError(
-            f"'{name}' carries {x.dim() - 2} residual streams from block to block: models "
-            "with one are supported so far. Nothing was written."
+            f"'{name}' hands {tuple(x.shape)} from block to block for {_ROWS} rows of {_LENGTH} "
+            "tokens: models that keep rows and tokens first are supported so far. Nothing was "
+            "written."
         )
 
 
