@@ -196,6 +196,12 @@ def placed(value: Any, values: Values) -> Any:
     return row if isinstance(value, list) else tuple(row)
 
 
+def widened(kwargs: Mapping[str, Any], paths: Sequence[Keys], rows: int) -> dict[Keys, Tensor]:
+    """What has one row, and is the same for all, with so many."""
+    found = {path: at(kwargs, path) for path in paths}
+    return {path: t.expand(rows, *t.shape[1:]) for path, t in found.items() if len(t) == 1}
+
+
 class Kept:
     """What a block leaves of a whole stream, put together part by part.
 

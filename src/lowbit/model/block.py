@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ..errors import LowbitError
 from ..grid import AnyGrid, Coded, InputQuantizer, KVGrid, Params, QTensor, QuantizedStates
 from ..grid.kmeans import NotFiniteError
-from .beside import NOTHING, Kept, Keys, Values, arriving, left_by, picked, placed
+from .beside import NOTHING, Kept, Keys, Values, arriving, left_by, picked, placed, widened
 from .context import TOKENS_PER_PASS, Announce, Context
 from .graph import Graph
 from .hooks import AllSeen, quantized_inputs, watched
@@ -158,6 +158,8 @@ class Block:
         kwargs = fresh(dict(self.context.kwargs))
         if given:
             kwargs = placed(kwargs, arriving(given, x.device, self.compute))
+        if self.graph.wide:
+            kwargs = placed(kwargs, widened(kwargs, self.graph.wide, len(x)))
         if self.kv is not None and self.graph.attention is not None:
             kwargs["past_key_values"] = QuantizedStates(self.kv)
         with quantized_inputs(self.module, self.input_quantizers):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import LowbitError
-from .beside import Item, Place
+from .beside import Item, Keys, Place
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class Graph:
         fixed: linears of ``inner`` whose channels cannot change places.
         mixtures: modules that hold experts, by their numbers.
         kept: linears that are not quantized, each with the reason.
+        wide: where that is of what the block is called with that must have a row for each of its
+            input, although they are alike.
         dropped: where a change of the block that looked possible does not keep its function, each
             with the reason; it is not made.
     """
@@ -128,6 +130,7 @@ class Graph:
     fixed: tuple[str, ...] = ()
     mixtures: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
+    wide: tuple[Keys, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
 
     @property
