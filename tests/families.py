@@ -179,11 +179,42 @@ INDEXED = dict(
     index_n_heads=2,
     vocab_size=300,
 )
+COMPRESSED = dict(
+    layer_types=[
+        "sliding_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "sliding_attention",
+    ],
+    mlp_layer_types=["hash_moe", "moe", "moe", "moe"],
+    compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    moe_intermediate_size=48,
+    head_dim=32,
+    num_key_value_heads=1,
+    partial_rotary_factor=0.25,
+    o_groups=2,
+    o_lora_rank=32,
+    index_n_heads=2,
+    index_head_dim=16,
+    index_topk=2,
+    hc_mult=3,
+    vocab_size=300,
+)
 # Models whose blocks are given more than the hidden state: model type, and what makes it one.
 BESIDE = {
     "gemma4 with per-layer inputs": ("gemma4_text", PER_LAYER),
     "gemma4 with shared keys": ("gemma4_text", dict(PER_LAYER, num_kv_shared_layers=2)),
     "glm_moe_dsa with shared indices": ("glm_moe_dsa", INDEXED),
+    "hy_v4": (
+        "hy_v4",
+        dict(
+            INDEXED,
+            hc_mult=3,
+            moe_intermediate_size=48,
+            mlp_layer_types=["dense", "sparse"] * 2,
+        ),
+    ),
+    "deepseek_v4": ("deepseek_v4", COMPRESSED),
 }
 
 

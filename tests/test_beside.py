@@ -6,13 +6,16 @@ import pytest
 import torch
 import transformers as T
 from families import BESIDE, config_of
-from helpers import TEXT, model_of, opened, run, tiny_tokenizer
+from helpers import TEXT, model_of, needs_of, opened, run, tiny_tokenizer
+from torch import nn
 
 import lowbit
+from lowbit.errors import LowbitError
 from lowbit.grid import Affine
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.model import block as of_block
 from lowbit.model import context
+from lowbit.model.beside import Item, held_at_most
 from lowbit.model.model import float_blocks
 from lowbit.model.stream import ModelStream
 from lowbit.model.tracing import described
@@ -31,7 +34,120 @@ FOUND = {
         ),
     ],
     "glm_moe_dsa with shared indices": [(0, (1,), (1,)), (2, (1,), (3,))],
+    "hy_v4": [(0, (1,), (1,)), (2, (1,), (3,))],
+    "deepseek_v4": [(None, ("input_ids",), (0,))],
 }
+
+
+def mean_so_far(v):
+    """(rows, length, channels): of the tokens up to each."""
+    count = torch.arange(1, v.shape[1] + 1, dtype=v.dtype, device=v.device)
+    return v.cumsum(1) / count[:, None]
+
+
+class Block(nn.Module):
+    """Adds what it makes of its own values, or of an earlier block's."""
+
+    def __init__(self, width, reuses):
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.value = None if reuses else nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, shared=None, more=None):
+        if self.value is not None:
+            shared["values"] = self.value(self.norm(x))
+        out = mean_so_far(shared["values"])
+        if isinstance(more, torch.Tensor) and more.is_floating_point():
+            out = out + more
+        return x + self.out(out)
+
+
+class Config(T.PretrainedConfig):
+    model_type = "lowbit_passing"
+
+    def __init__(self, hidden_size=64, num_hidden_layers=2, variant="reused", **more):
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.variant, self.vocab_size = variant, 300
+        super().__init__(**more)
+
+
+class Model(T.PreTrainedModel, T.GenerationMixin):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        own = config.variant == "own"
+        blocks = [Block(config.hidden_size, i > 0 and not own) for i in range(2)]
+        self.blocks = nn.ModuleList(blocks)
+        self.last = nn.RMSNorm(config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids=None, use_cache=None, **_):
+        x, shared = self.embed(input_ids), {}
+        given = {
+            "embedding": lambda: (first, first),
+            "sum": lambda: (None, x + first),
+            "other rows": lambda: (x.mean(0, keepdim=True).expand_as(x), None),
+            "all rows": lambda: (input_ids.flatten(), None),
+            "number": lambda: (None, int(input_ids.sum())),
+        }.get(self.config.variant, lambda: (None, None))
+        first = x
+        for i, block in enumerate(self.blocks):
+            x = block(x, shared, given()[i])
+        return self.head(self.last(x))
+
+
+@pytest.fixture(scope="module")
+def passing():
+    T.AutoConfig.register("lowbit_passing", Config)
+    T.AutoModelForCausalLM.register(Config, Model)
+    yield lambda variant: Config(variant=variant)
+    T.CONFIG_MAPPING._extra_content.pop("lowbit_passing")
+    T.AutoModelForCausalLM._model_mapping._extra_content.pop(Config)
+
+
+@pytest.mark.parametrize("variant, source", [("own", "value"), ("reused", None)])
+def test_what_a_later_block_reads_takes_no_factor(passing, variant, source):
+    graph = described(passing(variant)).graph(0)
+    site = graph.site_of("out")
+    assert (site.source and site.source.module) == source
+    assert bool(graph.dropped) == (source is None)
+    assert graph.site_of("value").source.module == "norm"  # which later blocks do not see
+
+
+def test_one_tensor_is_carried_once_for_all_who_read_it(passing):
+    embedded, shared = described(passing("embedding")).items
+    assert embedded == Item(None, ("more",), ((0, ("more",)), (1, ("more",))), 64)
+    assert shared == Item(0, ("shared", "values"), ((1, ("shared", "values")),), 64)
+
+
+@pytest.mark.parametrize(
+    "variant, said",
+    [
+        (
+            "sum",
+            r"block 1 .* given 'more', which is made of what earlier blocks compute, but is no",
+        ),
+        ("other rows", r"block 0 .* given 'more', which depends on the tokens of other rows"),
+        ("all rows", r"block 0 .* given 'more', which depends on all rows together"),
+        (
+            "number",
+            r"block 1 .* given 'more', which depends on more than its input and is no tensor",
+        ),
+    ],
+)
+def test_what_cannot_be_carried_is_refused_in_a_sentence(passing, variant, said):
+    with pytest.raises(LowbitError, match=said + ".* Nothing was written"):
+        described(passing(variant))
 
 
 @pytest.fixture(scope="module", params=BESIDE)
@@ -43,7 +159,8 @@ def saved(request, tmp_path_factory):
 def save(name, folder):
     torch.manual_seed(0)
     config = config_of(name)
-    model = T.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    model = T.AutoModelForCausalLM.from_config(config, **eager).float().eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             if p.dim() > 1 and "embed" not in key:
@@ -123,8 +240,8 @@ def test_gradients_take_the_rows_that_are_drawn(saved):
 
 def test_a_block_runs_with_all_that_it_reads_or_not_at_all(saved):
     stream = ModelStream(saved[0])
-    block = opened(stream, Recipe(Affine(3, 16)), IDS, len(stream) - 1)
-    with pytest.raises(ValueError, match=r"layers\.3' reads \[.*\] and is given \[\]"):
+    block = opened(stream, Recipe(Affine(3, 16)), IDS, stream.described.items[0].last)
+    with pytest.raises(ValueError, match=r"layers\.\d' reads \[.*\] and is given \[\]"):
         block.forward(block.x)
 
 
@@ -153,3 +270,33 @@ def test_a_killed_run_ends_with_the_same_bytes(name, blocks, tmp_path):
     for shard in shards:
         one, other = (tmp_path / out / shard for out in ("once", "again"))
         assert one.read_bytes() == other.read_bytes(), shard
+
+
+def test_what_lies_beside_the_streams_is_planned(saved):
+    stream = ModelStream(saved[0])
+    left, _ = walked(stream, "rtn")
+    items = stream.described.items
+    # Of a block's own, the float model's and the quantized model's; of the tokens one for both.
+    beside = [
+        sum(t.nbytes for held in (s.beside.x, s.beside.xq) for t in held.values())
+        - sum(t.nbytes for n, t in s.beside.x.items() if items[n].maker is None)
+        for s in left
+    ]
+    planned = held_at_most(items, len(stream), IDS.shape[1], 4) * len(IDS)
+    assert 0 <= max(beside) <= planned
+    recipe = load_recipe("rtn", scheme=Affine(3, 16))
+    memory = needs_of(stream.config, recipe, 128, 16, torch.device("cpu"), stream.dtype)
+    assert memory.beside == held_at_most(items, len(stream), 16, 4) * 128
+    numbers = left[0].x[0].numel()  # of a row, all its streams
+    assert memory.stream == 128 * numbers * stream.dtype.itemsize
+    assert memory.streams == 3 * memory.stream + memory.beside
+
+
+def test_the_sum_of_what_lies_beside_a_row():
+    tokens = Item(None, ("a",), ((0, ("a",)), (3, ("a",))), 10)
+    keys = Item(1, ("b", 0), ((2, ("b", 0)), (3, ("b", 0))), 100)
+    chosen = Item(0, (1,), ((1, ("c",)),), 1, square=True, size=8)
+    assert held_at_most([tokens], 4, 16, 2) == 10 * 16 * 2
+    assert held_at_most([tokens, keys], 4, 16, 2) == (10 + 2 * 100) * 16 * 2
+    assert held_at_most([chosen, tokens], 4, 16, 2) == 10 * 16 * 2 + 2 * 16 * 16 * 8
+    assert held_at_most([], 4, 16, 2) == 0

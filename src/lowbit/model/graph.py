@@ -214,6 +214,8 @@ class Frame:
         centred: norms take the mean off (LayerNorm).
         plain: logits are what the head makes of what the final modules make of the last block's
             output, and nothing else.
+        streams: how many residual streams there are: (rows, length, streams, hidden) goes from
+            block to block where there are several.
         returns: how many things a block returns in a tuple, its output first; 0 where it returns
             its output alone.
     """
@@ -227,6 +229,7 @@ class Frame:
     centred: bool = False
     plain: bool = False
     returns: int = 0
+    streams: int = 1
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def needs(recipe: Recipe, shapes: Shapes, process: int = 0, processes: int = 1) 
     passing = base + kept + coded + max(shapes.passing, 16 * layer.largest)
     steps = {"passes": passing, **steps}
     steps = {name: round(most * _HOLES) for name, most in steps.items()}
-    stream = rows.mine(rows.count) * rows.length * layer.hidden * rows.stored
+    stream = rows.mine(rows.count) * rows.length * layer.passed * rows.stored
     outer = layer.outside * rows.compute
     resident = process + libraries if process else 0
     return Needs(steps, least, stream, copies, outer, resident, processes, lighter)

@@ -204,7 +204,12 @@ class Plan:
         found = []
         for kind in o.kinds:
             layer = Layer(
-                kind.linears, kind.rest, o.stored_outside, config.hidden_size, config.vocab_size
+                kind.linears,
+                kind.rest,
+                o.stored_outside,
+                config.hidden_size,
+                config.vocab_size,
+                o.frame.streams,
             )
             sites, inner = list(kind.graph.readings), kind.graph.inner
             grid = self.recipe.grid

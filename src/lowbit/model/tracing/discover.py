@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
         centred=centred,
         plain=_plain(tiny, [parts[n] for n in after], head),
         returns=tiny.returns,
+        streams=math.prod(tiny.left.shape[2:-1]),
     )
 
 

@@ -154,14 +154,14 @@ class Kind:
     def _reason(self, name: str, narrow: nn.Linear) -> str | None:
         if name not in self.base.inputs:
             return "the model does not call it"
-        if not _multiplies(narrow, self.base.inputs[name]):
-            return "it does something else than multiply its input by its weight"
         outputs = self.sizes(name)[0]
         grown = self.by > 1 and narrow.out_features * self.by == outputs
         unchanged = self.by > 1 and narrow.out_features == outputs
         several = unchanged and any(outputs == m * c for c in self._counts for m in _SEVERAL)
         if (outputs in self._counts and not grown) or several:
             return "one output per head, expert or group: it chooses or weighs"
+        if not _multiplies(narrow, self.base.inputs[name]):
+            return "it does something else than multiply its input by its weight"
         moved = self.replay({name: lambda y: y * (1 + _SMALL)}).out
         return "it only chooses" if torch.equal(moved, self.base.out) else None
 
@@ -172,7 +172,11 @@ def _multiplies(linear: nn.Linear, x: Tensor) -> bool:
     if type(linear) is nn.Linear:
         return True
     expected, found = nn.functional.linear(x, linear.weight, linear.bias), linear(x)
-    return found.shape == expected.shape and torch.allclose(found, expected)
+    return (
+        isinstance(found, Tensor)
+        and found.shape == expected.shape
+        and torch.allclose(found, expected)
+    )
 
 
 def _among(rows: Tensor, given: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ...errors import LowbitError
 from ..beside import Item, Keys, leaves, placed
@@ -17,7 +18,6 @@ from ..recorder import Called, fresh
 from .replay import Key, key_of
 
 _SAME = 1e-5  # some norms compute in float32 whatever they are given
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -167,25 +167,30 @@ def _key(t: Tensor) -> tuple[Key, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def _reads(block: nn.Module, called: Called, path: Keys) -> bool:
-    """Whether something else in a tensor's place changes what a block returns or leaves."""
-    value = dict(leaves(called.kwargs))[path]
-    if value.is_floating_point():
-        generator = torch.Generator().manual_seed(_SEED)
-        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        other = value + drawn.to(value.dtype)
-    elif value.any():
-        other = torch.zeros_like(value)
-    else:
-        return True  # what else it could be is not known
+    """Whether a block computes anything with a tensor that it is given. What it computes may be the
+    same whatever the tensor is, as long as a table has no numbers.
+    """
+    value = dict(leaves(called.kwargs))[path].clone()
+    kwargs = placed(fresh(dict(called.kwargs)), {path: value})
+    with torch.no_grad(), _Touched(value) as touched:
+        block(called.x.clone(), **kwargs)
+    found: bool = touched.seen
+    return found
 
-    def run(t: Tensor) -> dict[Keys, Tensor]:
-        kwargs = placed(fresh(dict(called.kwargs)), {path: t.clone()})
-        out = block(called.x.clone(), **kwargs)
-        return dict(leaves({**kwargs, "": out}))
 
-    with torch.no_grad():
-        one, two = run(value), run(other)
-    return any(not _equal(t, two.get(at)) for at, t in one.items() if at != path)
+class _Touched(TorchFunctionMode):
+    """Tells whether anything is computed with a tensor while it is entered."""
+
+    def __init__(self, t: Tensor) -> None:
+        super().__init__()
+        self._tensor, self.seen = t, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = leaves([args, kwargs or {}])
+        self.seen = self.seen or any(t is self._tensor for _, t in given)
+        return func(*args, **(kwargs or {}))
 
 
 def _item(found: _Found, by: int, x: Tensor) -> Item:
@@ -230,7 +235,7 @@ def _alike(one: Any, other: Any) -> bool:
     """Whether two arguments differ in tensors at most."""
     if isinstance(one, (Tensor, Mapping, tuple, list)) or one is None:
         return isinstance(other, (Tensor, Mapping, tuple, list)) or other is None
-    return type(one) is type(other)
+    return _same(one, other)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -244,6 +249,8 @@ def _same(one: Any, other: Any) -> bool:
             and one.keys() == other.keys()
             and all(_same(v, other[k]) for k, v in one.items())
         )
+    if isinstance(one, (int, float, str)):
+        return type(one) is type(other) and bool(one == other)
     return one is other or type(one) is type(other)
 
 
