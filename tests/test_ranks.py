@@ -243,7 +243,7 @@ CELLS = [
 # On which model.
 CELLS = [("llama", *cell) for cell in CELLS]
 CELLS += [
-    (name, "W3A16g16", "awq+gptq+tesseraq", [*TESSERAQ, "tesseraq.batch=3"], True)
+    (name, "W3A16g16", "gptq+tesseraq", [*TESSERAQ, "tesseraq.batch=3"], True)
     for name in ("gemma4 with shared keys", "glm_moe_dsa with shared indices")
 ]
 

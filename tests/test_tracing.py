@@ -309,6 +309,17 @@ def test_two_norms_with_one_output_are_folded_once_or_not_at_all(own, variant, k
             lambda own: T.DeepseekV2Config(num_hidden_layers=2),
             r"cannot be found: 'model.layers.\d.mlp.gate' says TypeError topk",
         ),
+        (
+            lambda own: config_of(
+                "zamba2",
+                num_hidden_layers=4,
+                layers_block_type=["linear_attention", "hybrid"] * 2,
+                num_mem_blocks=1,
+                n_mamba_heads=4,
+                mamba_headdim=32,
+            ),
+            r"block 3 of 'zamba2' has the weights of block 1 \('shared_transformer\..*'\)",
+        ),
     ],
 )
 def test_what_cannot_be_traced_is_refused_in_a_sentence(own, config, said):

@@ -19,7 +19,7 @@ from ..experts import replace_fused
 from ..graph import Described, Frame, Graph
 from ..skeleton import build_skeleton
 from .assemble import graph_of
-from .blocks import list_of_blocks, signature
+from .blocks import check_own_weights, list_of_blocks, signature
 from .kind import Kind
 from .tiny import Tiny, build_tiny
 from .where import named
@@ -56,6 +56,7 @@ def _described(asked: _Asked) -> Described:
     blocks = list(model.get_submodule(layers).children())
     if not blocks:
         raise LowbitError(f"'{name}' is a '{config.model_type}' model without a single block.")
+    check_own_weights(blocks, name)
     signatures = [signature(b) for b in blocks]
     distinct = list(dict.fromkeys(signatures))
     of_layers = tuple(distinct.index(s) for s in signatures)
