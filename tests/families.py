@@ -211,7 +211,7 @@ BESIDE = {
             INDEXED,
             hc_mult=3,
             moe_intermediate_size=48,
-            mlp_layer_types=["dense", "sparse"] * 2,
+            mlp_layer_types=["dense", "dense", "dense", "sparse"],
         ),
     ),
     "deepseek_v4": ("deepseek_v4", COMPRESSED),

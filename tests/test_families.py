@@ -16,7 +16,6 @@ from helpers import TEXT, apply_methods, opened, tiny_tokenizer
 from safetensors.torch import load_file
 
 import lowbit
-from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
 from lowbit.model.stream import ModelStream
 from lowbit.model.tracing import described
@@ -90,9 +89,7 @@ DROPPED = {
     family: {"the residual stream"} for family in ("falcon", "falcon_h1", "nemotron", "stablelm")
 }
 # What does not work yet, and how it fails.
-FAILING: dict[str, tuple[type[Exception], str]] = {
-    "recurrent_gemma": (LowbitError, "'.*input_gate_weight' is a 3-D parameter of a form that is"),
-}
+FAILING: dict[str, tuple[type[Exception], str]] = {}
 QUICK = ("tesseraq.schedule=exponential-4-3", "tesseraq.iters=2", "tesseraq.batch=2")
 RECIPES = {
     "awq": ("awq.exponents=3", "awq.shrinks=2"),

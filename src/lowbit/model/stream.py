@@ -16,6 +16,7 @@ from ..errors import LowbitError
 from .beside import Kept, Keys, at
 from .checkpoint import FLOATS, Checkpoint, config_at
 from .experts import replace_fused
+from .forms import check_forms
 from .graph import Described, Frame, Graph
 from .intake import (
     check_floats,
@@ -30,7 +31,7 @@ from .outer import Outer, outer_of
 from .raw import Raw
 from .residual import Basis, basis_of, rotate_block, rotate_outer
 from .shell import CACHES, Shell
-from .skeleton import CONVOLUTIONS, build_skeleton, fast_attention
+from .skeleton import build_skeleton, fast_attention
 from .source import open_source
 from .storage import Storage
 from .tokenizer import load_tokenizer as load_tokenizer
@@ -239,18 +240,16 @@ class ModelStream:
             raise
 
     def _check_blocks(self) -> tuple[str, ...]:
-        """Refuse parameters of a form that is not known, and tensors that are no floats;
-        remarks.
+        """Refuse blocks of which much is of a form that is not known, and tensors that are no
+        floats; remarks.
         """
-        for i, block in enumerate(self._blocks):
-            for path, module in block.named_modules():
-                for name, parameter in module.named_parameters(recurse=False):
-                    if parameter.dim() > 2 and not isinstance(module, CONVOLUTIONS):
-                        raise LowbitError(
-                            f"'{self.block_name(i)}.{path}.{name}' is a {parameter.dim()}-D "
-                            "parameter of a form that is not known; nothing was written."
-                        )
-        return check_floats(
+        unknown = check_forms(
+            {
+                self.block_name(i): (block, self.graph(i).linears)
+                for i, block in enumerate(self._blocks)
+            }
+        )
+        return unknown + check_floats(
             self.checkpoint,
             self.stored,
             [p.tensor for n in self._floats() for p in self.names.places.get(n, ())],
