@@ -200,6 +200,17 @@ COMPRESSED = dict(
     hc_mult=3,
     vocab_size=300,
 )
+ALTERNATING = dict(
+    **SLIDING,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=16,
+    vocab_size_per_layer_input=300,
+    altup_num_inputs=3,
+    laurel_rank=16,
+    activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    intermediate_size=[96] * 4,
+    vocab_size=300,
+)
 # Models whose blocks are given more than the hidden state: model type, and what makes it one.
 BESIDE = {
     "gemma4 with per-layer inputs": ("gemma4_text", PER_LAYER),
@@ -215,6 +226,7 @@ BESIDE = {
         ),
     ),
     "deepseek_v4": ("deepseek_v4", COMPRESSED),
+    "gemma3n": ("gemma3n_text", ALTERNATING),
 }
 
 

@@ -37,6 +37,7 @@ FOUND = {
     "hy_v4": [(0, (1,), (1,)), (2, (1,), (3,))],
     "deepseek_v4": [(None, ("input_ids",), (0,))],
 }
+FOUND["gemma3n"] = FOUND["gemma4 with shared keys"]
 
 
 def mean_so_far(v):

@@ -302,10 +302,6 @@ def test_two_norms_with_one_output_are_folded_once_or_not_at_all(own, variant, k
         (lambda own: own("half-way"), r"narrow copy does not run, .*: 'blocks.0.down' says mat1"),
         (lambda own: own("buffer"), r"cannot compute the buffers of .* AttributeError .*'theta'"),
         (
-            lambda own: config_of("gemma3n_text"),
-            r"'gemma3n_text' models cannot compute the buffers of 'model' .* AttributeError",
-        ),
-        (
             lambda own: T.DeepseekV2Config(num_hidden_layers=2),
             r"cannot be found: 'model.layers.\d.mlp.gate' says TypeError topk",
         ),

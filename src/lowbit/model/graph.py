@@ -215,7 +215,8 @@ class Frame:
         plain: logits are what the head makes of what the final modules make of the last block's
             output, and nothing else.
         streams: how many residual streams there are: (rows, length, streams, hidden) goes from
-            block to block where there are several.
+            block to block where there are several. turned: the model itself has the streams in
+            front, see `lowbit.model.turning`.
         returns: how many things a block returns in a tuple, its output first; 0 where it returns
             its output alone.
     """
@@ -230,6 +231,7 @@ class Frame:
     plain: bool = False
     returns: int = 0
     streams: int = 1
+    turned: bool = False
 
 
 @dataclass(frozen=True)

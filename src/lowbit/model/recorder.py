@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .beside import Keys, leaves
+from .turning import on_first, rows_first, streams_first
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Recorder(nn.Module):
     Attributes:
         live: run the block. returned: what to return instead of the input, None for the input.
         left: what a live block returned besides its output, or wrote into what it was called with.
+        turned: the model has its streams in front of its rows, and the block does not, see
+            `lowbit.model.turning`.
     """
 
     def __init__(self, block: nn.Module, form: list[Any]) -> None:
@@ -46,6 +49,7 @@ class Recorder(nn.Module):
         self.__dict__["block"] = block  # no submodule: it is no part of what runs
         self.live, self._form = False, form
         self.returned: Tensor | None = None
+        self.turned = False
         self.left: dict[Keys, Tensor] = {}
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
@@ -59,11 +63,14 @@ class Recorder(nn.Module):
         # As it is now: blocks write into containers that they share.
         self._call = tuple(map(fresh, args)), fresh(kwargs)
         if self.live:
-            out = self.__dict__["block"](*args, **kwargs)
+            own = (rows_first(args[0]), *args[1:]) if self.turned else args
+            out = self.__dict__["block"](*own, **kwargs)
+            out = on_first(streams_first, out) if self.turned else out
             self._form[:] = [out]
             self.left = self._written(args, kwargs, out)
             return out
         x = self.called(forget=False).x if self.returned is None else self.returned
+        x = streams_first(x) if self.turned else x
         form = self._form[0] if self._form else x
         return (x, *form[1:]) if isinstance(form, tuple) else x
 
@@ -83,7 +90,7 @@ class Recorder(nn.Module):
         given = {k: v for k, v in rest if k != spread}
         if spread is not None:
             given.update(named.arguments.get(spread, {}))
-        return Called(x, given)
+        return Called(rows_first(x) if self.turned else x, given)
 
     def _written(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any

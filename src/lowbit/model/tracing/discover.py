@@ -24,7 +24,7 @@ from .kind import Kind
 from .tiny import Tiny, build_tiny
 from .where import named
 
-_COUNT = re.compile(r"heads|experts|groups|n_group")
+_COUNT = re.compile(r"heads|experts|groups|n_group|num_inputs")
 _SAME = 1e-5  # some norms compute in float32 whatever they are given
 
 
@@ -135,6 +135,7 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
         plain=_plain(tiny, [parts[n] for n in after], head),
         returns=tiny.returns,
         streams=math.prod(tiny.left.shape[2:-1]),
+        turned=tiny.turned,
     )
 
 

@@ -154,12 +154,14 @@ class Kind:
     def _reason(self, name: str, narrow: nn.Linear) -> str | None:
         if name not in self.base.inputs:
             return "the model does not call it"
-        outputs = self.sizes(name)[0]
+        outputs, inputs = self.sizes(name)
         grown = self.by > 1 and narrow.out_features * self.by == outputs
         unchanged = self.by > 1 and narrow.out_features == outputs
         several = unchanged and any(outputs == m * c for c in self._counts for m in _SEVERAL)
         if (outputs in self._counts and not grown) or several:
             return "one output per head, expert or group: it chooses or weighs"
+        if self.by > 1 and narrow.in_features == inputs and inputs in self._counts - {1}:
+            return "one input per head, expert or group: it weighs"
         if not _multiplies(narrow, self.base.inputs[name]):
             return "it does something else than multiply its input by its weight"
         moved = self.replay({name: lambda y: y * (1 + _SMALL)}).out

@@ -15,6 +15,7 @@ from ..beside import Item
 from ..experts import replace_fused
 from ..recorder import Called, Recorder
 from ..skeleton import build_skeleton, compute_buffers, reason_of
+from ..turning import turn
 from .passing import Calls, Passes, alone, items_of
 from .shrink import divisor, shrunken
 from .where import named
@@ -35,6 +36,7 @@ class Tiny:
         of_layers: the kind of each. firsts: the first block of each kind.
         called: what the first block of each kind is called with. items: what goes through the model
             beside the residual stream.
+        turned: the model has several streams in front of its rows, see `lowbit.model.turning`.
         returns: how many things a block returns in a tuple; 0 where it returns no tuple.
         left, logits: what leaves the last block where none computes anything, and its logits.
         before, after: modules with parameters that are called before the first block, and after the
@@ -51,6 +53,7 @@ class Tiny:
     called: list[Called] = field(default_factory=list)
     items: tuple[Item, ...] = ()
     returns: int = 0
+    turned: bool = False
     left: Tensor = field(default_factory=lambda: torch.empty(0))
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     before: list[str] = field(default_factory=list)
@@ -91,6 +94,12 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     tiny = Tiny(model, by, trunk, layers, blocks, of_layers, firsts)
     run = partial(_Pass, tiny, recorders, name)
     live = run(firsts)
+    if _streams_first(live.calls.called[0].x):
+        tiny.turned = True
+        for block, recorder in zip(blocks, recorders, strict=True):
+            turn(block)
+            recorder.turned = True
+        live = run(firsts)
     tiny.returns = len(form[0]) if isinstance(form[0], tuple) else 0
     form[:] = [(None,) * tiny.returns] if tiny.returns else []
     passive, tokens = run(()), run((), other=True)
@@ -108,6 +117,10 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
         tiny.items = items_of(name, by, blocks, passes)
     tiny.called += [live.calls.called[i] for i in firsts]
     return tiny
+
+
+def _streams_first(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[:2] != (_ROWS, _LENGTH) and x.shape[1:3] == (_ROWS, _LENGTH)
 
 
 def _check_rows(name: str, x: Tensor) -> None:
