@@ -32,7 +32,7 @@ class Tiny:
     Attributes:
         model: of transformers, its blocks replaced by recorders. by: what widths were divided by.
         trunk, layers: attribute paths of what holds the blocks, and of their list.
-        blocks: the real ones; only the first of each kind has data.
+        blocks: the real ones; the first of each kind has data, and others may have the same.
         of_layers: the kind of each. firsts: the first block of each kind.
         called: what the first block of each kind is called with. items: what goes through the model
             beside the residual stream.
@@ -110,7 +110,7 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     if not alone(live.calls, passive.calls, tokens.calls):
         every = range(len(blocks))
         for i in sorted(set(every) - set(firsts)):
-            _randomize(blocks[i], generator)
+            _fill_like(blocks[i], blocks[of_layers.index(of_layers[i])])
         live = run(every)
         changed = run(every, other=True)
         passes = Passes(live.calls, changed.calls, passive.calls, tokens.calls)
@@ -169,10 +169,23 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
             value = about + drawn / 5 if p.dim() < 2 else drawn / max(1, p.shape[-1]) ** 0.5
             own = made.setdefault(p, nn.Parameter(value, requires_grad=False))
             part._parameters[key] = own
+    _widen_buffers(module)
+
+
+def _widen_buffers(module: nn.Module) -> None:
     for part in module.modules():
         for key, b in part.named_buffers(recurse=False):
             if b.is_floating_point():
                 setattr(part, key, b.double())
+
+
+def _fill_like(block: nn.Module, first: nn.Module) -> None:
+    """Give a block the parameters of another of its kind: what goes from block to block is seen as
+    well, and a model of many blocks takes no more memory.
+    """
+    for part, other in zip(block.modules(), first.modules(), strict=True):
+        part._parameters.update(other._parameters)
+    _widen_buffers(block)
 
 
 class _Pass:
