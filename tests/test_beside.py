@@ -125,6 +125,12 @@ def test_what_a_later_block_reads_takes_no_factor(passing, variant, source):
     assert graph.site_of("value").source.module == "norm"  # which later blocks do not see
 
 
+@pytest.mark.parametrize("variant, turned", [("own", True), ("reused", True), ("embedding", False)])
+def test_a_stream_that_other_blocks_read_as_it_entered_keeps_its_basis(passing, variant, turned):
+    found = described(passing(variant))
+    assert found.graph(0).rotatable and found.frame.open != turned
+
+
 def test_one_tensor_is_carried_once_for_all_who_read_it(passing):
     embedded, shared = described(passing("embedding")).items
     assert embedded == Item(None, ("more",), ((0, ("more",)), (1, ("more",))), 64)
