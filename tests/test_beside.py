@@ -78,22 +78,23 @@ class Model(T.PreTrainedModel, T.GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.body = nn.Module()
+        self.body.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         own = config.variant == "own"
         blocks = [Block(config.hidden_size, i > 0 and not own) for i in range(2)]
-        self.blocks = nn.ModuleList(blocks)
-        self.last = nn.RMSNorm(config.hidden_size)
+        self.body.blocks = nn.ModuleList(blocks)
+        self.body.last = nn.RMSNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self):
-        return self.embed
+        return self.body.embed
 
     def get_output_embeddings(self):
         return self.head
 
     def forward(self, input_ids=None, use_cache=None, **_):
-        x, shared = self.embed(input_ids), {}
+        x, shared = self.body.embed(input_ids), {}
         given = {
             "embedding": lambda: (first, first),
             "sum": lambda: (None, x + first),
@@ -102,9 +103,9 @@ class Model(T.PreTrainedModel, T.GenerationMixin):
             "number": lambda: (None, int(input_ids.sum())),
         }.get(self.config.variant, lambda: (None, None))
         first = x
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.body.blocks):
             x = block(x, shared, given()[i])
-        return self.head(self.last(x))
+        return self.head(self.body.last(x))
 
 
 @pytest.fixture(scope="module")
