@@ -162,8 +162,81 @@ MORE = {
 }
 
 
+PER_LAYER = dict(
+    **SLIDING,
+    num_kv_shared_layers=0,
+    enable_moe_block=False,
+    hidden_size_per_layer_input=16,
+    vocab_size_per_layer_input=300,
+    global_head_dim=32,
+    vocab_size=300,
+)
+INDEXED = dict(
+    mlp_layer_types=["dense"] * 4,
+    indexer_types=["full", "shared"] * 2,
+    index_topk=8,
+    index_head_dim=16,
+    index_n_heads=2,
+    vocab_size=300,
+)
+COMPRESSED = dict(
+    layer_types=[
+        "sliding_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "sliding_attention",
+    ],
+    mlp_layer_types=["hash_moe", "moe", "moe", "moe"],
+    compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    moe_intermediate_size=48,
+    head_dim=32,
+    num_key_value_heads=1,
+    partial_rotary_factor=0.25,
+    o_groups=2,
+    o_lora_rank=32,
+    index_n_heads=2,
+    index_head_dim=16,
+    index_topk=2,
+    hc_mult=3,
+    vocab_size=300,
+)
+ALTERNATING = dict(
+    **SLIDING,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=16,
+    vocab_size_per_layer_input=300,
+    altup_num_inputs=3,
+    laurel_rank=16,
+    activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    intermediate_size=[96] * 4,
+    vocab_size=300,
+)
+# Models whose blocks are given more than the hidden state: model type, and what makes it one.
+BESIDE = {
+    "gemma4 with per-layer inputs": ("gemma4_text", PER_LAYER),
+    "gemma4 with shared keys": ("gemma4_text", dict(PER_LAYER, num_kv_shared_layers=2)),
+    "glm_moe_dsa with shared indices": ("glm_moe_dsa", INDEXED),
+    "hy_v4": (
+        "hy_v4",
+        dict(
+            INDEXED,
+            hc_mult=3,
+            moe_intermediate_size=48,
+            mlp_layer_types=["dense", "dense", "dense", "sparse"],
+        ),
+    ),
+    "deepseek_v4": ("deepseek_v4", COMPRESSED),
+    "gemma3n": ("gemma3n_text", ALTERNATING),
+}
+
+
 def config_of(family, **more):
-    """A tiny config of a model type."""
+    """A tiny config of a model type, or of a name in `BESIDE`."""
+    family, own = BESIDE.get(family, (family, {}))
+    return _config_of(family, **{**own, **more})
+
+
+def _config_of(family, **more):
     kind = T.CONFIG_MAPPING[family]
     known = vars(kind())
     known = {**known, **{k: known[v] for k, v in kind.attribute_map.items() if v in known}}

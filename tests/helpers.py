@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from lowbit.methods._rounding import Adam
 from lowbit.methods._rounding._adam import BETAS
+from lowbit.model.beside import Beside
 from lowbit.model.context import silent
 from lowbit.model.model import Model, Streams
 from lowbit.model.outline import Outline
@@ -207,7 +209,14 @@ def run(model: Model, streams: Streams, told=lambda block: None):
 
 
 def opened(stream, recipe, ids, i=0):
-    """Block i of a model, on the first rows of which methods learn."""
-    x = stream.embed(ids)
-    streams = Streams(x, x, min(8, len(ids)), ranks=ALONE)
-    return begin(stream, i, recipe, streams, stream.block_kwargs(ids.shape[1])[i], 0)
+    """Block i of a model on the embeddings of rows, on the first of which methods learn; earlier
+    blocks run for what they leave beside their output.
+    """
+    x, own = stream.entering(ids)
+    kwargs = stream.block_kwargs(ids.shape[1])
+    streams = Streams(x, x, min(8, len(ids)), ranks=ALONE, beside=Beside(own, own))
+    for j in range(i if stream.described.items else 0):
+        context = begin(stream, j, recipe, streams, kwargs[j], 0).context
+        beside = streams.beside.after(context.place, context.left, context.left)
+        streams = replace(streams, beside=beside)
+    return begin(stream, i, recipe, streams, kwargs[i], 0)

@@ -19,7 +19,6 @@ import lowbit
 from lowbit.evaluate import Tally
 from lowbit.grid.names import parse_scheme
 from lowbit.model.calibration import Calibration, draw_rows
-from lowbit.model.model import Streams
 from lowbit.model.ranks import ALONE, Ranks
 from lowbit.model.stream import ModelStream
 from lowbit.model.tokenizer import load_tokenizer
@@ -48,8 +47,7 @@ def tuned(
     )
     seen = staged(source, chosen, rows.calibration, ranks=ranks)
     stream, mine = seen.source, slice(ranks.rank, None, ranks.size)
-    x = stream.embed(torch.cat([rows.calibration[mine], rows.held_out[mine]]))
-    streams = Streams(x, x, len(rows.calibration), ranks=ranks)
+    streams = seen.entered(torch.cat([rows.calibration[mine], rows.held_out[mine]]))
     codes, notes = {}, []
 
     def told(block):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import config_of
 from helpers import save_tiny
 from ranks_worker import tuned
 
@@ -239,12 +240,28 @@ CELLS = [
     ("W2A16g16", "gptq+tesseraq", [*TESSERAQ, "tesseraq.rounds=2", "tesseraq.batch=3"], True),
     ("W2A16g16", "omniquant", ["omniquant.epochs=1", "omniquant.batch=2"], True),
 ]
+# On which model.
+CELLS = [("llama", *cell) for cell in CELLS]
+CELLS += [
+    (name, "W3A16g16", "gptq+tesseraq", [*TESSERAQ, "tesseraq.batch=3"], True)
+    for name in ("gemma4 with shared keys", "glm_moe_dsa with shared indices")
+]
 
 
 @pytest.fixture(scope="module")
-def twice(model, tmp_path_factory):
+def models(model, tmp_path_factory):
+    return {
+        name: model
+        if name == "llama"
+        else str(save_tiny(tmp_path_factory.mktemp("model"), config_of(name), torch.float32))
+        for name in dict.fromkeys(name for name, *_ in CELLS)
+    }
+
+
+@pytest.fixture(scope="module")
+def twice(model, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    cells = [(model, *cell) for cell in CELLS]
+    cells = [(models[name], *cell) for name, *cell in CELLS]
     differ = [
         arguments(model, folder / "out"),
         arguments(model, folder / "out", settings=[*TESSERAQ[:-1], "tesseraq.iters=3"]),
@@ -260,18 +277,19 @@ def twice(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "number", range(len(CELLS)), ids=lambda i: f"{CELLS[i][1]}-{CELLS[i][0]}{'-wide' * CELLS[i][3]}"
+    "number",
+    range(len(CELLS)),
+    ids=lambda i: "-".join([*CELLS[i][:3], *["wide"] * CELLS[i][4]]),
 )
-def test_two_ranks_end_where_one_does(model, twice, number):
+def test_two_ranks_end_where_one_does(models, twice, number):
     # Sums of other parts round otherwise: in float32 a code near a tie may flip, and GPTQ carries
     # it along its row. One rank that takes its rows in other batches differs as much. In float64
     # there is no tie so near among so few weights.
-    one, two = tuned(model, *CELLS[number]), twice[0][number]
+    name, *cell = CELLS[number]
+    one, two = tuned(models[name], *cell), twice[0][number]
     assert one["codes"].keys() == two["codes"].keys()
     differing = sum(int((q != two["codes"][n]).sum()) for n, q in one["codes"].items())
-    assert differing <= (
-        0 if CELLS[number][3] else 5e-3 * sum(q.numel() for q in one["codes"].values())
-    )
+    assert differing <= (0 if cell[-1] else 5e-3 * sum(q.numel() for q in one["codes"].values()))
     assert two["float"].perplexity == pytest.approx(one["float"].perplexity, rel=1e-6)
     assert two["quantized"].perplexity == pytest.approx(one["quantized"].perplexity, rel=1e-3)
     assert (

@@ -90,6 +90,10 @@ CASES = {  # case: config, automatic class, scheme, format
         lambda: wrapper_of("gemma3", "gemma3_text"), T.AutoModelForImageTextToText, "W4A8KV8g16",
         "lowbit",
     ),
+    "gemma4 with shared keys": (
+        lambda: wrapper_of("gemma4", "gemma4 with shared keys"), T.AutoModelForImageTextToText,
+        "W4A16g16sym", "compressed-tensors",
+    ),
     "qwen3_vl": (
         lambda: wrapper_of("qwen3_vl", "qwen3_vl_text"), T.AutoModelForImageTextToText,
         "W4A16g16", "compressed-tensors",

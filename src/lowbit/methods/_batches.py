@@ -18,7 +18,7 @@ def copied(stream: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     first, and the host wait for it.
 
     Args:
-        stream: (rows, length, hidden). rows: (n,) int64 on the CPU.
+        stream: (rows, ...). rows: (n,) int64 on the CPU.
     """
     out = torch.empty(len(rows), *stream.shape[1:], dtype=stream.dtype, device=device)
     for to, i in zip(out, rows.tolist(), strict=True):
@@ -33,22 +33,20 @@ def gathered(
 
     Args:
         rows: (n,) int64, the same on all ranks. streams: this rank's rows of each, (local rows,
-            length, hidden), of one dtype.
+            ...).
 
     Returns:
-        (n, length, hidden) for each stream; on ``device`` if there are several ranks.
+        (n, ...) for each stream; on ``device`` if there are several ranks.
     """
     if ranks.size == 1:
         return [s[rows] if device.type == "cpu" else copied(s, rows, device) for s in streams]
     own = (rows % ranks.size == ranks.rank).nonzero()[:, 0]
-    out = torch.zeros(
-        len(streams), len(rows), *streams[0].shape[1:], dtype=streams[0].dtype, device=device
-    )
+    out = [torch.zeros(len(rows), *s.shape[1:], dtype=s.dtype, device=device) for s in streams]
     for filled, stream in zip(out, streams, strict=True):
         filled[own.to(device)] = stream[rows[own] // ranks.size].to(device)
     # One rank has the row and the others zeros: summed as bytes, nothing is rounded.
-    ranks.sum_(out.view(torch.uint8))
-    return list(out)
+    ranks.sum_(*(t.view(torch.uint8) for t in out))
+    return out
 
 
 def shared(

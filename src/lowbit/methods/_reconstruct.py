@@ -67,10 +67,22 @@ class Reconstruction:
         return torch.randperm(self.block.tuned_rows, generator=self._generator)[: self.batch]
 
     def _output(
-        self, weights: Mapping[str, Tensor], x: Tensor, target: Tensor
+        self, weights: Mapping[str, Tensor], x: Tensor, target: Tensor, *beside: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Output and target of rows.
+
+        Args:
+            beside: what the block is given beside ``x``, as in `_streams`.
+        """
         b = self.block
-        return b.forward(x.to(b.device, b.compute), weights).float(), target.to(b.device).float()
+        given = dict(zip(b.context.given_q, beside, strict=True))
+        y = b.forward(x.to(b.device, b.compute), weights, given)
+        return y.float(), target.to(b.device).float()
+
+    @property
+    def _streams(self) -> tuple[Tensor, ...]:
+        b = self.block
+        return b.xq, b.target, *b.context.given_q.values()
 
     def distance(self, y: Tensor, target: Tensor) -> Tensor:
         """The loss of outputs, summed over tokens."""
@@ -112,14 +124,15 @@ class Reconstruction:
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
         b, part = self.block, self.block.ranks.share(len(rows))
-        x, target = gathered(b.ranks, rows, (b.xq, b.target), b.device)
+        held = gathered(b.ranks, rows, self._streams, b.device)
+        x = held[0]
         shape = (len(rows), *(x.shape[1:] if self._readout is None else x.shape[1:2]))
         chance = torch.rand(shape, generator=generator, device=b.device)[part]
         # Modules take no empty batch.
-        x, target = (x[part], target[part]) if part.start < part.stop else (x[:1], target[:1])
+        held = [t[part] if part.start < part.stop else t[:1] for t in held]
 
         def add(total: tuple[Tensor, ...] | None, at: slice) -> tuple[Tensor, ...] | None:
-            y, wanted = self._output({**weights, **leaves}, x[at], target[at])
+            y, wanted = self._output({**weights, **leaves}, *(t[at] for t in held))
             if part.start == part.stop:
                 y, wanted = y[:0], wanted[:0]
             # Experts that no token of these rows reaches have no gradient.
@@ -134,7 +147,7 @@ class Reconstruction:
                 return found
             return tuple(t.add_(g) for t, g in zip(total, found, strict=True))
 
-        found = self._parts.over(len(x), _none, add)
+        found = self._parts.over(len(held[0]), _none, add)
         assert found is not None
         b.ranks.sum_(*found)
         return found[: len(leaves)], found[len(leaves) :]
@@ -155,10 +168,10 @@ class Reconstruction:
                 may be 0.
         """
         b, part = self.block, self.block.ranks.share(len(rows))
-        x, target = (
+        held = [
             t[part] if part.start < part.stop else t[:1]
-            for t in gathered(b.ranks, rows, (b.xq, b.target), b.device)
-        )
+            for t in gathered(b.ranks, rows, self._streams, b.device)
+        ]
 
         def start() -> int:  # again where memory ran out and smaller parts follow
             for leaf in leaves:
@@ -166,13 +179,13 @@ class Reconstruction:
             return 0
 
         def add(done: int, at: slice) -> int:
-            y, wanted = self._output(weights(), x[at], target[at])
+            y, wanted = self._output(weights(), *(t[at] for t in held))
             if part.start == part.stop:
                 y, wanted = y[:0], wanted[:0]
             loss(y, wanted, at).backward()  # type: ignore[no-untyped-call]
             return done + 1
 
-        self._parts.over(len(x), start, add)
+        self._parts.over(len(held[0]), start, add)
         for leaf in leaves:
             if leaf.grad is None:  # of an expert that no token here reaches
                 leaf.grad = torch.zeros_like(leaf)
@@ -196,13 +209,13 @@ class Reconstruction:
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
         b, part = self.block, self.block.ranks.share(len(rows))
-        x, target = self._prefetcher.take(rows)
+        held = self._prefetcher.take(rows)
         if self._drawn is not None:
             self._prefetcher.prepare(self._drawn)
-        tokens = len(rows) * x.shape[1]
+        tokens = len(rows) * held[0].shape[1]
 
         def add(total: _Found | None, at: slice) -> _Found | None:
-            y, wanted = self._output({**weights, **leaves}, x[at], target[at])
+            y, wanted = self._output({**weights, **leaves}, *(t[at] for t in held))
             loss = self.distance(y, wanted) / tokens
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             if total is None:
@@ -215,8 +228,8 @@ class Reconstruction:
             found = add(None, slice(0, 1))
             assert found is not None
             return summed(b, found[0] * 0, [g.zero_() for g in found[1]])
-        x, target = x[part], target[part]
-        total = self._parts.over(len(x), _none, add)
+        held = [t[part] for t in held]
+        total = self._parts.over(len(held[0]), _none, add)
         assert total is not None
         return summed(b, *total)
 
@@ -226,7 +239,8 @@ class Reconstruction:
         b, rows = self.block, self.block.ranks.count(min(rows, self.block.tuned_rows))
 
         def add(total: float, part: slice) -> float:
-            return total + float(self.distance(*self._output(weights, b.xq[part], b.target[part])))
+            found = self._output(weights, *(t[part] for t in self._streams))
+            return total + float(self.distance(*found))
 
         total, count = b.ranks.total(self._judged.over(rows, float, add), rows * b.x.shape[1])
         return total / count

@@ -24,7 +24,7 @@ class Layer:
     Attributes:
         linears: linear of one block -> (out, in). rest: parameters of a block outside its linears.
         outside: parameters outside the blocks, tied ones once. hidden: width of the residual
-            stream. vocab: of the head.
+            stream. vocab: of the head. streams: how many residual streams there are.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -32,11 +32,17 @@ class Layer:
     outside: int
     hidden: int
     vocab: int
+    streams: int = 1
 
     @property
     def weights(self) -> int:
         """P: weights in the linears of a block."""
         return sum(a * b for a, b in self.linears.values())
+
+    @property
+    def passed(self) -> int:
+        """Numbers a token that go from block to block."""
+        return self.hidden * self.streams
 
     @property
     def largest(self) -> int:
@@ -51,7 +57,7 @@ class Layer:
     @property
     def activations(self) -> int:
         """Numbers a token that a forward pass makes, and gradients of the widest."""
-        return sum(a + b for a, b in self.linears.values()) + 10 * self.hidden + 2 * self.widest
+        return sum(a + b for a, b in self.linears.values()) + 10 * self.passed + 2 * self.widest
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Shapes:
         """Activations of a batch that passes without gradients: three as wide as the block gets,
         and the residual stream around them.
         """
-        numbers = 3 * self.layer.widest + 4 * self.layer.hidden
+        numbers = 3 * self.layer.widest + 4 * self.layer.passed
         return self.rows.tokens(TOKENS_PER_PASS) * self.rows.compute * numbers + self.cast
 
     def training(self, batch: int) -> int:

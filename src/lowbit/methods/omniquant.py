@@ -144,7 +144,7 @@ class OmniQuant:
         job = Reconstruction(
             block.computing(torch.bfloat16) if block.compute == torch.float16 else block, self.batch
         )
-        own = block.exact().run(block.xq) if second else None
+        own = block.exact().run(block.xq, given=block.context.given_q) if second else None
         rows = torch.arange(block.tuned_rows)
         for epoch in range(epochs):
             block.announce(f"omniquant: epoch {epoch + 1} of {epochs}")

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ..errors import LowbitError
 from ..grid import AnyGrid, Coded, InputQuantizer, KVGrid, Params, QTensor, QuantizedStates
 from ..grid.kmeans import NotFiniteError
+from .beside import NOTHING, Kept, Keys, Values, arriving, left_by, picked, placed, widened
 from .context import TOKENS_PER_PASS, Announce, Context
 from .graph import Graph
 from .hooks import AllSeen, quantized_inputs, watched
@@ -124,17 +125,46 @@ class Block:
 
     # --- running ----------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        given: Values = NOTHING,
+    ) -> Tensor:
         """The layer's output for (n, length, hidden) inputs, in the compute dtype, with these
         weights or the block's own.
+
+        Args:
+            given: of the same rows, see `lowbit.model.beside`.
         """
+        return self.passed(x, weights, given)[0]
+
+    def passed(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        given: Values = NOTHING,
+    ) -> tuple[Tensor, dict[Keys, Tensor]]:
+        """The same, and what the layer leaves for later ones.
+
+        Raises:
+            ValueError: ``given`` is not what the layer reads.
+        """
+        place = self.context.place
+        if given.keys() != place.given.keys():
+            raise ValueError(f"'{self.name}' reads {[*place.given]} and is given {[*given]}")
         own = self.weights if weights is None else weights
         cast = {name: w.to(self.compute) for name, w in own.items()}
         kwargs = fresh(dict(self.context.kwargs))
+        if given:
+            kwargs = placed(kwargs, arriving(given, x.device, self.compute))
+        if self.graph.wide:
+            kwargs = placed(kwargs, widened(kwargs, self.graph.wide, len(x)))
         if self.kv is not None and self.graph.attention is not None:
             kwargs["past_key_values"] = QuantizedStates(self.kv)
         with quantized_inputs(self.module, self.input_quantizers):
-            return first(functional_call(self.module, cast, (x,), kwargs))
+            out = functional_call(self.module, cast, (x,), kwargs)
+        return first(out), {path: left_by(out, kwargs, path) for path in place.left}
 
     def exact(self) -> Block:
         """The block with activations, keys and values in floating point."""
@@ -160,10 +190,18 @@ class Block:
 
     @torch.no_grad()
     def run(
-        self, x: Tensor, weights: Mapping[str, Tensor] | None = None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        out: Tensor | None = None,
+        given: Values = NOTHING,
+        keep: Kept | None = None,
     ) -> Tensor:
         """The layer's output for a whole stream, in the stored dtype; written over ``out``, if
         there is one, not ``x`` itself.
+
+        Args:
+            given: of the stream's rows. keep: takes what the layer leaves.
         """
         context, device = self.context, self.device
         if out is None:
@@ -172,8 +210,12 @@ class Block:
         made = out
 
         def add(done: int, part: slice) -> int:
-            context.prefetch(slice(part.stop, 2 * part.stop - part.start), x)
-            y = self.forward(context.arriving(x[part], device), weights)
+            following = slice(part.stop, 2 * part.stop - part.start)
+            context.prefetch(following, x, *given.values())
+            arrived = context.arriving(x[part], device)
+            y, left = self.passed(arrived, weights, picked(given, part))
+            if keep is not None:
+                keep.put(part, left)
             made[part] = y.to(made.device, made.dtype)
             return done + len(y)
 
@@ -246,12 +288,14 @@ class Block:
             most: rows at a time, at most.
         """
         viewed = self.as_seen(stream)
-        x = self.x if stream == "float" else self.xq
+        context = self.context
+        x, given = (self.x, context.given) if stream == "float" else (self.xq, context.given_q)
         with watched(self.module, modules, visit) as left:
-            for batch in self.context.passes(x[: self.ranks.count(rows)], self.device, most):
+            own = x[: self.ranks.count(rows)]
+            for batch, beside in context.passes(own, given, self.device, most):
                 left.update(modules)
                 with suppress(AllSeen):
-                    viewed.forward(batch)
+                    viewed.forward(batch, given=beside)
 
     @torch.no_grad()
     def observe_inside(

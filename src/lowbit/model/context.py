@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import AnyGrid
+from .beside import Place, Values, picked
 from .graph import Graph
 from .ranks import ALONE, Ranks
 from .storage import Storage
 
 TOKENS_PER_PASS = 8192
+
+NOWHERE = Place()
 
 Announce = Callable[[str], None]
 
@@ -39,6 +42,8 @@ class Context:
         x, xq: (rows, length, hidden) inputs as the float model and as the quantized model see them;
             this rank's rows of them.
         target: the float block's output on ``x``, before anything was changed.
+        place: what the block is given and leaves beside its input and output. given, given_q: that
+            is given, of the rows of ``x`` and of ``xq``. left: what the float block left of ``x``.
         tuned_rows: how many leading rows of all ranks methods may learn from; later rows only pass
             through (held-out evaluation).
         seed: for everything random in this block.
@@ -61,6 +66,10 @@ class Context:
     target: Tensor
     tuned_rows: int
     seed: int
+    place: Place = NOWHERE
+    given: Values = field(default_factory=dict)
+    given_q: Values = field(default_factory=dict)
+    left: Values = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     readout: Callable[[Tensor], Tensor] | None = None
     announce: Announce = silent
@@ -90,8 +99,11 @@ class Context:
         """
         return rows.to(device, non_blocking=True).to(self.compute)
 
-    def passes(self, x: Tensor, device: torch.device, most: int | None = None) -> Iterator[Tensor]:
-        """Rows in the compute dtype on the device, a few thousand tokens at a time.
+    def passes(
+        self, x: Tensor, given: Values, device: torch.device, most: int | None = None
+    ) -> Iterator[tuple[Tensor, Values]]:
+        """Rows in the compute dtype on the device, a few thousand tokens at a time; and those of
+        what the block is given beside them.
 
         Args:
             most: rows at a time, at most.
@@ -99,8 +111,9 @@ class Context:
         step = max(1, TOKENS_PER_PASS // x.shape[1])
         step = step if most is None else min(step, most)
         for at in range(0, len(x), step):
-            self.prefetch(slice(at + step, at + 2 * step), x)
-            yield self.arriving(x[at : at + step], device)
+            part = slice(at, min(at + step, len(x)))  # there may be more rows beside
+            self.prefetch(slice(at + step, at + 2 * step), x, *given.values())
+            yield self.arriving(x[part], device), picked(given, part)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

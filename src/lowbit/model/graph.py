@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import LowbitError
+from .beside import Item, Keys, Place
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Graph:
             is added, too.
         heads: attention's values; None where no linear makes them or the block has no attention.
         attention: name of the module that stores keys and values; None without one.
-        output: the linear that reads what attention computed; None without attention.
+        output: the linear that reads what attention computed; None without attention. Without
+            ``attention`` it is computed with the keys and values of an earlier block.
         inner: linears that read what an MLP, or an expert, computed between its linears.
         flat: linears that are given the tokens of all rows in one matrix.
         mixing: linears outside attention that matter at tokens after their own (recurrences,
@@ -110,6 +112,8 @@ class Graph:
         fixed: linears of ``inner`` whose channels cannot change places.
         mixtures: modules that hold experts, by their numbers.
         kept: linears that are not quantized, each with the reason.
+        wide: where that is of what the block is called with that must have a row for each of its
+            input, although they are alike.
         dropped: where a change of the block that looked possible does not keep its function, each
             with the reason; it is not made.
     """
@@ -126,6 +130,7 @@ class Graph:
     fixed: tuple[str, ...] = ()
     mixtures: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
+    wide: tuple[Keys, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -209,6 +214,9 @@ class Frame:
         centred: norms take the mean off (LayerNorm).
         plain: logits are what the head makes of what the final modules make of the last block's
             output, and nothing else.
+        streams: how many residual streams there are: (rows, length, streams, hidden) goes from
+            block to block where there are several. turned: the model itself has the streams in
+            front, see `lowbit.model.turning`.
         returns: how many things a block returns in a tuple, its output first; 0 where it returns
             its output alone.
     """
@@ -222,6 +230,8 @@ class Frame:
     centred: bool = False
     plain: bool = False
     returns: int = 0
+    streams: int = 1
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,15 +241,21 @@ class Described:
     Attributes:
         kinds: graphs that differ, each of at least one block.
         of_layers: of each block, the index of its graph in ``kinds``.
+        items: what goes through the model beside the residual stream.
     """
 
     frame: Frame
     kinds: tuple[Graph, ...]
     of_layers: tuple[int, ...]
+    items: tuple[Item, ...] = ()
 
     def graph(self, i: int) -> Graph:
         """The graph of block i."""
         return self.kinds[self.of_layers[i]]
+
+    def place(self, i: int) -> Place:
+        """What block i is given and leaves beside the residual stream."""
+        return Place.of(self.items, i)
 
     def check(self, model: str) -> None:
         """Raise LowbitError if no block has a linear that can be quantized."""

@@ -113,15 +113,15 @@ def check_floats(
     """
     said = quantized_by(checkpoint.config_json)
     by = f" ({said})" if said else ""
-    inside = tuple(prefixes)
-    for name in wanted:
+    inside, own = tuple(prefixes), frozenset(wanted)
+    for name in sorted(own):
         kind = stored[name].kind if name in stored else "F32"  # what is missing is named elsewhere
         if kind not in FLOATS:
             raise LowbitError(
                 f"tensor '{name}' of '{checkpoint.name}' is stored as {kind}{by}: {_remedy(kind)}"
             )
     for name in stored:
-        if name.startswith(inside) and is_of_quantizer(name):
+        if name not in own and name.startswith(inside) and is_of_quantizer(name):
             raise LowbitError(
                 f"'{checkpoint.name}' is quantized already{by}: it holds '{name}'. Start from the "
                 "model in 16 or 32 bits."

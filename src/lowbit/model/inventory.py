@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import LowbitError
 from .checkpoint import FLOATS
 from .experts import replace_fused
+from .forms import check_forms
 from .graph import Described
 from .intake import check_floats, dtype_of_most
 from .modules import ModuleNames
@@ -22,7 +23,7 @@ from .opened import Opened
 from .outer import Outer, outer_of
 from .raw import Raw
 from .shell import Shell
-from .skeleton import CONVOLUTIONS, build_skeleton, fast_attention
+from .skeleton import build_skeleton, fast_attention
 from .wrapper import whole_model
 from .written import Written
 
@@ -63,7 +64,12 @@ class Inventory:
         replace_fused(skeleton)
         names = _found(opened, skeleton)
         shell = Shell(skeleton, described.frame)
-        _check_forms(described, shell.blocks)
+        unknown = check_forms(
+            {
+                described.block_name(i): (block, described.graph(i).linears)
+                for i, block in enumerate(shell.blocks)
+            }
+        )
         leftover = check_floats(
             opened.checkpoint,
             opened.stored,
@@ -82,7 +88,7 @@ class Inventory:
             outer,
             Written.of(names, modules, described, shell.stored_in, outer),
             dtype_of_most(opened.stored, (p.tensor for n in weights for p in names.places[n])),
-            (*leftover, *outer.remarks, *opened.remarks),
+            (*unknown, *leftover, *outer.remarks, *opened.remarks),
         )
 
     def block(self, i: int) -> dict[str, Tensor]:
@@ -180,18 +186,6 @@ def _found(opened: Opened, skeleton: Any) -> Names:
         known = [n for n in skeleton.state_dict() if n in opened.stored]
         check_floats(opened.checkpoint, opened.stored, known, [""])
         raise
-
-
-def _check_forms(described: Described, blocks: Sequence[nn.Module]) -> None:
-    """Refuse parameters of a form that is not known."""
-    for i, block in enumerate(blocks):
-        for path, module in block.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() > 2 and not isinstance(module, CONVOLUTIONS):
-                    raise LowbitError(
-                        f"'{described.block_name(i)}.{path}.{name}' is a {parameter.dim()}-D "
-                        "parameter of a form that is not known; nothing was written."
-                    )
 
 
 def _floats(described: Described, shell: Shell) -> set[str]:

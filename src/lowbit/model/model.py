@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..grid import ActivationGrid, AnyGrid, InputQuantizer, KVGrid, PerToken, Rotation
+from .beside import Beside, Kept, given
 from .block import Block
 from .context import Announce, Context, silent
 from .hooks import routed
@@ -45,6 +46,7 @@ class Streams:
         proof: (rows, length, hidden) in float32 at least, whatever tuning computes in: the
             quantized model's activations for the artifact's proof, never rounded between blocks.
             None where no proof is made: not on this rank.
+        beside: what blocks are given and leave besides, as long as a later block reads it.
         storage: where new ones are put; None puts them beside those that enter.
         scratch: a tensor like ``xq`` that the next target is written over, or None.
         ranks: the processes that share the rows.
@@ -57,6 +59,7 @@ class Streams:
     storage: Storage | None = None
     scratch: Tensor | None = None
     ranks: Ranks = ALONE
+    beside: Beside = field(default_factory=Beside)
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,12 @@ class Model:
         Args:
             rows: (n, length) int64, this rank's rows. proof: (n, length) int64, see `Streams`.
         """
-        x = self.source.embed(rows, storage=self.storage)
+        x, own = self.source.entering(rows, storage=self.storage)
         exact = self.source.in_float32()
-        wide = None if proof is None else exact.embed(proof, exact.compute)
+        wide, proved = (None, {}) if proof is None else exact.entering(proof, exact.compute)
         self.source.release()
-        return Streams(x, x, len(self.rows), wide, self.storage, ranks=self.ranks)
+        beside = Beside(own, own, proved)
+        return Streams(x, x, len(self.rows), wide, self.storage, ranks=self.ranks, beside=beside)
 
     def begin(self, i: int, streams: Streams, kwargs: Mapping[str, Any]) -> Block:
         """Block i with its weights read, its inputs attached, its float target computed and its
@@ -130,6 +134,7 @@ class Model:
             LowbitError: the float model's activations are not finite.
         """
         source, name, graph = self.source, self.source.block_name(i), self.source.graph(i)
+        place = source.described.place(i)
         context = Context(
             name=name,
             module=source.block_module(i),
@@ -143,6 +148,9 @@ class Model:
             xq=streams.xq,
             target=streams.x,
             tuned_rows=streams.tuned_rows,
+            place=place,
+            given=given(place, streams.beside.x),
+            given_q=given(place, streams.beside.xq),
             seed=(self.seed * 1_000_003 + i) % SEEDS,
             readout=source.readout() if i == len(source) - 1 else None,
             announce=self.announce,
@@ -150,15 +158,16 @@ class Model:
             ranks=streams.ranks,
         )
         block = Block(context, source.block_weights(i))
+        left = Kept(len(streams.x), streams.storage, streams.x)
         with routed(block.module, graph.mixtures) as counts:
-            target = block.run(streams.x, out=streams.scratch)
+            target = block.run(streams.x, out=streams.scratch, given=block.context.given, keep=left)
         # As norms and losses take it.
         if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):
             raise LowbitError(
                 f"'{name}' of the float model gives activations whose squares are not finite: its "
                 "weights or norms are too large."
             )
-        block = block.within(target=target)
+        block = block.within(target=target, left=left.values)
         if counts:
             streams.ranks.sum_(*counts.values())
             block = block.with_notes(tokens_per_expert={n: c.tolist() for n, c in counts.items()})
@@ -184,7 +193,9 @@ def float_blocks(model: Model, what: str) -> Iterator[Block]:
     for i in range(len(model.source)):
         model.announce(f"{what} in block {i + 1} of {len(model.source)}")
         block = plain.begin(i, streams, kwargs[i])
-        streams = replace(streams, x=block.target, xq=block.target)
+        left = block.context.left
+        beside = streams.beside.after(block.context.place, left, left)
+        streams = replace(streams, x=block.target, xq=block.target, beside=beside)
         yield block
         del block  # else it would be held while the next one is read
     model.source.release()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..grid import Rotation
+from .beside import Item
 from .experts import replace_fused
 from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
@@ -62,6 +63,7 @@ class Outline:
         around: parameters of a larger model around the text model (towers, projectors), which are
             copied as they are; 0 without one, or where its class cannot be built.
         centred: its norms take the mean off (LayerNorm).
+        items: what goes through the model beside the residual stream.
         rotated: the residual stream is in another basis; the head is no longer tied then.
         online: full linear name -> rotation of its input while the finished model runs.
         kv: keys and values will be quantized. key_rotation: of queries and keys then.
@@ -75,6 +77,7 @@ class Outline:
     tied_head: int
     centred: bool
     around: int = 0
+    items: tuple[Item, ...] = ()
     rotated: bool = False
     online: Mapping[str, Rotation] = field(default_factory=dict)
     kv: bool = False
@@ -123,6 +126,7 @@ class Outline:
             tied_head=head.numel() if tied else 0,
             centred=found.frame.centred,
             around=around,
+            items=found.items,
         )
 
     @property
@@ -133,7 +137,8 @@ class Outline:
     @cached_property
     def described(self) -> Described:
         """The graphs, one a kind."""
-        return Described(self.frame, tuple(kind.graph for kind in self.kinds), self.of_layers)
+        graphs = tuple(kind.graph for kind in self.kinds)
+        return Described(self.frame, graphs, self.of_layers, self.items)
 
     def kind(self, i: int) -> Kind:
         """The kind of block i."""

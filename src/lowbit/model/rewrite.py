@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .beside import picked
 from .block import Block
 from .graph import Site, Source
 
@@ -92,14 +93,21 @@ def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) 
 def checked(before: Block, after: Block) -> Block:
     """A rewritten block with the proof of it in its notes: ``fold_error``, the largest difference
     that the rewriting made to the block's output on one calibration row, over the largest output,
-    in float32 at least and without quantization.
+    in float32 at least and without quantization; likewise of what the block leaves beside it.
     """
     dtype = torch.promote_types(before.compute, torch.float32)
     was, now = (b.exact().computing(dtype) for b in (before, after))
     x = before.x[:1].to(before.device, dtype)
-    expected = was.forward(x)
-    error = (now.forward(x) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    return after.with_notes(fold_error=max(float(error), after.notes.get("fold_error", 0.0)))
+    given = picked(before.context.given, slice(0, 1))
+    expected, left = was.passed(x, given=given)
+    found, now_left = now.passed(x, given=given)
+    pairs = [(found, expected), *((now_left[path], t) for path, t in left.items())]
+    errors = [
+        float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
+        for one, other in pairs
+        if other.is_floating_point()
+    ]
+    return after.with_notes(fold_error=max(*errors, after.notes.get("fold_error", 0.0)))
 
 
 def fold_values(block: Block, factor: Tensor) -> Block:

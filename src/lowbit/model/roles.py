@@ -23,11 +23,13 @@ def roles(graph: Graph) -> dict[str, str]:
 
 
 def _attention(graph: Graph) -> dict[str, str]:
-    if graph.attention is None:
+    if graph.output is None:
         return {}
-    inside = [n for n in graph.linears if n.startswith(f"{graph.attention}.")]
-    found = {} if graph.output is None else {graph.output: "output"}
-    left = list(QKV)
+    part = graph.attention or graph.output.rpartition(".")[0]
+    inside = [n for n in graph.linears if n.startswith(f"{part}.")]
+    found = {graph.output: "output"}
+    # Without keys and values of its own.
+    left = list(QKV if graph.attention is not None else QKV[:1])
     if graph.heads is not None:
         values = graph.heads.values
         if values.rows is None:

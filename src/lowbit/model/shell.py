@@ -18,6 +18,7 @@ from torch.func import functional_call
 from .graph import Frame
 from .recorder import Called, Recorder
 from .skeleton import compute_buffers
+from .turning import turn
 
 CACHES = ("past_key_values", "layer_past", "past_key_value", "cache_params")
 
@@ -40,6 +41,10 @@ class Shell:
         self.blocks: list[nn.Module] = list(self.skeleton.get_submodule(frame.layers).children())
         form: list[Any] = [(None,) * frame.returns] if frame.returns else []
         self._recorders = [Recorder(b, form) for b in self.blocks]
+        if frame.turned:
+            for block, recorder in zip(self.blocks, self._recorders, strict=True):
+                turn(block)
+                recorder.turned = True
         parent, _, own = frame.layers.rpartition(".")
         setattr(self.skeleton.get_submodule(parent), own, nn.ModuleList(self._recorders))
         self._frame = frame

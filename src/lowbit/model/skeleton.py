@@ -77,12 +77,26 @@ def compute_buffers(model: Any) -> None:
     for path in sorted(holders, key=lambda p: (-len(p.split(".")), not p, p)):
         try:
             with torch.no_grad():
-                model._init_weights(model.get_submodule(path))
+                _initialize(model, model.get_submodule(path))
         except Exception as e:  # each model class fails in ways of its own
             raise LowbitError(
                 f"'{model.config.model_type}' models cannot compute the buffers of '{path}' from "
                 f"their config: {reason_of(e)}"
             ) from e
+
+
+def _initialize(model: Any, module: nn.Module) -> None:
+    """Have a model's class fill a module, or the module's own class where it is a model itself:
+    some take the attributes of the one for those of the other.
+    """
+    from transformers import PreTrainedModel
+
+    try:
+        model._init_weights(module)
+    except AttributeError:
+        if module is model or not isinstance(module, PreTrainedModel):
+            raise
+        module._init_weights(module)
 
 
 def reason_of(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import LowbitError
 from .arrangement import Arrangement
+from .beside import Kept, Keys, at
 from .graph import Described, Frame, Graph
 from .inventory import Inventory, linear_shapes
 from .opened import Opened
@@ -231,7 +232,6 @@ class ModelStream:
         """Forget the tensors outside the blocks; they are read again when next needed."""
         self._fixed = None
 
-    @torch.no_grad()
     def embed(
         self, ids: Tensor, dtype: torch.dtype | None = None, storage: Storage | None = None
     ) -> Tensor:
@@ -241,19 +241,31 @@ class ModelStream:
         Args:
             storage: where it is put; None means on the device.
         """
-        out: Tensor | None = None
-        for at, row in enumerate(ids):
-            x = self._enter(row[None]).to(dtype or self.dtype)
-            if out is None:
-                out = (storage or Storage("device", self.device)).empty(
-                    (len(ids), *x.shape[1:]), x.dtype
-                )
-            out[at] = x[0]
-        assert out is not None  # rows are at least one
-        return out
+        return self.entering(ids, dtype, storage)[0]
 
-    def _enter(self, ids: Tensor) -> Tensor:
-        return self._shell.enter(ids.to(self.device), self._outer())[0].x
+    @torch.no_grad()
+    def entering(
+        self, ids: Tensor, dtype: torch.dtype | None = None, storage: Storage | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The same, and what depends on the tokens alone of what blocks are given beside their
+        input: number of an item -> (n, ...).
+        """
+        out: Tensor | None = None
+        kept: Kept | None = None
+        place = storage or Storage("device", self.device)
+        shown = {n: t for n, t in enumerate(self.described.items) if t.maker is None}
+        for row, one in enumerate(ids):
+            called = self._shell.enter(one[None].to(self.device), self._outer())
+            x = called[0].x.to(dtype or self.dtype)
+            if out is None or kept is None:
+                out = place.empty((len(ids), *x.shape[1:]), x.dtype)
+                kept = Kept(len(ids), place, out)
+            out[row] = x[0]
+            found: dict[Keys, Tensor]
+            found = {(n,): at(called[t.readers[0][0]].kwargs, t.path) for n, t in shown.items()}
+            kept.put(slice(row, row + 1), found)
+        assert out is not None and kept is not None  # rows are at least one
+        return out, {n: kept.values[n,] for n in shown}
 
     @torch.no_grad()
     def block_kwargs(self, length: int) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ class Needs:
         process: what the libraries take of the same memory: on a CPU.
         processes: how many of the run's are on this machine. Every number here is of one; on a CPU
             all take from the same memory.
+        beside: what lies beside the streams at most, see `lowbit.model.beside`.
         lighter: names of recipes that take less than a step, for an error.
     """
 
@@ -70,6 +71,7 @@ class Needs:
     process: int = 0
     processes: int = 1
     lighter: Mapping[str, str] = field(default_factory=dict)
+    beside: int = 0
 
     @property
     def peak(self) -> int:
@@ -83,8 +85,8 @@ class Needs:
 
     @property
     def streams(self) -> int:
-        """All streams that live at a time."""
-        return self.stream * self.copies
+        """All streams that live at a time, and what lies beside them."""
+        return self.stream * self.copies + self.beside
 
     def check(self, device: torch.device, room: FreeMemory | None = None) -> None:
         """Refuse a block that certainly does not fit.
@@ -166,7 +168,8 @@ class Needs:
         if device.type == "cpu":
             return (self.streams + besides) * self.processes
         # Page-locked: torch takes powers of two.
-        return self.copies * self.processes * (1 << max(0, self.stream - 1).bit_length())
+        rounded = self.copies * (1 << max(0, self.stream - 1).bit_length()) + 2 * self.beside
+        return self.processes * rounded
 
     def _check_place(
         self, place: Place, device: torch.device, folder: Path, room: FreeMemory
@@ -241,7 +244,7 @@ def needs(recipe: Recipe, shapes: Shapes, process: int = 0, processes: int = 1) 
     passing = base + kept + coded + max(shapes.passing, 16 * layer.largest)
     steps = {"passes": passing, **steps}
     steps = {name: round(most * _HOLES) for name, most in steps.items()}
-    stream = rows.mine(rows.count) * rows.length * layer.hidden * rows.stored
+    stream = rows.mine(rows.count) * rows.length * layer.passed * rows.stored
     outer = layer.outside * rows.compute
     resident = process + libraries if process else 0
     return Needs(steps, least, stream, copies, outer, resident, processes, lighter)

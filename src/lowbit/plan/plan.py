@@ -16,6 +16,7 @@ from ..errors import LowbitError
 from ..formats.packing import tensor_bytes
 from ..grid import AnyGrid
 from ..methods.cost import Layer, Rows, Shapes
+from ..model.beside import held_at_most
 from ..model.calibration import Calibration
 from ..model.model import Model, Stage
 from ..model.outline import Outline
@@ -200,7 +201,12 @@ class Plan:
         found = []
         for kind in o.kinds:
             layer = Layer(
-                kind.linears, kind.rest, o.stored_outside, config.hidden_size, config.vocab_size
+                kind.linears,
+                kind.rest,
+                o.stored_outside,
+                config.hidden_size,
+                config.vocab_size,
+                o.frame.streams,
             )
             sites, inner = list(kind.graph.readings), kind.graph.inner
             grid = self.recipe.grid
@@ -217,7 +223,15 @@ class Plan:
         """What one process holds while it runs: the most that any kind of block takes."""
         process = PROCESS if self.setting.device.type == "cpu" else 0
         here = self.setting.here
-        return most([needs(self.recipe, shapes, process, here) for shapes in self.shapes_of])
+        found = most([needs(self.recipe, shapes, process, here) for shapes in self.shapes_of])
+        return replace(found, beside=self._beside)
+
+    @property
+    def _beside(self) -> int:
+        """Bytes that lie beside one process's streams at most."""
+        rows = self.shapes.rows
+        row = held_at_most(self.outline.items, self.outline.blocks, rows.length, rows.stored)
+        return rows.mine(rows.count) * row
 
     @property
     def check_memory(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..machine import give_back_memory
 from ..methods import METHODS, RTN
 from ..methods._reconstruct import Reconstruction
+from ..model.beside import NOTHING, Kept, given, picked
 from ..model.block import Block
 from ..model.model import BlockMethod, Model, Streams
 from ..model.outline import Outline
@@ -70,15 +71,30 @@ def advance(block: Block, streams: Streams, proof_kwargs: Mapping[str, Any]) -> 
     """
     decoded = block.decoded()
     entry = block.x is block.xq
-    proof = streams.proof
+    context, proof, proof_left = block.context, streams.proof, NOTHING
     if proof is not None:
         wide = torch.promote_types(block.compute, torch.float32)
         # Row by row, as loaders are asked: a grid may look at all rows.
         alone = block.within(kwargs=proof_kwargs, compute=wide)
-        proof = torch.cat([alone.forward(row[None].to(block.device), decoded) for row in proof])
-    xq = block.run(block.xq, decoded, out=None if entry else block.x)
+        held = given(context.place, streams.beside.proof)
+        rows, kept = [], Kept(len(proof), None, proof)
+        for i in range(len(proof)):
+            part = slice(i, i + 1)
+            row, left = alone.passed(proof[part].to(block.device), decoded, picked(held, part))
+            rows.append(row)
+            kept.put(part, left)
+        proof, proof_left = torch.cat(rows), kept.values
+    xq_left = Kept(len(block.xq), streams.storage, block.xq)
+    xq = block.run(
+        block.xq,
+        decoded,
+        out=None if entry else block.x,
+        given=context.given_q,
+        keep=xq_left,
+    )
+    beside = streams.beside.after(context.place, context.left, xq_left.values, proof_left)
     scratch = None if entry else block.xq
-    return replace(streams, x=block.target, xq=xq, proof=proof, scratch=scratch)
+    return replace(streams, x=block.target, xq=xq, proof=proof, scratch=scratch, beside=beside)
 
 
 @dataclass(frozen=True)

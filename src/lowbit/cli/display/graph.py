@@ -8,6 +8,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from ...console import Table
+from ...model.beside import Keys
 from ...model.graph import Described, Frame, Graph, Site, Source
 from ...model.roles import roles
 
@@ -43,6 +44,7 @@ def graph_data(found: Described) -> dict[str, Any]:
     """The same as plain data, for JSON."""
     return {
         "around": asdict(found.frame),
+        "beside": [asdict(item) for item in found.items],
         "kinds": [
             {
                 **asdict(graph),
@@ -74,6 +76,18 @@ def _around(found: Described) -> Iterator[tuple[str, str]]:
     yield "blocks", f"{len(found.of_layers)} in {frame.layers}, of {_count(found.kinds)}"
     yield "embeddings", ", ".join(frame.embeddings)
     yield "after the last block", _final(frame)
+    alike: dict[tuple[int | None, Keys], list[int]] = {}
+    for item in found.items:
+        for i, where in item.readers:
+            alike.setdefault((item.maker, where), []).append(i)
+    for (maker, where), readers in alike.items():
+        yield "given beside the stream", _passing(maker, where, readers)
+
+
+def _passing(maker: int | None, where: Keys, readers: list[int]) -> str:
+    blocks = f"block{'s' * (len(readers) > 1)} {', '.join(map(str, readers))}"
+    by = "the tokens alone decide" if maker is None else f"block {maker} leaves"
+    return f"{'.'.join(map(str, where))} to {blocks}: {by} it"
 
 
 def _count(kinds: Sequence[Graph]) -> str:

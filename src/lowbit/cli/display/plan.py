@@ -82,12 +82,13 @@ def memory_rows(
     )
     if m.process:
         peak += f", libraries {m.process / gib:.2g}"
+    beside = f" and {m.beside / gib:.3g} beside them" if m.beside else ""
     if free is not None:
         peak += f"; {free / gib:.3g} are free there"
     return (
         ("peak memory" if m.processes == 1 else f"peak memory of each of {m.processes}", peak),
         ("of a block", f"GiB by step: {steps}; below {m.least / gib:.3g} it cannot be done"),
-        ("activations", f"{m.copies} x {m.stream / gib:.3g} GiB; {placed}"),
+        ("activations", f"{m.copies} x {m.stream / gib:.3g} GiB{beside}; {placed}"),
         (
             "closing check",
             f"about {plan.check_memory / gib:.3g} GiB, in a process of its own that loads the "

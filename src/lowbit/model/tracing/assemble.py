@@ -14,6 +14,7 @@ from .proofs import proved
 from .replay import Key, key_of
 from .sources import linear_source, made_by, norm_offset
 from .spread import spread
+from .wide import wide
 from .widen import widened
 from .writers import writers
 
@@ -50,13 +51,10 @@ def graph_of(kind: Kind, centred: bool) -> Graph:
         attention=None if attention is None else attention.module,
         output=output,
         inner=inner,
-        flat=tuple(
-            n
-            for n in kind.linears
-            if kind.stands(n) and kind.base.inputs[n].dim() < kind.called.x.dim()
-        ),
+        flat=tuple(n for n in kind.linears if kind.stands(n) and kind.base.inputs[n].dim() < 3),
         mixing=mixing(kind, None if attention is None else attention.module),
         kept=tuple(kind.kept.items()),
+        wide=wide(kind),
     )
     narrow = proved(kind, graph, centred)
     return spread(widened(narrow, kind), kind.counts(kind.real))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..beside import at as at_path
+from ..beside import placed
 from ..graph import Heads, Source
 from ..recorder import Called
 from .kind import Kind
@@ -25,13 +27,14 @@ class Attention:
     """What is found.
 
     Attributes:
-        module: that stores keys and values. output: the linear that reads all heads.
+        module: that stores keys and values; None where another block's are used. output: the linear
+            that reads all heads.
         heads: how values go through it; None where no linear makes them, or not untouched.
         unclipped: linear -> its first rows that make queries and keys.
         roles: linear -> "query", "key", "value", "output" or "gate".
     """
 
-    module: str
+    module: str | None
     output: str
     heads: Heads | None
     unclipped: tuple[tuple[str, int], ...]
@@ -63,7 +66,7 @@ def attention_of(kind: Kind, norms: dict[str, str]) -> Attention | None:
     """
     cache = _storing(kind)
     if cache is None:
-        return None
+        return _borrowing(kind)
     module, width = cache.module, cache.width
     inside = [n for n in kind.linears if n.startswith(f"{module}.")]
     if not inside:
@@ -95,6 +98,28 @@ def attention_of(kind: Kind, norms: dict[str, str]) -> Attention | None:
         elif roles[name] in ("query", "key"):
             unclipped.append((name, _outputs(kind, name)))
     return Attention(module, output, heads, tuple(unclipped), {**roles, output: "output"})
+
+
+def _borrowing(kind: Kind) -> Attention | None:
+    """The attention of a block that is given the keys and values of an earlier one; None without
+    one.
+    """
+    if not kind.borrowed:
+        return None
+    other = {path: at_path(kind.called.kwargs, path) * 1.5 for path in kind.borrowed}
+    called = Called(kind.called.x, placed(kind.called.kwargs, other))
+    now, base = Replay(kind.block, called).inputs, kind.base.inputs
+    output = next((n for n in kind.linears if not torch.equal(now[n], base[n])), None)
+    if output is None:
+        return None
+    part = output.rpartition(".")[0]
+    before = kind.linears[: kind.linears.index(output)]
+    inside = [n for n in before if n.startswith(f"{part}.")]
+    roles = {n: _role(kind, n, _reach(kind, n, output), output) for n in inside}
+    queries = tuple((n, _outputs(kind, n)) for n in inside if roles[n] == "query")
+    if not queries:
+        return None
+    return Attention(None, output, None, queries, {**roles, output: "output"})
 
 
 def _storing(kind: Kind) -> _Cache | None:
@@ -170,7 +195,10 @@ def _turns_alike(kind: Kind, linear: str, rows: tuple[int, int], reader: str, wi
     if (stop - start) % width:
         return False
     base = kind.base.inputs[reader]
-    now = kind.replay({linear: turned}).inputs[reader]
+    after = kind.replay({linear: turned})
+    if any(not torch.equal(t, kind.base.left[path]) for path, t in after.left.items()):
+        return False  # other blocks read the values
+    now = after.inputs[reader]
     return torch.allclose(now, _by_heads(base, turn), rtol=_SAME, atol=_SAME)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,22 @@ def list_of_blocks(model: Any, name: str) -> str:
         )
     found: str = min(fitting, key=lambda n: n.count("."))
     return found
+
+
+def check_own_weights(blocks: Sequence[nn.Module], name: str) -> None:
+    """Refuse blocks of which one has weights of another: each is quantized for its own inputs.
+
+    Args:
+        name: of the model, for errors.
+    """
+    owners: dict[nn.Parameter, int] = {}
+    for i, block in enumerate(blocks):
+        for path, p in block.named_parameters():
+            if owners.setdefault(p, i) != i:
+                raise LowbitError(
+                    f"block {i} of '{name}' has the weights of block {owners[p]} ('{path}'): "
+                    "models whose blocks share weights are not supported yet. Nothing was written."
+                )
 
 
 def signature(block: nn.Module) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LowbitError
+from ..beside import Keys
 from ..experts import replace_fused
 from ..graph import Described, Frame, Graph
 from ..skeleton import build_skeleton
 from .assemble import graph_of
-from .blocks import list_of_blocks, signature
+from .blocks import check_own_weights, list_of_blocks, signature
 from .kind import Kind
 from .tiny import Tiny, build_tiny
 from .where import named
 
-_COUNT = re.compile(r"heads|experts|groups|n_group")
+_COUNT = re.compile(r"heads|experts|groups|n_group|num_inputs")
 _SAME = 1e-5  # some norms compute in float32 whatever they are given
 
 
@@ -54,6 +56,7 @@ def _described(asked: _Asked) -> Described:
     blocks = list(model.get_submodule(layers).children())
     if not blocks:
         raise LowbitError(f"'{name}' is a '{config.model_type}' model without a single block.")
+    check_own_weights(blocks, name)
     signatures = [signature(b) for b in blocks]
     distinct = list(dict.fromkeys(signatures))
     of_layers = tuple(distinct.index(s) for s in signatures)
@@ -62,12 +65,19 @@ def _described(asked: _Asked) -> Described:
     centred = any(_centred(m, hidden) for i in tiny.firsts for m in tiny.blocks[i].modules())
     counts = frozenset({1, *_counts(config.to_dict())})
     kinds: list[Graph] = []
-    for first, called in zip(tiny.firsts, tiny.called, strict=True):
+    for number, (first, called) in enumerate(zip(tiny.firsts, tiny.called, strict=True)):
         replace_fused(blocks[first])
         inside = {f"{layers}.{first}": tiny.blocks[first], **tiny.inside(first)}
         with torch.no_grad(), named(inside, tiny.described(name), f"{layers}.{first}"):
             kind = Kind(
-                tiny.blocks[first], called, blocks[first], tiny.by, counts, config.hidden_size
+                tiny.blocks[first],
+                called,
+                blocks[first],
+                tiny.by,
+                counts,
+                config.hidden_size,
+                _left(tiny, number),
+                _borrowed(tiny, first),
             )
             if not kind.causal:
                 raise LowbitError(
@@ -77,7 +87,19 @@ def _described(asked: _Asked) -> Described:
             kinds.append(graph_of(kind, centred))
     alike = list(dict.fromkeys(kinds))
     places = tuple(alike.index(kinds[k]) for k in of_layers)
-    return Described(_frame(tiny, centred), tuple(alike), places)
+    return Described(_frame(tiny, centred), tuple(alike), places, tiny.items)
+
+
+def _left(tiny: Tiny, kind: int) -> frozenset[Keys]:
+    """Where blocks of a kind leave something that later blocks read."""
+    made = ((item.maker, item.path) for item in tiny.items)
+    return frozenset(p for i, p in made if i is not None and tiny.of_layers[i] == kind)
+
+
+def _borrowed(tiny: Tiny, block: int) -> frozenset[Keys]:
+    """Where a block is given floats that an earlier block left."""
+    made = (t for t in tiny.items if t.maker is not None and t.size is None)
+    return frozenset(p for item in made for i, p in item.readers if i == block)
 
 
 def _counts(said: Mapping[str, Any]) -> Iterator[int]:
@@ -96,7 +118,8 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
     after = [n for n in tiny.after if parts[n] is not head]
     norms = {n: offset for n in after if (offset := _offset(parts[n])) is not None}
     plain = (
-        len(after) == len(norms) <= 1
+        all(item.maker is not None for item in tiny.items)
+        and len(after) == len(norms) <= 1
         and len(embeddings) == len(tiny.before)
         and all(n.startswith(own) for n in (*embeddings, *after))
         and not (centred and not norms)
@@ -111,6 +134,8 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
         centred=centred,
         plain=_plain(tiny, [parts[n] for n in after], head),
         returns=tiny.returns,
+        streams=math.prod(tiny.left.shape[2:-1]),
+        turned=tiny.turned,
     )
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ..beside import Keys
 from ..experts import Experts
 from ..recorder import Called
 from ..skeleton import CONVOLUTIONS
@@ -26,6 +27,8 @@ class Kind:
         real: the same block of the real model, for its sizes; may be on the meta device. by: what
             widths were divided by. counts: numbers of heads, experts and groups of the real model.
             hidden: its hidden size.
+        leaves: where what it leaves for later blocks is. borrowed: where floats are that an
+            earlier block left.
     """
 
     def __init__(
@@ -36,17 +39,19 @@ class Kind:
         by: int,
         counts: frozenset[int],
         hidden: int,
+        leaves: frozenset[Keys] = frozenset(),
+        borrowed: frozenset[Keys] = frozenset(),
     ) -> None:
         self.block, self.real, self.by, self.hidden = block, real, by, hidden
         self.called = in_short_chunks(block, called)
-        self._counts = counts
+        self._counts, self.leaves, self.borrowed = counts, leaves, borrowed
         self._scalings: dict[tuple[str, tuple[float, ...]], Mapping[str, Tensor]] = {}
         self.modules = dict(block.named_modules())
         self.base = self.replay({})
 
     def replay(self, changes: Mapping[str, Change], x: Tensor | None = None) -> Replay:
         """A pass with the outputs of some modules changed."""
-        return Replay(self.block, self.called, changes, x)
+        return Replay(self.block, self.called, changes, x, self.leaves)
 
     @property
     def causal(self) -> bool:
@@ -159,14 +164,31 @@ class Kind:
     def _reason(self, name: str, narrow: nn.Linear) -> str | None:
         if name not in self.base.inputs:
             return "the model does not call it"
-        outputs = self.sizes(name)[0]
+        outputs, inputs = self.sizes(name)
         grown = self.by > 1 and narrow.out_features * self.by == outputs
         unchanged = self.by > 1 and narrow.out_features == outputs
         several = unchanged and any(outputs == m * c for c in self._counts for m in _SEVERAL)
         if (outputs in self._counts and not grown) or several:
             return "one output per head, expert or group: it chooses or weighs"
+        if self.by > 1 and narrow.in_features == inputs and inputs in self._counts - {1}:
+            return "one input per head, expert or group: it weighs"
+        if not _multiplies(narrow, self.base.inputs[name]):
+            return "it does something else than multiply its input by its weight"
         moved = self.replay({name: lambda y: y * (1 + _SMALL)}).out
         return "it only chooses" if torch.equal(moved, self.base.out) else None
+
+
+@torch.no_grad()
+def _multiplies(linear: nn.Linear, x: Tensor) -> bool:
+    """Whether a linear, which may be of a class of its own, computes what torch's does."""
+    if type(linear) is nn.Linear:
+        return True
+    expected, found = nn.functional.linear(x, linear.weight, linear.bias), linear(x)
+    return (
+        isinstance(found, Tensor)
+        and found.shape == expected.shape
+        and torch.allclose(found, expected)
+    )
 
 
 def _among(rows: Tensor, given: Tensor) -> bool:

@@ -18,8 +18,8 @@ def mixing(kind: Kind, attention: str | None) -> tuple[str, ...]:
         attention: the module that stores keys and values; None without one.
     """
     outside = [n for n in kind.linears if attention is None or not n.startswith(f"{attention}.")]
-    whole = kind.called.x.dim()  # linears that see single rows tell nothing of tokens
-    return tuple(n for n in outside if kind.base.inputs[n].dim() == whole and _mixes(kind, n))
+    # Linears that see single rows tell nothing of tokens.
+    return tuple(n for n in outside if kind.base.inputs[n].dim() > 2 and _mixes(kind, n))
 
 
 def _mixes(kind: Kind, linear: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...grid import Rotation
+from ..beside import Place, Values
 from ..block import Block
 from ..context import Context
 from ..graph import Graph, Site
@@ -72,6 +73,7 @@ def _block(kind: Kind, graph: Graph, weights: Mapping[str, Tensor]) -> Block:
         target=x,
         tuned_rows=0,
         seed=_SEED,
+        place=Place(left=dict.fromkeys(kind.leaves, 0)),
     )
     return Block(context, weights)
 
@@ -83,10 +85,10 @@ def _folds(kind: Kind, graph: Graph, site: Site) -> bool:
     generator = torch.Generator().manual_seed(_SEED)
     factor = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5
     try:
-        changed = fold(block, site, factor).forward(kind.called.x)
+        changed = fold(block, site, factor).passed(kind.called.x)
     except (ValueError, RuntimeError, KeyError):  # rows or columns that are not there
         return False
-    return _alike(changed, kind.base.out)
+    return _kept(kind, *changed)
 
 
 def _moves(kind: Kind, graph: Graph, site: Site) -> bool:
@@ -95,10 +97,10 @@ def _moves(kind: Kind, graph: Graph, site: Site) -> bool:
     generator = torch.Generator().manual_seed(_SEED)
     order = torch.randperm(block.weight(site.reads[0]).shape[1], generator=generator)
     try:
-        changed = reorder(block, site, order).forward(kind.called.x)
+        changed = reorder(block, site, order).passed(kind.called.x)
     except (ValueError, RuntimeError, IndexError, KeyError):  # rows that are not there
         return False
-    return _alike(changed, kind.base.out)
+    return _kept(kind, *changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,8 @@ def _turns(kind: Kind, graph: Graph, centred: bool) -> bool:
     except LowbitError:  # a norm's bias that no reader could take over
         return False
     block = _block(kind, graph, {**weights, **turned})
-    return _alike(block.forward(turn.written(x)), turn.written(kind.base.out))
+    out, left = block.passed(turn.written(x))
+    return _alike(out, turn.written(kind.base.out)) and _left_alike(kind, left)
 
 
 def _turn(hidden: int, centred: bool) -> _Turn:
@@ -138,5 +141,15 @@ def _turn(hidden: int, centred: bool) -> _Turn:
     return _Turn(Rotation((hidden,)), torch.ones(hidden).double(), centred, matrix)
 
 
+def _kept(kind: Kind, out: Tensor, left: Values) -> bool:
+    """Whether the block computes the same, and leaves the same to later blocks."""
+    return _alike(out, kind.base.out) and _left_alike(kind, left)
+
+
+def _left_alike(kind: Kind, left: Values) -> bool:
+    return all(_alike(t, kind.base.left[path]) for path, t in left.items())
+
+
 def _alike(one: Tensor, other: Tensor) -> bool:
+    one, other = one.double(), other.double()
     return bool((one - other).abs().max() <= _SAME * (1 + other.abs().max()))

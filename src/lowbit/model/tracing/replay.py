@@ -5,13 +5,14 @@ stream.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..beside import Keys, left_by
 from ..recorder import Called
 
 _ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
@@ -34,6 +35,7 @@ class Replay:
         made: key of a tensor -> the innermost module that returned it.
         added: what was added to the residual stream, in order. stream: keys of its states.
         entered, out: (rows, length, hidden) the block's input and output.
+        left: what it left for later blocks.
     """
 
     def __init__(
@@ -42,31 +44,40 @@ class Replay:
         called: Called,
         changes: Mapping[str, Change] | None = None,
         x: Tensor | None = None,
+        leaves: Collection[Keys] = (),
     ) -> None:
         """
         Args:
             changes: module -> what becomes of its output. x: the block's input, else as called.
+            leaves: where what it leaves for later blocks is.
         """
         self.inputs: dict[str, Tensor] = {}
         self.made: dict[Key, str] = {}
         self._kept: list[Tensor] = []  # an address must not be used twice
         changes = changes or {}
+        x = (called.x if x is None else x).clone()
+        watch, self.entered = _Streams(x) if x.dim() > 3 else _Additions(x), x
         handles = []
         for name, module in block.named_modules():
             if name:
+                if _owns_channels(module, called.x.shape[-1]):
+                    handles += [
+                        module.register_forward_pre_hook(lambda *_: watch.enter()),
+                        module.register_forward_hook(lambda *_: watch.leave()),
+                    ]
                 handles += [
                     module.register_forward_pre_hook(self._seen(name), with_kwargs=True),
                     module.register_forward_hook(self._returned(name, changes.get(name))),
                 ]
-        x = (called.x if x is None else x).clone()
-        watch, self.entered = _Additions(x), x
+        kwargs = _copied(called.kwargs)
         try:
             with torch.no_grad(), watch:
-                out = block(x, **_copied(called.kwargs))
+                out = block(x, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
         self.out: Tensor = out[0] if isinstance(out, tuple) else out
+        self.left = {path: left_by(out, kwargs, path) for path in leaves}
         self.stream, self.added = watch.keys, watch.added
         self._kept += watch.kept
 
@@ -119,10 +130,52 @@ class _Additions(TorchFunctionMode):
             self._follow(out)
         return out
 
+    def enter(self) -> None:
+        """A module begins that has a parameter for each channel, or a matrix that reads them."""
+
+    def leave(self) -> None:
+        """It has returned."""
+
     def _follow(self, t: Tensor) -> None:
         self.ids.add(id(t))
         self.keys.add(key_of(t))
         self.kept.append(t)
+
+
+class _Streams(_Additions):
+    """The same of several streams: what is made of them outside of norms and linears, channel by
+    channel, is a state of theirs (a mixture of some, one in another dtype).
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self._channels, self._depth = x.shape[-1], 0
+
+    def enter(self) -> None:
+        self._depth += 1
+
+    def leave(self) -> None:
+        self._depth -= 1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if self._depth or not isinstance(out, Tensor) or out.dim() < 3:
+            return out
+        inside = (
+            key_of(t) in self.keys
+            for t in args
+            if isinstance(t, Tensor) and t.shape[-1:] == out.shape[-1:]
+        )
+        if out.shape[-1] == self._channels and any(inside):
+            self._follow(out)
+        return out
+
+
+def _owns_channels(module: nn.Module, channels: int) -> bool:
+    own = [p for p in module._parameters.values() if p is not None]
+    return isinstance(module, nn.Linear) or any(tuple(p.shape) == (channels,) for p in own)
 
 
 def _copied(value: Any) -> Any:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _WIDTH = re.compile(
-    r"(size|dim|dims|rank|width|d_model|d_ff|n_embd|n_inner|d_head|d_ssm|d_inner|d_state)$"
+    r"(size|dim|dims|rank|width|d_model|d_ff|n_embd|n_inner|d_head|d_ssm|d_inner|d_state|"
+    r"per_layer_input)$"
 )
 _NO_WIDTH = re.compile(
     r"vocab|window|kernel|chunk|patch|image|group_size|batch|^max_|_max_|block_size|page|pool|beam"

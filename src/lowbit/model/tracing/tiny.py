@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import LowbitError
+from ..beside import Item
 from ..experts import replace_fused
 from ..recorder import Called, Recorder
 from ..skeleton import build_skeleton, compute_buffers, reason_of
+from ..turning import turn
+from .passing import Calls, Passes, alone, items_of
 from .shrink import divisor, shrunken
 from .where import named
 
 _ROWS, _LENGTH = 2, 12
 _SEED = 0
 _WIDEST = 2048  # hidden channels of a copy
-_PASSES = ((True, 0), (False, 0), (True, 1))  # blocks compute; the tokens' seed
 
 
 @dataclass
@@ -29,9 +32,11 @@ class Tiny:
     Attributes:
         model: of transformers, its blocks replaced by recorders. by: what widths were divided by.
         trunk, layers: attribute paths of what holds the blocks, and of their list.
-        blocks: the real ones; only the first of each kind has data.
+        blocks: the real ones; the first of each kind has data, and others may have the same.
         of_layers: the kind of each. firsts: the first block of each kind.
-        called: what the first block of each kind is called with.
+        called: what the first block of each kind is called with. items: what goes through the model
+            beside the residual stream.
+        turned: the model has several streams in front of its rows, see `lowbit.model.turning`.
         returns: how many things a block returns in a tuple; 0 where it returns no tuple.
         left, logits: what leaves the last block where none computes anything, and its logits.
         before, after: modules with parameters that are called before the first block, and after the
@@ -46,14 +51,16 @@ class Tiny:
     of_layers: tuple[int, ...]
     firsts: tuple[int, ...]
     called: list[Called] = field(default_factory=list)
+    items: tuple[Item, ...] = ()
     returns: int = 0
+    turned: bool = False
     left: Tensor = field(default_factory=lambda: torch.empty(0))
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
 
     def inside(self, i: int) -> dict[str, nn.Module]:
-        """Path -> module, of the modules of block i."""
+        """Keys -> module, of the modules of block i."""
         return {f"{self.layers}.{i}.{n}": m for n, m in self.blocks[i].named_modules() if n}
 
     def described(self, name: str) -> str:
@@ -85,14 +92,45 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
     for i in firsts:
         _randomize(blocks[i], generator)
     tiny = Tiny(model, by, trunk, layers, blocks, of_layers, firsts)
-    passes = [_Pass(tiny, recorders, name, live, seed) for live, seed in _PASSES]
+    run = partial(_Pass, tiny, recorders, name)
+    live = run(firsts)
+    if _streams_first(live.calls.called[0].x):
+        tiny.turned = True
+        for block, recorder in zip(blocks, recorders, strict=True):
+            turn(block)
+            recorder.turned = True
+        live = run(firsts)
     tiny.returns = len(form[0]) if isinstance(form[0], tuple) else 0
-    _check_alone(name, *(p.calls for p in passes))
-    tiny.called += [passes[0].calls[i] for i in firsts]
-    tiny.before, tiny.after = passes[0].around()
+    form[:] = [(None,) * tiny.returns] if tiny.returns else []
+    passive, tokens = run(()), run((), other=True)
+    _check_rows(name, live.calls.called[0].x)
+    tiny.before, tiny.after = live.around()
     # Passive blocks hand on what they are given.
-    tiny.left, tiny.logits = passes[1].calls[-1].x, passes[1].logits
+    tiny.left, tiny.logits = passive.calls.called[-1].x, passive.logits
+    if not alone(live.calls, passive.calls, tokens.calls):
+        every = range(len(blocks))
+        for i in sorted(set(every) - set(firsts)):
+            _fill_like(blocks[i], blocks[of_layers.index(of_layers[i])])
+        live = run(every)
+        changed = run(every, other=True)
+        passes = Passes(live.calls, changed.calls, passive.calls, tokens.calls)
+        tiny.items = items_of(name, by, blocks, passes)
+    tiny.called += [live.calls.called[i] for i in firsts]
     return tiny
+
+
+def _streams_first(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[:2] != (_ROWS, _LENGTH) and x.shape[1:3] == (_ROWS, _LENGTH)
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    """Refuse a residual stream that is not (rows, length, ..., hidden)."""
+    if x.dim() < 3 or x.shape[:2] != (_ROWS, _LENGTH):
+        raise LowbitError(
+            f"'{name}' hands {tuple(x.shape)} from block to block for {_ROWS} rows of {_LENGTH} "
+            "tokens: models that keep rows and tokens first are supported so far. Nothing was "
+            "written."
+        )
 
 
 def _narrow(config: Any, name: str) -> tuple[Any, int]:
@@ -117,44 +155,6 @@ def _narrow(config: Any, name: str) -> tuple[Any, int]:
             by //= 2
 
 
-def _check_alone(
-    name: str, live: list[Called], passive: list[Called], others: list[Called]
-) -> None:
-    """Refuse blocks that cannot be run one by one on their inputs alone.
-
-    Args:
-        live: what each block is called with. passive: the same when none of them computes
-            anything. others: the same for other tokens.
-    """
-    if live[0].x.dim() != 3:
-        raise LowbitError(
-            f"'{name}' carries {live[0].x.dim() - 2} residual streams from block to block: models "
-            "with one are supported so far. Nothing was written."
-        )
-    for what, why in ((passive, "earlier blocks compute"), (others, "the tokens are")):
-        for i, (one, other) in enumerate(zip(live, what, strict=True)):
-            key = next((k for k in one.kwargs if not _same(one.kwargs[k], other.kwargs[k])), None)
-            if key is not None:
-                raise LowbitError(
-                    f"block {i} of '{name}' is given '{key}', which depends on what {why}, not on "
-                    "its input alone: such models are not supported yet. Nothing was written."
-                )
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, (tuple, list)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, Mapping):
-        return (
-            isinstance(other, Mapping)
-            and one.keys() == other.keys()
-            and all(_same(v, other[k]) for k, v in one.items())
-        )
-    return one is other or type(one) is type(other)
-
-
 def _randomize(module: nn.Module, generator: torch.Generator) -> None:
     """Give every tensor without data numbers, in float64: gains and biases around one, so that
     none is a special case. What is one tensor stays one.
@@ -169,35 +169,62 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
             value = about + drawn / 5 if p.dim() < 2 else drawn / max(1, p.shape[-1]) ** 0.5
             own = made.setdefault(p, nn.Parameter(value, requires_grad=False))
             part._parameters[key] = own
+    _widen_buffers(module)
+
+
+def _widen_buffers(module: nn.Module) -> None:
     for part in module.modules():
         for key, b in part.named_buffers(recurse=False):
             if b.is_floating_point():
                 setattr(part, key, b.double())
 
 
+def _fill_like(block: nn.Module, first: nn.Module) -> None:
+    """Give a block the parameters of another of its kind: what goes from block to block is seen as
+    well, and a model of many blocks takes no more memory.
+    """
+    for part, other in zip(block.modules(), first.modules(), strict=True):
+        part._parameters.update(other._parameters)
+    _widen_buffers(block)
+
+
 class _Pass:
     """One pass of a narrow model: what blocks are called with, and what runs around them.
 
     Args:
-        live: whether the first block of each kind computes. seed: of the tokens.
+        live: numbers of the blocks that compute. other: whether the first row has other tokens.
     """
 
     def __init__(
-        self, tiny: Tiny, recorders: list[Recorder], name: str, live: bool, seed: int
+        self,
+        tiny: Tiny,
+        recorders: list[Recorder],
+        name: str,
+        live: Collection[int],
+        other: bool = False,
     ) -> None:
         self._tiny = tiny
         for i, recorder in enumerate(recorders):
-            recorder.live = live and i in tiny.firsts
+            recorder.live = i in live
         modules = dict(tiny.model.named_modules())
-        for i in tiny.firsts:  # which a recorder holds, and the model no longer
+        for i in sorted({*tiny.firsts, *live}):  # which a recorder holds, and the model no longer
             modules |= tiny.inside(i)
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, tiny.model.config.vocab_size, (_ROWS, _LENGTH), generator=generator)
         with torch.no_grad(), named(modules, tiny.described(name), "the model") as where:
-            said = tiny.model(input_ids=ids, use_cache=False)
+            said = tiny.model(input_ids=self._ids(other), use_cache=False)
         self.logits: Tensor = getattr(said, "logits", said)
         self._order = where.order
-        self.calls = [r.called() for r in recorders]
+        self.calls = Calls([r.called() for r in recorders], [r.left for r in recorders])
+
+    def _ids(self, other: bool) -> Tensor:
+        def drawn(seed: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            size = self._tiny.model.config.vocab_size
+            return torch.randint(3, size, (_ROWS, _LENGTH), generator=generator)
+
+        ids = drawn(_SEED)
+        if other:
+            ids[0] = drawn(_SEED + 1)[0]
+        return ids
 
     def around(self) -> tuple[list[str], list[str]]:
         """Modules with parameters that ran before the first block, and after the last."""

@@ -16,7 +16,8 @@ def writers(kind: Kind) -> tuple[str, ...]:
     added to the stream; none if something else is added, too.
     """
     base = kind.base
-    if key_of(base.out) not in base.stream or not base.added:
+    several = base.out.dim() > 3  # streams: what mixes them reads them in no other basis
+    if several or key_of(base.out) not in base.stream or not base.added:
         return ()
     found: list[str] = []
     left = [a.clone() for a in base.added]
