@@ -14,6 +14,7 @@ from torch import nn
 
 from lowbit.errors import LowbitError
 from lowbit.model.experts import form_of, is_fused_experts, proved, replace_fused, unfused
+from lowbit.model.tracing import described
 
 # Their fused forward sums in float32 whatever the model's dtype is: float64 does not make it exact.
 SUMS_IN_FLOAT32 = {"nemotron_h": 1e-6}
@@ -240,3 +241,11 @@ def test_unknown_form_is_refused():
     with pytest.raises(LowbitError, match=r"'experts': the experts of Squared lie in a layout"):
         replace_fused(model)
     assert isinstance(model["experts"], Squared)
+
+
+def test_a_router_of_several_linears_is_kept():
+    found = described(config_of("zaya", num_hidden_layers=2))
+    for graph in found.kinds:
+        why = {n: said for n, said in graph.kept if n.startswith("mlp.gate.")}
+        assert len(why) == 4 and set(why.values()) == {"it only sends tokens to experts"}
+        assert graph.mixtures and not [n for n in graph.linears if n.startswith("mlp.gate.")]

@@ -73,10 +73,10 @@ def _site(kind: Kind, key: Key, names: list[str], norms: dict[str, Source]) -> S
         made = made_by(kind, reads[0], reads)
         source = linear_source(made, kind.modules[made[0]].out_features if made else 0)
     entering = residual or _entering(kind, reads[0])
-    probe = reads[0]
-    if entering:
-        probe = _parent(tuple(dict.fromkeys(kind.seen_at(n) for n in reads)))
     through = next((m for n in reads if (m := kind.seen_at(n)) != n), None)
+    probe = reads[0]
+    if entering or through is not None:
+        probe = _parent(tuple(dict.fromkeys(kind.seen_at(n) for n in reads)))
     return Site(reads, None if closed else source, probe, residual, beside, through)
 
 

@@ -14,6 +14,7 @@ from ..recorder import Called
 from ..skeleton import CONVOLUTIONS
 from .chunks import in_short_chunks
 from .replay import Change, Key, Replay, key_of
+from .routing import Routing
 from .spread import Seat
 
 _SMALL = 1e-3
@@ -175,7 +176,24 @@ class Kind:
         if not _multiplies(narrow, self.base.inputs[name]):
             return "it does something else than multiply its input by its weight"
         moved = self.replay({name: lambda y: y * (1 + _SMALL)}).out
-        return "it only chooses" if torch.equal(moved, self.base.out) else None
+        if torch.equal(moved, self.base.out):
+            return "it only chooses"
+        return "it only sends tokens to experts" if self._routes(name) else None
+
+    def _routes(self, name: str) -> bool:
+        """Whether a linear outside the experts changes nothing while tokens go where they went."""
+        if not self._routing or any(name.startswith(f"{s.mixture}.") for s in self.seats):
+            return False
+        with self._routing.held():
+            return torch.equal(self.replay({name: lambda y: y * (1 + _SMALL)}).out, self.base.out)
+
+    @cached_property
+    def _routing(self) -> Routing:
+        """Where the routers send the tokens of `called`."""
+        routing = Routing(self.modules)
+        with routing.noted():
+            self.replay({})
+        return routing
 
 
 @torch.no_grad()
