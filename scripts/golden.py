@@ -152,6 +152,8 @@ def side(models: Path, out: Path, presets: Sequence[str]) -> int:
     for preset in presets or recipe_names():
         recipe = load_recipe(preset).as_dict()
         settings = [f"{m}.{s}" for m in recipe["methods"] for s in LIGHTER.get(m, ())]
+        if "bos" in recipe["calibration"]:  # older revisions know no other rows
+            settings.append("calibration.bos=no")
         scheme = (
             None
             if "scheme" in recipe and preset_names_scheme(preset)
