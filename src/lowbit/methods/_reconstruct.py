@@ -12,6 +12,8 @@ from ..model.block import Block
 from ..model.microbatches import MicroBatches
 from ._batches import gathered, shared, summed
 from ._prefetch import Prefetcher
+from ._tokens import summed as over_tokens
+from ._tokens import tokens_at_a_time
 
 Objective = Literal["block", "logits"]
 
@@ -44,6 +46,11 @@ class Reconstruction:
         self.block, self.batch = block, min(batch, block.tuned_rows)
         self._readout = block.context.readout if objective == "logits" else None
         self.objective: Objective = "logits" if self._readout else "block"
+        self._most = block.tuned_rows * block.x.shape[1]  # tokens whose logits are made together
+        if self._readout is not None:
+            with torch.no_grad():
+                vocab = self._readout(block.target[:1, :1].to(block.device)).shape[-1]
+            self._most = tokens_at_a_time(vocab)
         self._generator = torch.Generator().manual_seed(block.seed)
         self._drawn: Tensor | None = None
         self._prefetcher = Prefetcher(block)
@@ -86,13 +93,18 @@ class Reconstruction:
 
     def distance(self, y: Tensor, target: Tensor) -> Tensor:
         """The loss of outputs, summed over tokens."""
-        if self._readout is None:
+        readout = self._readout
+        if readout is None:
             return (y - target).pow(2).sum()
-        with torch.no_grad():
-            expected = self._readout(target).log_softmax(-1)
-        return torch.nn.functional.kl_div(
-            self._readout(y).log_softmax(-1), expected, reduction="sum", log_target=True
-        )
+
+        def divergence(y: Tensor, target: Tensor) -> Tensor:
+            with torch.no_grad():
+                expected = readout(target).log_softmax(-1)
+            return torch.nn.functional.kl_div(
+                readout(y).log_softmax(-1), expected, reduction="sum", log_target=True
+            )
+
+        return over_tokens(divergence, y, (target,), self._most)
 
     def _probe(self, y: Tensor, target: Tensor, chance: Tensor) -> Tensor:
         """A random scalar whose squared derivatives average to the diagonal of the loss's
@@ -103,14 +115,19 @@ class Reconstruction:
             chance: uniform in [0, 1), for every number of y, or for every token: what is drawn does
                 not depend on how rows are divided.
         """
-        if self._readout is None:
+        readout = self._readout
+        if readout is None:
             return torch.where(chance < 0.5, -y, y).sum() * 2**0.5
-        with torch.no_grad():
-            below = self._readout(target).softmax(-1).cumsum(-1)
-            drawn = torch.searchsorted(
-                below, (chance * below[..., -1])[..., None], right=True
-            ).clamp_(max=below.shape[-1] - 1)
-        return self._readout(y).log_softmax(-1).gather(-1, drawn).sum()
+
+        def drawn(y: Tensor, target: Tensor, chance: Tensor) -> Tensor:
+            with torch.no_grad():
+                below = readout(target).softmax(-1).cumsum(-1)
+                tokens = torch.searchsorted(
+                    below, (chance * below[..., -1])[..., None], right=True
+                ).clamp_(max=below.shape[-1] - 1)
+            return readout(y).log_softmax(-1).gather(-1, tokens).sum()
+
+        return over_tokens(drawn, y, (target, chance), self._most)
 
     def derivatives(
         self,

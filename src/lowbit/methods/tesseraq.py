@@ -41,6 +41,7 @@ from ..model.block import Block
 from ._reconstruct import JUDGED_ROWS, JUDGED_TOKENS, Objective, Reconstruction
 from ._rounding import Adam
 from ._soft import SoftBlock
+from ._tokens import tokens_at_a_time
 from .cost import Cost, Shapes, Work
 from .entry import Decisive
 
@@ -281,13 +282,16 @@ _LOGITS = 44
 def cost(method: TesseraQ, shapes: Shapes) -> Cost:
     """Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft weights
     and their gradients; where levels are looked up, both codes as indices and both levels. Then the
-    readout of the last block, five times its logits.
+    readout of the last block, five times the logits that are made together.
     """
     layer, rows, batch = shapes.layer, shapes.rows, method.batch
     linear = isinstance(shapes.grid, LinearGrid)
     state = (18 + 2 * rows.compute if linear else 56) * layer.weights
-    read = 5 * 4 * layer.vocab if method.objective == "logits" else 0
-    stepping = shapes.training(batch) + read * rows.mine(batch) * rows.length
+    read = 0
+    if method.objective == "logits":
+        together = min(tokens_at_a_time(layer.vocab), rows.tokens(JUDGED_TOKENS))
+        read = 5 * 4 * layer.vocab * together
+    stepping = shapes.training(batch) + read
     # As above, soft weights and their gradient in 16 bits.
     least = (18 + 2 * 2 if linear else 52) * layer.weights
     # None are made in float16.
@@ -298,7 +302,7 @@ def cost(method: TesseraQ, shapes: Shapes) -> Cost:
     phases = len(soft_shares(method.schedule)) * method.rounds
     moved = Work(moved=(_STEP * method.steps + _HARDEN * phases) * layer.weights)
     return Cost(
-        held=state + max(stepping, read * rows.tokens(JUDGED_TOKENS)),
+        held=state + stepping,
         least=least,
         batch=batch,
         work=steps + judged + moved,
