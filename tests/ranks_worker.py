@@ -43,7 +43,7 @@ def tuned(
     chosen = load_recipe(recipe, scheme=parse_scheme(scheme), settings=settings)
     source = ModelStream(model, compute=torch.float64 if wide else None)
     rows = draw_rows(
-        Calibration(f"{model}/text.txt", 13, 32), load_tokenizer(source.checkpoint), 0, 5
+        Calibration(f"{model}/text.txt", 13, 32, "no"), load_tokenizer(source.checkpoint), 0, 5
     )
     seen = staged(source, chosen, rows.calibration, ranks=ranks)
     stream, mine = seen.source, slice(ranks.rank, None, ranks.size)

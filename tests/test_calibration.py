@@ -67,6 +67,12 @@ def windows_of(tokens: list[int], length: int) -> list[list[int]]:
     return [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
 
 
+def begun(tokens: list[int], length: int) -> list[list[int]]:
+    """The same with BOS for the first token of each, if the first text begins with it."""
+    first = tokens[:1] if tokens[0] == BOS else []
+    return [[*first, *w[len(first) :]] for w in windows_of(tokens, length)]
+
+
 # --- any source: rows of the joined documents -----------------------------------------------------
 
 
@@ -74,7 +80,7 @@ def test_rows_are_distinct_cuts_of_the_joined_documents(tmp_path: Path, tokenize
     texts = [prose(f"d{i}x", 20 + 7 * i) for i in range(70)]
     source = jsonl(tmp_path / "a.jsonl", texts)
     tokens = stream(tokenizer, texts)
-    pool = {tuple(w) for w in windows_of(tokens, 32)}
+    pool = {tuple(w) for w in begun(tokens, 32)}
     rows = draw_rows(Calibration(source, 20, 32), tokenizer, seed=3, held_out=5)
     assert rows.calibration.shape == (20, 32) and rows.held_out.shape == (5, 32)
     assert rows.calibration.dtype == rows.held_out.dtype == torch.int64
@@ -88,6 +94,8 @@ def test_tokens_take_four_bytes_each(tokenizer: Any, monkeypatch: pytest.MonkeyP
     """What is drawn from may have 1e9 tokens."""
 
     class Numbers:
+        bos_token_id = None
+
         def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
             return {"input_ids": [list(range(1000, 3000)) for _ in texts]}
 
@@ -109,9 +117,9 @@ def test_every_document_brings_its_bos(tmp_path: Path, tokenizer: Any) -> None:
     texts = [prose("a", 30), prose("b", 30), prose("c", 30)]
     source = jsonl(tmp_path / "a.jsonl", texts)
     count = len(stream(tokenizer, texts)) // 8
-    assert (
-        int((draw_rows(Calibration(source, count, 8), tokenizer, 0).calibration == BOS).sum()) == 3
-    )
+    for bos, found in (("no", 3), ("auto", count)):
+        rows = draw_rows(Calibration(source, count, 8, bos), tokenizer, 0).calibration
+        assert int((rows == BOS).sum()) == found + 2 * (bos == "auto")
 
 
 def knows_bos_and_adds_none() -> Any:
@@ -146,7 +154,7 @@ def test_documents_have_the_special_tokens_that_the_tokenizer_gives_them(
         tokens = [
             i for t in texts for i in (*first, *own.encode(t, add_special_tokens=False), *last)
         ]
-        expected = windows_of(tokens, 8)
+        expected = begun(tokens, 8)
         assert evaluation_windows(source, own, 8).tolist() == expected
         drawn = draw_rows(Calibration(source, len(expected), 8), own, 0)
         assert as_set(drawn.calibration) == {tuple(w) for w in expected}
@@ -203,7 +211,7 @@ def test_the_standard_library_is_held_out_by_file(corpus: Any, tokenizer: Any) -
     sides = {"train": [prose("t", 200), prose("u", 200)], "eval": [prose("e", 60), prose("f", 60)]}
     corpus(sides)
     rows = draw_rows(Calibration("stdlib", 4, 32), tokenizer, 0, held_out=3)
-    assert rows.held_out.tolist() == windows_of(stream(tokenizer, sides["eval"]), 32)[:3]
+    assert rows.held_out.tolist() == begun(stream(tokenizer, sides["eval"]), 32)[:3]
     corpus(sides | {"eval": ["short"]})
     assert draw_rows(Calibration("stdlib", 4, 32), tokenizer, 0).held_out.shape == (0, 32)
 
@@ -307,7 +315,7 @@ def test_one_document_is_tokenised_once_with_bos_at_its_start_only(
     path = tmp_path / "a.txt"
     path.write_text(prose("w", 100))
     ids = tokenizer(path.read_text())["input_ids"]
-    windows = evaluation_windows(str(path), tokenizer, 32)
+    windows = evaluation_windows(str(path), tokenizer, 32, bos="no")
     assert windows.tolist() == windows_of(ids, 32) and windows.dtype == torch.int64
     assert (windows == BOS).nonzero().tolist() == [[0, 0]]
     assert len(ids) % 32, "a tail is there to be dropped"
@@ -317,7 +325,7 @@ def test_several_documents_bring_a_bos_each(tmp_path: Path, tokenizer: Any) -> N
     texts = [prose(f"d{i}x", 9) for i in range(100)]
     source = jsonl(tmp_path / "a.jsonl", texts)
     windows = evaluation_windows(source, tokenizer, 32)
-    assert windows.tolist() == windows_of(stream(tokenizer, texts), 32)
+    assert windows.tolist() == begun(stream(tokenizer, texts), 32)
     assert torch.equal(evaluation_windows(source, tokenizer, 32, 3), windows[:3])
     assert torch.equal(evaluation_windows(source, tokenizer, 32, 10**9), windows)
 
