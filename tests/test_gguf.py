@@ -36,6 +36,15 @@ from lowbit.formats import gguf
 from lowbit.formats.ggml import BLOCKS, pack_affine, pack_k, unpack_affine, unpack_k
 from lowbit.grid import Affine, KQuant, KQuantParams, QTensor
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 PYTHON = os.environ.get("LOWBIT_LLAMACPP_PYTHON", sys.executable)
 RUNS = importlib.util.find_spec("llama_cpp") is not None or sys.executable != PYTHON
 KINDS = ("q2_k", "q3_k", "q4_k", "q6_k")
@@ -460,14 +469,7 @@ def test_llama_cpp_runs_what_others_cannot_read(tmp_path, monkeypatch, scheme, t
 
 def test_llama_3_rotary_factors(tmp_path, monkeypatch):
     wide(monkeypatch)
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
+    rope = dict(LLAMA3_ROPE)
     monkeypatch.setitem(
         helpers.FAMILIES, "llama", lambda: T.LlamaConfig(**helpers.LLAMA, rope_parameters=rope)
     )
@@ -797,16 +799,7 @@ def test_the_keys_of_a_family(family, keys):
         ("smollm3", dict(no_rope_layers=[1, 0, 1, 0]), "rotates all but every 4th block"),
         (
             "smollm3",
-            dict(
-                rope_parameters={
-                    "rope_type": "llama3",
-                    "rope_theta": 1e4,
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 32,
-                }
-            ),
+            dict(rope_parameters=LLAMA3_ROPE),
             "not among those that GGUF export knows of 'smollm3': default, linear",
         ),
         ("qwen3_moe", dict(norm_topk_prob=False), "sum to 1"),
