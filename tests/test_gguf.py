@@ -799,7 +799,7 @@ def test_the_keys_of_a_family(family, keys):
         ("smollm3", dict(no_rope_layers=[1, 0, 1, 0]), "rotates all but every 4th block"),
         (
             "smollm3",
-            dict(rope_parameters=LLAMA3_ROPE),
+            dict(rope_parameters=dict(LLAMA3_ROPE)),
             "not among those that GGUF export knows of 'smollm3': default, linear",
         ),
         ("qwen3_moe", dict(norm_topk_prob=False), "sum to 1"),
