@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
-from lowbit.grid import Affine
+from lowbit.grid import Affine, PerToken
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
 from lowbit.methods._batches import copied
 from lowbit.methods._reconstruct import Reconstruction
@@ -36,28 +36,37 @@ def block(tmp_path_factory):
     return begin(stream, 0, Recipe(Affine(2, 16)), Streams(x, x, 8), stream.block_kwargs(32)[0], 0)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        RTN(),
-        AWQ(),
-        AWQ(clip="symmetric"),
-        GPTQ(),
-        GPTQ(act_order=True, clip="mse"),
-        FAST,
-        replace(FAST, rounds=2),
-        replace(FAST, refit=5),
-        SmoothQuant(),
-        OmniQuant(epochs=1),
-        QuaRot(),
-    ],
-)
+EVERY = [
+    RTN(),
+    AWQ(),
+    AWQ(clip="symmetric"),
+    GPTQ(),
+    GPTQ(act_order=True, clip="mse"),
+    FAST,
+    replace(FAST, rounds=2),
+    replace(FAST, refit=5),
+    SmoothQuant(),
+    OmniQuant(epochs=1),
+    QuaRot(),
+]
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_every_method_ends_on_the_grid_and_is_deterministic(block, method):
     once, twice = (apply_methods(block, Recipe(Affine(2, 16), (method,))) for _ in range(2))
     assert set(once.coded) == set(block.graph.linears)
     for name, q in once.coded.items():
         assert int(q.codes.max()) <= 3
         assert q.same_as(twice.coded[name]) is None
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method_computes_in_float64(tmp_path, method):
+    stream = ModelStream(save_tiny(tmp_path, dtype=torch.float32), compute=torch.float64)
+    x = stream.embed(torch.randint(3, 280, (6, 16), generator=torch.Generator().manual_seed(0)))
+    recipe = Recipe(Affine(3, 16), (method,), activations=PerToken(8))
+    block = begin(stream, 0, recipe, Streams(x, x, 4), stream.block_kwargs(16)[0], 0)
+    assert set(apply_methods(block, recipe).coded) == set(block.graph.linears)
 
 
 def test_losses_fall_from_method_to_method(block):

@@ -165,13 +165,14 @@ class AWQ:
         tokens = pick_tokens(total, self.clip_tokens, self.clip_sampling, generator)
         out: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
         for length, linears in lengths.items():
+            dtype = block.weight(linears[0]).dtype
 
-            def sums(seen: Seen, length: int = length) -> Tensor:
-                q = seen.met.reshape(len(seen.met), -1, length).transpose(0, 1).float()
+            def sums(seen: Seen, length: int = length, dtype: torch.dtype = dtype) -> Tensor:
+                q = seen.met.reshape(len(seen.met), -1, length).transpose(0, 1).to(dtype)
                 found = [q.transpose(1, 2) @ q]  # (groups, group, group)
                 if quantized(block, seen.linear):
                     drift = (seen.met - seen.exact).reshape(len(seen.met), -1, length)
-                    found.append(q.transpose(1, 2) @ drift.transpose(0, 1).float())
+                    found.append(q.transpose(1, 2) @ drift.transpose(0, 1).to(dtype))
                 return torch.stack(found)
 
             seen = block.statistics(linears, "quantized", sums, rows=rows, tokens=tokens)
