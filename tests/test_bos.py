@@ -100,6 +100,12 @@ def test_commands_take_it_and_say_so(tmp_path):
     assert "4 windows x 32 cut without BOS, 124 tokens" in said["no"][1]
     begun, cut = (json.loads((tmp_path / f"{b}.json").read_text()) for b in ("auto", "no"))
     assert begun["perplexity"] != cut["perplexity"]
+    study = ("analyze", *measure[1:], "--no-remove")
+    for bos, words in (("yes", "that begin with BOS"), ("no", "cut without BOS")):
+        out = tmp_path / f"study-{bos}"
+        code, output = ran(*study, "--bos", bos, "-o", out)
+        assert code == 0, output
+        assert words in output and words in (out / "analysis.html").read_text()
     code, output = ran(*measure, "--bos", "maybe")
     assert code == 2 and "unknown choice of bos 'maybe'" in output
     make = ("quantize", model, "--scheme", "W4A16g32", "--recipe", "rtn", "--calib", text)

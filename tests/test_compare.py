@@ -71,6 +71,7 @@ def test_all_cells_on_equal_terms(done):
         ("W4A8", "awq+gptq"),
     ]
     assert len({r["windows_sha256"] for r in rows}) == 1
+    assert {r["begin"] for r in rows} == {" that begin with BOS"}
     assert len({r["calibration"]["sha256"] for r in rows[2:]}) == 1
     assert rows[0]["kl"] < 1e-6 < rows[2]["kl"]
     assert rows[3]["kl"] < rows[2]["kl"]

@@ -254,6 +254,9 @@ def test_a_comparisons_title_says_what_is_equal() -> None:
     assert title_of(terms, [{"batch": 8}, {}, {"batch": 1}, {"batch": 8}]) == (
         f"{start}, 1 window a pass, 8 windows a pass"
     )
+    assert title_of(terms, [{"error": "no"}, {"begin": " cut without BOS"}]) == (
+        f"{start} cut without BOS"
+    )
 
 
 # --- strings where something would be read into them ----------------------------------------------

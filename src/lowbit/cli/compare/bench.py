@@ -16,6 +16,7 @@ import torch
 from ...evaluate import evaluate, load_causal_lm
 from ...evaluate.tasks import Prepared, evaluate_tasks, prepare
 from ...machine import pick_device
+from ...model.bos import said_of
 from ...model.calibration import evaluation_windows
 from ...model.source import open_files
 from ...model.tokenizer import load_tokenizer
@@ -175,7 +176,8 @@ class Bench:
                 prepared, model, self._tokenizer, limit=self._terms.limit, batch=8
             )
             found["tasks"] = results.as_dict()
-        return {**found, "windows_sha256": self._windows_hash()}
+        begin = said_of(self._windows, self._tokenizer)
+        return {**found, "begin": begin, "windows_sha256": self._windows_hash()}
 
     def _prepared(self) -> tuple[Prepared, ...] | None:
         """Return the tasks, ready for one evaluation; None without any."""

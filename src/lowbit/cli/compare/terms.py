@@ -116,9 +116,10 @@ def title_of(terms: Terms, rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the title of a table of the rows measured so far."""
     batches = sorted({r["batch"] for r in rows if "batch" in r})
     passes = "".join(f", {together(n)}" for n in batches)
+    begun = next((r["begin"] for r in rows if "begin" in r), "")
     calibration = terms.calibration
     return (
         f"{terms.model}; calibration {calibration.source}, {calibration.samples} x "
         f"{calibration.length} tokens, seed {terms.seed}; evaluation {terms.text}, windows of "
-        f"{terms.length} tokens{passes}"
+        f"{terms.length} tokens{begun}{passes}"
     )
