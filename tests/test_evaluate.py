@@ -103,7 +103,7 @@ def check(found: Evaluation, expected: tuple[float, float, float]) -> None:
 def test_a_tally_is_the_definition(
     monkeypatch: pytest.MonkeyPatch, windows: Tensor, scale: float, dtype: torch.dtype, at_once: int
 ) -> None:
-    monkeypatch.setattr("lowbit.evaluate.tally._PROBABILITIES_AT_ONCE", at_once)
+    monkeypatch.setattr("lowbit.evaluate.tally.SUMMED", at_once)
     torch.manual_seed(int(scale))
     logits = (scale * torch.randn(5, 12, VOCAB)).to(dtype)
     reference = (logits + 0.3 * scale * torch.randn(5, 12, VOCAB)).to(dtype)

@@ -129,7 +129,7 @@ def test_memory_of_the_large_llamas(shape, device, least):
     assert found.least == least + 4 * 2 * hidden  # two norms
     assert found.stream == (128 + 16) * 2048 * hidden * 2 and found.copies == 3
     assert found.outer == (2 * vocab * hidden + hidden) * wide
-    assert set(found.steps) == {"passes", "awq", "tesseraq"}
+    assert set(found.steps) == {"passes", "awq", "tesseraq", "quality"}
     # The variables of soft rounding: 12 bytes a weight, 4 for soft weights and gradients, and the
     # weight's own 4.
     assert found.least < found.block < 6 * found.least

@@ -141,11 +141,27 @@ def test_memory_of_rounding_to_nearest(device, ranks, passing, stream, outer, pr
     assert need.steps == {
         "passes": round(1.1 * (BASE + CODED + passing)),
         "rtn": round(1.1 * (BASE + 30720 + 12 * 6144)),  # codes, and one linear as it is rounded
+        "quality": round(1.1 * 4 * 300 * (2 + 6) * 32),  # logits of a row twice, their sums
     }
     assert need.least == BASE + CODED
     assert (need.stream, need.copies, need.streams) == (stream, 3, 3 * stream)
     assert (need.outer, need.process, need.processes) == (outer, process, ranks)
     assert need.peak == process + need.steps["passes"] + outer + 3 * stream
+
+
+@pytest.mark.parametrize(
+    ("vocab", "length", "quality", "words"),
+    [
+        (50_000, 256, 4 * 50_000 * (2 * 256 + 6 * 256), 0),
+        (50_000, 2048, 4 * 50_000 * (2 * 671 + 6 * 335), 0),
+        (262_144, 256, 4 * 262_144 * (2 * 128 + 6 * 64), 760 * 212_144),
+    ],
+)
+def test_memory_of_a_large_vocabulary(vocab, length, quality, words) -> None:
+    large = llama(vocab_size=vocab, max_position_embeddings=4096)
+    need = planned("W4A16g32", "rtn", large, length=length).memory
+    assert need.steps["quality"] == round(1.1 * quality)
+    assert need.process == PROCESS + words
 
 
 def test_a_batch_that_passes_is_of_whole_rows_of_at_most_8192_tokens() -> None:

@@ -5,10 +5,13 @@ import torch
 from helpers import opened, save_tiny
 
 from lowbit.grid.names import parse_scheme
-from lowbit.methods import TesseraQ, _tokens
-from lowbit.methods._tokens import summed, tokens_at_a_time
+from lowbit.methods import TesseraQ
+from lowbit.methods._tokens import summed
+from lowbit.model import context
+from lowbit.model.context import tokens_at_a_time
 from lowbit.model.stream import ModelStream
 from lowbit.recipe import load_recipe
+from lowbit.run.quantize import quantize
 
 
 def drawn(*shape, seed=0):
@@ -60,7 +63,7 @@ def test_tuning_on_logits_in_parts_ends_alike(stream, monkeypatch):
     method = TesseraQ(schedule="exponential-4-3", iters=2, rounds=2)
     ids = torch.randint(3, 280, (6, 16), generator=torch.Generator().manual_seed(0))
     last = len(stream) - 1
-    size, calls, vocab = _tokens.LOGITS, [], stream.config.vocab_size
+    size, calls, vocab = context.LOGITS, [], stream.config.vocab_size
 
     def tuned():
         block = opened(stream, recipe, ids, last)
@@ -71,7 +74,7 @@ def test_tuning_on_logits_in_parts_ends_alike(stream, monkeypatch):
     whole = tuned()
     assert whole.notes["tesseraq"]["objective"] == "logits" and max(calls) == 6 * 16
     calls.clear()
-    monkeypatch.setattr(_tokens, "LOGITS", 10 * vocab)
+    monkeypatch.setattr(context, "LOGITS", 10 * vocab)
     parts = tuned()
     assert max(calls) <= 10 < size
     for name, one in whole.coded.items():
@@ -79,3 +82,29 @@ def test_tuning_on_logits_in_parts_ends_alike(stream, monkeypatch):
     for key in ("before", "after"):
         # Logits are float32.
         assert parts.notes["tesseraq"][key] == pytest.approx(whole.notes["tesseraq"][key], rel=1e-6)
+
+
+def test_quality_looks_at_parts_of_a_window(tmp_path, monkeypatch):
+    model = save_tiny(tmp_path / "m", dtype=torch.float32)
+    recipe = load_recipe("rtn", scheme=parse_scheme("W3A16g16"))
+    rows, sizes = model / "text.txt", []
+    head = ModelStream.head
+
+    def watched(self, x):
+        if len(x) == 1:  # the proof's rows go together
+            sizes.append(x.shape[1])
+        return head(self, x)
+
+    monkeypatch.setattr(ModelStream, "head", watched)
+    found = []
+    for most in (context.LOGITS, 10 * ModelStream(model).config.vocab_size):
+        monkeypatch.setattr(context, "LOGITS", most)
+        sizes.clear()
+        made = quantize(
+            model, recipe=recipe, out=tmp_path / str(most), calib=rows, samples=4, length=32
+        )
+        found.append((made.report["quality"], max(sizes)))
+    (whole, largest), (parts, most) = found
+    assert largest == 31 and 8 <= most <= 10
+    for side in ("float", "quantized"):
+        assert parts[side] == pytest.approx(whole[side], rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
+from ..model.context import SUMMED
 from ..model.ranks import Ranks
-
-_PROBABILITIES_AT_ONCE = 1 << 24  # of one step of the sums: a few float32 temporaries of 64 MiB
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,29 @@ class Tally:
             LowbitError: the shapes do not fit together, or differ from those added before.
         """
         self._check(logits, ids, reference)
+        self.count_windows(ids.shape, reference is not None)
         for row in range(len(ids)):
             expected = None if reference is None else reference[row, :-1].to(logits.device)
-            self._add_row(logits[row, :-1], ids[row, 1:].to(logits.device), expected)
-        self._windows += len(ids)
-        self._batch = max(self._batch, len(ids))
+            self.add_tokens(logits[row, :-1], ids[row, 1:].to(logits.device), expected)
+
+    def count_windows(self, shape: Sequence[int], referenced: bool) -> None:
+        """Count windows, whose tokens `add_tokens` is given.
+
+        Args:
+            shape: (n, length) of them. referenced: a reference was given.
+
+        Raises:
+            LowbitError: windows of another length were added before, or with a reference and
+                without.
+        """
+        count, length = shape
+        if self._windows and (length, referenced) != (self._length, self._referenced):
+            raise LowbitError(
+                "windows of one evaluation must have one length, and all or none a reference."
+            )
+        self._length, self._referenced = length, referenced
+        self._windows += count
+        self._batch = max(self._batch, count)
 
     def _check(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
         if logits.shape[:2] != ids.shape:
@@ -95,17 +113,16 @@ class Tally:
                 f"the reference gives logits {tuple(reference.shape)}, the model "
                 f"{tuple(logits.shape)}: is it the same vocabulary?"
             )
-        if self._windows and (
-            ids.shape[1] != self._length or (reference is not None) != self._referenced
-        ):
-            raise LowbitError(
-                "windows of one evaluation must have one length, and all or none a reference."
-            )
-        self._length, self._referenced = ids.shape[1], reference is not None
 
-    def _add_row(self, logits: Tensor, target: Tensor, reference: Tensor | None) -> None:
-        """Add one window: logits (length - 1, vocab), target (length - 1,), reference as logits."""
-        step = max(1, _PROBABILITIES_AT_ONCE // logits.shape[1])
+    @torch.no_grad()
+    def add_tokens(self, logits: Tensor, target: Tensor, reference: Tensor | None = None) -> None:
+        """Add some tokens of a window, which `count_windows` counts.
+
+        Args:
+            logits: (n, vocab), any float dtype. target: (n,) int64, what follows each.
+            reference: as logits, on the same device.
+        """
+        step = max(1, SUMMED // logits.shape[1])
         for at in range(0, len(target), step):
             part = slice(at, at + step)
             log_p = logits[part].float().log_softmax(-1)  # (step, vocab)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..model.block import Block
+from ..model.context import tokens_at_a_time
 from ..model.microbatches import MicroBatches
 from ._batches import gathered, shared, summed
 from ._prefetch import Prefetcher
 from ._tokens import summed as over_tokens
-from ._tokens import tokens_at_a_time
 
 Objective = Literal["block", "logits"]
 

@@ -10,15 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS = 1 << 25  # at a time
-
 # (1, n, hidden) outputs and what belongs to the same tokens -> a sum over them
 OfTokens = Callable[..., Tensor]
-
-
-def tokens_at_a_time(vocab: int) -> int:
-    """How many tokens' logits are made together."""
-    return max(1, LOGITS // vocab)
 
 
 def summed(of: OfTokens, y: Tensor, others: Sequence[Tensor], most: int) -> Tensor:

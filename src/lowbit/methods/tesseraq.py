@@ -38,10 +38,10 @@ from ..errors import LowbitError, unknown
 from ..grid import AnyGrid, LinearGrid, OrderedGrid
 from ..machine import multiplies_bfloat16
 from ..model.block import Block
+from ..model.context import tokens_at_a_time
 from ._reconstruct import JUDGED_ROWS, JUDGED_TOKENS, Objective, Reconstruction
 from ._rounding import Adam
 from ._soft import SoftBlock
-from ._tokens import tokens_at_a_time
 from .cost import Cost, Shapes, Work
 from .entry import Decisive
 

@@ -16,6 +16,8 @@ from .ranks import ALONE, Ranks
 from .storage import Storage
 
 TOKENS_PER_PASS = 8192
+LOGITS = 1 << 25  # at a time
+SUMMED = 1 << 24  # probabilities of which sums are made at a time
 
 NOWHERE = Place()
 
@@ -24,6 +26,11 @@ Announce = Callable[[str], None]
 
 def silent(what: str) -> None:
     """Nobody watches."""
+
+
+def tokens_at_a_time(vocab: int) -> int:
+    """How many tokens' logits are made together."""
+    return max(1, LOGITS // vocab)
 
 
 @dataclass(frozen=True)

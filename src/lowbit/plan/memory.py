@@ -17,6 +17,7 @@ import torch
 from ..errors import LowbitError, in_bytes, unknown
 from ..machine import free_memory
 from ..methods.cost import Shapes
+from ..model.context import SUMMED, tokens_at_a_time
 from ..model.storage import Place, lies_in_memory
 from ..recipe import Recipe
 
@@ -24,7 +25,9 @@ FreeMemory = Callable[[torch.device], Optional[int]]
 
 # Resident before a model is opened: Python, torch, transformers and their libraries.
 PROCESS = 490 << 20
+_WORD, _WORDS = 760, 50_000  # bytes of a tokenizer's word, and how many PROCESS covers: measured
 _STREAMS = 3  # x, xq and target of one block: `lowbit.model.model.Streams`
+_SUMS = 6  # temporaries of a KL
 _HOLES = 1.1  # what allocators hold and cannot use: measured
 
 
@@ -50,7 +53,7 @@ class Needs:
 
     Attributes:
         steps: most that is held while a method works, by its name, block and activations of a batch
-            included; "passes" is what every run does besides.
+            included; "passes" and "quality" are what every run does besides.
         least: what the hungriest of them cannot do without, whatever its code: less memory than
             this is refused.
         stream: one activation stream. copies: how many live at a time.
@@ -221,6 +224,12 @@ def most(of_kinds: Sequence[Needs]) -> Needs:
     )
 
 
+def _quality(vocab: int, length: int) -> int:
+    """Bytes while the result is judged: logits of two streams, and temporaries of their sums."""
+    tokens = min(length, tokens_at_a_time(vocab))
+    return 4 * vocab * (2 * tokens + _SUMS * min(tokens, max(1, SUMMED // vocab)))
+
+
 def needs(recipe: Recipe, shapes: Shapes, process: int = 0, processes: int = 1) -> Needs:
     """Count what a run of a recipe takes. Estimates are of the code as it is; see `Needs.least` for
     the bound.
@@ -242,9 +251,10 @@ def needs(recipe: Recipe, shapes: Shapes, process: int = 0, processes: int = 1) 
         copies = max(copies, _STREAMS + cost.streams)
         libraries = max(libraries, cost.libraries)
     passing = base + kept + coded + max(shapes.passing, 16 * layer.largest)
-    steps = {"passes": passing, **steps}
+    steps = {"passes": passing, **steps, "quality": _quality(layer.vocab, rows.length)}
     steps = {name: round(most * _HOLES) for name, most in steps.items()}
     stream = rows.mine(rows.count) * rows.length * layer.passed * rows.stored
     outer = layer.outside * rows.compute
-    resident = process + libraries if process else 0
+    words = _WORD * max(0, layer.vocab - _WORDS)
+    resident = process + words + libraries if process else 0
     return Needs(steps, least, stream, copies, outer, resident, processes, lighter)

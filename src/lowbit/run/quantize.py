@@ -129,12 +129,12 @@ class Result:
 
 
 def quantize(
-    model: str,
+    model: str | Path,
     scheme: str | Scheme | AnyGrid | None = None,
     recipe: str | Recipe = "tesseraq",
     *,
     out: str | Path,
-    calib: str | None = None,
+    calib: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
     bos: str | None = None,
@@ -180,9 +180,9 @@ def quantize(
     """
     place = claimed(Path(out), "quantize", finished=True, resumes=RESUMES, writes=ranks.first)
     with place as output:
-        asked = Asked(
-            model, scheme, recipe, calib, samples, length, seed, device, tuple(settings), plain, bos
-        )
+        text = None if calib is None else str(calib)
+        given = samples, length, seed, device, tuple(settings), plain, bos
+        asked = Asked(str(model), scheme, recipe, text, *given)
         options = Options(offload, offload_dir, progress, watch, ranks)
         return _Run(asked, options, output).result()
 
