@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -19,6 +20,8 @@ from torch import Tensor
 from ...errors import LowbitError, VerificationError
 from ...formats import awq, gguf, gptq, mlx, native
 from ...formats import compressed_tensors as ct
+
+Loading = Literal["whole", "blocks"]
 
 _SCRIPTS = Path(__file__).parent.parent / "readers"
 # Torchrun's: a reader is no rank of it.
@@ -77,6 +80,7 @@ def runtime_logits(
     exact: bool = False,
     python: str = sys.executable,
     reader: Reader | None = None,
+    loading: Loading = "whole",
 ) -> dict[str, Tensor] | str:
     """Compute logits with the runtime of a format, in a process of its own.
 
@@ -86,6 +90,8 @@ def runtime_logits(
         exact: do not quantize activations.
         python: interpreter that has the runtime.
         reader: None for the format's own.
+        loading: "blocks" has one in memory at a time, where the runtime is transformers and the
+            model allows it.
 
     Returns:
         "logits", and from some also "decoded", see `lowbit.artifact.readers`, each (n, last,
@@ -100,7 +106,7 @@ def runtime_logits(
     how = "exact" if exact else "as stored"
     try:
         done = subprocess.run(
-            [python, str(_SCRIPTS / reader.script), str(folder), method, how, str(last)],
+            [python, str(_SCRIPTS / reader.script), str(folder), method, how, str(last), loading],
             input=bytes(save({"ids": ids.contiguous()})),
             capture_output=True,
             env=_environment(),

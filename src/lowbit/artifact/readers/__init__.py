@@ -2,7 +2,7 @@
 Python that has the runtime, and never imports this library (but for artifacts in its own format,
 which need it).
 
-    python SCRIPT MODEL METHOD PROOF LAST < IDS > FOUND
+    python SCRIPT MODEL METHOD PROOF LAST LOAD < IDS > FOUND
 
 IDS and FOUND are safetensors files, through pipes: a reader leaves nothing on a disk. IDS holds
 ``ids`` (rows, length) int64, FOUND gets ``logits`` (rows, LAST, vocabulary) float32 of the last

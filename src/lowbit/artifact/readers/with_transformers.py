@@ -2,6 +2,7 @@
 GPTQModel, GGUF through the gguf package.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -53,24 +54,35 @@ def class_for(folder):
     return transformers.AutoModelForCausalLM
 
 
-def in_float32(model, folder, exact):
+def settled(module, exact):
+    """Weights as users get them, arithmetic as in tuning. Called once they are decoded."""
     import torch
 
+    for m in module.modules():
+        if getattr(m, "quantization_scheme", None) is not None:
+            # Rounding them again would be in another dtype.
+            m.quantization_scheme.weights = None
+            if exact:
+                m.quantization_scheme.input_activations = None
+        if exact and hasattr(m, "input_quantizer"):
+            m.input_quantizer = m.input_quantizer.exact()
+    torch.nn.Module.float(module)
+
+
+def transforms_of(folder):
+    said = json.loads(Path(folder, "config.json").read_text())["quantization_config"]
+    return said.get("transform_config")
+
+
+def whole(folder, exact):
+    """The model in float32."""
+    import torch
+
+    model = class_for(folder).from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     # Some loaders decode their weights at the first pass.
     model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
-    for module in model.modules():
-        if getattr(module, "quantization_scheme", None) is not None:
-            module.quantization_scheme.weights = (
-                None  # decoded by now; rounding them again would be in another dtype
-            )
-            if exact:
-                module.quantization_scheme.input_activations = None
-        if exact and hasattr(module, "input_quantizer"):
-            module.input_quantizer = module.input_quantizer.exact()
-    torch.nn.Module.float(model)  # weights as users get them, arithmetic as in tuning
-    transforms = json.loads(Path(folder, "config.json").read_text())["quantization_config"].get(
-        "transform_config"
-    )
+    settled(model, exact)
+    transforms = transforms_of(folder)
     if transforms is not None:
         with_transforms(model, transforms, folder)
     return model
@@ -124,31 +136,46 @@ def of_gguf(folder):
     ).eval()
 
 
+def in_narrow(folder, rows, last):
+    """GPTQModel's CPU kernels take bfloat16, and not all of them float32."""
+    import torch
+
+    model = (
+        class_for(folder)
+        .from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
+        .eval()
+    )
+    found = {"logits": passed(model, rows, last)}
+    plain = decoded(model)
+    return found if plain is None else {**found, "decoded": passed(plain, rows, last)}
+
+
+def in_float32(folder, rows, last, exact, by_block):
+    """Logits of rows, and whether the model was loaded whole."""
+    if by_block and transforms_of(folder) is None:
+        from by_block import CannotStream, streamed
+
+        with contextlib.suppress(CannotStream):
+            model = streamed(class_for(folder), folder, lambda module: settled(module, exact))
+            return model.logits(rows, last)
+    return passed(whole(folder, exact), rows, last)
+
+
 def read(folder, given, arguments):
     import torch
 
-    (method, proof), last = arguments[:2], int(arguments[2])
+    (method, proof), last, load = arguments[:2], int(arguments[2]), arguments[3]
     rows = torch.tensor(given["ids"])
     with torch.no_grad():
         if method == "gguf":
             return {"logits": passed(of_gguf(folder), rows, last)}
+        if method in _NEEDED:
+            return in_narrow(folder, rows, last)
         if method == "lowbit":
             import lowbit  # noqa: F401
-        narrow = method in _NEEDED
-        # GPTQModel's CPU kernels take bfloat16, and not all of them float32.
-        model = (
-            class_for(folder)
-            .from_pretrained(
-                folder, dtype=torch.bfloat16 if narrow else "auto", trust_remote_code=False
-            )
-            .eval()
-        )
+        found = in_float32(folder, rows, last, proof == "exact", load == "blocks")
         assert ("lowbit" in sys.modules) == (method == "lowbit")
-        if not narrow:
-            return {"logits": passed(in_float32(model, folder, proof == "exact"), rows, last)}
-        found = {"logits": passed(model, rows, last)}
-        plain = decoded(model)
-        return found if plain is None else {**found, "decoded": passed(plain, rows, last)}
+        return {"logits": found}
 
 
 run((*_NEEDED.get(sys.argv[2], ()), "transformers"), read)
