@@ -1,6 +1,7 @@
 """Graphs that tracing finds, against those written down by hand, at many sizes."""
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -9,15 +10,20 @@ import transformers as T
 from families import config_of
 from hand_graphs import FAMILIES as BY_HAND
 from hand_graphs import QKV, attention, described, entering, norm
-from helpers import FAMILIES
+from helpers import FAMILIES, opened, save_tiny
 from torch import nn
 
 from lowbit.errors import LowbitError
+from lowbit.grid.names import parse_scheme
 from lowbit.model import tracing
 from lowbit.model.graph import Site
+from lowbit.model.rewrite import checked
+from lowbit.model.stream import ModelStream
+from lowbit.model.tracing.blocks import limits
 from lowbit.model.tracing.shrink import divisor
 from lowbit.model.tracing.tiny import build_tiny
 from lowbit.plan import read_config
+from lowbit.recipe import load_recipe
 
 TWO = dict(num_hidden_layers=2, vocab_size=512)
 
@@ -292,6 +298,54 @@ def test_two_norms_with_one_output_are_folded_once_or_not_at_all(own, variant, k
     found = {s.reads: s.source and s.source.module for s in graph.sites[:-1]}
     assert found == kept
     assert bool(graph.dropped) == (None in kept.values())
+
+
+@pytest.mark.parametrize(
+    "family, more, linear, source, heads",
+    [
+        ("olmo", {"clip_qkv": 8.0}, "self_attn.o_proj", None, False),
+        ("olmo", {"clip_qkv": None}, "self_attn.o_proj", "self_attn.v_proj", True),
+        ("hy_v4", {"swiglu_limit": 10.0}, "mlp.experts.1.down_proj", None, False),
+        (
+            *("hy_v4", {"swiglu_limit": 1e9}),
+            *("mlp.experts.1.down_proj", "mlp.experts.1.up_proj", False),
+        ),
+        ("deepseek_v4", {}, "mlp.shared_experts.down_proj", None, False),
+    ],
+)
+def test_what_a_limit_cuts_is_not_folded(family, more, linear, source, heads):
+    """The narrow copy's own numbers are far below the limits of real models."""
+    graph = tracing.described(config_of(family, num_key_value_heads=4, **more)).kinds[-1]
+    (site,) = (s for s in graph.sites if linear in s.reads)
+    assert (site.source and site.source.module) == source
+    assert (graph.heads is not None) == heads
+
+
+@pytest.mark.parametrize(
+    "values, kinds",
+    [
+        ([1.0, 1.0, 1.0], 1),
+        ([math.inf, math.inf, 7.0], 2),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 1),  # follows from the place
+        ([0.1, 0.2, 0.3, 0.4, 0.4], 4),
+    ],
+)
+def test_blocks_with_other_limits_are_of_another_kind(values, kinds):
+    blocks = [torch.nn.Sequential(torch.nn.Identity()) for _ in values]
+    for block, value in zip(blocks, values, strict=True):
+        block[0].limit = value
+    assert len(set(limits(blocks))) == kinds
+
+
+@pytest.mark.parametrize("factor, said", [(1.0, False), (1.001, False), (1.1, True)])
+def test_a_rewrite_that_changes_the_block_is_remarked(tmp_path, factor, said):
+    stream = ModelStream(save_tiny(tmp_path, dtype=torch.float32))
+    ids = torch.randint(3, 280, (2, 8), generator=torch.Generator().manual_seed(0))
+    block = opened(stream, load_recipe("rtn", scheme=parse_scheme("W4A16g16")), ids, 0)
+    name = "mlp.down_proj.weight"
+    done = checked(block, block.with_weights({name: block.weights[name] * factor}))
+    assert (done.notes["fold_error"] > 0) == (factor > 1)
+    assert any("computes something else" in r for r in done.notes.get("trouble", ())) == said
 
 
 @pytest.mark.parametrize(

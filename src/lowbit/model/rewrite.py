@@ -9,6 +9,8 @@ from .beside import picked
 from .block import Block
 from .graph import Site, Source
 
+_ROUNDING = 1e-2  # of the largest output: a fold moves float32 by a ten-thousandth at most
+
 
 def _into_norm(
     block: Block, source: Source, factor: Tensor, shift: Tensor | None
@@ -93,7 +95,8 @@ def fold(block: Block, site: Site, factor: Tensor, shift: Tensor | None = None) 
 def checked(before: Block, after: Block) -> Block:
     """A rewritten block with the proof of it in its notes: ``fold_error``, the largest difference
     that the rewriting made to the block's output on one calibration row, over the largest output,
-    in float32 at least and without quantization; likewise of what the block leaves beside it.
+    in float32 at least and without quantization; likewise of what the block leaves beside it. What
+    is more than rounding is remarked.
     """
     dtype = torch.promote_types(before.compute, torch.float32)
     was, now = (b.exact().computing(dtype) for b in (before, after))
@@ -107,7 +110,15 @@ def checked(before: Block, after: Block) -> Block:
         for one, other in pairs
         if other.is_floating_point()
     ]
-    return after.with_notes(fold_error=max(*errors, after.notes.get("fold_error", 0.0)))
+    error = max(*errors, after.notes.get("fold_error", 0.0))
+    noted = after.with_notes(fold_error=error)
+    if error <= _ROUNDING:
+        return noted
+    return noted.remarked(
+        f"'{before.name}' computes something else since it was rewritten, by {error:.2g} of its "
+        "largest output on one row: a limit cuts its activations, or a token goes to other "
+        "experts. Recipes that rewrite nothing (rtn, gptq) are free of that"
+    )
 
 
 def fold_values(block: Block, factor: Tensor) -> Block:

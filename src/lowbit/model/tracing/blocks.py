@@ -9,6 +9,8 @@ from torch import nn
 
 from ...errors import LowbitError
 
+_FEW = 4  # blocks
+
 
 def list_of_blocks(model: Any, name: str) -> str:
     """The longest list of modules of one model, the outermost of several."""
@@ -49,3 +51,24 @@ def signature(block: nn.Module) -> tuple[Any, ...]:
         for n, m in block.named_modules()
     )
     return modules, tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
+
+
+def limits(blocks: Sequence[nn.Module]) -> list[tuple[tuple[str, float], ...]]:
+    """Floats set at the modules of each block, such as where activations are cut; without those
+    that are another number in every block, which follow from its place.
+    """
+    found = [
+        {
+            f"{n}.{k}": v
+            for n, m in b.named_modules()
+            for k, v in vars(m).items()
+            if type(v) is float
+        }
+        for b in blocks
+    ]
+    values: dict[str, list[float]] = {}
+    for held in found:
+        for key, value in held.items():
+            values.setdefault(key, []).append(value)
+    placed = {k for k, v in values.items() if len(v) > _FEW and len(set(v)) == len(v)}
+    return [tuple(sorted((k, v) for k, v in held.items() if k not in placed)) for held in found]

@@ -19,7 +19,7 @@ from ..experts import replace_fused
 from ..graph import Described, Frame, Graph
 from ..skeleton import build_skeleton
 from .assemble import graph_of
-from .blocks import check_own_weights, list_of_blocks, signature
+from .blocks import check_own_weights, limits, list_of_blocks, signature
 from .kind import Kind
 from .tiny import Tiny, build_tiny
 from .where import named
@@ -57,7 +57,7 @@ def _described(asked: _Asked) -> Described:
     if not blocks:
         raise LowbitError(f"'{name}' is a '{config.model_type}' model without a single block.")
     check_own_weights(blocks, name)
-    signatures = [signature(b) for b in blocks]
+    signatures = [*zip(map(signature, blocks), limits(blocks), strict=True)]
     distinct = list(dict.fromkeys(signatures))
     of_layers = tuple(distinct.index(s) for s in signatures)
     tiny = build_tiny(config, name, layers, of_layers)

@@ -17,6 +17,7 @@ from .replay import Change, Key, Replay, key_of
 from .routing import Routing
 from .spread import Seat
 
+FAR = 1e6  # beyond any limit that a block sets to its activations
 _SMALL = 1e-3
 _SEVERAL = (2, 3, 4)  # numbers per head that one linear may make
 

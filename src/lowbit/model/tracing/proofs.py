@@ -19,7 +19,7 @@ from ..graph import Graph, Site
 from ..order import reorder
 from ..residual import Basis, rotate_block
 from ..rewrite import fold
-from .kind import Kind
+from .kind import FAR, Kind
 from .spread import spread
 
 _SAME = 1e-4  # some norms compute in float32 whatever they are given, and blocks add that up
@@ -88,7 +88,26 @@ def _folds(kind: Kind, graph: Graph, site: Site) -> bool:
         changed = fold(block, site, factor).passed(kind.called.x)
     except (ValueError, RuntimeError, KeyError):  # rows or columns that are not there
         return False
-    return _kept(kind, *changed)
+    return _kept(kind, *changed) and _folds_far(kind, block, site, factor)
+
+
+def _folds_far(kind: Kind, block: Block, site: Site, factor: Tensor) -> bool:
+    """Whether it does so too where what a linear makes is large: a block may cut it there, which
+    numbers around one do not show.
+    """
+    assert site.source is not None
+    if site.source.module not in kind.linears:
+        return True
+    # Its own output, and nothing else of the block, is multiplied.
+    large = {
+        name: block.weights[name] * FAR
+        for name in (f"{site.source.module}.weight", f"{site.source.module}.bias")
+        if name in block.weights
+    }
+    far = block.with_weights(large)
+    one, left = far.passed(kind.called.x)
+    other, now_left = fold(far, site, factor).passed(kind.called.x)
+    return _close(one, other) and all(_close(t, now_left[path]) for path, t in left.items())
 
 
 def _moves(kind: Kind, graph: Graph, site: Site) -> bool:
@@ -148,6 +167,12 @@ def _kept(kind: Kind, out: Tensor, left: Values) -> bool:
 
 def _left_alike(kind: Kind, left: Values) -> bool:
     return all(_alike(t, kind.base.left[path]) for path, t in left.items())
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """As `_alike`, by the size of the numbers, and never where one is not finite."""
+    one, other = one.double(), other.double()
+    return bool((one - other).abs().max() <= _SAME * other.abs().max())
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
