@@ -202,8 +202,11 @@ def _turns_alike(kind: Kind, linear: str, rows: tuple[int, int], reader: str, wi
             out[..., start:stop] *= far
             return out
 
+        def both(y: Tensor, far: float = far) -> Tensor:
+            return turned(large(y, far))
+
         before = kind.replay({linear: large}) if far > 1 else kind.base
-        after = kind.replay({linear: lambda y, large=large: turned(large(y))})
+        after = kind.replay({linear: both})
         if any(not torch.equal(t, before.left[path]) for path, t in after.left.items()):
             return False  # other blocks read the values
         wanted = _by_heads(before.inputs[reader], turn)
