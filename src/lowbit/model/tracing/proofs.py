@@ -24,6 +24,8 @@ from .spread import spread
 
 _SAME = 1e-4  # some norms compute in float32 whatever they are given, and blocks add that up
 _SEED = 0
+_SHARED = "others use what it makes besides the linears that read it"
+_CUT = "the block cuts what it makes at a limit, or bends it"
 
 
 def proved(kind: Kind, graph: Graph, centred: bool) -> Graph:
@@ -36,10 +38,9 @@ def proved(kind: Kind, graph: Graph, centred: bool) -> Graph:
     sites = []
     for site in graph.sites:
         every = spread(Graph((site,)), kind.counts(kind.block)).sites
-        if site.source is not None and not all(_folds(kind, graph, s) for s in every):
-            dropped[site.source.module] = (
-                "others use what it makes besides the linears that read it"
-            )
+        wrong = next(filter(None, (_misfolds(kind, graph, s) for s in every)), None)
+        if site.source is not None and wrong is not None:
+            dropped[site.source.module] = wrong
             site = replace(site, source=None, residual=False)
         sites.append(site)
     out = replace(graph, sites=tuple(sites))
@@ -78,8 +79,12 @@ def _block(kind: Kind, graph: Graph, weights: Mapping[str, Tensor]) -> Block:
     return Block(context, weights)
 
 
-def _folds(kind: Kind, graph: Graph, site: Site) -> bool:
-    """Whether a random factor, folded as methods fold it, leaves the block's output as it is."""
+def _misfolds(kind: Kind, graph: Graph, site: Site) -> str | None:
+    """Why a random factor, folded as methods fold it, changes the block's output; None where it
+    does not.
+    """
+    if site.source is None:
+        return None
     block = _block(kind, graph, _weights(kind))
     channels = block.weight(site.reads[0]).shape[1]
     generator = torch.Generator().manual_seed(_SEED)
@@ -87,8 +92,10 @@ def _folds(kind: Kind, graph: Graph, site: Site) -> bool:
     try:
         changed = fold(block, site, factor).passed(kind.called.x)
     except (ValueError, RuntimeError, KeyError):  # rows or columns that are not there
-        return False
-    return _kept(kind, *changed) and _folds_far(kind, block, site, factor)
+        return _SHARED
+    if not _kept(kind, *changed):
+        return _SHARED
+    return None if _folds_far(kind, block, site, factor) else _CUT
 
 
 def _folds_far(kind: Kind, block: Block, site: Site, factor: Tensor) -> bool:
