@@ -96,7 +96,10 @@ MORE_OF_MIXTURES = {
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     # Its shared expert is one 3-D parameter, which stays: few numbers among many experts.
     "inkling_text": dict(
-        swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16, n_routed_experts=32
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=16,
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 14),
     ),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "longcat_flash": dict(num_hidden_layers=4),
