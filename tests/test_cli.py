@@ -632,7 +632,6 @@ def test_a_snapshot_in_the_hubs_cache_is_called_by_its_repository(tmp_path, monk
     [
         {"PYTHONIOENCODING": "ascii"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"PYTHONIOENCODING": "latin-1"},
         {},
     ],
 )
