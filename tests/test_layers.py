@@ -26,7 +26,7 @@ ALLOWED = {  # a folder's own row leaves out the folders in it that have rows
     "kernels": {"grid", "errors"},
     "artifact": {"grid", "model", "formats", "errors"},
     "artifact.readers": set(),
-    "artifact.proof": {"artifact", "formats", "errors"},
+    "artifact.proof": {"artifact", "formats", "machine", "errors"},
     "artifact.card": {"artifact.proof", "grid", "formats", "names", "verbatim"},
     "runtime": {"artifact", "grid", "model", "formats", "kernels", "errors"},
     "export": {

@@ -33,6 +33,7 @@ def verify(
     loader: options.Loader = True,
     source: options.Source = None,
     python: Python = sys.executable,
+    load: options.Load = "auto",
 ) -> None:
     """Compare every tensor and code with what was tuned, and the logits that its runtime computes
     with the tuned model's.
@@ -42,7 +43,7 @@ def verify(
 
     if source is not None:
         out.print(check_source(folder, source))
-    out.print(f"verified: {check(folder, loader=loader, python=python).summary}")
+    out.print(f"verified: {check(folder, loader=loader, python=python, loading=load).summary}")
 
 
 @app.command()

@@ -218,6 +218,15 @@ Remove = Annotated[
 Artifact = Annotated[Path, typer.Argument(help="Artifact folder.")]
 MovedArtifact = Annotated[Path, typer.Argument(help="Artifact folder, also a copy that was moved.")]
 Loader = Annotated[bool, typer.Option(help="Also load it with its runtime and compare logits.")]
+Load = Annotated[
+    str,
+    typer.Option(
+        help=(
+            "How its runtime has it in memory: 'whole', or 'blocks' for one block at a time, "
+            "where transformers is the runtime. 'auto': whole if that fits."
+        )
+    ),
+]
 Source = Annotated[
     str | None,
     typer.Option(

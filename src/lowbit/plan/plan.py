@@ -238,6 +238,16 @@ class Plan:
         """Of the closing check, in a process of its own: the whole model decoded, in float32."""
         return 4 * self.parameters
 
+    @property
+    def check_memory_by_block(self) -> int:
+        """Of the same where it has one block at a time: what lies outside, and the largest block as
+        it is stored, decoded, and in float32.
+        """
+        o = self.outline
+        block = max(s.layer.weights + s.layer.rest for s in self.shapes_of)
+        # In 16 bits as it is read, too: all of a block, and of what lies outside some.
+        return 5 * (o.outside + o.tied_head * o.rotated + o.around) + 7 * block
+
     def seconds(self, speed: Speed) -> float:
         """Counted work at the measured speed of a device, see `lowbit.plan.speed`."""
         return seconds(run_work(self.recipe, self.shapes_of, self.outline.of_layers), speed)
@@ -280,6 +290,7 @@ class Plan:
             "model_bits_per_weight": self.model_bits_per_weight,
             "memory": {k: v for k, v in asdict(m).items() if k != "lighter"},
             "check_memory": self.check_memory,
+            "check_memory_by_block": self.check_memory_by_block,
             "seconds": None if speed is None else self.seconds(speed),
             "runtimes": [asdict(v) for v in self.runtimes],
             "block_memory": m.block,

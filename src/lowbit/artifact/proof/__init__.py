@@ -10,19 +10,22 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from ...errors import VerificationError
+from ...errors import VerificationError, unknown
 from ...formats import gguf
+from ...machine import free_memory
 from ..files import PROOF, read_shard
-from .contents import check_tensors, read_report
+from .contents import check_tensors, numbers_in, read_report
 from .runtimes import (
     GGUF_DECODED,
     GGUF_DECODER,
     READERS,
     WITHIN,
+    Loading,
     Reader,
     compare_logits,
     loader_logits,
@@ -43,6 +46,8 @@ __all__ = [
     "verify",
 ]
 EXACT = "activations not quantized"
+_FLOAT32 = 4  # bytes
+_BESIDE = 1.3  # what a load takes beside the decoded weights: measured
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Verification:
         top1: share of proof positions with the same most likely token.
         reader: the runtime.
         reference: whose logits the proof holds.
+        loading: whether the runtime had the whole model in memory or one block at a time; None
+            where it was not run, or is none that could.
         decoded_rms: as ``logits_rms``, from the weights as the runtime decodes them, in float32;
             None where it computes so anyway, or does not hand them out.
     """
@@ -70,6 +77,7 @@ class Verification:
     reader: str = "transformers"
     decoded_rms: float | None = None
     reference: str = "the tuned model's"
+    loading: Loading | None = None
 
     @property
     def summary(self) -> str:
@@ -87,24 +95,36 @@ class Verification:
             f"{self.tensors} tensors and {self.linears} linears as tuned; logits by {self.reader} "
             f"within {self.logits_rms:.1e}{decoded} "
             f"of {self.reference}, top-1 equal at {self.top1:.1%}{missing}"
+            f"{', one block in memory at a time' if self.loading == 'blocks' else ''}"
         )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -> Verification:
+def verify(
+    folder: Path,
+    *,
+    loader: bool = True,
+    python: str = sys.executable,
+    loading: str = "auto",
+) -> Verification:
     """Check an artifact or an export against its report: every tensor, every code, and the logits
     that its runtime computes.
 
     Args:
         loader: run the runtime. python: interpreter that has it; where it has not, that is said and
             is no failure.
+        loading: "whole", or "blocks" to have one block of it in memory at a time, where the runtime
+            is transformers; "auto" is "whole" where that fits into the memory that is free.
 
     Raises:
-        LowbitError: not an artifact, or the runtime could not work here, for want of memory or the
-            like. VerificationError: something differs; it names the tensor.
+        LowbitError: not an artifact, no such way of loading, or the runtime could not work here,
+            for want of memory or the like. VerificationError: something differs; it names the
+            tensor.
     """
+    if loading not in ("auto", *get_args(Loading)):
+        raise unknown("way of loading", loading, ("auto", *get_args(Loading)))
     report = read_report(folder)
     tensors, linears = check_tensors(folder, report)
     if not loader:
@@ -120,6 +140,7 @@ def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -
         last,
         exact=report.get("proof") == EXACT,
         python=python,
+        loading=_loading(folder, report, loading),
     )
     if isinstance(found, str):
         missing = (
@@ -130,7 +151,31 @@ def verify(folder: Path, *, loader: bool = True, python: str = sys.executable) -
     decoded = None
     if "decoded" in found:
         decoded, _ = _compared(folder, reader, proof["logits"], found["decoded"], WITHIN)
-    return Verification(tensors, linears, "passed", rms, top1, reader.name, decoded)
+    return Verification(
+        tensors,
+        linears,
+        "passed",
+        rms,
+        top1,
+        reader.name,
+        decoded,
+        loading="blocks" if "blocks" in found else "whole" if by_block(report) else None,
+    )
+
+
+def by_block(report: dict[str, Any]) -> bool:
+    """Whether the runtime of an artifact can have one block in memory at a time."""
+    return READERS[report["format"]].by_block
+
+
+def _loading(folder: Path, report: dict[str, Any], asked: str) -> Loading:
+    if not by_block(report) or asked == "whole":
+        return "whole"
+    if asked == "blocks":
+        return "blocks"
+    free = free_memory(torch.device("cpu"))
+    whole = _FLOAT32 * numbers_in(folder, report)
+    return "whole" if free is None or _BESIDE * whole < free else "blocks"
 
 
 def _verify_gguf(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from ...errors import LowbitError, VerificationError
 from ...formats import gguf
@@ -83,6 +86,26 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
             f"'{folder}' holds {linears} packed linears, its report lists another number."
         )
     return tensors, linears
+
+
+def numbers_in(folder: Path, report: dict[str, Any]) -> int:
+    """How many numbers a runtime makes of an artifact that it decodes.
+
+    Args:
+        report: of an artifact whose tensors were checked.
+    """
+    format_ = FORMATS[report["format"]]
+    total = 0
+    for entry in report["linears"]:
+        if "skipped" not in entry:
+            total += math.prod(entry["shape"])
+    for shard, record in report["shards"].items():
+        packed = frozenset(format_.linears(record["tensors"]))
+        with safe_open(folder / shard, "pt") as f:
+            for name in record["tensors"]:
+                if not _is_of(packed, name):
+                    total += math.prod(f.get_slice(name).get_shape())
+    return total
 
 
 def _is_of(linears: Collection[str], tensor: str) -> bool:

@@ -41,11 +41,13 @@ class Reader:
         name: of the runtime, for people.
         within: greatest difference of its logits to the proof's, relative to their standard
             deviation: what its arithmetic may add.
+        by_block: whether it can have one block of a model in memory at a time.
     """
 
     script: str
     name: str
     within: float
+    by_block: bool = False
 
 
 WITHIN = 2e-2  # rounding of the weight to its 16-bit dtype, which a float32 loader does not do
@@ -55,7 +57,7 @@ _GPTQMODEL = Reader("with_transformers.py", "transformers and GPTQModel", 3e-2)
 _MLX = Reader("with_mlx.py", "mlx-lm", 6e-2)
 # It rounds activations to 8 bits on CPUs: 0.01 to 0.03, docs/results.md.
 _LLAMACPP = Reader("with_llamacpp.py", "llama.cpp", 6e-2)
-_TRANSFORMERS = Reader("with_transformers.py", "transformers", WITHIN)
+_TRANSFORMERS = Reader("with_transformers.py", "transformers", WITHIN, by_block=True)
 # All of the file but for what llama.cpp computes of it.
 GGUF_DECODER = Reader("with_transformers.py", "transformers and gguf", WITHIN)
 # Model types that transformers (5.23) makes of such a file and its config.

@@ -18,8 +18,8 @@ def streamed(kind, folder, settle):
     """The model with nothing in its blocks, which fill and empty themselves.
 
     Args:
-        kind: automatic class that loads it. settle: called with the model and with every block once
-            it is filled.
+        kind: automatic class that loads it. settle: called with every block once it is filled and
+            decoded; what lies outside becomes float32.
     """
     import torch
     import transformers
@@ -50,7 +50,9 @@ def streamed(kind, folder, settle):
         base._move_missing_keys_from_meta_to_device = move
         base._load_pretrained_model = staticmethod(load)
     model.eval()
-    settle(model)
+    for held in (*model.parameters(), *model.buffers()):
+        if not held.is_meta and held.is_floating_point():
+            held.data = held.data.float()
     files, load_config = kept["files"], kept["config"]
     compressor = getattr(load_config.hf_quantizer, "compressor", None)
     if hasattr(model, "ct_decompress_hook"):  # of the whole model, at the first pass
@@ -117,6 +119,11 @@ class Streamed:
         self._compressor, self._settle, self._torch = compressor, settle, torch
         self._blocks = model.get_submodule(files.blocks)
 
+    @property
+    def blocks(self):
+        """How many there are."""
+        return len(self._blocks)
+
     def logits(self, rows, last):
         """(n, last, vocabulary) float32 of rows (n, length)."""
         found, failed = {}, []
@@ -155,10 +162,12 @@ class Streamed:
 
         block = self._blocks[i]
         convert_and_load_state_dict_in_model(self.model, self._files.tensors(i), self._config)
-        if self._compressor is not None and any(
-            hasattr(m, "quantization_status") for m in block.modules()
-        ):
-            self._compressor.decompress_model(block)
+        if self._compressor is not None:
+            from compressed_tensors.compressors.base import decompress_module
+
+            for module in block.modules():
+                if getattr(module, "quantization_scheme", None) is not None:
+                    decompress_module(module)
         self._settle(block)
         for name, t in block.state_dict().items():
             if t.is_meta:

@@ -60,7 +60,8 @@ def settled(module, exact):
 
     for m in module.modules():
         if getattr(m, "quantization_scheme", None) is not None:
-            # Rounding them again would be in another dtype.
+            # Modules share it. Rounding weights again would be in another dtype.
+            m.quantization_scheme = m.quantization_scheme.model_copy()
             m.quantization_scheme.weights = None
             if exact:
                 m.quantization_scheme.input_activations = None
@@ -151,14 +152,16 @@ def in_narrow(folder, rows, last):
 
 
 def in_float32(folder, rows, last, exact, by_block):
-    """Logits of rows, and whether the model was loaded whole."""
+    """Logits of rows, and of how many blocks one was in memory at a time."""
+    import numpy as np
+
     if by_block and transforms_of(folder) is None:
         from by_block import CannotStream, streamed
 
         with contextlib.suppress(CannotStream):
             model = streamed(class_for(folder), folder, lambda module: settled(module, exact))
-            return model.logits(rows, last)
-    return passed(whole(folder, exact), rows, last)
+            return {"logits": model.logits(rows, last), "blocks": np.array([model.blocks])}
+    return {"logits": passed(whole(folder, exact), rows, last)}
 
 
 def read(folder, given, arguments):
@@ -175,7 +178,7 @@ def read(folder, given, arguments):
             import lowbit  # noqa: F401
         found = in_float32(folder, rows, last, proof == "exact", load == "blocks")
         assert ("lowbit" in sys.modules) == (method == "lowbit")
-        return {"logits": found}
+        return found
 
 
 run((*_NEEDED.get(sys.argv[2], ()), "transformers"), read)

@@ -92,7 +92,7 @@ def memory_rows(
         (
             "closing check",
             f"about {plan.check_memory / gib:.3g} GiB, in a process of its own that loads the "
-            "whole model",
+            f"whole model, or {plan.check_memory_by_block / gib:.3g} one block at a time",
         ),
     )
 
