@@ -127,10 +127,23 @@ def test_what_the_layouts_cannot_say():
         awq.pack(weight(2, 64, False))
     with pytest.raises(LowbitError, match="MLX takes 32, 64 and 128"):
         mlx.pack(weight(4, 16, False), torch.float32)
-    q = weight(4, 64, True)
-    q.params.scale[0, 0] = 1e-9
-    with pytest.raises(LowbitError, match="which float16 does not hold"):
-        gptq.pack(q, gptq.V1, "layer")
+    for factor, at in ((1e-8, ...), (1e7, (0, 0))):  # all of them vanish, one is infinite
+        q = weight(4, 64, True)
+        q.params.scale[at] *= factor
+        with pytest.raises(LowbitError, match="which float16 does not hold"):
+            gptq.pack(q, gptq.V1, "layer")
+
+
+@pytest.mark.parametrize("vanished", [1e-9, 1.18e-38])
+def test_a_group_that_was_tuned_to_nothing_stays_nothing(vanished):
+    """By the smallest float16 above zero, where that is nothing beside the largest scale."""
+    q = weight(4, 64, False)
+    q.params.scale[3, 0] = vanished
+    largest = float(q.params.scale.max())
+    for target, packed in ((gptq.V2, gptq.pack(q, gptq.V2, "w")), (awq.NAME, awq.pack(q, "w"))):
+        scales = packed["scales"]
+        assert float(scales[0, 3]) == 2.0**-24 < 1e-4 * largest, target
+        assert bool((scales > 0).all())
 
 
 @pytest.mark.parametrize("group", [32, 128])
