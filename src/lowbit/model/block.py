@@ -154,7 +154,7 @@ class Block:
         if given.keys() != place.given.keys():
             raise ValueError(f"'{self.name}' reads {[*place.given]} and is given {[*given]}")
         own = self.weights if weights is None else weights
-        cast = {name: w.to(self.compute) for name, w in own.items()}
+        cast = self.context.cast(own)
         kwargs = fresh(dict(self.context.kwargs))
         if given:
             kwargs = placed(kwargs, arriving(given, x.device, self.compute))
@@ -306,11 +306,12 @@ class Block:
         visit: Callable[[str, Call], None],
     ) -> None:
         """The same for submodules of ``part``, run alone with these weights on calls of it."""
-        cast = {
-            k.removeprefix(f"{part}."): w.to(self.compute)
+        own = {
+            k.removeprefix(f"{part}."): w
             for k, w in self.weights.items()
             if k.startswith(f"{part}.")
         }
+        cast = self.context.cast(own, part)
         with watched(self.module, modules, visit) as left:
             for call in calls:
                 left.update(modules)

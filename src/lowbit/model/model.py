@@ -143,6 +143,7 @@ class Model:
             compute=source.compute,
             stored=source.dtype,
             dtypes=source.block_dtypes(i),
+            wide=source.wide_in(i),
             grids={n: self.grid_of(f"{name}.{n}") for n in graph.linears},
             x=streams.x,
             xq=streams.xq,
