@@ -16,9 +16,10 @@ from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
 from lowbit.methods._hessian import input_hessians
 from lowbit.methods._rare import second_moments
+from lowbit.model import block as block_module
 from lowbit.model import tracing
+from lowbit.model.block import Block
 from lowbit.model.graph import Graph, Site
-from lowbit.model.hooks import routed
 from lowbit.model.rewrite import fold
 from lowbit.model.statistics import Statistic
 from lowbit.model.stream import ModelStream
@@ -91,10 +92,62 @@ def test_tokens_of_each_expert_are_reported(source):
     counts = block.notes["tokens_per_expert"][MIXTURE]
     assert counts == [int((chosen == i).sum()) for i in range(EXPERTS)]
     assert sum(counts) == block.x.shape[0] * block.x.shape[1] * chosen.shape[1]
-    with routed(block.module, block.graph.mixtures) as counted:
-        block.forward(block.x.double())
-        block.forward(block.x.double())
-    assert counted[MIXTURE].tolist() == [2 * c for c in counts]
+
+
+def reached(block, mixture, rows):
+    """Tokens of the first rows that each expert's own linear is called with."""
+    experts = block.module.get_submodule(mixture)
+    counts = [0] * experts.form.count
+    handles = []
+
+    def told(number):
+        def hook(_, args):
+            counts[number] += args[0].shape[:-1].numel()
+
+        return hook
+
+    for i in range(len(counts)):
+        up = experts.get_submodule(f"{i}.up_proj")
+        handles.append(up.register_forward_pre_hook(told(i)))
+    with torch.no_grad():
+        block.forward(block.x[:rows].to(block.compute))
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+# What is special about how their experts are called.
+CALLED = {
+    "qwen3_moe": "with choices",
+    "llama4_text": "with the rows of all experts",
+    "longcat_flash": "with choices that are no experts",
+    "gpt_oss": "with choices of biased experts",
+}
+
+
+@pytest.mark.parametrize("family", CALLED)
+@pytest.mark.parametrize("fails", [0, 1, 2, 3])
+def test_counted_are_tokens_of_rows_that_teach_once(tmp_path, monkeypatch, family, fails):
+    """Neither those of held-out rows nor those of a pass that ran out of memory."""
+    config = families.config_of(family, vocab_size=300, num_hidden_layers=4)
+    source = ModelStream(save_tiny(tmp_path / "m", config), compute=torch.float32)
+    at = next(i for i in range(len(source)) if source.graph(i).mixtures)
+    monkeypatch.setattr(block_module, "TOKENS_PER_PASS", 5 * 24)  # rows that teach end inside
+    real, left = Block.passed, [fails]
+
+    def passed(self, *args, **options):
+        made = real(self, *args, **options)
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return made
+
+    monkeypatch.setattr(Block, "passed", passed)
+    block = opened(source, load_recipe("rtn", scheme=parse_scheme("W4A16g8")), ids_of(12), at)
+    monkeypatch.undo()
+    assert block.tuned_rows == 8 < len(block.x)
+    [(mixture, counts)] = block.notes["tokens_per_expert"].items()
+    assert counts == reached(block, mixture, 8) != reached(block, mixture, 12)
 
 
 def test_a_fold_keeps_the_routing_only_if_the_router_is_made_up_for(source):

@@ -8,7 +8,7 @@ A linear's weight goes free (in ``weights`` only) -> ranged (also in ``params``)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from .hooks import AllSeen, quantized_inputs, watched
 from .microbatches import MicroBatches
 from .ranks import Ranks
 from .recorder import fresh
+from .routed import Routed
 from .statistics import Call, Reduce, Seen, Statistic, Stream, Value, statistics
 
 
@@ -196,12 +197,14 @@ class Block:
         out: Tensor | None = None,
         given: Values = NOTHING,
         keep: Kept | None = None,
+        routed: Routed | None = None,
     ) -> Tensor:
         """The layer's output for a whole stream, in the stored dtype; written over ``out``, if
         there is one, not ``x`` itself.
 
         Args:
-            given: of the stream's rows. keep: takes what the layer leaves.
+            given: of the stream's rows. keep: takes what the layer leaves. routed: counts
+                the tokens of experts.
         """
         context, device = self.context, self.device
         if out is None:
@@ -213,7 +216,8 @@ class Block:
             following = slice(part.stop, 2 * part.stop - part.start)
             context.prefetch(following, x, *given.values())
             arrived = context.arriving(x[part], device)
-            y, left = self.passed(arrived, weights, picked(given, part))
+            with nullcontext() if routed is None else routed.passing(part):
+                y, left = self.passed(arrived, weights, picked(given, part))
             if keep is not None:
                 keep.put(part, left)
             made[part] = y.to(made.device, made.dtype)
