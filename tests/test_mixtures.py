@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
+from lowbit.methods import _hessian
 from lowbit.methods._hessian import input_hessians
-from lowbit.methods._rare import second_moments
+from lowbit.methods._rare import of_all, second_moments
 from lowbit.model import block as block_module
 from lowbit.model import tracing
 from lowbit.model.block import Block
@@ -185,18 +186,52 @@ def test_priors_of_rare_experts():
     """Of 9, 1 and 0 tokens over 4 inputs: enough, few, none."""
     graph = graph_of_experts(3)
     found = {f"experts.{i}.up": moments(n, seed=i) for i, n in enumerate((9, 1, 0))}
-    means = second_moments(graph, found)
+    pool = of_all(found, list(found))
+    assert pool.tokens == 10
+    means = second_moments(graph, found, lambda site: pool)
     everyone = sum(s.value for s in found.values()) / 10
     torch.testing.assert_close(means["experts.0.up"], found["experts.0.up"].value / 9)
     torch.testing.assert_close(
         means["experts.1.up"], (found["experts.1.up"].value + 0.3 * everyone) / 1.3
     )
     torch.testing.assert_close(means["experts.2.up"], everyone)
+    for name in found:  # alone
+        own = second_moments(graph, {name: found[name]}, lambda site: pool)
+        assert torch.equal(own[name], means[name])
     found = {f"experts.{i}.down": moments(n, seed=i) for i, n in enumerate((9, 1, 0))}
-    means = second_moments(graph, found)
+    means = second_moments(graph, found, pytest.fail)
     for i, tokens in enumerate((9, 1, 1)):
         own = found[f"experts.{i}.down"].value / tokens
         torch.testing.assert_close(means[f"experts.{i}.down"], own)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "deepseek_v3"])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("recipe", ["gptq", "claq"])
+def test_codes_do_not_depend_on_how_many_experts_are_looked_at_together(
+    tmp_path, monkeypatch, family, at_once, recipe
+):
+    """Of few tokens, which reach no expert of some parts at all."""
+    config = families.config_of(family, vocab_size=300, num_experts_per_tok=1)
+    source = ModelStream(save_tiny(tmp_path / "m", config), compute=torch.float32)
+    scheme = parse_scheme("W3A16:column" if recipe == "claq" else "W3A16g8")
+    loaded = load_recipe(recipe, scheme=scheme)
+    at = next(i for i in range(len(source)) if source.graph(i).mixtures)
+    block = opened(source, loaded, torch.tensor([[7] * 3 + [9] * 3] * 2), at)
+    [counts] = block.notes["tokens_per_expert"].values()
+    assert 0 in counts
+    whole = apply_methods(block, loaded)
+    passes = []
+    real = Block.statistics
+    monkeypatch.setattr(
+        Block, "statistics", lambda *a, **k: (passes.append(k.get("pooled")), real(*a, **k))[1]
+    )
+    monkeypatch.setattr(_hessian, "_AT_ONCE", at_once * 8 * 64**2)
+    cut = apply_methods(block, loaded)
+    assert cut.notes.get("trouble") == whole.notes.get("trouble")
+    for name, q in whole.coded.items():
+        assert torch.equal(cut.coded[name].codes, q.codes), name
+    assert passes.count(True) == 1, "made once, for all parts"
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "awq", "gptq", "claq", "smoothquant+gptq", "omniquant"])

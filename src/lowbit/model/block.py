@@ -252,6 +252,7 @@ class Block:
         most: int | None = None,
         inside: tuple[str, list[Call]] | None = None,
         keep: Mapping[str, list[Call]] | None = None,
+        pooled: bool = False,
     ) -> dict[str, Statistic]:
         """A statistic of what reaches some linears, over the calibration rows of all ranks.
 
@@ -266,11 +267,14 @@ class Block:
             most: rows at a time, at most.
             inside: (submodule, calls of it): run only that submodule, on these calls.
             keep: submodule -> list that its calls here are appended to; a rank's own, as they are.
+            pooled: one statistic of all these linears, of as many inputs each, by the first's name.
 
         Returns:
             linear -> statistic.
         """
-        return statistics(self, linears, stream, of, reduce, rows, tokens, most, inside, keep)
+        return statistics(
+            self, linears, stream, of, reduce, rows, tokens, most, inside, keep, pooled
+        )
 
     @torch.no_grad()
     def observe(
