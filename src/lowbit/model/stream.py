@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ..errors import LowbitError
 from .arrangement import Arrangement
 from .beside import Kept, Keys, at
+from .experts import Experts
 from .graph import Described, Frame, Graph
+from .grouped import Version
 from .inventory import Inventory, linear_shapes
 from .opened import Opened
 from .order import check_order
@@ -174,6 +176,15 @@ class ModelStream:
             for name, t in self.inventory.block(i).items()
         }
         return self._arrangement.block(weights, self.graph(i), self.dtype, self.block_dtypes(i))
+
+    def experts_in_steps(self) -> frozenset[Version]:
+        """The ways in which experts are computed in steps of tuning; none without experts.
+
+        Raises:
+            LowbitError: LOWBIT_EXPERTS names no way.
+        """
+        modules = (m for block in self._shell.blocks for m in block.modules())
+        return frozenset(m.in_steps(self.device) for m in modules if isinstance(m, Experts))
 
     def wide_in(self, i: int) -> Wide:
         """What of block i stays in float32, by its name inside the block."""
