@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
+from lowbit.methods import _hessian
 from lowbit.methods._hessian import input_hessians
-from lowbit.methods._rare import second_moments
+from lowbit.methods._rare import of_all, second_moments
+from lowbit.model import block as block_module
 from lowbit.model import tracing
+from lowbit.model.block import Block
 from lowbit.model.graph import Graph, Site
-from lowbit.model.hooks import routed
 from lowbit.model.rewrite import fold
 from lowbit.model.statistics import Statistic
 from lowbit.model.stream import ModelStream
@@ -91,10 +93,62 @@ def test_tokens_of_each_expert_are_reported(source):
     counts = block.notes["tokens_per_expert"][MIXTURE]
     assert counts == [int((chosen == i).sum()) for i in range(EXPERTS)]
     assert sum(counts) == block.x.shape[0] * block.x.shape[1] * chosen.shape[1]
-    with routed(block.module, block.graph.mixtures) as counted:
-        block.forward(block.x.double())
-        block.forward(block.x.double())
-    assert counted[MIXTURE].tolist() == [2 * c for c in counts]
+
+
+def reached(block, mixture, rows):
+    """Tokens of the first rows that each expert's own linear is called with."""
+    experts = block.module.get_submodule(mixture)
+    counts = [0] * experts.form.count
+    handles = []
+
+    def told(number):
+        def hook(_, args):
+            counts[number] += args[0].shape[:-1].numel()
+
+        return hook
+
+    for i in range(len(counts)):
+        up = experts.get_submodule(f"{i}.up_proj")
+        handles.append(up.register_forward_pre_hook(told(i)))
+    with torch.no_grad():
+        block.forward(block.x[:rows].to(block.compute))
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+# What is special about how their experts are called.
+CALLED = {
+    "qwen3_moe": "with choices",
+    "llama4_text": "with the rows of all experts",
+    "longcat_flash": "with choices that are no experts",
+    "gpt_oss": "with choices of biased experts",
+}
+
+
+@pytest.mark.parametrize("family", CALLED)
+@pytest.mark.parametrize("fails", [0, 1, 2, 3])
+def test_counted_are_tokens_of_rows_that_teach_once(tmp_path, monkeypatch, family, fails):
+    """Neither those of held-out rows nor those of a pass that ran out of memory."""
+    config = families.config_of(family, vocab_size=300, num_hidden_layers=4)
+    source = ModelStream(save_tiny(tmp_path / "m", config), compute=torch.float32)
+    at = next(i for i in range(len(source)) if source.graph(i).mixtures)
+    monkeypatch.setattr(block_module, "TOKENS_PER_PASS", 5 * 24)  # rows that teach end inside
+    real, left = Block.passed, [fails]
+
+    def passed(self, *args, **options):
+        made = real(self, *args, **options)
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return made
+
+    monkeypatch.setattr(Block, "passed", passed)
+    block = opened(source, load_recipe("rtn", scheme=parse_scheme("W4A16g8")), ids_of(12), at)
+    monkeypatch.undo()
+    assert block.tuned_rows == 8 < len(block.x)
+    [(mixture, counts)] = block.notes["tokens_per_expert"].items()
+    assert counts == reached(block, mixture, 8) != reached(block, mixture, 12)
 
 
 def test_a_fold_keeps_the_routing_only_if_the_router_is_made_up_for(source):
@@ -132,18 +186,52 @@ def test_priors_of_rare_experts():
     """Of 9, 1 and 0 tokens over 4 inputs: enough, few, none."""
     graph = graph_of_experts(3)
     found = {f"experts.{i}.up": moments(n, seed=i) for i, n in enumerate((9, 1, 0))}
-    means = second_moments(graph, found)
+    pool = of_all(found, list(found))
+    assert pool.tokens == 10
+    means = second_moments(graph, found, lambda site: pool)
     everyone = sum(s.value for s in found.values()) / 10
     torch.testing.assert_close(means["experts.0.up"], found["experts.0.up"].value / 9)
     torch.testing.assert_close(
         means["experts.1.up"], (found["experts.1.up"].value + 0.3 * everyone) / 1.3
     )
     torch.testing.assert_close(means["experts.2.up"], everyone)
+    for name in found:  # alone
+        own = second_moments(graph, {name: found[name]}, lambda site: pool)
+        assert torch.equal(own[name], means[name])
     found = {f"experts.{i}.down": moments(n, seed=i) for i, n in enumerate((9, 1, 0))}
-    means = second_moments(graph, found)
+    means = second_moments(graph, found, pytest.fail)
     for i, tokens in enumerate((9, 1, 1)):
         own = found[f"experts.{i}.down"].value / tokens
         torch.testing.assert_close(means[f"experts.{i}.down"], own)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "deepseek_v3"])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("recipe", ["gptq", "claq"])
+def test_codes_do_not_depend_on_how_many_experts_are_looked_at_together(
+    tmp_path, monkeypatch, family, at_once, recipe
+):
+    """Of few tokens, which reach no expert of some parts at all."""
+    config = families.config_of(family, vocab_size=300, num_experts_per_tok=1)
+    source = ModelStream(save_tiny(tmp_path / "m", config), compute=torch.float32)
+    scheme = parse_scheme("W3A16:column" if recipe == "claq" else "W3A16g8")
+    loaded = load_recipe(recipe, scheme=scheme)
+    at = next(i for i in range(len(source)) if source.graph(i).mixtures)
+    block = opened(source, loaded, torch.tensor([[7] * 3 + [9] * 3] * 2), at)
+    [counts] = block.notes["tokens_per_expert"].values()
+    assert 0 in counts
+    whole = apply_methods(block, loaded)
+    passes = []
+    real = Block.statistics
+    monkeypatch.setattr(
+        Block, "statistics", lambda *a, **k: (passes.append(k.get("pooled")), real(*a, **k))[1]
+    )
+    monkeypatch.setattr(_hessian, "_AT_ONCE", at_once * 8 * 64**2)
+    cut = apply_methods(block, loaded)
+    assert cut.notes.get("trouble") == whole.notes.get("trouble")
+    for name, q in whole.coded.items():
+        assert torch.equal(cut.coded[name].codes, q.codes), name
+    assert passes.count(True) == 1, "made once, for all parts"
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "awq", "gptq", "claq", "smoothquant+gptq", "omniquant"])

@@ -1,5 +1,7 @@
 """Orders of methods by their roles, and what they cost, counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,8 @@ from lowbit.methods import (
     QuaRot,
     SmoothQuant,
     TesseraQ,
+    _hessian,
+    gptq,
 )
 from lowbit.methods.cost import Cost, Layer, Rows, Shapes, Work, passes
 from lowbit.recipe import Recipe
@@ -196,6 +200,23 @@ def test_a_rank_works_on_its_share_rounded_up(count, ranks, rows, mine):
 )
 def test_batches_are_whole_rows(count, length, ranks, most, tokens):
     assert Rows(count, length, 2, 4, ranks).tokens(most) == tokens
+
+
+@pytest.mark.parametrize(
+    "at_once, levels, waiting",
+    [
+        (1 << 20, [["a"], ["b"]], 0),  # one after another
+        (1 << 20, [["a"], ["b"] * 5], 4 * 512),  # experts that fit together
+        (3 * 512, [["a"], ["b"] * 5], 2 * 512 + 512),  # that are cut, and the sum over all
+        (1, [["a"] * 3, ["b"] * 5], 512),
+    ],
+)
+def test_hessians_of_experts_that_wait(monkeypatch, at_once, levels, waiting):
+    """Inputs: a has 4, b has 8."""
+    monkeypatch.setattr(_hessian, "_AT_ONCE", at_once)
+    own = replace(shapes(), levels=[[[name] for name in level] for level in levels])
+    more = gptq.cost(GPTQ(), own).held - gptq.cost(GPTQ(), shapes()).held
+    assert GPTQ().true_sequential and more == waiting
 
 
 @pytest.mark.parametrize(

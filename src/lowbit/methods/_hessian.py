@@ -13,9 +13,10 @@ from ..errors import LowbitError
 from ..grid import Coded
 from ..grid.kmeans import NotFiniteError
 from ..model.block import Block
-from ..model.statistics import Call, Seen
+from ..model.graph import Site
+from ..model.statistics import Call, Seen, Statistic
 from ._columns import inverse_factor
-from ._rare import second_moments
+from ._rare import of_all, second_moments
 from .cost import Cost, Shapes, Work
 
 _RETRIES = 3
@@ -147,6 +148,7 @@ class _Passes:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._kept: tuple[str, list[Call]] | None = None
+        self._pools: dict[Site, Statistic] = {}
 
     def hessians(
         self, block: Block, step: Sequence[tuple[str, ...]], following: Sequence[tuple[str, ...]]
@@ -156,7 +158,8 @@ class _Passes:
         part = self._worth_keeping(block, step, following)
         calls: list[Call] = []
         keep = {} if part is None else {part: calls}
-        found = input_hessians(block, linears, self._rows, inside=self._kept, keep=keep)
+        self._pools = {s: p for s, p in self._pools.items() if not set(s.reads).isdisjoint(linears)}
+        found = input_hessians(block, linears, self._rows, self._kept, keep, self._pools)
         self._kept = None if part is None else (part, calls)
         return found
 
@@ -238,6 +241,7 @@ def input_hessians(
     rows: int,
     inside: tuple[str, list[Call]] | None = None,
     keep: Mapping[str, list[Call]] | None = None,
+    pools: dict[Site, Statistic] | None = None,
 ) -> dict[str, Tensor]:
     """(2/n) sum x x^T over the n tokens that reach each linear (GPTQ, section 2), in float64.
 
@@ -246,22 +250,51 @@ def input_hessians(
 
     Args:
         inside, keep: as in `Block.statistics`.
+        pools: what was found of mixtures of which only some experts are among the linears, and is
+            added here.
 
     Returns:
         linear -> (inputs, inputs) on the block's device; zeros for a linear that no token reaches.
             Experts of few tokens have a prior, see `_rare`.
     """
 
-    def gram(seen: Seen) -> Tensor:
-        x = seen.met.to(torch.promote_types(seen.met.dtype, torch.float32))  # (tokens, inputs)
-        square: Tensor = x.T @ x
-        return square.double()
+    found = block.statistics(linears, "quantized", _gram, rows=rows, inside=inside, keep=keep)
+    known = {} if pools is None else pools
 
-    found = block.statistics(linears, "quantized", gram, rows=rows, inside=inside, keep=keep)
+    def everyone(site: Site) -> Statistic:
+        firsts = [names[0] for names in site.readings]
+        if all(name in found for name in firsts):
+            return of_all(found, firsts)
+        if site not in known:
+            [known[site]] = block.statistics(
+                firsts, "quantized", _gram, rows=rows, inside=inside, pooled=True
+            ).values()
+        return known[site]
+
     rare = any(s.tokens < len(s.value) for s in found.values()) and block.graph.mixtures
     if rare:
-        return {n: 2 * mean for n, mean in second_moments(block.graph, found).items()}
+        return {n: 2 * mean for n, mean in second_moments(block.graph, found, everyone).items()}
     return {n: s.value * (2 / max(1, s.tokens)) for n, s in found.items()}
+
+
+def _gram(seen: Seen) -> Tensor:
+    """The sum of x x^T in float64, (inputs, inputs)."""
+    x = seen.met.to(torch.promote_types(seen.met.dtype, torch.float32))  # (tokens, inputs)
+    square: Tensor = x.T @ x
+    return square.double()
+
+
+def _waiting(shapes: Shapes) -> int:
+    """Bytes of Hessians of experts that wait while another's is worked on; and of the sum over
+    their mixture where they are cut into parts.
+    """
+    most = 0
+    for level in shapes.levels:
+        sizes = [8 * shapes.layer.linears[names[0]][1] ** 2 for names in level]
+        at_once = min(sum(sizes), max(_AT_ONCE, *sizes))
+        shared = max(sizes) if at_once < sum(sizes) else 0
+        most = max(most, at_once - max(sizes) + shared)
+    return most
 
 
 def column_cost(walk: Walk, shapes: Shapes) -> Cost:
@@ -271,10 +304,11 @@ def column_cost(walk: Walk, shapes: Shapes) -> Cost:
     layer, rows = shapes.layer, shapes.learned(walk.rows)
     square = 8 * layer.widest**2
     widths = {b for _, b in layer.linears.values()}
-    waiting = 0 if walk.true_sequential else sum(8 * b * b for b in widths)
+    waiting = _waiting(shapes) if walk.true_sequential else sum(8 * b * b for b in widths)
     working = max(square + shapes.passing, 5 * square, 2 * square + 24 * layer.largest)
     tokens = rows * shapes.rows.length
-    # The part of the block from one site to the next.
+    # The part of the block from one site to the next. Counted for every two experts of a mixture:
+    # that covers what all of them together take where there are several parts.
     passes = len(shapes.widths) / 2 if walk.true_sequential else 1
     solved = sum(2.0 * tokens * n**2 + 2.0 * n**3 for n in shapes.widths)
     coded = sum(2.0 * a * b * b for a, b in layer.linears.values())

@@ -11,21 +11,33 @@ for what an expert computes between its linears, made a small trained mixture wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from ..model.graph import Graph
+from ..model.graph import Graph, Site
 from ..model.statistics import Statistic
 
 _WEIGHT = 0.1
 
 
-def second_moments(graph: Graph, found: Mapping[str, Statistic]) -> dict[str, Tensor]:
+def of_all(found: Mapping[str, Statistic], linears: Sequence[str]) -> Statistic:
+    """The sum over some linears' tokens, one that reaches several of them several times."""
+    shared = found[linears[0]].value.clone().zero_()
+    for name in linears:
+        shared += found[name].value
+    return Statistic((shared,), sum(found[n].tokens for n in linears))
+
+
+def second_moments(
+    graph: Graph, found: Mapping[str, Statistic], everyone: Callable[[Site], Statistic]
+) -> dict[str, Tensor]:
     """Mean of x x^T for each linear, with a prior for experts of too few tokens.
 
     Args:
-        found: linear -> sum of x x^T, (inputs, inputs), and its tokens.
+        found: linear -> sum of x x^T, (inputs, inputs), and its tokens; of some experts or all.
+        everyone: the same over all readers of a site, those included that are not in ``found``.
+            Asked for only where an expert has too few tokens.
 
     Returns:
         linear -> (inputs, inputs); zeros for a linear that no token reaches and that nothing is
@@ -36,14 +48,12 @@ def second_moments(graph: Graph, found: Mapping[str, Statistic]) -> dict[str, Te
         names = [names[0] for names in site.readings if names[0] in found]
         if site.through is None or not names:
             continue
-        tokens = sum(found[n].tokens for n in names)
-        shared = out[names[0]].clone().zero_()
-        for name in names:
-            shared += found[name].value
-        for name in names:
+        rare = [n for n in names if found[n].tokens < len(found[n].value)]
+        shared = everyone(site) if rare else None
+        for name in rare:
             own = found[name]
             missing = _WEIGHT * (len(own.value) - own.tokens)
-            if missing > 0 and tokens:
-                prior = missing * shared / tokens
+            if shared is not None and shared.tokens:
+                prior = missing * shared.value / shared.tokens
                 out[name] = (own.value + prior) / (own.tokens + missing)
     return out

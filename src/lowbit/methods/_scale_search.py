@@ -244,7 +244,7 @@ class _ModuleProbe:
         self.block, self.calls = block, calls
         self.prefix = f"{site.probe}." if site.probe else ""
         self.module = block.module.get_submodule(site.probe)
-        self.compute, self.exact = block.compute, block.exact().input_quantizers
+        self.part, self.exact = site.probe, block.exact().input_quantizers
         self.weights = {
             k[len(self.prefix) :]: v for k, v in block.weights.items() if k.startswith(self.prefix)
         }
@@ -258,7 +258,7 @@ class _ModuleProbe:
         weights: Mapping[str, Tensor],
         input_quantizers: Mapping[str, InputQuantizer],
     ) -> Tensor:
-        cast = {k: w.to(self.compute) for k, w in weights.items()}
+        cast = self.block.context.cast(weights, self.part)
         with quantized_inputs(self.block.module, input_quantizers):
             return first(functional_call(self.module, cast, call.args, dict(call.kwargs)))
 

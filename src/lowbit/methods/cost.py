@@ -109,6 +109,7 @@ class Shapes:
             inner: those that read what an MLP, or an expert, computed between its linears.
         rows: calibration rows of the run. held_out: how many of them pass and teach nothing.
         device: which computes. compute: dtype of forward passes there.
+        levels: sites that are reached at once, as all experts of a mixture are.
     """
 
     layer: Layer
@@ -119,6 +120,7 @@ class Shapes:
     held_out: int
     device: torch.device
     compute: torch.dtype
+    levels: Sequence[Sequence[Sequence[str]]] = ()
 
     @property
     def tuned(self) -> int:

@@ -32,10 +32,14 @@ class Decisive:
 
     Attributes:
         files: paths that the method reads. bfloat16_steps: it makes steps in bfloat16 here.
+        gradients: it makes steps by gradients, for which experts may be computed in several ways.
+        rounding: the version of soft rounding that it takes here; None if it takes none.
     """
 
     files: tuple[str, ...] = ()
     bfloat16_steps: bool = False
+    gradients: bool = False
+    rounding: str | None = None
 
 
 def anything(method: Any, grid: AnyGrid) -> None:

@@ -259,5 +259,5 @@ def before(method: OmniQuant, grid: AnyGrid) -> Clips | None:
 
 
 def decides(method: OmniQuant, device: torch.device) -> Decisive:
-    """The file that decides the result."""
-    return Decisive(files=(method.clips,) if method.clips else ())
+    """The file that decides the result, instead of steps."""
+    return Decisive(files=(method.clips,) if method.clips else (), gradients=not method.clips)

@@ -40,7 +40,7 @@ from ..machine import multiplies_bfloat16
 from ..model.block import Block
 from ..model.context import tokens_at_a_time
 from ._reconstruct import JUDGED_ROWS, JUDGED_TOKENS, Objective, Reconstruction
-from ._rounding import Adam
+from ._rounding import Adam, version_on
 from ._soft import SoftBlock
 from .cost import Cost, Shapes, Work
 from .entry import Decisive
@@ -330,5 +330,9 @@ def check(method: TesseraQ, grid: AnyGrid) -> None:
 
 
 def decides(method: TesseraQ, device: torch.device) -> Decisive:
-    """The precision of the steps, which may follow from the processor."""
-    return Decisive(bfloat16_steps=method.in_bfloat16(device))
+    """The precision of the steps, which may follow from the processor; the version of soft
+    rounding.
+    """
+    return Decisive(
+        bfloat16_steps=method.in_bfloat16(device), gradients=True, rounding=version_on(device)
+    )

@@ -8,7 +8,7 @@ A linear's weight goes free (in ``weights`` only) -> ranged (also in ``params``)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from .hooks import AllSeen, quantized_inputs, watched
 from .microbatches import MicroBatches
 from .ranks import Ranks
 from .recorder import fresh
+from .routed import Routed
 from .statistics import Call, Reduce, Seen, Statistic, Stream, Value, statistics
 
 
@@ -154,7 +155,7 @@ class Block:
         if given.keys() != place.given.keys():
             raise ValueError(f"'{self.name}' reads {[*place.given]} and is given {[*given]}")
         own = self.weights if weights is None else weights
-        cast = {name: w.to(self.compute) for name, w in own.items()}
+        cast = self.context.cast(own)
         kwargs = fresh(dict(self.context.kwargs))
         if given:
             kwargs = placed(kwargs, arriving(given, x.device, self.compute))
@@ -196,12 +197,14 @@ class Block:
         out: Tensor | None = None,
         given: Values = NOTHING,
         keep: Kept | None = None,
+        routed: Routed | None = None,
     ) -> Tensor:
         """The layer's output for a whole stream, in the stored dtype; written over ``out``, if
         there is one, not ``x`` itself.
 
         Args:
-            given: of the stream's rows. keep: takes what the layer leaves.
+            given: of the stream's rows. keep: takes what the layer leaves. routed: counts
+                the tokens of experts.
         """
         context, device = self.context, self.device
         if out is None:
@@ -213,7 +216,8 @@ class Block:
             following = slice(part.stop, 2 * part.stop - part.start)
             context.prefetch(following, x, *given.values())
             arrived = context.arriving(x[part], device)
-            y, left = self.passed(arrived, weights, picked(given, part))
+            with nullcontext() if routed is None else routed.passing(part):
+                y, left = self.passed(arrived, weights, picked(given, part))
             if keep is not None:
                 keep.put(part, left)
             made[part] = y.to(made.device, made.dtype)
@@ -248,6 +252,7 @@ class Block:
         most: int | None = None,
         inside: tuple[str, list[Call]] | None = None,
         keep: Mapping[str, list[Call]] | None = None,
+        pooled: bool = False,
     ) -> dict[str, Statistic]:
         """A statistic of what reaches some linears, over the calibration rows of all ranks.
 
@@ -262,11 +267,14 @@ class Block:
             most: rows at a time, at most.
             inside: (submodule, calls of it): run only that submodule, on these calls.
             keep: submodule -> list that its calls here are appended to; a rank's own, as they are.
+            pooled: one statistic of all these linears, of as many inputs each, by the first's name.
 
         Returns:
             linear -> statistic.
         """
-        return statistics(self, linears, stream, of, reduce, rows, tokens, most, inside, keep)
+        return statistics(
+            self, linears, stream, of, reduce, rows, tokens, most, inside, keep, pooled
+        )
 
     @torch.no_grad()
     def observe(
@@ -306,11 +314,12 @@ class Block:
         visit: Callable[[str, Call], None],
     ) -> None:
         """The same for submodules of ``part``, run alone with these weights on calls of it."""
-        cast = {
-            k.removeprefix(f"{part}."): w.to(self.compute)
+        own = {
+            k.removeprefix(f"{part}."): w
             for k, w in self.weights.items()
             if k.startswith(f"{part}.")
         }
+        cast = self.context.cast(own, part)
         with watched(self.module, modules, visit) as left:
             for call in calls:
                 left.update(modules)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..grid import AnyGrid
 from .beside import Place, Values, picked
 from .graph import Graph
+from .precision import Wide, as_computed, nothing_wide
 from .ranks import ALONE, Ranks
 from .storage import Storage
 
@@ -55,6 +56,7 @@ class Context:
             through (held-out evaluation).
         seed: for everything random in this block.
         dtypes: parameter -> dtype in the checkpoint, where it is not ``stored``.
+        wide: what stays in float32 whatever the forward pass computes in, see `Precision`.
         readout: the last block's output -> logits, None for every other block.
         announce: told what a method is about to do, for whoever watches.
         storage: where streams made by `Block.run` live; None puts them beside their input.
@@ -78,6 +80,7 @@ class Context:
     given_q: Values = field(default_factory=dict)
     left: Values = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    wide: Wide = nothing_wide
     readout: Callable[[Tensor], Tensor] | None = None
     announce: Announce = silent
     storage: Storage | None = None
@@ -88,6 +91,19 @@ class Context:
         changed: that of the checkpoint if it is wider than ``stored``.
         """
         return torch.promote_types(self.dtypes.get(name, self.stored), self.stored)
+
+    def cast(self, weights: Mapping[str, Tensor], part: str = "") -> dict[str, Tensor]:
+        """Weights as the forward pass takes them: in the compute dtype, or in float32 where
+        transformers keeps them so.
+
+        Args:
+            part: the submodule in which their names are; "" is the block.
+        """
+        wide, prefix = self.wide(self.compute), f"{part}." if part else ""
+        return {
+            name: w.to(as_computed(prefix + name, w, self.compute, wide))
+            for name, w in weights.items()
+        }
 
     def computing(self, dtype: torch.dtype) -> Context:
         """The same with the forward pass in another dtype."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import LowbitError
 from .fused import BIAS, DOWN, GATE, UP, Form, Part, candidates, is_fused_experts, small_copy
-from .grouped import chosen, grouped_linear, put_back, sent
+from .grouped import Version, chosen, grouped_linear, in_steps, put_back, sent
 
 __all__ = ["Experts", "form_of", "is_fused_experts", "proved", "replace_fused", "unfused"]
 
@@ -107,6 +107,14 @@ class Experts(nn.Module):
                     view = part.bias(one) if kind == "bias" else part.weight(one)
                     view.copy_(linear.get_parameter(kind))
         return made
+
+    def in_steps(self, device: torch.device) -> Version:
+        """How they are computed in steps of tuning, see `grouped`.
+
+        Raises:
+            LowbitError: LOWBIT_EXPERTS names no way.
+        """
+        return in_steps(self._experts(), device)
 
     def _experts(self) -> list[nn.Module]:
         """The experts, in order."""

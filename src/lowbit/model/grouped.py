@@ -38,21 +38,30 @@ def chosen(experts: Sequence[nn.Module]) -> Version:
     Raises:
         LowbitError: LOWBIT_EXPERTS names neither.
     """
+    if not torch.is_grad_enabled():
+        return "loop"
+    linears = [linear for expert in experts for linear in expert.children()]
+    version = in_steps(experts, cast(nn.Linear, linears[0]).weight.device)
+    return version if all(_plain(linear) for linear in linears) else "loop"
+
+
+def in_steps(experts: Sequence[nn.Module], device: torch.device) -> Version:
+    """How experts are computed in those steps of tuning that can be made either way.
+
+    Args:
+        experts: the children of each are its linears; meta will do. device: which computes.
+
+    Raises:
+        LowbitError: see `chosen`.
+    """
     asked = os.environ.get(_VARIABLE)
     if asked is not None and asked not in get_args(Version):
         raise unknown(f"way to compute experts in {_VARIABLE}", asked, get_args(Version))
-    if asked == "loop" or not torch.is_grad_enabled():
-        return "loop"
-    linears = [linear for expert in experts for linear in expert.children()]
-    if not all(_plain(linear) for linear in linears):
-        return "loop"
-    return "grouped" if asked == "grouped" or _faster(len(experts), linears) else "loop"
-
-
-def _faster(count: int, linears: Sequence[nn.Module]) -> bool:
-    """Whether a step with so many experts is shorter without a loop."""
-    weight = cast(nn.Linear, linears[0]).weight
-    return weight.device.type != "cpu" or (count >= _MANY and weight.numel() <= _SMALL)
+    if asked is not None:
+        return cast(Version, asked)
+    numel = cast(nn.Linear, next(experts[0].children())).weight.numel()
+    faster = device.type != "cpu" or (len(experts) >= _MANY and numel <= _SMALL)
+    return "grouped" if faster else "loop"
 
 
 def _plain(linear: nn.Module) -> bool:

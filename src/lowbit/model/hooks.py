@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..grid import InputQuantizer
-from .experts import Experts
 from .statistics import Call
 
 
@@ -69,36 +67,6 @@ def watched(
             submodule = module.get_submodule(name)
             handles.append(submodule.register_forward_pre_hook(hook_of(name), with_kwargs=True))
         yield left
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def routed(module: nn.Module, mixtures: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Within, passes are counted: mixture of experts -> (experts,) int64, the tokens that each got.
-
-    A mixture that is not told which experts were chosen has no entry.
-    """
-    counts: dict[str, Tensor] = {}
-    handles: list[RemovableHandle] = []
-
-    def hook_of(name: str, experts: Experts) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if len(args) > 1 and isinstance(args[1], Tensor) and not experts.form.sorted:
-                count = experts.form.count
-                chosen = args[1].flatten()
-                found = torch.bincount(chosen[chosen < count], minlength=count)
-                counts[name] = counts[name] + found if name in counts else found
-
-        return hook
-
-    try:
-        for name in mixtures:
-            experts = module.get_submodule(name)
-            if isinstance(experts, Experts):
-                handles.append(experts.register_forward_pre_hook(hook_of(name, experts)))
-        yield counts
     finally:
         for handle in handles:
             handle.remove()

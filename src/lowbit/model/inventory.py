@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .modules import ModuleNames
 from .naming import Names
 from .opened import Opened
 from .outer import Outer, outer_of
+from .precision import Precision
 from .raw import Raw
 from .shell import Shell
 from .skeleton import build_skeleton, fast_attention
@@ -38,6 +40,7 @@ class Inventory:
         names: where each parameter lies. outer: those outside the blocks.
         written: the names that they have in an artifact.
         dtype: in which most weights of quantizable linears are stored.
+        precision: what stays in float32 where it computes in 16 bits.
         remarks: what a person should know.
     """
 
@@ -48,6 +51,7 @@ class Inventory:
     outer: Outer
     written: Written
     dtype: torch.dtype
+    precision: Precision
     remarks: tuple[str, ...]
 
     @classmethod
@@ -58,9 +62,12 @@ class Inventory:
             LowbitError: something is missing, of another shape, quantized in a way that is not
                 read, or of a form that is not known. Raised before any tensor data is read.
         """
-        skeleton = build_skeleton(opened.config, opened.name, **fast_attention(opened.config))
+        skeleton = _built(opened)
         whole = whole_model(opened.whole_config) if opened.wrapped else None
         modules = ModuleNames(skeleton if whole is None else whole)
+        precision = Precision.of(
+            [skeleton] if whole is None else [skeleton, whole], partial(_built, opened)
+        )
         replace_fused(skeleton)
         names = _found(opened, skeleton)
         shell = Shell(skeleton, described.frame)
@@ -88,6 +95,7 @@ class Inventory:
             outer,
             Written.of(names, modules, described, shell.stored_in, outer),
             dtype_of_most(opened.stored, (p.tensor for n in weights for p in names.places[n])),
+            precision,
             (*unknown, *leftover, *outer.remarks, *opened.remarks),
         )
 
@@ -172,6 +180,16 @@ def linear_shapes(described: Described, blocks: Sequence[nn.Module]) -> dict[str
             rows, columns = block.get_parameter(f"{name}.weight").shape
             out[f"{described.block_name(i)}.{name}"] = (rows, columns)
     return out
+
+
+def _built(opened: Opened, dtype: torch.dtype | None = None) -> Any:
+    """The skeleton of a model as transformers makes it.
+
+    Args:
+        dtype: of its parameters; None for what the config says.
+    """
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    return build_skeleton(opened.config, opened.name, **options, **fast_attention(opened.config))
 
 
 def _found(opened: Opened, skeleton: Any) -> Names:

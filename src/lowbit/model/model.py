@@ -14,9 +14,9 @@ from ..grid import ActivationGrid, AnyGrid, InputQuantizer, KVGrid, PerToken, Ro
 from .beside import Beside, Kept, given
 from .block import Block
 from .context import Announce, Context, silent
-from .hooks import routed
 from .outline import Outline
 from .ranks import ALONE, Ranks
+from .routed import Routed
 from .storage import Storage
 from .stream import ModelStream
 
@@ -143,6 +143,7 @@ class Model:
             compute=source.compute,
             stored=source.dtype,
             dtypes=source.block_dtypes(i),
+            wide=source.wide_in(i),
             grids={n: self.grid_of(f"{name}.{n}") for n in graph.linears},
             x=streams.x,
             xq=streams.xq,
@@ -159,8 +160,11 @@ class Model:
         )
         block = Block(context, source.block_weights(i))
         left = Kept(len(streams.x), streams.storage, streams.x)
-        with routed(block.module, graph.mixtures) as counts:
-            target = block.run(streams.x, out=streams.scratch, given=block.context.given, keep=left)
+        rows, length = streams.x.shape[:2]
+        routed = Routed(block.module, graph.mixtures, rows, length, block.device)
+        target = block.run(
+            streams.x, out=streams.scratch, given=context.given, keep=left, routed=routed
+        )
         # As norms and losses take it.
         if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):
             raise LowbitError(
@@ -168,6 +172,8 @@ class Model:
                 "weights or norms are too large."
             )
         block = block.within(target=target, left=left.values)
+        # As methods see them: what only passes through teaches nothing.
+        counts = routed.tokens(streams.ranks.count(streams.tuned_rows))
         if counts:
             streams.ranks.sum_(*counts.values())
             block = block.with_notes(tokens_per_expert={n: c.tolist() for n, c in counts.items()})

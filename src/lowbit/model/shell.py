@@ -7,7 +7,7 @@ a family does there (factors, caps, tables per kind of layer) is done as the fam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -84,8 +84,10 @@ class Shell:
         Args:
             tensors: as in `enter`.
         """
-        if self._frame.plain:
-            return self._short(tensors)
+        steps = self._last_steps(tensors) if self._frame.plain else []
+        # Between modules in several dtypes a model casts as its own forward pass says.
+        if len({t.dtype for _, held in steps for t in held.values()}) == 1:
+            return _one_by_one(steps)
         last = self._recorders[-1]
 
         def logits(x: Tensor) -> Tensor:
@@ -106,13 +108,15 @@ class Shell:
 
         return logits
 
-    def _short(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        """The same where only the final modules and the head take part."""
+    def _last_steps(
+        self, tensors: Mapping[str, Tensor]
+    ) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+        """The final modules and the head, each with its tensors."""
         modules = dict(self.skeleton.named_modules())
         head = self.skeleton.get_output_embeddings()
         names = [f"{self._frame.trunk}.{n}" for n in self._frame.final]
         names.append(next(n for n, m in modules.items() if m is head))
-        steps = [
+        return [
             (
                 modules[name],
                 {
@@ -124,12 +128,18 @@ class Shell:
             for name in names
         ]
 
-        def logits(x: Tensor) -> Tensor:
-            for module, weights in steps:
-                x = functional_call(module, weights, (x,))
-            return x.float()
 
-        return logits
+def _one_by_one(
+    steps: Sequence[tuple[nn.Module, Mapping[str, Tensor]]],
+) -> Callable[[Tensor], Tensor]:
+    """The readout of a model where only its final modules and its head take part."""
+
+    def logits(x: Tensor) -> Tensor:
+        for module, weights in steps:
+            x = functional_call(module, dict(weights), (x,))
+        return x.float()
+
+    return logits
 
 
 def _persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

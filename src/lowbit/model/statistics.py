@@ -92,6 +92,7 @@ def statistics(
     most: int | None = None,
     inside: tuple[str, list[Call]] | None = None,
     keep: Mapping[str, list[Call]] | None = None,
+    pooled: bool = False,
 ) -> dict[str, Statistic]:
     """See `Block.statistics`."""
     viewed = block.as_seen(stream)
@@ -115,25 +116,26 @@ def statistics(
             count = len(at)
             if not count:
                 return
-        values = _several(of(Seen(viewed, name, x, at)))
-        if name in found:
-            _merge(found[name], values, reduce)
-            found[name].tokens += count
+        values, key = _several(of(Seen(viewed, name, x, at))), linears[0] if pooled else name
+        if key in found:
+            _merge(found[key], values, reduce)
+            found[key].tokens += count
         else:
-            found[name] = Statistic(values, count)
+            found[key] = Statistic(values, count)
 
     if inside is not None:
         viewed.observe_inside(inside[0], inside[1], modules, visit)
     elif linears:
         block.observe(modules, stream, block.tuned_rows if rows is None else rows, visit, most)
     nothing = torch.empty(0, dtype=torch.int64, device=block.device)
-    for name in linears:
+    asked = linears[:1] if pooled else linears
+    for name in asked:
         if name not in found:
             x = torch.zeros(1, block.weight(name).shape[1], device=block.device)
             found[name] = _of_nothing(of, viewed, name, x.to(block.compute), nothing, reduce)
         if block.ranks.size > 1:
             _over_ranks(block, found[name], reduce)
-    return {name: found[name] for name in linears}
+    return {name: found[name] for name in asked}
 
 
 def _several(value: Value) -> tuple[Tensor, ...]:

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from ..errors import LowbitError
 from .arrangement import Arrangement
 from .beside import Kept, Keys, at
+from .experts import Experts
 from .graph import Described, Frame, Graph
+from .grouped import Version
 from .inventory import Inventory, linear_shapes
 from .opened import Opened
 from .order import check_order
+from .precision import Wide, as_computed
 from .raw import Raw
 from .residual import basis_of
 from .shell import CACHES
@@ -174,8 +177,18 @@ class ModelStream:
         }
         return self._arrangement.block(weights, self.graph(i), self.dtype, self.block_dtypes(i))
 
-    def _ready(self, t: Tensor) -> Tensor:
-        return t.to(self.device, self.compute) if t.is_floating_point() else t.to(self.device)
+    def experts_in_steps(self) -> frozenset[Version]:
+        """The ways in which experts are computed in steps of tuning; none without experts.
+
+        Raises:
+            LowbitError: LOWBIT_EXPERTS names no way.
+        """
+        modules = (m for block in self._shell.blocks for m in block.modules())
+        return frozenset(m.in_steps(self.device) for m in modules if isinstance(m, Experts))
+
+    def wide_in(self, i: int) -> Wide:
+        """What of block i stays in float32, by its name inside the block."""
+        return self.inventory.precision.inside(self.block_name(i))
 
     def block_dtypes(self, i: int) -> dict[str, torch.dtype]:
         """The dtypes in which the checkpoint stores a block's tensors, by their names inside the
@@ -221,7 +234,11 @@ class ModelStream:
     def _outer(self) -> dict[str, Tensor]:
         """Everything outside the blocks, ready to compute, tied names included."""
         if self._fixed is None:
-            held = {k: self._ready(v) for k, v in self.outer_tensors().items()}
+            wide = self.inventory.precision.wide(self.compute)
+            held = {
+                name: t.to(self.device, as_computed(name, t, self.compute, wide))
+                for name, t in self.outer_tensors().items()
+            }
             held.setdefault(self.outer.head, held[self.outer.embedding])
             for name, buffer in self.skeleton.named_buffers():
                 held.setdefault(name, buffer.to(self.device))

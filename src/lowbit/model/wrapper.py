@@ -100,7 +100,9 @@ def headed(config: Any, **options: Any) -> nn.Module:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             self.model = trunk
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(
+                config.hidden_size, config.vocab_size, bias=False, dtype=options.get("dtype")
+            )
 
         def _init_weights(self, module: nn.Module) -> None:
             trunk._init_weights(module)

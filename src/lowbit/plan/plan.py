@@ -210,7 +210,10 @@ class Plan:
             )
             sites, inner = list(kind.graph.readings), kind.graph.inner
             grid = self.recipe.grid
-            found.append(Shapes(layer, grid, sites, inner, rows, HELD_OUT, s.device, s.computes))
+            levels = kind.graph.levels
+            found.append(
+                Shapes(layer, grid, sites, inner, rows, HELD_OUT, s.device, s.computes, levels)
+            )
         return tuple(found)
 
     @property

@@ -114,11 +114,15 @@ class Original:
 def fingerprint(
     stream: ModelStream, original: Original, recipe: Recipe, rows: Rows, seed: int
 ) -> dict[str, Any]:
-    """The model, the recipe with the files it names, the tokens, the seed, the arithmetic and the
-    versions.
+    """The model, the recipe with the files it names, the tokens, the seed, the arithmetic, the
+    versions, and the ways to compute that add in another order.
+
+    Raises:
+        LowbitError: the environment names a way that is not there.
     """
     decisive = [entry.decides(method, stream.device) for _, entry, method in recipe.entries]
     files = [f for d in decisive for f in d.files]
+    learns = any(d.gradients for d in decisive)
     return {
         "model": original.sha256,
         # Its tokens count, not their path.
@@ -129,6 +133,8 @@ def fingerprint(
         "compute": str(stream.compute),
         "versions": {"lowbit": own_version(), **versions()},
         "bfloat16_steps": any(d.bfloat16_steps for d in decisive),
+        "experts": " and ".join(sorted(stream.experts_in_steps() if learns else ())) or None,
+        "rounding": next((d.rounding for d in decisive if d.rounding), None),
     }
 
 

@@ -39,6 +39,10 @@ RESUMES = (STATE, "shard-*.json")  # what tells that a directory is an unfinishe
 _DIFFERENCES = {  # of a run's fingerprint, in words
     "bfloat16_steps": "tuning steps in bfloat16: {} there, {} here (by the processor, where "
     "tesseraq.precision is auto)",
+    "experts": "experts computed by '{}' in its steps of tuning where this run's are by '{}' "
+    "(LOWBIT_EXPERTS says by which)",
+    "rounding": "soft rounding by '{}' where this run's is by '{}' (by the machine, where "
+    "LOWBIT_ROUNDING does not say which)",
     "versions": "other versions of its libraries ({} there, {} here)",
     "compute": "arithmetic in {} where this machine's device has {}",
 }
@@ -109,10 +113,12 @@ class Workplace:
 
     def _must_match(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         different = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        # What one of the two does not have at all follows from another difference.
+        both = [k for k in different if None not in (old.get(k), new.get(k))]
         if different:
             told = [
                 _DIFFERENCES.get(k, f"another {k} than this one").format(old.get(k), new.get(k))
-                for k in different
+                for k in both or different
             ]
             raise LowbitError(
                 f"'{self.partial}' holds an unfinished run with {', and '.join(told)}. Repeat that "

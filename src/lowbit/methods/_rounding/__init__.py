@@ -90,6 +90,16 @@ def descend(
     return sums
 
 
+def version_on(device: torch.device) -> Backend:
+    """The version that is taken on a device: each adds in an order of its own.
+
+    Raises:
+        LowbitError: LOWBIT_ROUNDING names none, or one that does not work there.
+    """
+    nu = torch.empty(0, device=device)
+    return _fastest(nu, nu)
+
+
 def _fastest(nu: Tensor, other: Tensor) -> Backend:
     asked = os.environ.get("LOWBIT_ROUNDING")
     if asked:
