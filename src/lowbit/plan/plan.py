@@ -282,6 +282,7 @@ class Plan:
             "check_memory": self.check_memory,
             "seconds": None if speed is None else self.seconds(speed),
             "runtimes": [asdict(v) for v in self.runtimes],
+            "remarks": list(self.outline.remarks),
             "block_memory": m.block,
             "outer_memory": m.outer,
             "activations": m.streams,
