@@ -9,6 +9,7 @@ from helpers import COMMON, LLAMA, save_tiny
 from lowbit.errors import LowbitError
 from lowbit.evaluate import load_causal_lm
 from lowbit.model.gguf_file import GGUFFile
+from lowbit.model.gguf_header import Header
 from lowbit.model.gguf_names import Translated, architectures
 from lowbit.model.source import open_source
 from lowbit.model.stream import ModelStream
@@ -114,6 +115,14 @@ def test_scores_are_scaled_as_llama_cpp_scales_them(made, family, blocks, width)
     path = made(MODELS[family](), {"block_count": blocks})[1]
     config = Translated.of(GGUFFile(path)).config
     assert config.num_hidden_layers == blocks and config.query_pre_attn_scalar == width
+
+
+@pytest.mark.parametrize("more, width", [({}, None), ({"attention.key_length_swa": 16}, 16)])
+def test_gemma4_has_two_widths_of_heads(made, more, width):
+    path = made(MODELS["llama"](), {"attention.key_length": 512, **more})[1]
+    header = Header(GGUFFile(path), vars(T.Gemma4TextConfig()))
+    found = header.added({"global_head_dim": 512})
+    assert found.get("head_dim") == width
 
 
 def test_a_mixture_with_a_shared_expert_is_opened(made):

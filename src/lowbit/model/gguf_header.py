@@ -61,6 +61,8 @@ class Header:
         found: dict[str, Any] = {}
         for key, names in _ENTRIES.items():
             value = self._entry(key)
+            if key == "attention.key_length" and "global_head_dim" in said:
+                continue  # Gemma 4: it is that of the blocks without a window
             for name in names:
                 if name in self._known and isinstance(value, (int, float)):
                     self._used.add(key)
