@@ -7,6 +7,9 @@ import shutil
 import pytest
 import safetensors
 import torch
+from compressed_tensors.compressors.mxfp8 import MXFP8QuantizationCompressor
+from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from families import config_of, model_of
 from helpers import save_tiny, tiny_tokenizer
 from safetensors.torch import load_file, save_file
@@ -71,6 +74,18 @@ LAYOUTS = {
         *((50, 70), (4, 3), torch.float32, "_scale", (16, 32)),
         compressed(strategy="block", block_structure="16x32"),
     ),
+    "groups": (
+        *((6, 64), (6, 4), torch.bfloat16, "_scale", (1, 16)),
+        compressed(strategy="group", group_size=16),
+    ),
+    "groups of powers of two": (
+        *((6, 64), (6, 2), torch.uint8, "_scale", (1, 32)),
+        compressed(strategy="group", group_size=32, scale_dtype="torch.uint8"),
+    ),
+    "channels beside groups": (
+        *((6, 64), (6, 1), torch.float32, "_scale", (1, 64)),
+        compressed(strategy="group", group_size=32),
+    ),
     "modelopt": ((6, 8), (), torch.float32, "_scale", (6, 8), {"quant_method": "modelopt"}),
     "fbgemm": ((6, 8), (6, 1), torch.float32, "_scale", (1, 8), {"quant_method": "fbgemm_fp8"}),
 }
@@ -116,6 +131,31 @@ def test_blocks_bit_for_bit_as_transformers(tmp_path):
     folder = put(tmp_path / "m", tensors, {"quantization_config": FP8, "dtype": "float16"})
     theirs = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.float16)
     assert torch.equal(Dequantized(folder).read(["a.weight"])["a.weight"], theirs)
+
+
+@pytest.mark.parametrize("kind", [FloatQuantizationCompressor, MXFP8QuantizationCompressor])
+@pytest.mark.parametrize("size", [16, 32, 96])
+def test_groups_bit_for_bit_as_compressed_tensors(tmp_path, kind, size):
+    torch.manual_seed(0)
+    exact = kind is FloatQuantizationCompressor
+    dtype, stored = (torch.float32, {}) if exact else (torch.uint8, {"scale_dtype": "torch.uint8"})
+    weight = torch.randn(64, 96)
+    steps = weight.view(64, -1, size).abs().amax(-1) / 448
+    scale = steps if exact else torch.exp2(steps.log2().ceil())
+    said = compressed(strategy="group", group_size=size, symmetric=True, **stored)
+    scheme = QuantizationScheme(**said["config_groups"]["group_0"])
+    held = kind.compress({"weight": weight, "weight_scale": scale}, scheme)
+    assert held["weight_scale"].dtype == dtype
+    theirs = kind.decompress(held, scheme)["weight"].bfloat16()
+    folder = put(
+        tmp_path / "m",
+        {"a.weight": held["weight"], "a.weight_scale": held["weight_scale"]},
+        {"quantization_config": said},
+    )
+    source = Dequantized(folder)
+    assert torch.equal(source.read(["a.weight"])["a.weight"], theirs)
+    what = "channel" if size == 96 else "group"
+    assert source.remarks[0].startswith(f"weights were FP8 with a scale per {what}: ")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +299,7 @@ REFUSED = {
         FP8,
         rf"'{SCALE}' of .* \(I32 of shape \(3, 2\)\) does not fit",
     ),
-    "no size of blocks": (lambda t: None, {"quant_method": "fp8"}, "no weight_block_size"),
+    "no size of blocks": (lambda t: None, {"quant_method": "fp8"}, "names no size of blocks"),
     "NaN in a scale": (
         lambda t: t[SCALE].fill_(float("nan")),
         FP8,
@@ -273,7 +313,7 @@ REFUSED = {
     "integers in compressed-tensors": (
         lambda t: t.update({UP: torch.ones(96, 64, dtype=torch.int8)}),
         {**compressed(block_structure=[32, 48])},
-        rf"'{UP}' of .* is stored as I8 \(quantization_config says compressed-tensors\)",
+        rf"'{UP}' of .* is stored as I8 \(quantization_config says compressed-tensors, float-quantized\)",
     ),
     "zero points": (
         lambda t: t.update({f"{UP}_zero_point": torch.ones(1)}),
@@ -283,12 +323,79 @@ REFUSED = {
 }
 
 
+def nvfp4(end, *scales):
+    """Codes of all linears, two a byte, with FP8 scales of 16 each, and theirs."""
+
+    def change(tensors):
+        for name in [n for n in tensors if n.endswith("_proj.weight")]:
+            rows, columns = tensors.pop(name).shape
+            del tensors[f"{name}_scale_inv"]
+            tensors[name + end] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+            tensors[f"{name}_scale"] = torch.ones(rows, columns // 16).to(torch.float8_e4m3fn)
+            tensors |= {name.removesuffix("weight") + s: torch.ones(1) for s in scales}
+
+    return change
+
+
+ROTATED = {"R4": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}
+REFUSED |= {
+    "compressed-tensors": (
+        nvfp4("_packed", "weight_global_scale", "input_global_scale"),
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+        r"quantized already \(quantization_config says compressed-tensors, nvfp4-pack-quantized\): it holds .*Start from the model in 16",
+    ),
+    "modelopt": (
+        nvfp4("", "weight_scale_2", "input_scale"),
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        r"_proj.weight' of .* is stored as U8 \(quantization_config says modelopt, NVFP4\).* Start from the model in 16",
+    ),
+    "modelopt in a file": (
+        nvfp4("", "weight_scale_2", "input_scale"),
+        None,
+        r"_proj.weight' of .* is stored as U8 \(hf_quant_config.json says modelopt, NVFP4\).* Start from the model in 16",
+    ),
+    "transforms": (
+        lambda t: None,
+        {**compressed(strategy="block"), "transform_config": {"config_groups": ROTATED}},
+        r"transforms around its linears \(quantization_config has a transform_config\).*is another function",
+    ),
+    "sparse": (
+        lambda t: None,
+        {**compressed(strategy="block"), "sparsity_config": {"format": "sparse-24-bitmask"}},
+        r"is stored sparse \(quantization_config has a sparsity_config",
+    ),
+    "fewer experts": (
+        lambda t: None,
+        {**compressed(strategy="block"), "moe_sparsity_config": {"method": "novice"}},
+        r"is stored sparse \(quantization_config has a moe_sparsity_config",
+    ),
+}
+
+
 @pytest.mark.parametrize("change, said, words", REFUSED.values(), ids=REFUSED)
 def test_fp8_that_cannot_be_read_is_named(fp8, tmp_path, change, said, words):
     source, _ = fp8(change, said)
+    made = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    if said is None:
+        (source / "hf_quant_config.json").write_text(json.dumps(made))
     with pytest.raises(LowbitError, match=words):
         rtn(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"transform_config": {}, "sparsity_config": {}},
+        {"transform_config": {"config_groups": {}}, "sparsity_config": {"format": "dense"}},
+        {"transform_config": None, "sparsity_config": None, "moe_sparsity_config": None},
+    ],
+)
+def test_what_says_that_nothing_is_done_is_no_reason(fp8, more):
+    source, floats = fp8(said={**compressed(block_structure=[32, 48]), **more})
+    ours, expected = ModelStream(str(source)), ModelStream(str(floats))
+    for name, tensor in ours.block_weights(1).items():
+        assert torch.equal(tensor, expected.block_weights(1)[name])
 
 
 # --- MXFP4 ----------------------------------------------------------------------------------------

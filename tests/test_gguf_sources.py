@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
-from gguf import GGMLQuantizationType as Type
+from gguf_files import written
 from helpers import save_tiny
 from typer.testing import CliRunner
 
@@ -43,89 +43,6 @@ FAMILIES = {
 }
 
 
-def written(model, tokenizer, path, kind="f16", split=0, change=None, scaling=None):
-    """Write a model as llama.cpp's converter does, by the gguf package alone."""
-    config = model.config
-    arch = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(
-        config.model_type, config.model_type
-    )
-    writer = package.GGUFWriter(path, arch, split_max_tensors=split)
-    writer.add_name("tiny")
-    if scaling is not None:
-        writer.add_rope_scaling_type(scaling)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    if arch == "qwen3moe":
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if arch.startswith("gemma"):
-        writer.add_sliding_window(config.sliding_window)
-    vocabulary = tokenizer.get_vocab()
-    words = sorted(vocabulary, key=vocabulary.get)
-    words += [f"<unused{i}>" for i in range(config.vocab_size - len(words))]
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(words)
-    writer.add_token_types([3 if w.startswith("<") else 1 for w in words])
-    writer.add_token_merges([" ".join(m) for m in merges])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    tensors = dict(tensors_of(model, arch))
-    if change is not None:
-        change(tensors)
-    for own, array in tensors.items():
-        put(writer, own, array, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def put(writer, name, array, kind):
-    if array.dtype != np.float32 or array.ndim == 1 or kind == "f32":
-        writer.add_tensor(name, array)
-    else:
-        chosen = Type[kind.upper()]
-        writer.add_tensor(name, package.quantize(array, chosen), raw_dtype=chosen)
-
-
-def tensors_of(model, arch):
-    config = model.config
-    known = {v: k for k, v in package.MODEL_ARCH_NAMES.items()}[arch]
-    names = package.get_tensor_name_map(known, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        array = tensor.float().numpy()
-        if name.endswith("experts.gate_up_proj"):
-            block = name.split(".")[2]
-            for part, half in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
-                yield f"blk.{block}.ffn_{part}_exps.weight", np.ascontiguousarray(half)
-            continue
-        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if name.endswith("experts.down_proj"):
-            own += ".weight"
-        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
-            array = array + 1
-        yield own, np.ascontiguousarray(array)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Family -> its tiny model and tokenizer, made once."""
@@ -144,13 +61,10 @@ def models(tmp_path_factory):
 
 
 def theirs(path):
-    """What transformers makes of the file, in float32.
-
-    It does not read the head size of qwen3 and the width of qwen3moe's experts: these two of ours.
-    """
+    """What transformers makes of the file, in float32; ours of what it does not read."""
     config = T.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     ours = open_source(path).config_json
-    for size in ("head_dim", "moe_intermediate_size"):
+    for size in ("head_dim", "moe_intermediate_size", "query_pre_attn_scalar"):
         if size in ours:
             setattr(config, size, ours[size])
     return T.AutoModelForCausalLM.from_pretrained(
@@ -382,7 +296,7 @@ def test_a_tensor_of_another_shape_is_named(models, tmp_path):
         ModelStream(str(path))
 
 
-@pytest.mark.parametrize("arch", ["mamba2", "qwen35", "bert"])
+@pytest.mark.parametrize("arch", ["mamba2", "qwen35", "bert", "gpt-oss", "deci", "t5"])
 def test_architectures_that_transformers_does_not_read_are_named(models, tmp_path, arch):
     path = tmp_path / "m.gguf"
     writer = package.GGUFWriter(path, arch)

@@ -1,21 +1,27 @@
 """What is known of a model without its data, counted by hand; hooks that live for one pass."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers as T
-from families import wrapper_of
-from helpers import COMMON, FAMILIES, LLAMA
+from families import config_of, wrapper_of
+from helpers import COMMON, FAMILIES, LLAMA, save_tiny
 from torch import nn
+from typer.testing import CliRunner
 
+from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid import InputQuantizer, PerToken
 from lowbit.grid.names import parse_scheme
 from lowbit.model.checkpoint import Checkpoint
+from lowbit.model.declared import check_declared
 from lowbit.model.hooks import AllSeen, quantized_inputs, watched
 from lowbit.model.outline import Outline
-from lowbit.plan import make_plan
+from lowbit.model.stream import ModelStream
+from lowbit.plan import make_plan, read_config
 from lowbit.recipe import load_recipe
 
 H, F, V = 64, 96, 300  # hidden, inner, vocabulary
@@ -136,6 +142,65 @@ def test_a_config_is_left_as_it_was():
 def test_other_families_are_refused_by_name(config):
     with pytest.raises(LowbitError, match=config.model_type):
         Outline.of(config)
+
+
+NOT_READ = {  # what config.json says -> what is refused whatever the weights are
+    "transforms": (
+        {"quantization_config": {"transform_config": {"config_groups": {"R4": {}}}}},
+        "computed with transforms around its linears",
+    ),
+    "transforms of the text model": (
+        {"text_config": {"quantization_config": {"transform_config": {"config_groups": {"R": 1}}}}},
+        "computed with transforms around its linears",
+    ),
+    "sparse": (
+        {"compression_config": {"sparsity_config": {"format": "sparse-bitmask"}}},
+        "is stored sparse",
+    ),
+    "rounded at load": ({"quantization_config": {"quant_method": "bitnet"}}, "three values"),
+    "a classifier": (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        "is a LlamaForSequenceClassification",
+    ),
+}
+
+
+@pytest.mark.parametrize("said, words", NOT_READ.values(), ids=NOT_READ)
+def test_a_plan_refuses_what_no_weights_could_change(said, words):
+    with pytest.raises(LowbitError, match=words):
+        check_declared({**T.LlamaConfig(**LLAMA).to_dict(), **said}, "m")
+    if "text_config" not in said:
+        with pytest.raises(LowbitError, match=words):
+            Outline.of(T.LlamaConfig(**LLAMA, **said))
+
+
+def test_a_plan_refuses_forms_that_are_not_known(tmp_path):
+    said = r"'model\.layers\.0\.mlp\.input_linear\.weight' is a 3-D parameter of a form"
+    config = config_of("jetmoe")
+    with pytest.raises(LowbitError, match=said):
+        Outline.of(config)
+    config.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--scheme", "W4A16g8"])
+    assert result.exit_code == 2 and re.search(said, " ".join(result.output.split()))
+
+
+def test_a_plan_says_what_the_run_will_say(tmp_path):
+    """Of recurrent_gemma's gates, in one block of two."""
+    more = dict(num_hidden_layers=2, block_types=["recurrent", "attention"], lru_width=64)
+    folder = save_tiny(tmp_path / "m", config_of("recurrent_gemma", vocab_size=300, **more))
+    (said,) = ModelStream(folder).remarks
+    assert "more of more than two dimensions stay in the model's own dtype" in said
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    outline = Outline.of(read_config(str(folder)))
+    assert outline.remarks[0] == said
+    assert "(quantization_config says fp8): quantize reads them" in outline.remarks[1]
+    options = ["plan", str(folder), "--scheme", "W4A16g8", "--recipe", "rtn"]
+    result = CliRunner().invoke(app, [*options, "--json", str(tmp_path / "p.json")])
+    assert json.loads((tmp_path / "p.json").read_text())["remarks"] == list(outline.remarks)
+    assert result.output.count(" note ") == 2
+    assert Outline.of(T.LlamaConfig(**LLAMA)).remarks == ()
 
 
 TOWERS = ("vision", "visual", "projector")

@@ -20,6 +20,7 @@ from lowbit.model.graph import Site
 from lowbit.model.rewrite import checked
 from lowbit.model.stream import ModelStream
 from lowbit.model.tracing.blocks import limits
+from lowbit.model.tracing.norms import is_centred, offset_of
 from lowbit.model.tracing.shrink import divisor
 from lowbit.model.tracing.tiny import build_tiny
 from lowbit.plan import read_config
@@ -202,12 +203,14 @@ class OwnBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.variant, width = config.variant, config.hidden_size
-        self.norm = nn.RMSNorm(width)
-        self.second = nn.RMSNorm(width)
+        made = nn.LayerNorm if config.variant == "looks ahead" else nn.RMSNorm
+        self.norm, self.second = made(width), made(width)
         if self.variant == "tied norms":
             self.second.weight = self.norm.weight
         if self.variant == "norm of a norm":
             self.second = Behind(width)
+        if self.variant == "norm of heads":
+            self.second = OfHeads(width)
         self.up, self.gate, self.other = (nn.Linear(width, 2 * width, bias=False) for _ in range(3))
         self.down = nn.Linear(2 * width, width, bias=False)
 
@@ -215,6 +218,8 @@ class OwnBlock(nn.Module):
         n = self.norm(x)
         if self.variant == "half-way":
             self.down(n)
+        if self.variant == "looks ahead":
+            n = n + n.flip(1)
         m = n if self.variant == "one norm" else self.second(x)
         if self.variant == "norm twice":
             m = self.norm(x + n)
@@ -234,6 +239,21 @@ class Behind(nn.Module):
         return x
 
 
+class OfHeads(nn.RMSNorm):
+    """Takes rows of tokens, and no vectors."""
+
+    def forward(self, x):
+        return super().forward(x) * x.shape[2]
+
+
+class Apart(nn.Module):
+    """Holds blocks, and no embedding."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.blocks = nn.ModuleList(made)
+
+
 class OwnModel(T.PreTrainedModel, T.GenerationMixin):
     config_class = OwnConfig
 
@@ -242,6 +262,11 @@ class OwnModel(T.PreTrainedModel, T.GenerationMixin):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         made = [OwnBlock(config) for _ in range(config.num_hidden_layers)]
         self.blocks = nn.Sequential(*made) if config.variant == "no list" else nn.ModuleList(made)
+        if config.variant == "apart":
+            self.inner = Apart(made)
+            self.blocks = None
+        if config.variant == "two lists":
+            self.more = nn.ModuleList(OwnBlock(config) for _ in made)
         self.last = nn.RMSNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.variant == "buffer":
@@ -256,12 +281,24 @@ class OwnModel(T.PreTrainedModel, T.GenerationMixin):
         return self.embed
 
     def get_output_embeddings(self):
-        return self.head
+        return None if self.config.variant == "no head" else self.head
 
     def forward(self, input_ids=None, use_cache=None, **_):
-        x = self.embed(input_ids)
-        for block in self.blocks:
-            x = block(x)
+        x, variant = self.embed(input_ids), self.config.variant
+        blocks = list(self.blocks or self.inner.blocks)
+        if variant == "two lists":
+            blocks += self.more
+        if variant == "again":
+            blocks = blocks * 2
+        if variant == "backwards":
+            blocks = blocks[::-1]
+        if variant == "left out":
+            blocks = blocks[:-1]
+        first = x
+        for block in blocks:
+            y = block(x, beside=first) if variant == "beside" else block(x)
+            x = x + 0.5 * (y - x) if variant == "half added" else y
+            x = 0.5 * x if variant == "scaled" else x
         return self.head(self.last(x))
 
 
@@ -355,6 +392,30 @@ def test_a_rewrite_that_changes_the_block_is_remarked(tmp_path, factor, said):
         (lambda own: own("plain", num_hidden_layers=0), r"'lowbit_own' model without a single"),
         (lambda own: own("half-way"), r"narrow copy does not run, .*: 'blocks.0.down' says mat1"),
         (lambda own: own("buffer"), r"cannot compute the buffers of .* AttributeError .*'theta'"),
+        (lambda own: own("looks ahead"), r"whose blocks look at tokens to come"),
+        (lambda own: own("again"), r"that runs block 0 2 times in a pass"),
+        (lambda own: own("left out"), r"that runs block 1 0 times in a pass"),
+        (lambda own: own("backwards"), r"gives block 1 something else than what block 0 returns"),
+        (lambda own: own("half added"), r"gives block 1 something else than what block 0 returns"),
+        (lambda own: own("scaled"), r"gives block 1 something else than what block 0 returns"),
+        (
+            lambda own: own("apart"),
+            r"whose blocks lie in 'inner', and its input embedding does not",
+        ),
+        (lambda own: own("no head"), r"'lowbit_own' model without an output head"),
+        (lambda own: own("two lists"), r"with blocks in 'blocks' .* outside of it \('more.0'\)"),
+        (
+            lambda own: config_of("hrm_text"),
+            r"in 'model.L_module.layers' and .* \('model.H_module.layers.0'\)",
+        ),
+        *(
+            (lambda own, kind=kind: config_of(kind), r"whose blocks look at tokens to come")
+            for kind in ("roberta-prelayernorm", "xlm-roberta-xl", "megatron-bert")
+        ),
+        (
+            lambda own: config_of("megatron-bert", is_decoder=True),
+            r"whose blocks lie in 'bert.encoder', and its input embedding does not",
+        ),
         (
             lambda own: T.DeepseekV2Config(num_hidden_layers=2),
             r"cannot be found: 'model.layers.\d.mlp.gate' says TypeError topk",
@@ -391,6 +452,43 @@ def test_what_fails_under_study_is_named(own, monkeypatch):
     monkeypatch.setattr(OwnBlock, "forward", forward)
     with pytest.raises(LowbitError, match=r"cannot be found: 'blocks.0' says no more"):
         tracing.described(own("plain", hidden_size=128))
+
+
+def test_what_fails_while_readers_are_sought_is_named(own, monkeypatch):
+    """A block that runs inside its model, and not by itself on what it is given there."""
+    calls = []
+
+    def forward(self, x, beside=None):
+        calls.append(self)
+        if len(calls) > 1 + 2 * 2:  # one of a kind, then both on two rows of tokens
+            raise IndexError("no more")
+        return x + self.down(self.up(self.norm(x)) + self.gate(beside))
+
+    monkeypatch.setattr(OwnBlock, "forward", forward)
+    with pytest.raises(LowbitError, match=r"cannot be found: 'blocks.0' says no more"):
+        tracing.described(own("beside"))
+
+
+def test_a_norm_of_heads_is_none_of_the_stream():
+    norm = OfHeads(8)
+    assert offset_of(norm) is None and not is_centred(norm, 8)
+    assert offset_of(nn.RMSNorm(8)) == 0.0 and offset_of(Behind(8)) is None
+
+
+def test_blocks_with_norms_of_heads_are_traced(own):
+    (graph,) = tracing.described(own("norm of heads")).kinds
+    assert graph.linears == ("up", "gate", "other", "down")
+    (graph,) = tracing.described(config_of("xlstm", num_hidden_layers=2)).kinds
+    assert "ffn.proj_down" in graph.linears
+
+
+def test_a_stream_that_is_halved_with_what_is_added_to_it_is_none_that_changes():
+    """RWKV in half precision, which computes the same."""
+    sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4)
+    every, never = (
+        tracing.described(T.RwkvConfig(**sizes, rescale_every=often)) for often in (2, 0)
+    )
+    assert every == never and every.frame.plain
 
 
 def test_narrow_copies_that_a_class_refuses_are_made_wider():

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LowbitError
+from .declared import quantized_by
 from .raw import Raw, raw_tensors
 from .repository import Repository
 from .weight_files import INDEX, weight_files
@@ -83,6 +84,11 @@ class Checkpoint:
     def folder(self) -> Path | None:
         """The local folder, None of a hub repository."""
         return self.repository.folder
+
+    @property
+    def quantized_by(self) -> str | None:
+        """How the model says that its weights are quantized, None if it does not."""
+        return quantized_by(self.config_json)
 
     @cached_property
     def _held(self) -> dict[str, tuple[str, Stored]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import fp8, packed_experts
 from .checkpoint import FLOATS, Checkpoint
 from .computed import At, Computed, View
+from .declared import method_of
 
 _MODELOPT = "hf_quant_config.json"  # where ModelOpt also says it, and older versions alone
 
@@ -34,8 +35,19 @@ class Dequantized(Computed):
         held = Checkpoint.stored(self)
         if not any(t.kind in fp8.KINDS for t in held.values()) or self.file(_MODELOPT) is None:
             return {}
-        producer = self.repository.read_json(_MODELOPT).get("producer") or {}
-        return {"quant_method": producer.get("name")}
+        found = self.repository.read_json(_MODELOPT)
+        algorithm = (found.get("quantization") or {}).get("quant_algo")
+        return {
+            "quant_method": (found.get("producer") or {}).get("name"),
+            "quant_algo": algorithm,
+        }
+
+    @property
+    def quantized_by(self) -> str | None:
+        """See `Checkpoint`."""
+        of_config = super().quantized_by
+        method = method_of(self._said)
+        return of_config or (f"{_MODELOPT} says {method}" if method else None)
 
     @cached_property
     def _scaled(self) -> dict[str, fp8.Scaled]:

@@ -1,5 +1,5 @@
 """Weights in 8-bit floats with scales beside them: w = fp8 * scale, a scale for each block, each
-channel, each matrix or each expert.
+channel, each group of a channel's inputs, each matrix or each expert.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .computed import At, spans_of
 KINDS = ("F8_E4M3", "F8_E5M2")
 METHODS = ("fp8", "compressed-tensors", "modelopt", "fbgemm_fp8")
 _ENDS = ("_scale_inv", "_scale")  # after the weight's name
+_PACKED = "_packed"  # after the name of a weight whose codes share bytes
 _SCALES = (*FLOATS, "F8_E8M0", "U8")
 _EXPONENT_BIAS = 127  # of scales stored as U8: 2 ** (byte - 127)
 # Scales of inputs, and of keys and values, of which weights know nothing.
@@ -44,7 +45,7 @@ class Scaled:
     Attributes:
         name: of the weight. shape: its sizes. kind: of `FLOATS`, what it is rounded to.
         scale: name of its scales. steps: how many elements of each dimension share a scale.
-        blocked: the model's scales are of blocks, of which a small weight has one.
+        blocked: the model's scales are of blocks or groups, of which a small weight has one.
         part: reads a part of a stored tensor. whole: reads a stored tensor.
     """
 
@@ -80,7 +81,8 @@ class Scaled:
         """What has a scale of its own, for a person."""
         both = list(zip(self.steps[-2:], self.shape[-2:], strict=True))
         if any(step == 1 < n for step, n in both):
-            return "a scale per channel"
+            whole = all(step in (1, n) for step, n in both)
+            return "a scale per channel" if whole else "a scale per group"
         return "block scales" if self.blocked else "a scale per tensor"
 
 
@@ -104,7 +106,7 @@ def scaled(
     blocks = set(_blocks(said))
     out = {}
     for name, tensor in held.items():
-        if tensor.kind not in KINDS:
+        if tensor.kind not in KINDS or _is_scale(name, held):
             continue
         scale = next((name + e for e in _ENDS if name + e in held), None)
         if scale is None:
@@ -116,7 +118,7 @@ def scaled(
         steps = _steps(tensor.shape, held[scale].shape, blocks)
         if steps is None or held[scale].kind not in _SCALES:
             sizes = " or ".join(f"{a} x {b}" for a, b in sorted(blocks))
-            known = f"blocks of {sizes}" if blocks else "no weight_block_size in config.json"
+            known = f"blocks of {sizes}" if blocks else "config.json names no size of blocks"
             raise LowbitError(
                 f"tensor '{scale}' of '{source}' ({held[scale].kind} of shape "
                 f"{held[scale].shape}) does not fit '{name}' of shape {tensor.shape} ({known}). "
@@ -124,6 +126,12 @@ def scaled(
             )
         out[name] = Scaled(name, tensor.shape, kind, scale, steps, bool(blocks), part, whole)
     return out
+
+
+def _is_scale(name: str, held: Mapping[str, Stored]) -> bool:
+    """Whether a tensor is itself the scales of another one (NVFP4)."""
+    weights = (name.removesuffix(end) for end in _ENDS if name.endswith(end))
+    return any(w in held or w + _PACKED in held for w in weights)
 
 
 def left_out(
@@ -144,8 +152,10 @@ def _blocks(said: Mapping[str, Any]) -> Iterator[Block]:
     """Sizes of blocks that a quantization_config names."""
     groups = said.get("config_groups")
     weights = [g.get("weights") for g in groups.values()] if isinstance(groups, Mapping) else []
-    named = [said.get("weight_block_size")]
-    named += [w.get("block_structure") for w in weights if isinstance(w, Mapping)]
+    named: list[Any] = [said.get("weight_block_size")]
+    for group in weights:
+        if isinstance(group, Mapping):
+            named += [group.get("block_structure"), [1, group.get("group_size")]]
     for size in named:
         parts = size.split("x") if isinstance(size, str) else size
         if isinstance(parts, list) and len(parts) == 2 and all(str(p).isdigit() for p in parts):

@@ -55,6 +55,11 @@ class GGUFFile:
         field = self._readers[0].get_field(name)
         return None if field is None else field.contents()
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of all values of the metadata."""
+        return tuple(self._readers[0].fields)
+
     @cached_property
     def tensors(self) -> dict[str, Any]:
         """Name -> tensor of the gguf package, its data mapped and not read."""

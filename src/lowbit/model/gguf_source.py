@@ -201,6 +201,9 @@ class GGUFSource(Computed):
         others = [n for n in self.left_out if n != _ROTARY]
         if others:
             said.append(f"of the file {len(others)} tensors are not read ('{others[0]}')")
+        unread = self._translated.unread
+        if unread:
+            said.append(f"of its header {len(unread)} entries are not read ('{unread[0]}')")
         return tuple(said)
 
     def _rotary_scaling(self) -> str | None:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
 
 import torch
 
 from ..errors import LowbitError
 from .checkpoint import FLOATS, Checkpoint, Stored
+from .declared import check_declared
 
 # Last parts of names under which quantizers store codes, scales and tables, beside or in place of a
 # weight.
@@ -46,13 +46,10 @@ _OF_QUANTIZERS = {
     "_blocks",
     "_scales",
 }
-_CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")
-_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def check_source(checkpoint: Checkpoint) -> None:
-    """Refuse what is no source at all: an artifact, an export, or a model that is trained for
-    something else than the next token.
+    """Refuse what is no source at all: an artifact, an export, or what `check_declared` refuses.
 
     Raises:
         LowbitError: naming what it is.
@@ -66,29 +63,7 @@ def check_source(checkpoint: Checkpoint) -> None:
             f"'{checkpoint.name}' is an artifact of lowbit ({report.name}) and quantized already: "
             "start from the model it was made of."
         )
-    named = checkpoint.config_json.get("architectures")
-    classes = named if isinstance(named, list) else []
-    other = [c for c in classes if isinstance(c, str) and "For" in c and not c.endswith(_CAUSAL)]
-    if other and len(other) == len(classes):
-        raise LowbitError(
-            f"'{checkpoint.name}' is a {other[0]} (architectures in its config.json): lowbit "
-            "quantizes causal language models."
-        )
-
-
-def quantized_by(config: Mapping[str, Any]) -> str | None:
-    """How config.json says that the weights are quantized, None if it does not."""
-    for key in _CONFIG_KEYS:
-        said = config.get(key)
-        if said:
-            method = said.get("quant_method") if isinstance(said, Mapping) else None
-            return f"{key} says {method}" if method else key
-    return None
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with no word of a quantization."""
-    return {k: v for k, v in config.items() if k not in _CONFIG_KEYS}
+    check_declared(checkpoint.config_json, checkpoint.name)
 
 
 def check_floats(
@@ -111,7 +86,7 @@ def check_floats(
     Raises:
         LowbitError: naming the tensor, and its dtype if that is what is wrong.
     """
-    said = quantized_by(checkpoint.config_json)
+    said = checkpoint.quantized_by
     by = f" ({said})" if said else ""
     inside, own = tuple(prefixes), frozenset(wanted)
     for name in sorted(own):
@@ -126,14 +101,6 @@ def check_floats(
                 f"'{checkpoint.name}' is quantized already{by}: it holds '{name}'. Start from the "
                 "model in 16 or 32 bits."
             )
-    method = (checkpoint.config_json.get("quantization_config") or {}).get("quant_method")
-    if method == "bitnet":
-        raise LowbitError(
-            f"'{checkpoint.name}' has float weights that transformers rounds to three values while "
-            f"it loads them ({said}): lowbit would "
-            "quantize other numbers than those. Remove the entry from its config.json if the "
-            "weights are meant as they are."
-        )
     if said is None or checkpoint.remarks:
         return checkpoint.remarks
     what = said.replace(" says ", " of ")

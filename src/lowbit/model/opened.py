@@ -11,7 +11,8 @@ import torch
 
 from .checkpoint import Checkpoint, Stored
 from .config import load_config
-from .intake import check_source, without_quantization
+from .declared import without_quantization
+from .intake import check_source
 from .source import open_source
 from .wrapper import is_wrapper, text_config
 

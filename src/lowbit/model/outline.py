@@ -13,7 +13,9 @@ from torch import nn
 
 from ..grid import Rotation
 from .beside import Item
+from .declared import check_declared, quantized_by
 from .experts import replace_fused
+from .forms import remark_on, unknown_in
 from .graph import Described, Frame, Graph
 from .skeleton import build_skeleton
 from .tracing import described
@@ -27,17 +29,26 @@ class Kind:
 
     Attributes:
         linears: linear that is quantized -> (out, in). biased: those with a bias.
-        rest: parameters of a block outside these linears.
+        rest: parameters of a block outside these linears. unknown: names of those of a form that
+            is not known, which stay as they are.
     """
 
     graph: Graph
     linears: Mapping[str, tuple[int, int]]
     biased: frozenset[str]
     rest: int
+    unknown: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, graph: Graph, block: nn.Module) -> Kind:
-        """The kind of a block, which may be on the meta device."""
+    def of(cls, graph: Graph, block: nn.Module, path: str) -> Kind:
+        """The kind of a block, which may be on the meta device.
+
+        Args:
+            path: of the block, for errors.
+
+        Raises:
+            LowbitError: most of it is of a form that is not known.
+        """
         linears: dict[str, tuple[int, int]] = {}
         for name in graph.linears:
             rows, columns = block.get_parameter(f"{name}.weight").shape
@@ -48,6 +59,7 @@ class Kind:
             linears,
             frozenset(n for n in linears if block.get_submodule(n).bias is not None),
             inside - sum(a * b for a, b in linears.values()),
+            unknown_in(block, graph.linears, path),
         )
 
 
@@ -67,6 +79,7 @@ class Outline:
         rotated: the residual stream is in another basis; the head is no longer tied then.
         online: full linear name -> rotation of its input while the finished model runs.
         kv: keys and values will be quantized. key_rotation: of queries and keys then.
+        quantized_by: how config.json says that the weights are quantized; None if it does not.
     """
 
     config: Any
@@ -82,6 +95,7 @@ class Outline:
     online: Mapping[str, Rotation] = field(default_factory=dict)
     kv: bool = False
     key_rotation: Rotation | None = None
+    quantized_by: str | None = None
 
     @classmethod
     def of(cls, config: Any) -> Outline:
@@ -89,9 +103,12 @@ class Outline:
 
         Raises:
             LowbitError: unsupported family, or a config that describes no model, or one without a
-                linear that can be quantized.
+                linear that can be quantized, or one whose weights `quantize` would refuse whatever
+                they are.
         """
         whole, name = config, getattr(config, "name_or_path", "") or config.model_type
+        said = whole.to_dict()
+        check_declared(said, name)
         config = text_config(whole, name)
         found = described(config)
         found.check(name)
@@ -107,7 +124,7 @@ class Outline:
             alike = found.of_layers[i], signature(block)
             if alike not in seen:
                 replace_fused(block)
-                kind = Kind.of(found.graph(i), block)
+                kind = Kind.of(found.graph(i), block, found.block_name(i))
                 if kind not in kinds:
                     kinds.append(kind)
                 seen[alike] = kinds.index(kind)
@@ -127,6 +144,7 @@ class Outline:
             centred=found.frame.centred,
             around=around,
             items=found.items,
+            quantized_by=quantized_by(said),
         )
 
     @property
@@ -143,6 +161,24 @@ class Outline:
     def kind(self, i: int) -> Kind:
         """The kind of block i."""
         return self.kinds[self.of_layers[i]]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know before a run."""
+        unknown = remark_on(
+            [
+                f"{self.described.block_name(i)}.{name}"
+                for i in range(self.blocks)
+                for name in self.kind(i).unknown
+            ]
+        )
+        if self.quantized_by is None:
+            return unknown
+        return (
+            *unknown,
+            f"config.json speaks of quantized weights ({self.quantized_by}): quantize reads them "
+            "where they are floats, FP8 or MXFP4, and refuses others",
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

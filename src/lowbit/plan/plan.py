@@ -296,6 +296,7 @@ class Plan:
             "check_memory_by_block": self.check_memory_by_block,
             "seconds": None if speed is None else self.seconds(speed),
             "runtimes": [asdict(v) for v in self.runtimes],
+            "remarks": list(self.outline.remarks),
             "block_memory": m.block,
             "outer_memory": m.outer,
             "activations": m.streams,

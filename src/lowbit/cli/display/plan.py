@@ -55,6 +55,7 @@ def plan_rows(
         *memory_rows(p, p.setting.device, offload, folder, free),
         ("disk", f"{p.artifact / gib:.3g} GiB, besides activations that are kept there"),
         ("time", took),
+        *(("note", remark) for remark in p.outline.remarks),
     ]
 
 

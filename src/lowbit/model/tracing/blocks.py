@@ -44,6 +44,52 @@ def check_own_weights(blocks: Sequence[nn.Module], name: str) -> None:
                 )
 
 
+def check_one_list(model: Any, layers: str, name: str) -> None:
+    """Refuse a model that has blocks of the same classes outside of its list of blocks.
+
+    Args:
+        layers: attribute path of the list. name: of the model, for errors.
+
+    Raises:
+        LowbitError: naming the first of them.
+    """
+    kinds = {type(block) for block in model.get_submodule(layers).children()}
+    for path, module in model.named_modules():
+        if type(module) in kinds and not path.startswith(f"{layers}."):
+            raise LowbitError(
+                f"'{name}' is a '{model.config.model_type}' model with blocks in '{layers}' and "
+                f"others of their class outside of it ('{path}'): models with several lists of "
+                "blocks are not supported yet. Nothing was written."
+            )
+
+
+def check_ends(model: Any, trunk: str, name: str) -> None:
+    """Refuse a model of which what holds the blocks does not embed the tokens, or that has no head.
+
+    Args:
+        trunk: attribute path of what holds the list of blocks. name: of the model, for errors.
+
+    Raises:
+        LowbitError: saying what is missing.
+    """
+    what = f"'{name}' is a '{model.config.model_type}' model"
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        embedding, head = None, None
+    if embedding is None or all(m is not embedding for m in model.get_submodule(trunk).modules()):
+        raise LowbitError(
+            f"{what} whose blocks lie in '{trunk}', and its input embedding does not: models that "
+            "do not embed tokens where their blocks are, are not supported yet. Nothing was "
+            "written."
+        )
+    if head is None:
+        raise LowbitError(
+            f"{what} without an output head: lowbit quantizes causal language models. Nothing was "
+            "written."
+        )
+
+
 def signature(block: nn.Module) -> tuple[Any, ...]:
     """What tells kinds of blocks apart: classes, parameters, switches."""
     modules = tuple(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import LowbitError
 from ..beside import Keys
@@ -19,13 +19,20 @@ from ..experts import replace_fused
 from ..graph import Described, Frame, Graph
 from ..skeleton import build_skeleton
 from .assemble import graph_of
-from .blocks import check_own_weights, limits, list_of_blocks, signature
+from .blocks import (
+    check_ends,
+    check_one_list,
+    check_own_weights,
+    limits,
+    list_of_blocks,
+    signature,
+)
 from .kind import Kind
+from .norms import SAME, is_centred, offset_of
 from .tiny import Tiny, build_tiny
 from .where import named
 
 _COUNT = re.compile(r"heads|experts|groups|n_group|num_inputs")
-_SAME = 1e-5  # some norms compute in float32 whatever they are given
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,14 @@ def _described(asked: _Asked) -> Described:
     blocks = list(model.get_submodule(layers).children())
     if not blocks:
         raise LowbitError(f"'{name}' is a '{config.model_type}' model without a single block.")
+    check_one_list(model, layers, name)
     check_own_weights(blocks, name)
     signatures = [*zip(map(signature, blocks), limits(blocks), strict=True)]
     distinct = list(dict.fromkeys(signatures))
     of_layers = tuple(distinct.index(s) for s in signatures)
     tiny = build_tiny(config, name, layers, of_layers)
     hidden = tiny.called[0].x.shape[-1]
-    centred = any(_centred(m, hidden) for i in tiny.firsts for m in tiny.blocks[i].modules())
+    centred = any(is_centred(m, hidden) for i in tiny.firsts for m in tiny.blocks[i].modules())
     counts = frozenset({1, *_counts(config.to_dict())})
     kinds: list[Graph] = []
     for number, (first, called) in enumerate(zip(tiny.firsts, tiny.called, strict=True)):
@@ -85,6 +93,7 @@ def _described(asked: _Asked) -> Described:
                     "come: it is no decoder that continues a text."
                 )
             kinds.append(graph_of(kind, centred))
+    check_ends(model, tiny.trunk, name)
     alike = list(dict.fromkeys(kinds))
     places = tuple(alike.index(kinds[k]) for k in of_layers)
     return Described(_frame(tiny, centred), tuple(alike), places, tiny.items)
@@ -116,7 +125,7 @@ def _frame(tiny: Tiny, centred: bool) -> Frame:
     own = f"{tiny.trunk}."
     embeddings = [n for n in tiny.before if isinstance(parts[n], nn.Embedding)]
     after = [n for n in tiny.after if parts[n] is not head]
-    norms = {n: offset for n in after if (offset := _offset(parts[n])) is not None}
+    norms = {n: offset for n in after if (offset := offset_of(parts[n])) is not None}
     plain = (
         all(item.maker is not None for item in tiny.items)
         and len(after) == len(norms) <= 1
@@ -150,37 +159,4 @@ def _plain(tiny: Tiny, after: list[nn.Module], head: nn.Module) -> bool:
         return False
     # Some classes give logits in float32.
     alike = x.shape == tiny.logits.shape
-    return alike and torch.allclose(x.float(), tiny.logits.float(), rtol=_SAME, atol=_SAME)
-
-
-def _centred(norm: nn.Module, hidden: int) -> bool:
-    """Whether a module is a norm of the stream that takes the mean off."""
-    gain = norm._parameters.get("weight")
-    if gain is None or gain.shape != (hidden,) or _offset(norm) is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x: Tensor = torch.randn(3, hidden, generator=generator, dtype=gain.dtype)
-    with torch.no_grad():
-        return torch.allclose(norm(x + 1), norm(x), rtol=_SAME, atol=_SAME)
-
-
-def _offset(norm: nn.Module) -> float | None:
-    """What a norm adds to its stored gain; None if it is no norm."""
-    gain, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-    if gain is None or gain.dim() != 1:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    x: Tensor = torch.randn(3, len(gain), generator=generator, dtype=gain.dtype)
-    factors = torch.linspace(0.5, 1.5, len(gain), dtype=gain.dtype)
-    held = gain.detach().clone()
-    with torch.no_grad():
-        shift = 0.0 if bias is None else bias
-        base = norm(x) - shift
-        try:
-            for offset in (0.0, 1.0):
-                gain.copy_((held + offset) * factors - offset)
-                if torch.allclose(norm(x) - shift, base * factors, rtol=_SAME, atol=_SAME):
-                    return offset
-        finally:
-            gain.copy_(held)
-    return None
+    return alike and torch.allclose(x.float(), tiny.logits.float(), rtol=SAME, atol=SAME)

@@ -29,6 +29,8 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _POSITIONS = ("max_position_embeddings", "n_positions")
 _CHUNK = re.compile(r"chunk_size$")
 _ROPE = ("rope_scaling", "rope_parameters")
+# RWKV halves its stream between blocks and their outputs with it, for the range of float16.
+_RANGE = "rescale_every"
 
 _NARROWEST = 8  # of a head: partial rotary embeddings take a quarter of it, in pairs
 _LEAST = 32  # of the hidden size
@@ -78,8 +80,10 @@ def _value(name: str, value: Any, by: int) -> Any:
         return _divided(value, by)
     if isinstance(value, bool) or not isinstance(value, int):
         return 0 if name in _TOKENS and value is not None else value
-    if name in _TOKENS or _GROUPS.search(name):
-        return 0 if name in _TOKENS else 1
+    if name in _TOKENS or name == _RANGE:
+        return 0
+    if _GROUPS.search(name):
+        return 1
     limits = (
         (_EXPERTS.search(name), _EXPERTS_KEPT),
         (_CHOSEN.search(name) or name == "top_k", _CHOSEN_KEPT),

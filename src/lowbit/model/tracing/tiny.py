@@ -16,6 +16,7 @@ from ..experts import replace_fused
 from ..recorder import Called, Recorder
 from ..skeleton import build_skeleton, compute_buffers, reason_of
 from ..turning import turn
+from .chain import Chain
 from .passing import Calls, Passes, alone, items_of
 from .shrink import divisor, shrunken
 from .where import named
@@ -114,7 +115,11 @@ def build_tiny(config: Any, name: str, layers: str, of_layers: tuple[int, ...]) 
         live = run(every)
         changed = run(every, other=True)
         passes = Passes(live.calls, changed.calls, passive.calls, tokens.calls)
-        tiny.items = items_of(name, by, blocks, passes)
+        inside = {f"{layers}.{i}": block for i, block in enumerate(blocks)}
+        for i in every:
+            inside |= tiny.inside(i)
+        with named(inside, tiny.described(name), "a block"):
+            tiny.items = items_of(name, by, blocks, passes)
     tiny.called += [live.calls.called[i] for i in firsts]
     return tiny
 
@@ -209,11 +214,15 @@ class _Pass:
         modules = dict(tiny.model.named_modules())
         for i in sorted({*tiny.firsts, *live}):  # which a recorder holds, and the model no longer
             modules |= tiny.inside(i)
-        with torch.no_grad(), named(modules, tiny.described(name), "the model") as where:
+        what, chain = tiny.described(name), Chain(recorders)
+        with torch.no_grad(), chain, named(modules, what, "the model") as where:
             said = tiny.model(input_ids=self._ids(other), use_cache=False)
+            chain.check_once(what)
+            called = [r.called() for r in recorders]
+            chain.check_order(what, [c.x for c in called])
         self.logits: Tensor = getattr(said, "logits", said)
         self._order = where.order
-        self.calls = Calls([r.called() for r in recorders], [r.left for r in recorders])
+        self.calls = Calls(called, [r.left for r in recorders])
 
     def _ids(self, other: bool) -> Tensor:
         def drawn(seed: int) -> Tensor:
