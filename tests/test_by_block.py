@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ import lowbit
 from lowbit.artifact import proof
 from lowbit.artifact.proof import verify
 from lowbit.artifact.proof.contents import numbers_in
-from lowbit.cli import app
+from lowbit.cli import app, loading
 from lowbit.errors import LowbitError, VerificationError
+from lowbit.evaluate import evaluate, evaluate_by_block, load_causal_lm
+from lowbit.runtime.by_block import ByBlock
 
 CASES = {  # model, scheme, recipe, format, how it was loaded
     "llama": ("llama", "W4A16g16", "rtn", "compressed-tensors", "blocks"),
@@ -55,11 +58,27 @@ def made(request, tmp_path_factory):
     text = model / "text.txt"
     done = lowbit.quantize(model, scheme, recipe, out=out, calib=text, samples=4, length=16)
     assert kind in (None, done.report["format"]), request.param
-    return out, done, loading
+    return model, out, done, loading
+
+
+def test_an_evaluation_is_that_of_the_whole(made):
+    source, out, _, _ = made
+    vocab = load_causal_lm(str(source), "cpu").config.get_text_config().vocab_size
+    ids = torch.randint(3, vocab, (3, 16), generator=torch.Generator().manual_seed(0))
+    reference = load_causal_lm(str(source), "cpu", "float32")
+    # Scales may be of a whole call: one window in each.
+    whole = evaluate(load_causal_lm(str(out), "cpu", "float32"), ids, reference, batch=1)
+    models = (ByBlock(str(m), torch.device("cpu")) for m in (out, source))
+    found = evaluate_by_block(next(models), ids, next(models), room=1)
+    assert (found.windows, found.tokens, found.batch) == (3, 45, 1)
+    # Where inputs are rounded, a difference of float32 may be a whole step of one.
+    assert found.top1 == pytest.approx(whole.top1, abs=1.01 / 45)
+    assert found.kl == pytest.approx(whole.kl, rel=1e-3, abs=1e-6)
+    assert found.nll == pytest.approx(whole.nll, rel=1e-5)
 
 
 def test_the_answer_is_that_of_the_whole(made):
-    out, done, loading = made
+    _, out, done, loading = made
     found = verify(out, loading="blocks")
     assert found.loading == (loading or found.loading)
     assert done.verification.loading == "whole"
@@ -129,3 +148,27 @@ def test_wrappers(tmp_path):
     done = lowbit.quantize(whole, "W4A16g16", "rtn", out=out, calib=text, samples=4, length=16)
     found = verify(out, loading="blocks")
     assert found.loading == "blocks" and found.logits_rms == done.verification.logits_rms
+
+
+@pytest.mark.parametrize(
+    "words, code, says",
+    [
+        (("--load", "blocks"), 0, "4 windows a pass, one block in memory at a time); to"),
+        (("--load", "whole"), 0, "4 windows a pass); to"),
+        (("--load", "half"), 2, "unknown way of loading 'half'"),
+        (("--load", "blocks", "--tasks", "piqa"), 2, "leave out --tasks and --integers"),
+    ],
+)
+def test_eval_from_the_command_line(artifact, tmp_path, words, code, says):
+    model = save_tiny(tmp_path / "m")
+    given = ("--text", model / "text.txt", "--length", 16, "--windows", 4, "--reference", model)
+    done = CliRunner().invoke(app, [str(w) for w in ("eval", artifact, *given, *words)])
+    said = " ".join(done.output.split())
+    assert done.exit_code == code and says in said, said
+
+
+@pytest.mark.parametrize("free, want", [(None, False), (1 << 40, False), (100_000, True)])
+def test_eval_takes_blocks_where_the_whole_does_not_fit(artifact, monkeypatch, free, want):
+    monkeypatch.setattr(loading, "free_memory", lambda device: free)
+    given = SimpleNamespace(model=str(artifact), reference=None, dtype="auto", load="auto")
+    assert loading.by_block(given, "cpu") == want

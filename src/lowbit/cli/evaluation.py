@@ -6,23 +6,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..console import Console
-from ..evaluate import evaluate, load_causal_lm, together, window_length
+from ..errors import LowbitError
+from ..evaluate import (
+    Evaluation,
+    evaluate,
+    evaluate_by_block,
+    load_causal_lm,
+    together,
+    window_length,
+)
 from ..evaluate.tasks import Prepared, TaskResults, evaluate_tasks, prepare
 from ..evaluate.tasks.show import notes, table
-from ..machine import pick_device
+from ..machine import free_memory, pick_device
 from ..model.bos import check_bos, said_of
 from ..model.calibration import evaluation_windows
 from ..model.config import load_config
 from ..model.source import open_files
 from ..model.tokenizer import load_tokenizer
+from ..runtime.by_block import ByBlock
 from ..runtime.integers import in_integers
 from .display import progress_bar
+from .loading import by_block, check_loading
 from .sentences import check_needed
 
 _USUAL_BATCH = 8
+_OF_FREE = 4  # of the memory that is free, for what goes from block to block
 
 
 @dataclass(frozen=True)
@@ -47,9 +59,16 @@ class EvalOptions:
     integers: bool
     dtype: str
     device: str
+    load: str = "auto"
 
     def __post_init__(self) -> None:
         check_bos(self.bos)
+        check_loading(self.load)
+        if self.load == "blocks" and (self.tasks or self.integers):
+            raise LowbitError(
+                "--load blocks measures a text: leave out --tasks and --integers, which take the "
+                "whole model."
+            )
         of_tasks = {
             "--shots": self.shots,
             "--limit": self.limit,
@@ -90,6 +109,8 @@ def run_eval(given: EvalOptions, console: Console) -> dict[str, Any]:
             given.measured_text, tokenizer, length, given.windows, given.bos
         )
     prepared = _prepared(given, console)
+    if windows is not None and prepared is None and not given.integers and by_block(given, device):
+        return _block_by_block(given, windows, said_of(windows, tokenizer), device, console)
     model = load_causal_lm(given.model, device, given.dtype)
     if given.integers:
         model = in_integers(model, Path(given.model))
@@ -120,10 +141,31 @@ def _on_text(
         reference = load_causal_lm(given.reference, device, given.dtype)
     with progress_bar(console) as progress:
         result = evaluate(model, windows, reference, progress=progress)
+    return _told(given, result, begun, "", console)
+
+
+def _block_by_block(
+    given: EvalOptions, windows: Tensor, begun: str, device: str, console: Console
+) -> dict[str, Any]:
+    """The same with one block of each model in memory at a time."""
+    dtype = None if given.dtype == "auto" else getattr(torch, given.dtype)
+    where = torch.device(device)
+    model = ByBlock(given.model, where, dtype)
+    reference = ByBlock(given.reference, where, dtype) if given.reference else None
+    free = free_memory(where)
+    room = None if free is None else free // _OF_FREE
+    with progress_bar(console, "blocks") as progress:
+        result = evaluate_by_block(model, windows, reference, room, progress)
+    return _told(given, result, begun, ", one block in memory at a time", console)
+
+
+def _told(
+    given: EvalOptions, result: Evaluation, begun: str, how: str, console: Console
+) -> dict[str, Any]:
     line = (
         f"{given.model} on {given.measured_text}: perplexity {result.perplexity:.4f} (nll "
         f"{result.nll:.5f}; {result.windows} windows x {result.length}{begun}, "
-        f"{result.tokens} tokens, {together(result.batch)})"
+        f"{result.tokens} tokens, {together(result.batch)}{how})"
     )
     if result.kl is not None and result.top1 is not None:
         line += f"; to {given.reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"

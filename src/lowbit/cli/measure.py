@@ -28,6 +28,7 @@ def eval_(
     integers: options.Integers = False,
     dtype: options.Dtype = "auto",
     device: Device = "auto",
+    load: options.EvalLoad = "auto",
     json_: options.EvalJson = None,
 ) -> None:
     """Perplexity on non-overlapping windows, as the papers compute it; with --reference also KL and
@@ -50,6 +51,7 @@ def eval_(
         integers=integers,
         dtype=dtype,
         device=device,
+        load=load,
     )
     data = run_eval(given, out)
     if json_:

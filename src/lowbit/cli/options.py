@@ -218,6 +218,15 @@ Remove = Annotated[
 Artifact = Annotated[Path, typer.Argument(help="Artifact folder.")]
 MovedArtifact = Annotated[Path, typer.Argument(help="Artifact folder, also a copy that was moved.")]
 Loader = Annotated[bool, typer.Option(help="Also load it with its runtime and compare logits.")]
+EvalLoad = Annotated[
+    str,
+    typer.Option(
+        help=(
+            "How models are in memory: 'whole', or 'blocks' for one block at a time (a text; "
+            "models of floats, GGUF files and lowbit's own artifacts). 'auto': whole if that fits."
+        )
+    ),
+]
 Load = Annotated[
     str,
     typer.Option(

@@ -2,6 +2,7 @@
 agreement.
 """
 
+from .by_block import evaluate_by_block
 from .continuation import continue_text
 from .loading import load_causal_lm
 from .perplexity import evaluate
@@ -13,6 +14,7 @@ __all__ = [
     "Tally",
     "continue_text",
     "evaluate",
+    "evaluate_by_block",
     "load_causal_lm",
     "together",
     "window_length",

@@ -89,8 +89,14 @@ def check_windows(windows: Tensor, vocab: int, reference: Any = None) -> None:
             f"the text has token id {top}, the vocabulary ends at {vocab - 1}: is it the model's "
             "own tokenizer?"
         )
-    if reference is not None and vocabulary(reference) != vocab:
+    if reference is not None:
+        check_against(vocabulary(reference), vocab)
+
+
+def check_against(reference: int, vocab: int) -> None:
+    """Refuse a reference with another number of tokens in its vocabulary than the model's."""
+    if reference != vocab:
         raise LowbitError(
-            f"the reference has {vocabulary(reference)} tokens in its vocabulary, the model "
-            f"{vocab}: they cannot be compared."
+            f"the reference has {reference} tokens in its vocabulary, the model {vocab}: they "
+            "cannot be compared."
         )

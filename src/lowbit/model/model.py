@@ -126,13 +126,8 @@ class Model:
         beside = Beside(own, own, proved)
         return Streams(x, x, len(self.rows), wide, self.storage, ranks=self.ranks, beside=beside)
 
-    def begin(self, i: int, streams: Streams, kwargs: Mapping[str, Any]) -> Block:
-        """Block i with its weights read, its inputs attached, its float target computed and its
-        activations on their grids.
-
-        Raises:
-            LowbitError: the float model's activations are not finite.
-        """
+    def read(self, i: int, streams: Streams, kwargs: Mapping[str, Any]) -> Block:
+        """Block i with its weights read and its inputs attached; its target is its input."""
         source, name, graph = self.source, self.source.block_name(i), self.source.graph(i)
         place = source.described.place(i)
         context = Context(
@@ -158,7 +153,17 @@ class Model:
             storage=streams.storage,
             ranks=streams.ranks,
         )
-        block = Block(context, source.block_weights(i))
+        return Block(context, source.block_weights(i))
+
+    def begin(self, i: int, streams: Streams, kwargs: Mapping[str, Any]) -> Block:
+        """Block i with its weights read, its inputs attached, its float target computed and its
+        activations on their grids.
+
+        Raises:
+            LowbitError: the float model's activations are not finite.
+        """
+        block = self.read(i, streams, kwargs)
+        name, graph, context = block.name, block.graph, block.context
         left = Kept(len(streams.x), streams.storage, streams.x)
         rows, length = streams.x.shape[:2]
         routed = Routed(block.module, graph.mixtures, rows, length, block.device)

@@ -34,7 +34,7 @@ class ModelStream:
     """A decoder-only model, one block in memory at a time.
 
     Args:
-        model: local folder or hub id.
+        model: local folder or hub id, or what has been opened of one.
         device: where blocks are computed.
         compute: dtype of the arithmetic; None means float32 on a CPU and the model's own elsewhere.
         revision: hub branch, tag or commit.
@@ -46,12 +46,12 @@ class ModelStream:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Opened,
         device: torch.device | str = "cpu",
         compute: torch.dtype | None = None,
         revision: str | None = None,
     ) -> None:
-        opened = Opened.of(model, revision)
+        opened = model if isinstance(model, Opened) else Opened.of(model, revision)
         self.checkpoint, self.stored = opened.checkpoint, opened.stored
         self.whole_config, self.config = opened.whole_config, opened.config
         self.described: Described = described(self.config)
