@@ -62,7 +62,7 @@ def made(request, tmp_path_factory):
 
 
 def test_an_evaluation_is_that_of_the_whole(made):
-    source, out, _, _ = made
+    source, out, done, _ = made
     vocab = load_causal_lm(str(source), "cpu").config.get_text_config().vocab_size
     ids = torch.randint(3, vocab, (3, 16), generator=torch.Generator().manual_seed(0))
     reference = load_causal_lm(str(source), "cpu", "float32")
@@ -72,9 +72,10 @@ def test_an_evaluation_is_that_of_the_whole(made):
     found = evaluate_by_block(next(models), ids, next(models), room=1)
     assert (found.windows, found.tokens, found.batch) == (3, 45, 1)
     # Where inputs are rounded, a difference of float32 may be a whole step of one.
+    within = 1e-5 if done.report["recipe"].get("activations") is None else 1e-3
     assert found.top1 == pytest.approx(whole.top1, abs=1.01 / 45)
     assert found.kl == pytest.approx(whole.kl, rel=1e-3, abs=1e-6)
-    assert found.nll == pytest.approx(whole.nll, rel=1e-5)
+    assert found.nll == pytest.approx(whole.nll, rel=within)
 
 
 def test_the_answer_is_that_of_the_whole(made):
