@@ -110,7 +110,9 @@ def test_parameters_outside_the_blocks(more: dict[str, object], outside: int, st
     assert plan.parameters == 3 * (30720 + 128) + outside
     assert plan.original == 2 * plan.parameters
     assert plan.artifact - plan.packed == 2 * (3 * 128 + stored)
-    assert plan.check_memory == 4 * plan.parameters
+    assert plan.check_memory == PROCESS + 5 * plan.parameters
+    # A block, seven bytes a number while it is filled.
+    assert plan.check_memory_by_block == PROCESS + 5 * outside + 7 * (30720 + 128)
 
 
 def test_a_rotated_model_stores_a_head_that_was_tied() -> None:

@@ -238,8 +238,10 @@ class Plan:
 
     @property
     def check_memory(self) -> int:
-        """Of the closing check, in a process of its own: the whole model decoded, in float32."""
-        return 4 * self.parameters
+        """Of the closing check, in a process of its own: the whole model decoded, in float32, and
+        while it is loaded a quarter of it again.
+        """
+        return PROCESS + 5 * self.parameters
 
     @property
     def check_memory_by_block(self) -> int:
@@ -249,7 +251,7 @@ class Plan:
         o = self.outline
         block = max(s.layer.weights + s.layer.rest for s in self.shapes_of)
         # In 16 bits as it is read, too: all of a block, and of what lies outside some.
-        return 5 * (o.outside + o.tied_head * o.rotated + o.around) + 7 * block
+        return PROCESS + 5 * (o.outside + o.tied_head * o.rotated + o.around) + 7 * block
 
     def seconds(self, speed: Speed) -> float:
         """Counted work at the measured speed of a device, see `lowbit.plan.speed`."""
