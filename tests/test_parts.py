@@ -56,3 +56,15 @@ def test_a_cpu_that_cannot_allocate_is_out_of_memory_and_other_errors_are_not():
         MicroBatches("tuning", 8, said.append).over(
             9, lambda: 0, lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3)
         )
+
+
+@pytest.mark.parametrize(
+    "said, memory",
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling ...", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling ...", False),
+    ],
+)
+def test_workspaces_of_libraries_are_memory_too(said, memory):
+    assert ran_out(RuntimeError(said)) == memory

@@ -11,11 +11,16 @@ from ..errors import LowbitError
 
 T = TypeVar("T")
 
+# The CPU's allocator, and the workspaces of CUDA's libraries.
+_RAN_OUT = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+
 
 def ran_out(e: BaseException) -> bool:
-    """Whether an exception says that memory ran out. The CPU's allocator has none of its own."""
+    """Whether an exception says that memory ran out. Allocators beside torch's own on a device have
+    none of their own type.
+    """
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e)
+        isinstance(e, RuntimeError) and any(words in str(e) for words in _RAN_OUT)
     )
 
 

@@ -172,7 +172,8 @@ class ModelStream:
         """
         held = torch.promote_types(self.compute, torch.float32)
         weights = {
-            name: t.to(self.device, held if t.is_floating_point() else None)
+            # Sent as it is stored: half the bytes, and widened there.
+            name: t.to(self.device).to(held if t.is_floating_point() else t.dtype)
             for name, t in self.inventory.block(i).items()
         }
         return self._arrangement.block(weights, self.graph(i), self.dtype, self.block_dtypes(i))
@@ -236,7 +237,7 @@ class ModelStream:
         if self._fixed is None:
             wide = self.inventory.precision.wide(self.compute)
             held = {
-                name: t.to(self.device, as_computed(name, t, self.compute, wide))
+                name: t.to(self.device).to(as_computed(name, t, self.compute, wide))
                 for name, t in self.outer_tensors().items()
             }
             held.setdefault(self.outer.head, held[self.outer.embedding])
