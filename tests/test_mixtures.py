@@ -127,7 +127,7 @@ CALLED = {
 
 
 @pytest.mark.parametrize("family", CALLED)
-@pytest.mark.parametrize("fails", [0, 1, 2, 3])
+@pytest.mark.parametrize("fails", [0, 2])
 def test_counted_are_tokens_of_rows_that_teach_once(tmp_path, monkeypatch, family, fails):
     """Neither those of held-out rows nor those of a pass that ran out of memory."""
     config = families.config_of(family, vocab_size=300, num_hidden_layers=4)
@@ -206,7 +206,7 @@ def test_priors_of_rare_experts():
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "deepseek_v3"])
-@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("recipe", ["gptq", "claq"])
 def test_codes_do_not_depend_on_how_many_experts_are_looked_at_together(
     tmp_path, monkeypatch, family, at_once, recipe
