@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as T
+from families import config_of
 from helpers import FAMILIES
 
 from lowbit.errors import LowbitError
 from lowbit.grid import MXFP4, Affine, Codebook, CrossQuant, KQuant, LLMInt8, PerToken
 from lowbit.grid.names import parse_scheme
 from lowbit.methods import RTN
+from lowbit.methods._hessian import _steps
 from lowbit.methods.cost import Layer, Rows, Work
 from lowbit.model.calibration import Calibration
 from lowbit.plan import HELD_OUT, calibration_of, make_plan, read_config
@@ -191,6 +194,30 @@ def test_sizes_of_a_layer() -> None:
     layer = Layer({"a": (64, 32), "b": (16, 96)}, 10, 1000, 32, 300)
     assert (layer.weights, layer.largest, layer.widest) == (2048 + 1536, 2048, 96)
     assert layer.activations == 96 + 112 + 10 * 32 + 2 * 96
+    shared = replace(layer, shares={"b": 0.25})
+    assert layer.active == 2048 + 1536 and shared.active == 2048 + 0.25 * 1536
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "chosen", "share"),
+    [
+        ("qwen3_moe", "num_experts_per_tok", 2, 2 / 5),
+        ("gpt_oss", "num_experts_per_tok", 1, 1 / 5),
+        ("ernie4_5_moe", "moe_k", 3, 3 / 5),
+    ],
+)
+def test_work_of_experts_is_of_the_tokens_that_choose_them(family, key, chosen, share) -> None:
+    config = config_of(family, **{key: chosen})
+    recipe = load_recipe("gptq", scheme=parse_scheme("W4A16g8"))
+    shapes = make_plan(config, recipe, 8, 16).shapes_of[-1]
+    found = {n: shapes.layer.share(n) for n in shapes.layer.linears}
+    assert {v for n, v in found.items() if ".experts." in n} == {share}
+    assert {v for n, v in found.items() if ".experts." not in n} == {1.0}
+    # The Hessians of a few experts wait together: as many steps as in a dense block.
+    assert _steps(shapes) == len(shapes.levels)
+    weights = sum(found[n] * a * b for n, (a, b) in shapes.layer.linears.items())
+    work = shapes.forward(3)
+    assert work.half + work.single == 3 * 16 * (2 * weights + 4 * 16 * 64)
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,15 @@ def _waiting(shapes: Shapes) -> int:
     return most
 
 
+def _steps(shapes: Shapes) -> int:
+    """Sites that are worked on in turn, all experts of a mixture in as many parts as they take."""
+    steps = 0
+    for level in shapes.levels:
+        sizes = [8 * shapes.layer.linears[names[0]][1] ** 2 for names in level]
+        steps += max(1, -(-sum(sizes) // _AT_ONCE)) if len(level) > 1 else 1
+    return steps
+
+
 def column_cost(walk: Walk, shapes: Shapes) -> Cost:
     """Of a column-loop method: Hessians and their factors in float64, columns in float32; the
     loop's launches are not counted.
@@ -307,10 +316,11 @@ def column_cost(walk: Walk, shapes: Shapes) -> Cost:
     waiting = _waiting(shapes) if walk.true_sequential else sum(8 * b * b for b in widths)
     working = max(square + shapes.passing, 5 * square, 2 * square + 24 * layer.largest)
     tokens = rows * shapes.rows.length
-    # The part of the block from one site to the next. Counted for every two experts of a mixture:
-    # that covers what all of them together take where there are several parts.
-    passes = len(shapes.widths) / 2 if walk.true_sequential else 1
-    solved = sum(2.0 * tokens * n**2 + 2.0 * n**3 for n in shapes.widths)
+    # The part of the block from one step to the next, half of it on the average.
+    passes = _steps(shapes) / 2 if walk.true_sequential else 1
+    solved = 0.0
+    for names, n in zip(shapes.sites, shapes.widths, strict=True):
+        solved += 2.0 * tokens * layer.share(names[0]) * n**2 + 2.0 * n**3
     coded = sum(2.0 * a * b * b for a, b in layer.linears.values())
     return Cost(
         held=5 * layer.weights + waiting + working,

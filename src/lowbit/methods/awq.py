@@ -315,11 +315,13 @@ def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
     begun = min(1.0, _SEARCHED / tokens) if shapes.device.type == "cpu" else 1.0
     tried = method.exponents * begun + 2 * (1 - begun)
     # Inside an MLP a site is judged through its Gram matrix, the others by running their part.
-    rest = layer.weights - sum(a * b for n, (a, b) in layer.linears.items() if n in known)
+    rest = layer.active - sum(
+        layer.share(n) * a * b for n, (a, b) in layer.linears.items() if n in known
+    )
     judged = 0.0
     for names in inner:
         wide, outputs = layer.linears[names[0]][1], sum(layer.linears[n][0] for n in names)
-        judged += 2.0 * tokens * wide**2 + 2.0 * outputs * wide**2 * tried
+        judged += 2.0 * tokens * layer.share(names[0]) * wide**2 + 2.0 * outputs * wide**2 * tried
     moved = float(_CANDIDATE * layer.weights * method.exponents)
     return shapes.products(2.0 * rest * tokens * (1 + tried)) + Work(single=judged, moved=moved)
 

@@ -9,7 +9,7 @@ prints some beside measured peaks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +25,7 @@ class Layer:
         linears: linear of one block -> (out, in). rest: parameters of a block outside its linears.
         outside: parameters outside the blocks, tied ones once. hidden: width of the residual
             stream. vocab: of the head. streams: how many residual streams there are.
+        shares: linear -> the share of tokens that reaches it, 1 where it is missing: experts'.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -33,6 +34,16 @@ class Layer:
     hidden: int
     vocab: int
     streams: int = 1
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def share(self, linear: str) -> float:
+        """The share of tokens that reaches a linear."""
+        return self.shares.get(linear, 1.0)
+
+    @property
+    def active(self) -> float:
+        """Weights that a token meets."""
+        return sum(self.share(n) * a * b for n, (a, b) in self.linears.items())
 
     @property
     def weights(self) -> int:
@@ -168,8 +179,9 @@ class Shapes:
         and read once.
         """
         layer, tokens = self.layer, rows * self.rows.length
-        flops = tokens * (2.0 * layer.weights + 4.0 * self.rows.length * layer.hidden)
-        moved = 2.0 * tokens * self.rows.compute * layer.activations
+        flops = tokens * (2.0 * layer.active + 4.0 * self.rows.length * layer.hidden)
+        made = layer.activations * layer.active / max(1, layer.weights)
+        moved = 2.0 * tokens * self.rows.compute * made
         return self.products(flops, half) + Work(moved=moved)
 
 

@@ -22,6 +22,17 @@ from .tracing import described
 from .tracing.blocks import signature
 from .wrapper import is_wrapper, text_config, whole_model
 
+# How configs name the number of experts that a token chooses.
+_CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -38,6 +49,22 @@ class Kind:
     biased: frozenset[str]
     rest: int
     unknown: tuple[str, ...] = ()
+
+    def shares(self, config: Any) -> dict[str, float]:
+        """Linear of an expert -> the share of tokens that reaches it on the average; nothing where
+        the config does not say how many experts a token chooses.
+        """
+        chosen = next(
+            (c for k in _CHOSEN if isinstance(c := getattr(config, k, None), int) and c > 0), None
+        )
+        if chosen is None:
+            return {}
+        found: dict[str, float] = {}
+        for mixture in {s.through for s in self.graph.sites if s.through is not None}:
+            inside = [n for n in self.linears if n.startswith(f"{mixture}.")]
+            experts = {n.removeprefix(f"{mixture}.").partition(".")[0] for n in inside}
+            found |= dict.fromkeys(inside, min(1.0, chosen / len(experts)))
+        return found
 
     @classmethod
     def of(cls, graph: Graph, block: nn.Module, path: str) -> Kind:

@@ -207,6 +207,7 @@ class Plan:
                 config.hidden_size,
                 config.vocab_size,
                 o.frame.streams,
+                kind.shares(config),
             )
             sites, inner = list(kind.graph.readings), kind.graph.inner
             grid = self.recipe.grid
