@@ -203,7 +203,6 @@ def test_sizes_of_a_layer() -> None:
     [
         ("qwen3_moe", "num_experts_per_tok", 2, 2 / 5),
         ("gpt_oss", "num_experts_per_tok", 1, 1 / 5),
-        ("ernie4_5_moe", "moe_k", 3, 3 / 5),
     ],
 )
 def test_work_of_experts_is_of_the_tokens_that_choose_them(family, key, chosen, share) -> None:
