@@ -80,7 +80,7 @@ def without_routers(source: ModelStream) -> ModelStream:
     return source
 
 
-def plain_moments(graph: Any, found: Any) -> dict[str, torch.Tensor]:
+def plain_moments(graph: Any, found: Any, everyone: Any) -> dict[str, torch.Tensor]:
     return {n: s.value / max(1, s.tokens) for n, s in found.items()}
 
 
