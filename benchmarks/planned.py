@@ -3,8 +3,12 @@ who loads the result. Nothing is downloaded and no weight is made.
 
     python benchmarks/planned.py [OUT.json] [--scheme W4A16g64sym] [--samples 128] [--length 2048]
 
-Memory is of one process that computes on a CPU, hours are at the measured speed of the machine that
-prints them. Prints a Markdown table.
+Memory is of one process; hours are at the measured speed of the machine that prints them, or of a
+device that it has not, whose rates are assumed:
+
+    python benchmarks/planned.py --device cuda --rates 650e12,50e12,2.6e12
+
+(FLOP/s of products in 16 bits and in float32, bytes a second). Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import transformers as T
 
 from lowbit.grid.names import parse_scheme
 from lowbit.plan import make_plan
-from lowbit.plan.speed import measure_speed
+from lowbit.plan.speed import Speed, measure_speed
 from lowbit.recipe import load_recipe
 
 
@@ -120,8 +124,11 @@ def main() -> None:
     parser.add_argument("--scheme", default="W4A16g64sym")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rates", type=lambda v: Speed(*map(float, v.split(","))))
     given = parser.parse_args()
-    speed = measure_speed(torch.device("cpu"))
+    device = torch.device(given.device)
+    speed = given.rates or measure_speed(device)
     gib, found = 2.0**30, {}
     print(
         "| model | parameters | 16 bits -> artifact, GiB | bits of all | GiB, hours: "
@@ -133,10 +140,10 @@ def main() -> None:
         plans = []
         for recipe in RECIPES:
             own = load_recipe(recipe, scheme=parse_scheme(given.scheme))
-            plans.append(make_plan(config(), own, given.samples, given.length))
+            plans.append(make_plan(config(), own, given.samples, given.length, device=device))
         plan = plans[0]
         takes = [r.runtime for r in plan.runtimes if r.accepts]
-        cells = [f"{p.memory.peak / gib:.0f}, {p.seconds(speed) / 3600:.0f}" for p in plans]
+        cells = [f"{p.memory.peak / gib:.0f}, {p.seconds(speed) / 3600:.2g}" for p in plans]
         size = f"{plan.original / gib:.0f} -> {plan.artifact / gib:.1f}"
         print(
             f"| {name} | {plan.parameters / 1e9:.1f} B | {size} | {plan.model_bits_per_weight:.2f} "
