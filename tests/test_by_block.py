@@ -1,8 +1,10 @@
 """Artifacts checked with one block in memory at a time: the same answer as of the whole model."""
 
+import importlib
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit import machine
 from lowbit.artifact import proof
 from lowbit.artifact.proof import verify
 from lowbit.artifact.proof.contents import numbers_in
 from lowbit.cli import app, loading
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.evaluate import evaluate, evaluate_by_block, load_causal_lm
+from lowbit.export import export
 from lowbit.runtime.by_block import ByBlock
 
 CASES = {  # model, scheme, recipe, format, how it was loaded
@@ -83,7 +87,8 @@ def test_the_answer_is_that_of_the_whole(made):
     found = verify(out, loading="blocks")
     assert found.loading == (loading or found.loading)
     assert done.verification.loading == "whole"
-    whole = {**asdict(done.verification), "loading": found.loading}
+    told = "passed" if found.loading == "blocks" else proof._WHOLE
+    whole = {**asdict(done.verification), "loading": found.loading, "loader": told}
     # Of several rows each passes alone, so not even rounding differs.
     assert asdict(found) == whole
 
@@ -99,7 +104,7 @@ def artifact(tmp_path_factory):
 
 @pytest.mark.parametrize("free, want", [(None, "whole"), (1 << 40, "whole"), (100_000, "blocks")])
 def test_auto_is_whole_where_that_fits(artifact, monkeypatch, free, want):
-    monkeypatch.setattr(proof, "free_memory", lambda device: free)
+    monkeypatch.setattr(machine, "free_memory", lambda device: free)
     found = verify(artifact)
     assert found.loading == want and ("one block in memory" in found.summary) == (want == "blocks")
 
@@ -135,7 +140,8 @@ def test_a_tensor_that_is_not_there_is_named(artifact, tmp_path, name):
         proof.runtime_logits(copy, ids, "compressed-tensors", 4, loading="blocks")
 
 
-def test_wrappers(tmp_path):
+@pytest.mark.parametrize("scheme", ["W4A16g16", "W4A8KV8g16"])
+def test_wrappers(tmp_path, scheme):
     model = save_tiny(tmp_path / "text", config_of("gemma3_text", vocab_size=300))
     config = wrapper_of("gemma3", "gemma3_text")
     config.get_text_config().vocab_size = 300
@@ -146,9 +152,40 @@ def test_wrappers(tmp_path):
         shutil.copy(model / name, whole / name)
     out = tmp_path / "out"
     text = whole / "text.txt"
-    done = lowbit.quantize(whole, "W4A16g16", "rtn", out=out, calib=text, samples=4, length=16)
+    done = lowbit.quantize(whole, scheme, "rtn", out=out, calib=text, samples=4, length=16)
     found = verify(out, loading="blocks")
     assert found.loading == "blocks" and found.logits_rms == done.verification.logits_rms
+    # Blocks of the text model, not of the tower.
+    ids, kind = torch.full((2, 8), 5), done.report["format"]
+    told = proof.runtime_logits(out, ids, kind, 4, loading="blocks")
+    assert int(told["blocks"]) == config.get_text_config().num_hidden_layers == 4
+
+
+def test_one_block_has_weights_at_a_time(artifact, monkeypatch):
+    """The reader's own module, in this process."""
+    monkeypatch.syspath_prepend(str(Path(proof.__file__).parent.parent / "readers"))
+    by_block = importlib.import_module("by_block")
+    filled = []
+
+    def settle(block):
+        inside = [b for b in model._blocks if not any(p.is_meta for p in b.parameters())]
+        filled.append([b is block for b in inside])
+        block.float()
+
+    model = by_block.streamed(T.AutoModelForCausalLM, artifact, settle)
+    model.logits(torch.full((2, 8), 5), 4)
+    assert filled == [[True]] * model.blocks
+    assert all(p.is_meta for b in model._blocks for p in b.parameters())
+
+
+def test_other_runtimes_cannot(artifact, tmp_path, monkeypatch):
+    out = tmp_path / "gptq"
+    export(artifact, out, "gptq_v2")
+    with pytest.raises(LowbitError, match="--load blocks is for artifacts that transformers loads"):
+        verify(out, loading="blocks")
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
+    given = SimpleNamespace(model=str(out), reference=None, dtype="auto", load="auto")
+    assert not loading.by_block(given, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +207,6 @@ def test_eval_from_the_command_line(artifact, tmp_path, words, code, says):
 
 @pytest.mark.parametrize("free, want", [(None, False), (1 << 40, False), (100_000, True)])
 def test_eval_takes_blocks_where_the_whole_does_not_fit(artifact, monkeypatch, free, want):
-    monkeypatch.setattr(loading, "free_memory", lambda device: free)
+    monkeypatch.setattr(machine, "free_memory", lambda device: free)
     given = SimpleNamespace(model=str(artifact), reference=None, dtype="auto", load="auto")
     assert loading.by_block(given, "cpu") == want

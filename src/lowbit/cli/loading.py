@@ -7,14 +7,14 @@ from typing import Protocol
 
 import torch
 
-from ..errors import unknown
-from ..machine import free_memory
+from ..errors import LowbitError, unknown
+from ..machine import fits_whole
 from ..model.config import load_config
 from ..model.skeleton import build_skeleton
 from ..model.source import open_files
+from ..runtime.by_block import ByBlock
 
 _WAYS = ("auto", "whole", "blocks")
-_BESIDE = 1.3  # what a load takes beside the weights: measured
 
 
 class Asked(Protocol):
@@ -42,14 +42,22 @@ def by_block(given: Asked, device: str) -> bool:
     """
     if given.load != "auto":
         return given.load == "blocks"
-    free = free_memory(torch.device(device))
-    if free is None:
-        return False
     models = [m for m in (given.model, given.reference) if m]
     narrow = given.dtype in ("bfloat16", "float16") or (
         given.dtype == "auto" and torch.device(device).type != "cpu"
     )
-    return _BESIDE * (2 if narrow else 4) * _numbers(models) > free
+    if fits_whole(_numbers(models), 2 if narrow else 4, torch.device(device)):
+        return False
+    return all(map(_can, models))
+
+
+def _can(model: str) -> bool:
+    """Whether a model is one of floats, or an artifact as `quantize` writes it."""
+    try:
+        ByBlock(model, torch.device("cpu"))
+    except LowbitError:
+        return False
+    return True
 
 
 def _numbers(models: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..model.context import tokens_at_a_time
+from ..model.context import token_parts
 from .perplexity import check_against, check_windows, numeric
 from .tally import Evaluation, Tally
 
@@ -93,11 +93,9 @@ def evaluate_by_block(
 def _add(tally: Tally, passed: list[tuple[Passing, Tensor]], ids: Tensor) -> None:
     """Add what some models predict, the reference before the model, part by part of a window."""
     count, length = ids.shape
-    most = tokens_at_a_time(passed[-1][0].vocab)
     tally.count_windows((count, length), referenced=len(passed) > 1)
     for i in range(count):
-        for first in range(0, length - 1, most):
-            part = slice(first, min(first + most, length - 1))
+        for part in token_parts(length - 1, passed[-1][0].vocab):
             found = [m.logits(x[i : i + 1, part])[0] for m, x in passed]
             numeric(found[-1], "the model")
             expected = numeric(found[0], "the reference") if len(found) > 1 else None

@@ -34,6 +34,13 @@ def tokens_at_a_time(vocab: int) -> int:
     return max(1, LOGITS // vocab)
 
 
+def token_parts(count: int, vocab: int) -> Iterator[slice]:
+    """So many tokens in parts whose logits are made together."""
+    most = tokens_at_a_time(vocab)
+    for first in range(0, count, most):
+        yield slice(first, min(first + most, count))
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything about one decoder layer that no method decides.

@@ -19,7 +19,7 @@ from ..formats import compressed_tensors as ct
 from ..formats import native
 from ..grid import KVGrid
 from ..model.calibration import Rows
-from ..model.context import TOKENS_PER_PASS, tokens_at_a_time
+from ..model.context import TOKENS_PER_PASS, token_parts
 from ..model.model import Model
 from ..plan import Plan
 from .patterns import attention_patterns, input_patterns
@@ -48,13 +48,11 @@ def quality(model: Model, rows: Rows) -> dict[str, Any] | None:
         return None
     assert streams is not None  # the blocks are done
     floating, tuned = Tally(), Tally()
-    head, length = model.source.head, ids.shape[1]
-    most = tokens_at_a_time(model.source.config.vocab_size)
+    head, length, vocab = model.source.head, ids.shape[1], model.source.config.vocab_size
     for at, i in enumerate(ranks.mine(len(ids)), ranks.count(streams.tuned_rows)):
         floating.count_windows((1, length), referenced=False)
         tuned.count_windows((1, length), referenced=True)
-        for first in range(0, length - 1, most):
-            part = slice(first, min(first + most, length - 1))
+        for part in token_parts(length - 1, vocab):
             target = ids[i, 1:][part].to(model.source.device)
             expected, found = (head(t[at : at + 1, part])[0] for t in (streams.x, streams.xq))
             floating.add_tokens(expected, target)

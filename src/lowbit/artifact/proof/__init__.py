@@ -15,9 +15,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ...errors import VerificationError, unknown
+from ...errors import LowbitError, VerificationError, unknown
 from ...formats import gguf
-from ...machine import free_memory
+from ...machine import fits_whole
 from ..files import PROOF, read_shard
 from .contents import check_tensors, numbers_in, read_report
 from .runtimes import (
@@ -47,7 +47,7 @@ __all__ = [
 ]
 EXACT = "activations not quantized"
 _FLOAT32 = 4  # bytes
-_BESIDE = 1.3  # what a load takes beside the decoded weights: measured
+_WHOLE = "passed; loaded whole: this artifact or transformers cannot do it by blocks"
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,11 @@ def verify(
     if loading not in ("auto", *get_args(Loading)):
         raise unknown("way of loading", loading, ("auto", *get_args(Loading)))
     report = read_report(folder)
+    if loading == "blocks" and not _by_block(report):
+        raise LowbitError(
+            f"--load blocks is for artifacts that transformers loads by itself, and '{folder}' is "
+            f"in the format {report['format']}: leave it out."
+        )
     tensors, linears = check_tensors(folder, report)
     if not loader:
         return Verification(tensors, linears, "not asked for")
@@ -151,31 +156,25 @@ def verify(
     decoded = None
     if "decoded" in found:
         decoded, _ = _compared(folder, reader, proof["logits"], found["decoded"], WITHIN)
-    return Verification(
-        tensors,
-        linears,
-        "passed",
-        rms,
-        top1,
-        reader.name,
-        decoded,
-        loading="blocks" if "blocks" in found else "whole" if by_block(report) else None,
-    )
+    way: Loading | None = "whole" if _by_block(report) else None
+    if "blocks" in found:
+        way = "blocks"
+    told = _WHOLE if loading == "blocks" and way == "whole" else "passed"
+    return Verification(tensors, linears, told, rms, top1, reader.name, decoded, loading=way)
 
 
-def by_block(report: dict[str, Any]) -> bool:
+def _by_block(report: dict[str, Any]) -> bool:
     """Whether the runtime of an artifact can have one block in memory at a time."""
     return READERS[report["format"]].by_block
 
 
 def _loading(folder: Path, report: dict[str, Any], asked: str) -> Loading:
-    if not by_block(report) or asked == "whole":
+    if not _by_block(report) or asked == "whole":
         return "whole"
     if asked == "blocks":
         return "blocks"
-    free = free_memory(torch.device("cpu"))
-    whole = _FLOAT32 * numbers_in(folder, report)
-    return "whole" if free is None or _BESIDE * whole < free else "blocks"
+    fits = fits_whole(numbers_in(folder, report), _FLOAT32, torch.device("cpu"))
+    return "whole" if fits else "blocks"
 
 
 def _verify_gguf(

@@ -1,7 +1,7 @@
 """A transformers model of which one block is in memory at a time: transformers' own loader fills a
 block when it is about to compute, and what it held is dropped when it has.
 
-Rests on three functions inside transformers 5, which `streamed` looks for.
+Rests on four functions inside transformers 5, which `streamed` looks for.
 """
 
 import json
@@ -25,6 +25,13 @@ def streamed(kind, folder, settle):
     import transformers
     from transformers import modeling_utils
 
+    try:
+        from transformers.core_model_loading import (  # noqa: F401
+            convert_and_load_state_dict_in_model,
+            rename_source_key,
+        )
+    except ImportError:
+        raise CannotStream from None
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     base = modeling_utils.PreTrainedModel
     move = getattr(base, "_move_missing_keys_from_meta_to_device", None)
@@ -77,10 +84,12 @@ class Files:
             raise CannotStream
         self.folder, self.file_of = Path(folder), json.loads(path.read_text())["weight_map"]
         lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-        if not lists:
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        fitting = [n for n, m in lists.items() if len(m) == count]
+        if not fitting:
             raise CannotStream
-        # The longest list by weights: a tower's blocks are smaller, an expert's are inside.
-        self.blocks = max(lists, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
+        # A tower may have as many, and of packed weights only buffers tell the size.
+        self.blocks = max(fitting, key=lambda n: len(lists[n].state_dict()))
         mapping = load_config.weight_mapping or []
         renamings = [e for e in mapping if isinstance(e, loading.WeightRenaming)]
         converters = [e for e in mapping if isinstance(e, loading.WeightConverter)]
