@@ -191,8 +191,12 @@ def test_other_runtimes_cannot(artifact, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, code, says",
     [
-        (("--load", "blocks"), 0, "4 windows a pass, one block in memory at a time); to"),
-        (("--load", "whole"), 0, "4 windows a pass); to"),
+        (
+            ("--load", "blocks"),
+            0,
+            "4 windows a pass, in float32, one block in memory at a time); to",
+        ),
+        (("--load", "whole"), 0, "4 windows a pass, in float32); to"),
         (("--load", "half"), 2, "unknown way of loading 'half'"),
         (("--load", "blocks", "--tasks", "piqa"), 2, "leave out --tasks and --integers"),
     ],

@@ -18,7 +18,6 @@ from lowbit.machine import (
     device_of_rank,
     free_memory,
     give_back_memory,
-    multiplies_bfloat16,
     peak_memory,
     pick_device,
 )
@@ -80,16 +79,6 @@ def test_each_rank_gets_a_device(monkeypatch, name, found, local: int, expected:
     with pytest.raises(LowbitError) as e:
         device_of_rank(name, local)
     assert expected in str(e.value)
-
-
-@pytest.mark.parametrize(
-    ("device", "avx", "amx", "found"),
-    [("cpu", False, False, False), ("cpu", True, False, True), ("cpu", False, True, True), ("cuda", False, False, True)],
-)  # fmt: skip
-def test_where_products_in_bfloat16_are_faster(monkeypatch, device, avx, amx, found) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert multiplies_bfloat16(torch.device(device)) is found
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -167,10 +167,3 @@ def pick_device(name: str) -> torch.device:
             f"device '{name}' is not available here ({str(e).splitlines()[0]}). Use --device cpu "
             "or auto."
         ) from e
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster there than in float32."""
-    if device.type != "cpu":
-        return True
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -52,6 +52,16 @@ BOS = (
     "tokenizer adds it to a text, but wikitext2, c4 and pile-val are cut as papers cut them."
 )
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, xpu.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help=(
+            "Arithmetic of forward passes: float32, bfloat16, float16. 'auto': the model's on a "
+            "GPU; on a CPU bfloat16 for models of 512 hidden units or more where that was measured "
+            "to be faster, else float32."
+        )
+    ),
+]
 Offload = Annotated[
     str,
     typer.Option(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arithmetic import compute_dtype
 from ..console import Console
 from ..errors import LowbitError
 from ..evaluate import (
@@ -27,6 +28,7 @@ from ..model.calibration import evaluation_windows
 from ..model.config import load_config
 from ..model.source import open_files
 from ..model.tokenizer import load_tokenizer
+from ..model.wrapper import text_config
 from ..runtime.by_block import ByBlock
 from ..runtime.integers import in_integers
 from .display import progress_bar
@@ -101,7 +103,9 @@ def run_eval(given: EvalOptions, console: Console) -> dict[str, Any]:
     """
     device = str(pick_device(given.device))
     checkpoint = open_files(given.model)
-    length = window_length(load_config(checkpoint), given.length)
+    config = load_config(checkpoint)
+    given = replace(given, dtype=_arithmetic(given.dtype, device, config))
+    length = window_length(config, given.length)
     tokenizer = load_tokenizer(checkpoint)
     windows = None
     if given.measured_text is not None:
@@ -120,6 +124,19 @@ def run_eval(given: EvalOptions, console: Console) -> dict[str, Any]:
     if prepared is not None:
         data["tasks"] = _on_tasks(given, model, tokenizer, prepared, console).as_dict()
     return data
+
+
+def _arithmetic(asked: str, device: str, config: Any) -> str:
+    """What "auto" means here; on an accelerator each model has its own."""
+    where, text = torch.device(device), text_config(config, config.model_type)
+    if asked == "auto" and where.type != "cpu":
+        return asked
+    stored = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
+    return _named(compute_dtype(asked, where, stored, int(text.hidden_size)))
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _prepared(given: EvalOptions, console: Console) -> tuple[Prepared, ...] | None:
@@ -141,7 +158,7 @@ def _on_text(
         reference = load_causal_lm(given.reference, device, given.dtype)
     with progress_bar(console) as progress:
         result = evaluate(model, windows, reference, progress=progress)
-    return _told(given, result, begun, "", console)
+    return _told(given, result, begun, model.dtype, "", console)
 
 
 def _block_by_block(
@@ -156,21 +173,27 @@ def _block_by_block(
     room = None if free is None else free // _OF_FREE
     with progress_bar(console, "blocks") as progress:
         result = evaluate_by_block(model, windows, reference, room, progress)
-    return _told(given, result, begun, ", one block in memory at a time", console)
+    how = ", one block in memory at a time"
+    return _told(given, result, begun, model.source.compute, how, console)
 
 
 def _told(
-    given: EvalOptions, result: Evaluation, begun: str, how: str, console: Console
+    given: EvalOptions,
+    result: Evaluation,
+    begun: str,
+    dtype: torch.dtype,
+    how: str,
+    console: Console,
 ) -> dict[str, Any]:
     line = (
         f"{given.model} on {given.measured_text}: perplexity {result.perplexity:.4f} (nll "
         f"{result.nll:.5f}; {result.windows} windows x {result.length}{begun}, "
-        f"{result.tokens} tokens, {together(result.batch)}{how})"
+        f"{result.tokens} tokens, {together(result.batch)}, in {_named(dtype)}{how})"
     )
     if result.kl is not None and result.top1 is not None:
         line += f"; to {given.reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
     console.print(line)
-    return result.as_dict()
+    return {**result.as_dict(), "dtype": _named(dtype)}
 
 
 def _on_tasks(

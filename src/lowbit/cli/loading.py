@@ -43,9 +43,7 @@ def by_block(given: Asked, device: str) -> bool:
     if given.load != "auto":
         return given.load == "blocks"
     models = [m for m in (given.model, given.reference) if m]
-    narrow = given.dtype in ("bfloat16", "float16") or (
-        given.dtype == "auto" and torch.device(device).type != "cpu"
-    )
+    narrow = given.dtype != "float32"  # "auto" is that of a model on an accelerator
     if fits_whole(_numbers(models), 2 if narrow else 4, torch.device(device)):
         return False
     return all(map(_can, models))

@@ -10,7 +10,7 @@ import typer
 
 from ..console import Console
 from . import making, options
-from .app import Calib, Device, Offload, OwnScheme, Python, Scheme, Seed, app, out, reported
+from .app import Calib, Device, Dtype, Offload, OwnScheme, Python, Scheme, Seed, app, out, reported
 from .sentences import complain
 
 
@@ -31,6 +31,7 @@ def quantize(
     offload_dir: making.OffloadDir = None,
     plain: making.Plain = False,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Quantize a model into a verified artifact. Repeating an interrupted command continues it.
 
@@ -55,6 +56,7 @@ def quantize(
             bos=bos,
             seed=seed,
             device=device,
+            dtype=dtype,
             settings=set_ or [],
             plain=plain,
             offload=offload,
@@ -80,6 +82,7 @@ def plan(
     tensor_parallel: making.TensorParallel = 1,
     plain: making.Plain = False,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     gpu_memory: making.GpuMemory = None,
     ranks: making.PlannedRanks = 1,
     offload: Offload = "auto",
@@ -105,6 +108,7 @@ def plan(
             plain,
             device,
             gpu_memory,
+            dtype,
             ranks,
             offload,
             offload_dir or Path.cwd(),

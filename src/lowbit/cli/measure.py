@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from . import options
-from .app import Device, Seed, app, out, reported
+from .app import Device, Dtype, Seed, app, out, reported
 from .places import write_json
 
 
@@ -26,7 +26,7 @@ def eval_(
     task_data: options.EvalTaskData = None,
     batch: options.TaskBatch = None,
     integers: options.Integers = False,
-    dtype: options.Dtype = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     load: options.EvalLoad = "auto",
     json_: options.EvalJson = None,

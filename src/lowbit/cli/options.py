@@ -85,17 +85,13 @@ TaskBatch = Annotated[
     int | None,
     typer.Option(help="Prompts of --tasks a forward pass; default 8.", callback=whole()),
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16."),
-]
 EvalJson = Annotated[
     Path | None,
     typer.Option(
         "--json",
         help=(
-            "Write perplexity, nll, tokens, windows, length, batch (windows in one pass), kl, "
-            "top1 here, and tasks."
+            "Write perplexity, nll, tokens, windows, length, batch (windows in one pass), dtype "
+            "(of the arithmetic), kl, top1 here, and tasks."
         ),
         callback=json_file,
     ),

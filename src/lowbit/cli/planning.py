@@ -38,6 +38,7 @@ class PlanOptions:
     plain: bool
     device: str
     gpu_memory: float | None
+    dtype: str
     ranks: int
     offload: str
     folder: Path
@@ -81,6 +82,7 @@ class PlanOptions:
             rows.length,
             tensor_parallel=self.tensor_parallel,
             device=self.where,
+            dtype=self.dtype,
             ranks=self.ranks,
             plain=self.plain,
         )

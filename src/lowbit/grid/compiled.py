@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..cache import cache_folder, processor
+
 # Compilers avoid vectors of 512 bits where processors once slowed down at them; here they save a
 # quarter of the time.
 _WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
@@ -33,14 +35,6 @@ _FLAGS = (
     "-fPIC",
     "-std=c11",
 )
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries lie: LOWBIT_CACHE, else the user's cache directory."""
-    given = os.environ.get("LOWBIT_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
 
 
 @functools.cache
@@ -60,7 +54,7 @@ def library(source: Path, fused: bool = False) -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("LOWBIT_NO_COMPILER") == "1" or os.name != "posix":
         return None
     flags = (*_FLAGS, f"-ffp-contract={'fast' if fused else 'off'}")
-    made_from = "\0".join([source.read_text(), *flags, compiler, platform.machine(), _processor()])
+    made_from = "\0".join([source.read_text(), *flags, compiler, platform.machine(), processor()])
     path = (
         cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     )
@@ -70,17 +64,6 @@ def library(source: Path, fused: bool = False) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _processor() -> str:
-    """What -march=native depends on: a cache may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
-    )
 
 
 def _build(compiler: str, flags: tuple[str, ...], source: Path, path: Path) -> None:

@@ -34,9 +34,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..arithmetic import multiplies_bfloat16
 from ..errors import LowbitError, unknown
 from ..grid import AnyGrid, LinearGrid, OrderedGrid
-from ..machine import multiplies_bfloat16
 from ..model.block import Block
 from ..model.context import tokens_at_a_time
 from ._reconstruct import JUDGED_ROWS, JUDGED_TOKENS, Objective, Reconstruction

@@ -67,11 +67,14 @@ class ModelStream:
 
     def in_float32(self) -> ModelStream:
         """The same model computed in float32 at least; itself if it is."""
-        wide = torch.promote_types(self.compute, torch.float32)
-        if wide == self.compute:
+        return self.computing(torch.promote_types(self.compute, torch.float32))
+
+    def computing(self, dtype: torch.dtype) -> ModelStream:
+        """The same model computed in a dtype; itself if it is."""
+        if dtype == self.compute:
             return self
         out = copy(self)
-        out.compute, out._fixed = wide, None
+        out.compute, out._fixed = dtype, None
         return out
 
     def rotated(self, seed: int) -> ModelStream:

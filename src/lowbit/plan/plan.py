@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic import compute_dtype
 from ..errors import LowbitError
 from ..formats.packing import tensor_bytes
 from ..grid import AnyGrid
@@ -334,6 +335,7 @@ def make_plan(
     *,
     tensor_parallel: int = 1,
     device: torch.device | None = None,
+    dtype: str = "auto",
     ranks: int = 1,
     plain: bool = False,
 ) -> Plan:
@@ -341,7 +343,9 @@ def make_plan(
 
     Args:
         tensor_parallel: devices among which a server will divide every linear. device: which
-            computes, by default a CPU. ranks: processes that share the run; memory is of each.
+            computes, by default a CPU. dtype: of forward passes, see
+            `lowbit.arithmetic.compute_dtype`. ranks: processes that share the run; memory is of
+            each.
         plain: as in `Plan.of`.
 
     Raises:
@@ -349,7 +353,8 @@ def make_plan(
     """
     outline, where = Outline.of(config), device or torch.device("cpu")
     context = getattr(outline.config, "max_position_embeddings", None) or length
-    setting = Setting(samples, min(length, context), where, outline.dtype, ranks=ranks, here=ranks)
+    compute = compute_dtype(dtype, where, outline.dtype, int(outline.config.hidden_size))
+    setting = Setting(samples, min(length, context), where, outline.dtype, compute, ranks, ranks)
     return Plan.of(outline, recipe, setting, plain=plain, tensor_parallel=tensor_parallel)
 
 

@@ -14,7 +14,8 @@ from typing import Protocol
 
 import torch
 
-from ..machine import free_memory, multiplies_bfloat16
+from ..arithmetic import multiplies_bfloat16
+from ..machine import free_memory
 from ..methods.cost import Shapes, Work
 from ..recipe import Recipe
 

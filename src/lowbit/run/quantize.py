@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..arithmetic import compute_dtype
 from ..artifact.files import RECIPE, REPORT
 from ..artifact.output import Output, claimed
 from ..artifact.proof import Verification, read_report
@@ -53,6 +54,7 @@ class Asked:
     settings: tuple[str, ...]
     plain: bool
     bos: str | None = None
+    dtype: str = "auto"
 
     @property
     def command(self) -> list[str]:
@@ -78,6 +80,8 @@ class Asked:
         out += ["--seed", str(self.seed)]
         if self.device != "auto":
             out += ["--device", self.device]
+        if self.dtype != "auto":
+            out += ["--dtype", self.dtype]
         return [*out, *(["--plain"] if self.plain else []), "-o", "OUT"]
 
     def resolved(self) -> Recipe:
@@ -140,6 +144,7 @@ def quantize(
     bos: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    dtype: str = "auto",
     settings: Sequence[str] = (),
     plain: bool = False,
     offload: str = "auto",
@@ -161,6 +166,8 @@ def quantize(
             a row. bos: what rows begin with, see `lowbit.model.bos.begun`. None takes the recipe's,
             which is stdlib, 128, 2048 (or the model's context if that is shorter) and "auto" if it
             does not say.
+        dtype: of forward passes: auto, float32, bfloat16 or float16, see
+            `lowbit.arithmetic.compute_dtype`.
         settings: "method.option=value" changes to the recipe.
         plain: refuse what plain loaders could not run instead of writing it in the library's own
             format.
@@ -181,7 +188,7 @@ def quantize(
     place = claimed(Path(out), "quantize", finished=True, resumes=RESUMES, writes=ranks.first)
     with place as output:
         text = None if calib is None else str(calib)
-        given = samples, length, seed, device, tuple(settings), plain, bos
+        given = samples, length, seed, device, tuple(settings), plain, bos, dtype
         asked = Asked(str(model), scheme, recipe, text, *given)
         options = Options(offload, offload_dir, progress, watch, ranks)
         return _Run(asked, options, output).result()
@@ -199,7 +206,9 @@ class _Run:
         device = pick_device(asked.device)
         if ranks.size > 1:
             device = device_of_rank(asked.device, ranks.local)
-        self.stream = ModelStream(asked.model, device)
+        stream = ModelStream(asked.model, device)
+        hidden = int(stream.config.hidden_size)
+        self.stream = stream.computing(compute_dtype(asked.dtype, device, stream.dtype, hidden))
         calibration = calibration_of(
             recipe.calibration,
             self.stream.config,
