@@ -1,7 +1,10 @@
 """AutoRound on given rows of tokens; run with the interpreter of an environment that has
 auto-round.
 
-    python autoround.py MODEL ROWS.json BITS GROUP ITERS SYM(0|1) OUT.json
+    python autoround.py MODEL ROWS.json BITS GROUP ITERS SYM(0|1) AMP(0|1) OUT.json
+
+AMP 1 is its default, steps in bfloat16 where a processor has instructions for it; they can be slower
+than float32.
 
 ROWS.json holds {"calibration": [[ids]], "evaluation": [[ids]]}. Tunes in memory, evaluates
 perplexity and KL to the float model on the same rows, writes {"perplexity", "kl", "seconds",
@@ -31,7 +34,7 @@ def log_probs(model, rows):
 
 
 def main() -> None:
-    model_dir, rows_file, bits, group, iters, sym, out = sys.argv[1:]
+    model_dir, rows_file, bits, group, iters, sym, amp, out = sys.argv[1:]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     rows = json.load(open(rows_file))
     evaluation = torch.tensor(rows["evaluation"])
@@ -64,6 +67,7 @@ def main() -> None:
         iters=int(iters),
         device_map="cpu",
         enable_torch_compile=False,
+        amp=amp == "1",
         low_gpu_mem_usage=False,
     )
     tuned, _ = job.quantize()

@@ -3,6 +3,7 @@ whose interpreters are given.
 
     python benchmarks/peers/whole.py MODEL ROWS.json SCHEME OUT.json [--autoround PY]
         [--llmcompressor PY] [--gptqmodel PY] [--recipes a,b,...] [--best-rows ROWS.json]
+        [--autoround-float32] [--autoround-iters 200,1000] [--threads N]
 
 ROWS.json is made by benchmarks/make_rows.py; SCHEME is W<bits>A16[g<group>][sym]. Every tool tunes
 on the same rows and is judged on the same others by one formula. "seconds" is tuning alone, imports
@@ -47,6 +48,8 @@ def main() -> None:
     for name in ("--autoround", "--llmcompressor", "--gptqmodel", "--best-rows"):
         p.add_argument(name)
     p.add_argument("--recipes", default="gptq,awq,fast,default,best")
+    p.add_argument("--autoround-float32", action="store_true")  # where bfloat16 is slow
+    p.add_argument("--autoround-iters", default="200,1000")
     p.add_argument("--threads", type=int, default=2)
     a = p.parse_args()
     grid = parse_scheme(a.scheme).weights
@@ -105,7 +108,8 @@ def main() -> None:
                     )
                 )
         if a.autoround:
-            for name, iters in (("default", "200"), ("best", "1000")):
+            for iters in a.autoround_iters.split(","):
+                name = {"200": "default", "1000": "best"}.get(iters, "other")
                 if rows == a.rows or name == "best":
                     command = [
                         a.autoround,
@@ -116,13 +120,14 @@ def main() -> None:
                         row,
                         iters,
                         sym,
+                        str(int(not a.autoround_float32)),
                     ]
                     jobs.append((f"AutoRound, {name} ({iters} iterations)", rows, command))
     results = []
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     print(
         f"{Path(a.model).name}, {a.scheme}, {a.threads} threads\n\n| tool | rows | seconds | "
-        "perplexity | KL |\n|---|---|---|---|---|"
+        "of processor | perplexity | KL |\n|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as scratch:
         for i, (name, rows, command) in enumerate(jobs):
@@ -139,10 +144,12 @@ def main() -> None:
                     "tool": name,
                     "rows": count,
                     **{k: found[k] for k in ("seconds", "perplexity", "kl", "float")},
+                    "processor_seconds": found.get("processor_seconds"),
                 }
             )
             print(
-                f"| {name} | {count} | {found['seconds']:.1f} | {found['perplexity']:.4f} | "
+                f"| {name} | {count} | {found['seconds']:.1f} | "
+                f"{found.get('processor_seconds', float('nan')):.1f} | {found['perplexity']:.4f} | "
                 f"{found['kl']:.4f} |",
                 flush=True,
             )

@@ -12,6 +12,7 @@ from ..model.block import Block
 from ..model.context import tokens_at_a_time
 from ..model.microbatches import MicroBatches
 from ._batches import gathered, shared, summed
+from ._divergence import divergence
 from ._prefetch import Prefetcher
 from ._tokens import summed as over_tokens
 
@@ -27,6 +28,11 @@ def _none() -> None:
     return None
 
 
+def _tokens_of(t: Tensor, seen: Tensor) -> Tensor:
+    """(n, tokens, hidden): of (n, length, hidden) those that ``seen`` (n, tokens) numbers."""
+    return t.gather(1, seen[..., None].expand(-1, -1, t.shape[-1]))
+
+
 class Reconstruction:
     """Distance of a block's output on the quantized stream to the float block's output on the float
     stream.
@@ -40,9 +46,13 @@ class Reconstruction:
         objective: "logits" replaces the loss of the last block by the mean KL divergence per token
             to the float model's next-token distribution: there is no later block for which the
             hidden state would have to be right.
+        logits_tokens: how many tokens of a step that divergence is taken of, drawn anew for each
+            step, as many of every row; 0 means all.
     """
 
-    def __init__(self, block: Block, batch: int, objective: Objective = "block") -> None:
+    def __init__(
+        self, block: Block, batch: int, objective: Objective = "block", logits_tokens: int = 0
+    ) -> None:
         self.block, self.batch = block, min(batch, block.tuned_rows)
         self._readout = block.context.readout if objective == "logits" else None
         self.objective: Objective = "logits" if self._readout else "block"
@@ -51,6 +61,9 @@ class Reconstruction:
             with torch.no_grad():
                 vocab = self._readout(block.target[:1, :1].to(block.device)).shape[-1]
             self._most = tokens_at_a_time(vocab)
+        self._each = 0  # tokens of a row whose logits a step makes, 0 for all
+        if self._readout is not None and 0 < logits_tokens < self.batch * block.x.shape[1]:
+            self._each = max(1, logits_tokens // self.batch)
         self._generator = torch.Generator().manual_seed(block.seed)
         self._drawn: Tensor | None = None
         self._prefetcher = Prefetcher(block)
@@ -97,14 +110,12 @@ class Reconstruction:
         if readout is None:
             return (y - target).pow(2).sum()
 
-        def divergence(y: Tensor, target: Tensor) -> Tensor:
+        def apart(y: Tensor, target: Tensor) -> Tensor:
             with torch.no_grad():
-                expected = readout(target).log_softmax(-1)
-            return torch.nn.functional.kl_div(
-                readout(y).log_softmax(-1), expected, reduction="sum", log_target=True
-            )
+                expected = readout(target)
+            return divergence(readout(y), expected)
 
-        return over_tokens(divergence, y, (target,), self._most)
+        return over_tokens(apart, y, (target,), self._most)
 
     def _probe(self, y: Tensor, target: Tensor, chance: Tensor) -> Tensor:
         """A random scalar whose squared derivatives average to the diagonal of the loss's
@@ -229,10 +240,15 @@ class Reconstruction:
         held = self._prefetcher.take(rows)
         if self._drawn is not None:
             self._prefetcher.prepare(self._drawn)
-        tokens = len(rows) * held[0].shape[1]
+        length = held[0].shape[1]
+        seen = self._seen(len(rows), length)
+        tokens = len(rows) * (length if seen is None else seen.shape[1])
+        own = None if seen is None else seen[part].to(b.device)
 
         def add(total: _Found | None, at: slice) -> _Found | None:
             y, wanted = self._output({**weights, **leaves}, *(t[at] for t in held))
+            if own is not None:
+                y, wanted = (_tokens_of(t, own[at]) for t in (y, wanted))
             loss = self.distance(y, wanted) / tokens
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             if total is None:
@@ -242,6 +258,7 @@ class Reconstruction:
             )
 
         if part.start == part.stop:  # modules take no empty batch
+            own = None
             found = add(None, slice(0, 1))
             assert found is not None
             return summed(b, found[0] * 0, [g.zero_() for g in found[1]])
@@ -249,6 +266,15 @@ class Reconstruction:
         total = self._parts.over(len(held[0]), _none, add)
         assert total is not None
         return summed(b, *total)
+
+    def _seen(self, rows: int, length: int) -> Tensor | None:
+        """(rows, tokens) int64: which tokens of each row of a step the divergence is taken of, in
+        order; None for all. The same on all ranks.
+        """
+        if not self._each:
+            return None
+        chance = torch.rand(rows, length, generator=self._generator)
+        return chance.argsort(1)[:, : self._each].sort(1).values
 
     @torch.no_grad()
     def loss(self, weights: Mapping[str, Tensor], rows: int = JUDGED_ROWS) -> float:

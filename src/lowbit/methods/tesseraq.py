@@ -125,6 +125,8 @@ class TesseraQ:
             neighbour toward which the loss falls: so it may leave floor and ceiling behind.
         objective: "logits" tunes the last block on the KL divergence of the next-token distribution
             instead of on its hidden state, as published ("block").
+        logits_tokens: how many tokens of a step that divergence is taken of, drawn anew for each
+            step; 0 means all. Two products with the whole vocabulary are made of every one of them.
         refit: steps on the scales alone after the last weight is frozen.
         precision: of the steps' forward and backward passes on blocks that compute in float32 or
             float16: "float32", "bfloat16", or "auto", which is bfloat16 where the processor
@@ -138,14 +140,17 @@ class TesseraQ:
     tune_scale: bool = True
     rounds: int = 1
     objective: Objective = "logits"
+    logits_tokens: int = 0
     refit: int = 0
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
-        if self.iters < 1 or self.batch < 1 or self.rounds < 1 or not self.lr > 0 or self.refit < 0:
+        least = min(self.iters, self.batch, self.rounds)
+        if least < 1 or not self.lr > 0 or min(self.refit, self.logits_tokens) < 0:
             raise LowbitError(
-                "tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1 and refit >= 0."
+                "tesseraq needs iters >= 1, batch >= 1, lr > 0, rounds >= 1, logits_tokens >= 0 "
+                "and refit >= 0."
             )
         if self.precision not in get_args(Precision):
             raise unknown("precision for tesseraq", self.precision, get_args(Precision))
@@ -163,7 +168,8 @@ class TesseraQ:
 
     def __call__(self, block: Block) -> Block:
         stepped = self._stepped(block)
-        soft, job = SoftBlock(stepped), Reconstruction(stepped, self.batch, self.objective)
+        soft = SoftBlock(stepped)
+        job = Reconstruction(stepped, self.batch, self.objective, self.logits_tokens)
         judge = Reconstruction(block, self.batch, self.objective)
         before = judge.loss(soft.hard_weights())
         trouble: list[str] = []
@@ -314,7 +320,10 @@ def _logits_work(method: TesseraQ, shapes: Shapes) -> Work:
     """What tuning the last block on its logits adds: two products with the head forward, one back,
     and passes over the logits.
     """
-    tokens = shapes.rows.mine(method.batch) * shapes.rows.length * method.steps
+    each = shapes.rows.length
+    if method.logits_tokens:
+        each = min(each, max(1, method.logits_tokens // method.batch))
+    tokens = shapes.rows.mine(method.batch) * each * method.steps
     logits = float(tokens) * shapes.layer.vocab
     # The readout has the precision of forward passes, whatever that of the steps.
     return shapes.products(6.0 * logits * shapes.layer.hidden) + Work(moved=_LOGITS * logits)
