@@ -4,7 +4,7 @@ and the error under a candidate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from ..model.graph import Site
 from ..model.hooks import quantized_inputs
 from ..model.statistics import Call, Value
 from ..model.statistics import Seen as Arrived
+from ._race import least
 
 _TOKENS = 1024  # of a batch on which a candidate's error is computed before it is looked at
 _PARTS = 8  # of a linear's outputs, likewise
@@ -104,41 +105,23 @@ def on_grid(block: Block, site: Site) -> bool:
 
 @torch.no_grad()
 def best_scale(
-    block: Block, site: Site, seen: Seen, candidates: Sequence[tuple[Tensor, float]]
+    block: Block,
+    site: Site,
+    seen: Seen,
+    candidates: Sequence[tuple[Tensor, float]],
+    doubt: float = 0.0,
 ) -> tuple[Tensor, float]:
     """Of the given per-channel factors, with a number each, the one under which the site's
     quantized readers hurt least, and its number; ones and 0 if no error is finite.
+
+    Args:
+        doubt: see `least`.
     """
     trials = _Trials(block, site, seen, [factor for factor, _ in candidates])
-    best = least(trials.first_errors(), trials.parts, trials.error)
+    best = least(len(candidates), trials.parts, trials.errors, doubt)
     if best is None:
         return torch.ones(len(seen.size), dtype=torch.float64, device=block.device), 0.0
     return candidates[best]
-
-
-def least(firsts: Sequence[float], parts: int, error: Callable[[int, int], float]) -> int | None:
-    """The number of the candidate with the least error, the first of equal ones; None if none is
-    finite.
-
-    An error is a sum over parts, none negative: once a candidate's has outgrown the least of those
-    known, the rest of it need not be computed. The most promising after one part go first. What is
-    chosen is what computing everything would choose.
-
-    Args:
-        firsts: each candidate's error on part 0. error: (candidate, part) -> error, parts from 1.
-    """
-    best, smallest = None, float("inf")
-    for i in sorted(range(len(firsts)), key=lambda i: (firsts[i], i)):
-        total = firsts[i]
-        if total > smallest or total == float("inf"):
-            break
-        for part in range(1, parts):
-            total += error(i, part)
-            if not total <= smallest:
-                break
-        if total < smallest or (total == smallest and best is not None and i < best):
-            best, smallest = i, total
-    return best
 
 
 Trial = tuple[dict[str, Tensor], dict[str, InputQuantizer]]
@@ -194,16 +177,13 @@ class _Trials:
             self._block.ranks.sum_(own)
         return own
 
-    def first_errors(self) -> list[float]:
-        """Of every candidate on part 0; what is no number is infinite."""
-        found = [self._part(i, 0) for i in range(len(self._factors))]
+    def errors(self, candidates: Sequence[int], parts: range) -> list[list[float]]:
+        """(candidates, parts), over all ranks; what is no number is infinite."""
+        found = torch.stack([self._part(i, p) for i in candidates for p in parts])
         # In one go: an accelerator is waited for once.
-        errors: list[float] = torch.stack(found).nan_to_num(nan=float("inf")).tolist()
-        return errors
-
-    def error(self, i: int, part: int) -> float:
-        """Of one candidate on a part."""
-        return float(self._part(i, part))
+        errors = found.nan_to_num(nan=float("inf")).view(len(candidates), len(parts))
+        out: list[list[float]] = errors.tolist()
+        return out
 
 
 class _LinearProbe:

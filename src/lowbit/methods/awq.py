@@ -35,10 +35,12 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import GroupedGrid
 from ..model.block import Block
+from ..model.context import TOKENS_PER_PASS
 from ..model.graph import Site
 from ..model.rewrite import checked, fold
 from ..model.statistics import Seen
 from ._equivalent import foldable
+from ._race import FIRST
 from ._scale_search import best_scale, collect_inputs, on_grid
 from .cost import Cost, Shapes, Work
 
@@ -56,6 +58,8 @@ class AWQ:
             ...
         shrinks: how many range factors are tried, 1 - i/20 for i = 0, 1, ...
         rows: calibration rows used by both searches, at most.
+        doubt: a factor is left once it is so many standard errors above the best one, over the
+            tokens seen by both; 0 leaves only what cannot win, as published.
         clip_tokens: tokens of them the clip search looks at; 0 means all.
         clip_sampling: which tokens: "random", or "strided" as the reference, where every 512th
             token is often a first token.
@@ -75,6 +79,7 @@ class AWQ:
     exponents: int = 20
     shrinks: int = 10
     rows: int = 32
+    doubt: float = 0.0
     clip_tokens: int = 512
     clip_sampling: Literal["random", "strided"] = "random"
 
@@ -84,9 +89,11 @@ class AWQ:
             or not 1 <= self.shrinks <= 20
             or self.rows < 1
             or self.clip_tokens < 0
+            or not self.doubt >= 0
         ):
             raise LowbitError(
-                "awq needs exponents >= 1, shrinks from 1 to 20, rows >= 1 and clip_tokens >= 0."
+                "awq needs exponents >= 1, shrinks from 1 to 20, rows >= 1, clip_tokens >= 0 and "
+                "doubt >= 0."
             )
 
     def __call__(self, block: Block) -> Block:
@@ -117,7 +124,7 @@ class AWQ:
             # Where an input is quantized, what arrives depends on the factors before it.
             arrived = seen.pop(key) if key in seen else collect_inputs(block, [site], rows)[key]
             candidates = scale_candidates(arrived.mean, self.exponents)
-            factor, chosen[key] = best_scale(block, site, arrived, candidates)
+            factor, chosen[key] = best_scale(block, site, arrived, candidates, self.doubt)
             if chosen[key] > 0:
                 block = fold(block, site, factor)
         return checked(given, block).with_notes(awq_exponents=chosen)
@@ -279,7 +286,7 @@ def search_clip(
 # Bytes that pass memory for every weight, temporaries included: a scale that is tried, rounded in
 # float64; a range that is tried.
 _CANDIDATE, _SHRINK = 60, 40
-_SEARCHED = 1024  # tokens after which a CPU looks at a candidate
+_SEARCHED = 1024  # tokens of a part, on which a CPU looks at a candidate
 
 
 def fixes_ranges(method: AWQ) -> bool:
@@ -311,8 +318,9 @@ def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
     layer = shapes.layer
     inner = [names for names in shapes.sites if not set(names).isdisjoint(shapes.inner)]
     known = {n for names in inner for n in names}
-    # A CPU leaves a candidate once it has lost: all are begun, about two are finished.
-    begun = min(1.0, _SEARCHED / tokens) if shapes.device.type == "cpu" else 1.0
+    # Candidates are left once they have lost: all are begun, about two are finished.
+    part = _SEARCHED if shapes.device.type == "cpu" else TOKENS_PER_PASS
+    begun = min(1.0, (FIRST if method.doubt else 1) * part / tokens)
     tried = method.exponents * begun + 2 * (1 - begun)
     # Inside an MLP a site is judged through its Gram matrix, the others by running their part.
     rest = layer.active - sum(
