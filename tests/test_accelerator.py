@@ -14,6 +14,7 @@ import lowbit
 import lowbit.run.quantize
 from lowbit.artifact.proof import verify
 from lowbit.methods import METHODS
+from lowbit.methods._rounding import hardening
 from lowbit.methods.tesseraq import TesseraQ
 from lowbit.recipe.presets import load_recipe
 
@@ -93,6 +94,20 @@ def test_nothing_mixes_devices_and_no_step_waits(
     )
     assert device.operations > 1000  # it is where the work was done
     assert waits_of_phases == [{}] * (BLOCKS * PHASES if "tesseraq" in recipe else 0)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.05, 0.333, 0.5, 1.0])
+def test_hardening_does_not_crowd_one_bin(device, q):
+    values = torch.rand(40_000, generator=torch.Generator().manual_seed(0)) / 2
+    values[10_000:] = 0.5
+    there = values.to(accelerator.NAME)
+    bins, counts = hardening._histogram(there)
+    assert int(bins.held.bincount().max()) < 10
+    assert torch.equal(counts.held, hardening._histogram(values)[1].int())
+    device.waits.clear()
+    found = hardening.quantile(there, q)
+    assert torch.equal(found.held, hardening.quantile(values, q))
+    assert device.waits.total() == (2 if q < 0.25 else 1)
 
 
 def test_every_method_is_tried():

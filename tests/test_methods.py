@@ -16,8 +16,9 @@ from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, Tesse
 from lowbit.methods._batches import copied
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
+from lowbit.methods._rounding.hardening import quantile
 from lowbit.methods._scale_search import best_scale, collect_inputs
-from lowbit.methods._soft import SoftBlock, quantile
+from lowbit.methods._soft import SoftBlock
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.block import Block

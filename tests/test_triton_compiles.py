@@ -73,6 +73,12 @@ def soft_rounding(length, dtype, shifted):
     gpu.descend(nu.to(dtype), soft, nu.clone(), nu.clone(), step, torch.empty(32, 2))
 
 
+def hardening(rows, length):
+    from lowbit.methods._rounding import hardening_gpu
+
+    hardening_gpu.harden(torch.zeros(rows, length), 0.5)
+
+
 def codebook_product(bits, tokens, dtype):
     from lowbit.kernels import gpu
 
@@ -92,11 +98,16 @@ def resources(kernel, folder):
 
 # A launch, and of each of its kernels how many programs a multiprocessor holds at once, at least.
 ROUNDING = {"methods._rounding.gpu._weights": 8, "methods._rounding.gpu._descend": 4}
+HARDENING = {
+    "methods._rounding.hardening_gpu._count": 8,
+    "methods._rounding.hardening_gpu._freeze": 8,
+}
 PRODUCT = {"kernels.gpu._multiply": 2, "kernels.gpu._correct": 3}
 CASES = [
     (soft_rounding, (16, torch.bfloat16, False), ROUNDING),
     (soft_rounding, (128, torch.float32, True), ROUNDING),
     (soft_rounding, (14336, torch.bfloat16, False), ROUNDING),  # rows longer than a tile
+    (hardening, (3, 14336), HARDENING),
     (codebook_product, (2, 1, torch.float16), PRODUCT),
     (codebook_product, (6, 64, torch.float16), PRODUCT),  # codes across words, the most tokens
     (codebook_product, (4, 64, torch.bfloat16), PRODUCT),

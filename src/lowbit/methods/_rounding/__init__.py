@@ -1,5 +1,5 @@
-"""Soft rounding: one operation from rounding variables to weights, and one from the weights'
-gradient to the variables' next values.
+"""Soft rounding: one operation from rounding variables to weights, one from the weights' gradient
+to the variables' next values, and one that freezes variables.
 
     weight = (code - zero + way * h(nu)) * scale - offset        h(nu) = clamp(1.2 sigmoid(nu) -
     0.1, 0, 1)
@@ -32,14 +32,13 @@ from ...errors import LowbitError, unknown
 from . import cpu
 from ._adam import Adam as Adam
 from ._adam import moved as moved
+from .reference import FROZEN as FROZEN
 from .reference import SoftRows as SoftRows
 from .reference import gradients as gradients
 from .reference import inverse_rectified as inverse_rectified
 from .reference import rectified as rectified
 from .reference import slope as slope
 from .reference import soft_rectified as soft_rectified
-
-FROZEN = 100.0
 
 Backend = Literal["reference", "c", "inductor", "triton"]
 _MODULES: dict[Backend, str] = {
@@ -88,6 +87,18 @@ def descend(
     module = _module(backend or _fastest(soft.nu, gradient))
     module.descend(gradient, soft, first, second, adam, sums)
     return sums
+
+
+def harden(nu: Tensor, soft_share: float, backend: Backend | None = None) -> None:
+    """Freeze, in each row, all but a share of the weights: those nearest to the middle stay soft.
+
+    Args:
+        nu: (linears, weights) float32, contiguous; changed in place.
+        soft_share: as a quantile of |h(nu) - 1/2|; ties stay soft.
+        backend: None for the fastest one there is. "c" and "inductor" have none of their own.
+    """
+    triton = (backend or _fastest(nu, nu)) == "triton"
+    importlib.import_module(f"{__name__}.hardening{'_gpu' * triton}").harden(nu, soft_share)
 
 
 def version_on(device: torch.device) -> Backend:

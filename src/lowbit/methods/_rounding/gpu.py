@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hardening_gpu
 from ._adam import BETAS, EPSILON, Adam
 from .reference import SoftRows
 
@@ -168,6 +169,7 @@ def works(device: torch.device) -> str | None:
         weights(soft, torch.empty_like(nu))
         sums = torch.empty(1, 2, device=device)
         descend(nu, soft, nu.clone(), nu.clone(), Adam(1e-3, 1), sums)
+        hardening_gpu.harden(nu, 0.5)
     except torch.OutOfMemoryError:
         raise
     # a compiler or its headers missing, a card too old: Triton has an error of its own for each
