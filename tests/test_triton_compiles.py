@@ -79,6 +79,16 @@ def hardening(rows, length):
     hardening_gpu.harden(torch.zeros(rows, length), 0.5)
 
 
+def columns(count, stored):
+    from lowbit.methods import _columns_gpu
+
+    rest, row = torch.zeros(256, 96), torch.ones(2, 96)
+    steps = _columns_gpu.Steps(row, row, torch.zeros(count, dtype=torch.int32), 15)
+    codes = torch.empty(256, 96, dtype=torch.uint8)
+    stretch = (128, 128 + count, 256)
+    _columns_gpu.code_uniform(rest, torch.eye(256), steps, codes, rest[:128], stretch, stored)
+
+
 def codebook_product(bits, tokens, dtype):
     from lowbit.kernels import gpu
 
@@ -102,12 +112,15 @@ HARDENING = {
     "methods._rounding.hardening_gpu._count": 8,
     "methods._rounding.hardening_gpu._freeze": 8,
 }
+COLUMNS = {"methods._columns_gpu._code": 8}
 PRODUCT = {"kernels.gpu._multiply": 2, "kernels.gpu._correct": 3}
 CASES = [
     (soft_rounding, (16, torch.bfloat16, False), ROUNDING),
     (soft_rounding, (128, torch.float32, True), ROUNDING),
     (soft_rounding, (14336, torch.bfloat16, False), ROUNDING),  # rows longer than a tile
     (hardening, (3, 14336), HARDENING),
+    (columns, (128, torch.bfloat16), COLUMNS),
+    (columns, (32, torch.float32), COLUMNS),
     (codebook_product, (2, 1, torch.float16), PRODUCT),
     (codebook_product, (6, 64, torch.float16), PRODUCT),  # codes across words, the most tokens
     (codebook_product, (4, 64, torch.bfloat16), PRODUCT),

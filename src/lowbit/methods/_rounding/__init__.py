@@ -17,11 +17,8 @@ to take instead of the fastest.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 import os
-import warnings
 from types import ModuleType
 from typing import Literal
 
@@ -29,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LowbitError, unknown
+from ...grid.triton_kernels import kernels
 from . import cpu
 from ._adam import Adam as Adam
 from ._adam import moved as moved
@@ -126,7 +124,7 @@ def _fastest(nu: Tensor, other: Tensor) -> Backend:
 
 
 def _on_triton(nu: Tensor) -> bool:
-    return nu.device.type == "cuda" and nu.dtype == torch.float32 and _has_triton(nu.device)
+    return nu.dtype == torch.float32 and kernels(f"{__name__}.gpu", nu.device) is not None
 
 
 def _in_c(nu: Tensor, other: Tensor) -> bool:
@@ -135,17 +133,3 @@ def _in_c(nu: Tensor, other: Tensor) -> bool:
 
 def _module(backend: Backend) -> ModuleType:
     return importlib.import_module(f"{__name__}.{_MODULES[backend]}")
-
-
-@functools.cache
-def _has_triton(device: torch.device) -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    hindered: str | None = importlib.import_module(f"{__name__}.gpu").works(device)
-    if hindered is not None:
-        warnings.warn(
-            f"Triton does not work on {device} ({hindered}): soft rounding takes plain torch, "
-            "which is slower.",
-            stacklevel=2,
-        )
-    return hindered is None

@@ -7,8 +7,6 @@ have one order, so do results.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -157,22 +155,12 @@ def descend(
         )
 
 
-@functools.cache
-def works(device: torch.device) -> str | None:
-    """What keeps these kernels from running on a CUDA device, None if nothing does: they are built
-    there and then, with a C compiler.
-    """
-    try:
-        nu = torch.zeros(1, 16, device=device)
-        row = torch.ones(1, 1, device=device)
-        soft = SoftRows(nu, nu.to(torch.uint8), nu.to(torch.int8), row, row)
-        weights(soft, torch.empty_like(nu))
-        sums = torch.empty(1, 2, device=device)
-        descend(nu, soft, nu.clone(), nu.clone(), Adam(1e-3, 1), sums)
-        hardening_gpu.harden(nu, 0.5)
-    except torch.OutOfMemoryError:
-        raise
-    # a compiler or its headers missing, a card too old: Triton has an error of its own for each
-    except Exception as e:
-        return f"{type(e).__name__}: {(str(e).splitlines() or ['no reason given'])[0]}"
-    return None
+def try_out(device: torch.device) -> None:
+    """Launch every kernel once."""
+    nu = torch.zeros(1, 16, device=device)
+    row = torch.ones(1, 1, device=device)
+    soft = SoftRows(nu, nu.to(torch.uint8), nu.to(torch.int8), row, row)
+    weights(soft, torch.empty_like(nu))
+    sums = torch.empty(1, 2, device=device)
+    descend(nu, soft, nu.clone(), nu.clone(), Adam(1e-3, 1), sums)
+    hardening_gpu.harden(nu, 0.5)
