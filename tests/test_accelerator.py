@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lowbit
 import lowbit.run.quantize
 from lowbit.artifact.proof import verify
+from lowbit.grid import Codebook
+from lowbit.grid.codebook import CodebookParams
 from lowbit.methods import METHODS
 from lowbit.methods._rounding import hardening
 from lowbit.methods.tesseraq import TesseraQ
@@ -108,6 +110,20 @@ def test_hardening_does_not_crowd_one_bin(device, q):
     found = hardening.quantile(there, q)
     assert torch.equal(found.held, hardening.quantile(values, q))
     assert device.waits.total() == (2 if q < 0.25 else 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_no_column_of_a_codebook_waits_while_it_is_refined(device, bits):
+    grid, w = Codebook(bits), torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    widths = torch.full((2,), bits)
+    table = grid.fit_columns(w, widths)
+    there = CodebookParams(*(t.to(accelerator.NAME) for t in (table.levels, table.widths)))
+    column = (w[:, :1] + 0.1).to(accelerator.NAME)
+    device.waits.clear()
+    found = grid.refined(there, 0, column, 3)
+    assert not device.waits, device.waits
+    expected = grid.refined(table, 0, w[:, :1] + 0.1, 3)
+    torch.testing.assert_close(found.levels.held, expected.levels, rtol=1e-6, atol=1e-6)
 
 
 def test_every_method_is_tried():

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lowbit.grid import Affine
+from lowbit.grid import Affine, kmeans
 from lowbit.methods import _columns
 from lowbit.methods._coder import GridColumns
 from lowbit.methods._columns import code_columns, inverse_factor
@@ -56,6 +56,37 @@ def assert_columns_are_coded_as_in_torch(
     torch.testing.assert_close(own.scale, params.scale)
 
 
+# lists, numbers of each, levels, weighted
+LISTS = [
+    (3, 1, 2, False),
+    (2, 40, 4, False),
+    (2, 700, 4, True),
+    (1, 2100, 16, False),
+    (2, 9, 1, True),
+]
+
+
+def assert_clusters_are_those_of_torch(lists, n, levels, weighted, device="cpu"):
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(lists, n, generator=g)
+    x[-1] = (2 * x[-1]).round()  # no more different numbers than levels, in most cases
+    w = torch.rand(lists, n, generator=g) + 0.1 if weighted else None
+    found = []
+    for module in (None, kmeans_kernels()):
+        kmeans.kernels = lambda *_, module=module: module
+        there = None if w is None else w.to(device)
+        found.append(kmeans._batched(x.to(device), levels, there, False))
+    (plain, error), (ours, own) = found
+    torch.testing.assert_close(own, error, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+
+
+def kmeans_kernels():
+    from lowbit.grid import kmeans_gpu
+
+    return kmeans_gpu
+
+
 def with_triton():
     from lowbit.methods import _columns_gpu
 
@@ -79,6 +110,15 @@ def test_columns_on_the_gpu(case, monkeypatch):
     assert_columns_are_coded_as_in_torch(*case, "cuda")
 
 
+@pytest.mark.skipif(not GPU, reason="no CUDA with triton")
+@pytest.mark.parametrize("case", LISTS)
+def test_clusters_on_the_gpu(case, monkeypatch):
+    monkeypatch.setattr(kmeans, "kernels", None)  # put back afterwards
+    assert_clusters_are_those_of_torch(*case, "cuda")
+
+
 if __name__ == "__main__":
     for case in COLUMNS:
         assert_columns_are_coded_as_in_torch(*case)
+    for case in LISTS:
+        assert_clusters_are_those_of_torch(*case)

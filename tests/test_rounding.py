@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
+from lowbit.grid import sums
 from lowbit.grid.openmp import Team, team
 from lowbit.grid.sums import _masked, sums_by
 from lowbit.methods import _rounding as rounding
@@ -206,8 +207,10 @@ def test_the_version_can_be_named(monkeypatch):
         rounding._fastest(nu, nu)
 
 
+@pytest.mark.parametrize("at_once", [0, 1 << 22])
 @pytest.mark.parametrize("rows, length, count", [(1, 1, 1), (7, 300, 4), (3, 1000, 16)])
-def test_sums_by_index_in_either_way(rows, length, count):
+def test_sums_by_index_in_either_way(rows, length, count, at_once, monkeypatch):
+    monkeypatch.setattr(sums, "_AT_ONCE", at_once)
     index, values = (
         torch.randint(0, count, (rows, length)),
         torch.randn(rows, length, dtype=torch.float64),

@@ -89,6 +89,15 @@ def columns(count, stored):
     _columns_gpu.code_uniform(rest, torch.eye(256), steps, codes, rest[:128], stretch, stored)
 
 
+def clusters(length, levels):
+    from lowbit.grid import kmeans, kmeans_gpu
+
+    x, shift = torch.zeros(2, length), torch.zeros(2, 1, dtype=torch.float64)
+    sums = torch.zeros(2, length + 1, dtype=torch.float64)
+    ranks = kmeans._ranks(length, False, x.device)
+    kmeans_gpu.clusters(x, shift, sums, sums, sums, ranks, levels, 20)
+
+
 def codebook_product(bits, tokens, dtype):
     from lowbit.kernels import gpu
 
@@ -113,6 +122,7 @@ HARDENING = {
     "methods._rounding.hardening_gpu._freeze": 8,
 }
 COLUMNS = {"methods._columns_gpu._code": 8}
+CLUSTERS = {"grid.kmeans_gpu._cluster": 7}
 PRODUCT = {"kernels.gpu._multiply": 2, "kernels.gpu._correct": 3}
 CASES = [
     (soft_rounding, (16, torch.bfloat16, False), ROUNDING),
@@ -121,6 +131,8 @@ CASES = [
     (hardening, (3, 14336), HARDENING),
     (columns, (128, torch.bfloat16), COLUMNS),
     (columns, (32, torch.float32), COLUMNS),
+    (clusters, (4096, 4), CLUSTERS),
+    (clusters, (14336, 256), CLUSTERS),
     (codebook_product, (2, 1, torch.float16), PRODUCT),
     (codebook_product, (6, 64, torch.float16), PRODUCT),  # codes across words, the most tokens
     (codebook_product, (4, 64, torch.bfloat16), PRODUCT),
