@@ -116,7 +116,7 @@ def resources(kernel, folder):
 
 
 # A launch, and of each of its kernels how many programs a multiprocessor holds at once, at least.
-ROUNDING = {"methods._rounding.gpu._weights": 8, "methods._rounding.gpu._descend": 4}
+ROUNDING = {"methods._rounding.gpu._weights": 16, "methods._rounding.gpu._descend": 10}
 HARDENING = {
     "methods._rounding.hardening_gpu._count": 8,
     "methods._rounding.hardening_gpu._freeze": 8,
@@ -152,6 +152,22 @@ def test_a_kernel_compiles_for_sm_90(compiled, tmp_path, launch, args, programs)
         assert held >= programs[name], (
             f"{name} takes {used['REG']} registers a thread: a multiprocessor holds {held} programs"
         )
+
+
+# Of a kernel's instructions, at most: what its threads wait for each other for. Those of `_descend`
+# belong to the sums of a whole row, after its last weight.
+BARRIERS = {"methods._rounding.gpu._weights": 0, "methods._rounding.gpu._descend": 5}
+
+
+@pytest.mark.parametrize("length", [16, 128, 4096, 14336])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_weight_of_soft_rounding_waits_for_another(compiled, tmp_path, length, dtype):
+    soft_rounding(length, dtype, True)
+    for name, kernel in compiled.items():
+        (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", tmp_path / "kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert len(re.findall(r"\bBAR\.", said)) <= BARRIERS[name]
 
 
 @pytest.mark.parametrize("dtype, held", [(torch.float16, "f16"), (torch.bfloat16, "bf16")])
