@@ -20,9 +20,14 @@ def random_llama(
     heads: int | None = None,
     kv_heads: int | None = None,
     seed: int = 0,
+    vocab: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """A bfloat16 checkpoint with the embedded model's tokenizer; 128 inputs a head, or 64 below 512
     hidden units.
+
+    Args:
+        vocab: words, the embedded model's unless told otherwise. device: where weights are drawn.
     """
     config = transformers.LlamaConfig.from_pretrained(demo_model())
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = layers, hidden, ffn
@@ -30,9 +35,11 @@ def random_llama(
     config.num_key_value_heads = kv_heads or config.num_attention_heads
     config.head_dim = hidden // config.num_attention_heads
     config.max_position_embeddings = 4096
+    config.vocab_size = vocab or config.vocab_size
     torch.manual_seed(seed)
-    with torch.device("cpu"):
-        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.cpu().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((demo_model() / name).read_bytes())
     return folder

@@ -157,9 +157,9 @@ class Accelerator(TorchDispatchMode):
             return self._on_host(func, args, kwargs)
         self._check_generator(name, kwargs.get("generator"), there)
         if name in ("copy_", "_to_copy"):
-            self._count_copy(
-                args[0 if name == "_to_copy" else 1], [*args[2:], kwargs.get("non_blocking")], there
-            )
+            source = args[0 if name == "_to_copy" else 1]
+            target = args[0] if name == "copy_" else None
+            self._count_copy(source, target, [*args[2:], kwargs.get("non_blocking")], there)
         elif inside:
             if len(inside) < len(tensors):
                 self._refuse(func, name, args, kwargs, tensors)
@@ -211,9 +211,16 @@ class Accelerator(TorchDispatchMode):
         ):
             raise RuntimeError(f"{name} was given a generator of the other device, at {_place()}")
 
-    def _count_copy(self, source: torch.Tensor, non_blocking: Iterable[Any], there: bool) -> None:
+    def _count_copy(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor | None,
+        non_blocking: Iterable[Any],
+        there: bool,
+    ) -> None:
         if not there:
-            self.waits_for("a copy to the host")
+            if target is None or not (any(non_blocking) and self._page_locked(target)):
+                self.waits_for("a copy to the host")
         elif not isinstance(source, OnDevice) and not (
             any(non_blocking) and self._page_locked(source)
         ):
@@ -270,6 +277,9 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
     monkeypatch.setattr(torch, "Generator", accelerator.generator())
     monkeypatch.setattr(torch, "Stream", Stream)
     monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
+    monkeypatch.setattr(
+        torch.accelerator, "synchronize", lambda _: accelerator.waits_for("all work")
+    )
     monkeypatch.setattr(torch, "tensor", _sent(torch.tensor))
     monkeypatch.setattr(torch, "autocast", _on_cpu(torch.autocast))
     monkeypatch.setattr(torch, "is_autocast_enabled", _on_cpu(torch.is_autocast_enabled))

@@ -2,19 +2,28 @@
 waits for the device.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import accelerator
 import pytest
 import torch
-from helpers import LLAMA, save_tiny
+from helpers import LLAMA, begin, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowbit
 import lowbit.run.quantize
 from lowbit.artifact.proof import verify
+from lowbit.grid import Affine, Codebook, PerToken, QTensor
+from lowbit.grid.codebook import CodebookParams
+from lowbit.kernels.integer import IntegerWeight, linear
 from lowbit.methods import METHODS
+from lowbit.methods._rounding import hardening
 from lowbit.methods.tesseraq import TesseraQ
+from lowbit.model.model import Streams
+from lowbit.model.storage import Storage
+from lowbit.model.stream import ModelStream
+from lowbit.recipe import Recipe
 from lowbit.recipe.presets import load_recipe
 
 BLOCKS, PHASES = 2, 3
@@ -95,6 +104,71 @@ def test_nothing_mixes_devices_and_no_step_waits(
     assert waits_of_phases == [{}] * (BLOCKS * PHASES if "tesseraq" in recipe else 0)
 
 
+@pytest.mark.parametrize("q", [0.0, 0.05, 0.333, 0.5, 1.0])
+def test_hardening_does_not_crowd_one_bin(device, q):
+    values = torch.rand(40_000, generator=torch.Generator().manual_seed(0)) / 2
+    values[10_000:] = 0.5
+    there = values.to(accelerator.NAME)
+    bins, counts = hardening._histogram(there)
+    assert int(bins.held.bincount().max()) < 10
+    assert torch.equal(counts.held, hardening._histogram(values)[1].int())
+    device.waits.clear()
+    found = hardening.quantile(there, q)
+    assert torch.equal(found.held, hardening.quantile(values, q))
+    assert device.waits.total() == (2 if q < 0.25 else 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_no_column_of_a_codebook_waits_while_it_is_refined(device, bits):
+    grid, w = Codebook(bits), torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    widths = torch.full((2,), bits)
+    table = grid.fit_columns(w, widths)
+    there = CodebookParams(*(t.to(accelerator.NAME) for t in (table.levels, table.widths)))
+    column = (w[:, :1] + 0.1).to(accelerator.NAME)
+    device.waits.clear()
+    found = grid.refined(there, 0, column, 3)
+    assert not device.waits, device.waits
+    expected = grid.refined(table, 0, w[:, :1] + 0.1, 3)
+    torch.testing.assert_close(found.levels.held, expected.levels, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_integer_product_does_not_wait(device, bits, symmetric):
+    w = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    grid, of_inputs = Affine(bits, 8, symmetric=symmetric), PerToken(bits, symmetric=symmetric)
+    params = grid.fit(w)
+    weight = IntegerWeight.of(QTensor(grid, grid.encode(w, params), params))
+    there = replace(
+        weight,
+        **{
+            k: getattr(weight, k).to(accelerator.NAME)
+            for k in ("codes", "sums", "zero_point", "scale")
+        },
+    )
+    far = x.to(accelerator.NAME)
+    device.waits.clear()
+    found = linear(far, there, of_inputs)
+    assert not device.waits, device.waits
+    assert torch.equal(found.held, linear(x, weight, of_inputs))
+
+
+@pytest.mark.parametrize("place, waits", [("device", 0), ("host", 1)])
+def test_a_pass_into_host_memory_waits_once(device, model, monkeypatch, place, waits):
+    monkeypatch.setattr("lowbit.model.block.TOKENS_PER_PASS", 24)  # a row at a time
+    stream = ModelStream(model, accelerator.NAME)
+    storage = Storage(place, stream.device)
+    x = stream.embed(torch.randint(3, 200, (4, 24)), storage=storage)
+    streams, kwargs = Streams(x, x, 4, storage=storage), stream.block_kwargs(24)[0]
+    whole = begin(stream, 0, Recipe(Affine(4, 16)), streams, kwargs, 0)
+    device.waits.clear()
+    made = whole.run(x)
+    assert device.waits.total() == waits, device.waits
+    expected = torch.cat([whole.forward(row[None].to(stream.device)).cpu() for row in x])
+    torch.testing.assert_close(made.cpu(), expected.to(made.dtype))
+
+
 def test_every_method_is_tried():
     tried = {
         type(m)
@@ -141,6 +215,7 @@ WAITS = {
     "truth": lambda near, far: bool((far > 0).all()),
     "tolist": lambda near, far: far.tolist(),
     "to the CPU": lambda near, far: far.cpu(),
+    "into pageable memory": lambda near, far: near.copy_(far, non_blocking=True),
     "into the CPU's": lambda near, far: near.copy_(far),
     "to the device": lambda near, far: near.to(accelerator.NAME),
     "from pageable memory": lambda near, far: far.copy_(near, non_blocking=True),
@@ -162,6 +237,9 @@ GOES_ON = {
     "mask filled": lambda near, far: far.masked_fill_(far > 0, 0.0),
     "from page-locked memory": lambda near, far: far.copy_(
         torch.empty(4, 4, pin_memory=True), non_blocking=True
+    ),
+    "into page-locked memory": lambda near, far: torch.empty(4, 4, pin_memory=True).copy_(
+        far, non_blocking=True
     ),
     "generator": lambda near, far: torch.rand(
         2, device=far.device, generator=torch.Generator(far.device)

@@ -13,7 +13,8 @@ from lowbit.grid.names import parse_scheme
 from lowbit.methods import _soft
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import Adam
-from lowbit.methods._soft import SoftBlock, quantiles
+from lowbit.methods._rounding.hardening import quantiles
+from lowbit.methods._soft import SoftBlock
 from lowbit.methods.tesseraq import TesseraQ
 from lowbit.model import experts as experts_module
 from lowbit.model.grouped import chosen, stacked

@@ -109,6 +109,17 @@ def test_decoded_weights_are_exact(dtype):
     assert kernels.decode(packed, slice(9, 9)).shape == (0, 85)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_are_rounded_once(dtype):
+    packed, _ = made(33, {1: 5, 3: 40}, 0.1, dtype)
+    assert [t.dtype for t in (*packed.rounded, packed.kept)] == [dtype] * 3
+    assert packed.rounded is packed.rounded and packed.kept is packed.kept
+    for segment, levels in zip(packed.segments, packed.rounded, strict=True):
+        assert torch.equal(levels, segment.levels.to(dtype))
+    assert torch.equal(packed.kept, packed.sparse.values.to(dtype))
+    assert made(33, {1: 5}, 0.0, dtype)[0].kept is None
+
+
 @pytest.mark.skipif(not COMPILED, reason="no C compiler")
 @pytest.mark.parametrize("tokens", [1, 6, 50])
 def test_threads_do_not_change_the_result(tokens):

@@ -16,10 +16,12 @@ from lowbit.errors import LowbitError
 from lowbit.machine import (
     control_groups,
     device_of_rank,
+    forget_peaks,
     free_memory,
     give_back_memory,
     peak_memory,
     pick_device,
+    reserved_memory,
 )
 
 CPU = torch.device("cpu")
@@ -147,6 +149,25 @@ def test_the_peak_of_this_process_grows_with_what_it_touches() -> None:
     del held
     give_back_memory()
     assert peak_memory(CPU) >= before
+
+
+def test_the_peaks_of_an_accelerator_are_of_what_follows(monkeypatch) -> None:
+    held = {"allocated": 7, "reserved": 9}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _: held["allocated"])
+    monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda _: held["reserved"])
+    monkeypatch.setattr(
+        torch.accelerator,
+        "reset_peak_memory_stats",
+        lambda _: held.update(allocated=2, reserved=3),
+    )
+    gpu = torch.device("cuda")
+    assert (peak_memory(gpu), reserved_memory(gpu)) == (7, 9)
+    forget_peaks(CPU)
+    assert (peak_memory(gpu), reserved_memory(gpu)) == (7, 9)
+    forget_peaks(gpu)
+    assert (peak_memory(gpu), reserved_memory(gpu)) == (2, 3)
+    assert reserved_memory(CPU) is None
 
 
 # --- streams --------------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
 from lowbit.grid import Affine, PerToken
-from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
+from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ, _prefetch
 from lowbit.methods._batches import copied
+from lowbit.methods._prefetch import Prefetcher
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
+from lowbit.methods._rounding.hardening import quantile
 from lowbit.methods._scale_search import best_scale, collect_inputs
-from lowbit.methods._soft import SoftBlock, quantile
+from lowbit.methods._soft import SoftBlock
 from lowbit.methods.awq import pick_tokens, search_clip
 from lowbit.methods.tesseraq import soft_shares
 from lowbit.model.block import Block
@@ -342,6 +344,24 @@ def test_what_was_read_ahead_is_what_a_step_gets(block, monkeypatch):
             for t, s in zip(taken[-1], (block.xq, block.target), strict=True)
         )
     assert asked[0] is None and [a[1] for a in asked[1:]] == taken[1:]  # not copied again
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("bug")])
+def test_a_step_goes_on_where_there_is_no_memory_to_read_ahead(block, monkeypatch, error):
+    def copies(*_):
+        raise error
+
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Side())
+    monkeypatch.setattr(_prefetch, "copied", copies)
+    ahead = Prefetcher(block)
+    ahead._side, rows = Side(), torch.tensor([2, 0])
+    if isinstance(error, KeyError):
+        with pytest.raises(KeyError):
+            ahead.prepare(rows)
+        return
+    ahead.prepare(rows)
+    assert ahead._side is None  # nor is it tried again
+    assert torch.equal(ahead.take(rows)[0], block.xq[rows])
 
 
 def test_non_finite_loss_falls_back_and_is_recorded(block):

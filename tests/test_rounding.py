@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
+from lowbit.grid import sums
 from lowbit.grid.openmp import Team, team
 from lowbit.grid.sums import _masked, sums_by
 from lowbit.methods import _rounding as rounding
@@ -126,6 +127,27 @@ def assert_like_the_plain_one(backend, rows, length, dtype, seed=0, device="cpu"
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
 
 
+def assert_hardens_like_the_plain_one(backend, rows, length, device="cpu"):
+    """Phase by phase, until most weights are frozen."""
+    nu = sample(rows, length, rows, device=device)[0].nu
+    nu[0, : length // 2] = 5.0  # clamped: as far from the middle as a frozen weight
+    nu[-1, : length // 3] = 0.25  # ties stay soft
+    found = [nu.clone(), nu.clone()]
+    # None of them a rank: there the plain version may lose the weight at the rank to rounding.
+    for share in (0.95, 0.6, 0.3, 0.1):
+        for variables, b in zip(found, ("reference", backend), strict=True):
+            rounding.harden(variables, share, b)
+        assert torch.equal(*found), (rows, length, share)
+
+
+@pytest.mark.parametrize("backend", ["reference", "c"])
+def test_hardening_keeps_the_share_nearest_to_the_middle(backend):
+    nu = torch.tensor([[-3.0, 0.5, -0.1, FROZEN, 1.0], [0.2, 0.2, -0.1, 0.2, 9.0]])
+    rounding.harden(nu, 0.5, backend)
+    expected = [[-FROZEN, 0.5, -0.1, FROZEN, 1.0], [0.2, 0.2, -0.1, 0.2, FROZEN]]
+    assert torch.equal(nu, torch.tensor(expected))
+
+
 @needs_compiler
 @settings(max_examples=40, deadline=None)
 @given(
@@ -185,8 +207,10 @@ def test_the_version_can_be_named(monkeypatch):
         rounding._fastest(nu, nu)
 
 
+@pytest.mark.parametrize("at_once", [0, 1 << 22])
 @pytest.mark.parametrize("rows, length, count", [(1, 1, 1), (7, 300, 4), (3, 1000, 16)])
-def test_sums_by_index_in_either_way(rows, length, count):
+def test_sums_by_index_in_either_way(rows, length, count, at_once, monkeypatch):
+    monkeypatch.setattr(sums, "_AT_ONCE", at_once)
     index, values = (
         torch.randint(0, count, (rows, length)),
         torch.randn(rows, length, dtype=torch.float64),
@@ -201,6 +225,9 @@ def test_torch_compile():
     assert_like_the_plain_one("inductor", 24, 64, torch.float32)
     # Another shape, not compiled again.
     assert_like_the_plain_one("inductor", 9, 32, torch.float32, 1)
+
+
+HARDENED = [(1, 2), (1, 9000), (3, 2048), (2, 5001), (300, 7)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -223,8 +250,12 @@ def test_triton_on_the_gpu():
     for dtype in (torch.float32, torch.bfloat16):
         for rows, length in ((1, 1), (37, 64), (1000, 128), (5, 4100)):
             assert_like_the_plain_one("triton", rows, length, dtype, device="cuda")
+    for rows, length in HARDENED:
+        assert_hardens_like_the_plain_one("triton", rows, length, "cuda")
 
 
 if __name__ == "__main__":
     for shape in ((1, 1), (5, 64), (70, 32), (3, 2100)):
         assert_like_the_plain_one("triton", *shape, torch.float32)
+    for shape in HARDENED:
+        assert_hardens_like_the_plain_one("triton", *shape)

@@ -73,6 +73,31 @@ def soft_rounding(length, dtype, shifted):
     gpu.descend(nu.to(dtype), soft, nu.clone(), nu.clone(), step, torch.empty(32, 2))
 
 
+def hardening(rows, length):
+    from lowbit.methods._rounding import hardening_gpu
+
+    hardening_gpu.harden(torch.zeros(rows, length), 0.5)
+
+
+def columns(count, stored):
+    from lowbit.methods import _columns_gpu
+
+    rest, row = torch.zeros(256, 96), torch.ones(2, 96)
+    steps = _columns_gpu.Steps(row, row, torch.zeros(count, dtype=torch.int32), 15)
+    codes = torch.empty(256, 96, dtype=torch.uint8)
+    stretch = (128, 128 + count, 256)
+    _columns_gpu.code_uniform(rest, torch.eye(256), steps, codes, rest[:128], stretch, stored)
+
+
+def clusters(length, levels):
+    from lowbit.grid import kmeans, kmeans_gpu
+
+    x, shift = torch.zeros(2, length), torch.zeros(2, 1, dtype=torch.float64)
+    sums = torch.zeros(2, length + 1, dtype=torch.float64)
+    ranks = kmeans._ranks(length, False, x.device)
+    kmeans_gpu.clusters(x, shift, sums, sums, sums, ranks, levels, 20)
+
+
 def codebook_product(bits, tokens, dtype):
     from lowbit.kernels import gpu
 
@@ -91,12 +116,23 @@ def resources(kernel, folder):
 
 
 # A launch, and of each of its kernels how many programs a multiprocessor holds at once, at least.
-ROUNDING = {"methods._rounding.gpu._weights": 8, "methods._rounding.gpu._descend": 4}
+ROUNDING = {"methods._rounding.gpu._weights": 16, "methods._rounding.gpu._descend": 10}
+HARDENING = {
+    "methods._rounding.hardening_gpu._count": 8,
+    "methods._rounding.hardening_gpu._freeze": 8,
+}
+COLUMNS = {"methods._columns_gpu._code": 8}
+CLUSTERS = {"grid.kmeans_gpu._cluster": 7}
 PRODUCT = {"kernels.gpu._multiply": 2, "kernels.gpu._correct": 3}
 CASES = [
     (soft_rounding, (16, torch.bfloat16, False), ROUNDING),
     (soft_rounding, (128, torch.float32, True), ROUNDING),
     (soft_rounding, (14336, torch.bfloat16, False), ROUNDING),  # rows longer than a tile
+    (hardening, (3, 14336), HARDENING),
+    (columns, (128, torch.bfloat16), COLUMNS),
+    (columns, (32, torch.float32), COLUMNS),
+    (clusters, (4096, 4), CLUSTERS),
+    (clusters, (14336, 256), CLUSTERS),
     (codebook_product, (2, 1, torch.float16), PRODUCT),
     (codebook_product, (6, 64, torch.float16), PRODUCT),  # codes across words, the most tokens
     (codebook_product, (4, 64, torch.bfloat16), PRODUCT),
@@ -116,6 +152,22 @@ def test_a_kernel_compiles_for_sm_90(compiled, tmp_path, launch, args, programs)
         assert held >= programs[name], (
             f"{name} takes {used['REG']} registers a thread: a multiprocessor holds {held} programs"
         )
+
+
+# Of a kernel's instructions, at most: what its threads wait for each other for. Those of `_descend`
+# belong to the sums of a whole row, after its last weight.
+BARRIERS = {"methods._rounding.gpu._weights": 0, "methods._rounding.gpu._descend": 5}
+
+
+@pytest.mark.parametrize("length", [16, 128, 4096, 14336])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_weight_of_soft_rounding_waits_for_another(compiled, tmp_path, length, dtype):
+    soft_rounding(length, dtype, True)
+    for name, kernel in compiled.items():
+        (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", tmp_path / "kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert len(re.findall(r"\bBAR\.", said)) <= BARRIERS[name]
 
 
 @pytest.mark.parametrize("dtype, held", [(torch.float16, "f16"), (torch.bfloat16, "bf16")])

@@ -15,9 +15,24 @@ from .errors import LowbitError
 _LOADING = 1.3  # what a load takes, beside the weights: measured
 
 
+def forget_peaks(device: torch.device) -> None:
+    """On an accelerator, `peak_memory` and `reserved_memory` are of what follows."""
+    if device.type != "cpu" and torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def reserved_memory(device: torch.device) -> int | None:
+    """Largest number of bytes that were taken from an accelerator, what its allocator keeps for
+    later included; None on a CPU.
+    """
+    if device.type == "cpu" or not torch.accelerator.is_available():
+        return None
+    return int(torch.accelerator.max_memory_reserved(device))
+
+
 def peak_memory(device: torch.device) -> int:
-    """Largest memory use of this process so far, in bytes: on the accelerator if there is one, else
-    resident.
+    """Largest memory use of this process in bytes: on the accelerator, if there is one, since
+    `forget_peaks`, else resident and so far.
     """
     if device.type != "cpu" and torch.accelerator.is_available():
         return int(torch.accelerator.max_memory_allocated(device))

@@ -286,8 +286,8 @@ def _clustered(lists: Tensor, bits: int, weights: Tensor | None) -> Tensor:
 def _lloyd(values: Tensor, levels: Tensor) -> Tensor:
     """One step: assign, then move each level to the mean of what it got."""
     codes = torch.bucketize(values, ((levels[1:] + levels[:-1]) / 2).to(values.dtype))
-    sums = sums_by(codes[None], values.to(levels.dtype)[None], len(levels))[0]
-    counts = torch.bincount(codes, minlength=len(levels))
+    added = torch.stack([values.to(levels.dtype), torch.ones_like(values, dtype=levels.dtype)])
+    sums, counts = sums_by(codes.expand_as(added), added, len(levels))
     return torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort().values
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .compiled import library, pointer, threads
+from .triton_kernels import kernels
 
 _SOURCE = Path(__file__).with_name("kmeans.c")
 _CUTS = 192
@@ -187,6 +188,12 @@ def _batched(
         torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (m, m * x, m * x * x)
     )
     ranks = _ranks(x.shape[1], exact, x.device)
+    triton = None if exact else kernels(f"{__package__}.kmeans_gpu", x.device)
+    if triton is not None:
+        found: tuple[Tensor, Tensor] = triton.clusters(
+            ordered, shift, mass, first, second, ranks, levels, _LLOYD
+        )
+        return found
     cuts = _best_cuts(mass[:, ranks], first[:, ranks], second[:, ranks], levels)
     cuts = ranks[cuts]
     center, sse = _clusters(cuts, x, mass, first, second)

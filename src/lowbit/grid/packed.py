@@ -4,6 +4,7 @@ sorted by width, outliers apart.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,18 @@ class PackedColumns:
     segments: tuple[Segment, ...]
     sparse: Sparse | None
     dtype: torch.dtype
+
+    @functools.cached_property
+    def rounded(self) -> tuple[Tensor, ...]:
+        """The levels of each segment in ``dtype``; made once, as most weights are multiplied again
+        and again.
+        """
+        return tuple(s.levels.to(self.dtype) for s in self.segments)
+
+    @functools.cached_property
+    def kept(self) -> Tensor | None:
+        """The values of outliers in ``dtype``."""
+        return None if self.sparse is None else self.sparse.values.to(self.dtype)
 
 
 def check(packed: PackedColumns, name: str = "a packed weight", books: int | None = None) -> None:

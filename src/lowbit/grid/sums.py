@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Numbers in one launch: a column of a weight takes three, however many levels it has.
+_AT_ONCE = 1 << 22
+
 
 def sums_by(index: Tensor, values: Tensor, count: int) -> Tensor:
     """(rows, count) sums of (rows, length) values by their (rows, length) int64 index, each added
@@ -19,4 +22,7 @@ def sums_by(index: Tensor, values: Tensor, count: int) -> Tensor:
 
 
 def _masked(index: Tensor, values: Tensor, count: int) -> Tensor:
+    if values.numel() * count <= _AT_ONCE:
+        each = torch.arange(count, dtype=index.dtype, device=index.device)[:, None]
+        return torch.where(index[:, None] == each, values[:, None], 0).sum(2)
     return torch.stack([torch.where(index == i, values, 0).sum(1) for i in range(count)], dim=1)

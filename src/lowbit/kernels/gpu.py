@@ -163,7 +163,6 @@ def product(x: Tensor, packed: PackedColumns) -> Tensor:
     if not 0 < len(x) <= _FEW:
         return reference.product(x, packed)
     x = x.contiguous()
-    rounded = [s.levels.to(packed.dtype) for s in packed.segments]
     splits = [_splits(s, packed.shape[0]) for s in packed.segments]
     dense = sum(splits)
     slices = dense + (len(splits) if packed.sparse is not None else 0)
@@ -171,13 +170,13 @@ def product(x: Tensor, packed: PackedColumns) -> Tensor:
     # Of each channel among the columns of its width.
     places = torch.empty(packed.shape[1], dtype=torch.int32, device=x.device)
     for segment, levels, part in zip(
-        packed.segments, rounded, torch.split(sums[:dense], splits), strict=True
+        packed.segments, packed.rounded, torch.split(sums[:dense], splits), strict=True
     ):
         _launch_multiply(x, packed, segment, levels, places, part)
-    if packed.sparse is not None:
-        values = packed.sparse.values.to(packed.dtype)
-        for segment, levels, part in zip(packed.segments, rounded, sums[dense:], strict=True):
-            _launch_correct(x, packed.sparse, values, segment, levels, places, part)
+    if packed.sparse is not None and packed.kept is not None:
+        of_segments = zip(packed.segments, packed.rounded, sums[dense:], strict=True)
+        for segment, levels, part in of_segments:
+            _launch_correct(x, packed.sparse, packed.kept, segment, levels, places, part)
     return sums.sum(0).to(x.dtype)
 
 

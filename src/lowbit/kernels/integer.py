@@ -28,6 +28,7 @@ class IntegerWeight:
         codes: (out, in) int8, 8-bit codes less 128. sums: (out, groups) int32, their sums.
         zero_point: (out, groups) int32, less 128 likewise. scale: (out, groups) float32. group:
             inputs that share a scale.
+        centred: whether all zero points are 0 thus, so that they add nothing.
     """
 
     codes: Tensor
@@ -35,6 +36,7 @@ class IntegerWeight:
     zero_point: Tensor
     scale: Tensor
     group: int
+    centred: bool
 
     @classmethod
     def of(cls, q: QTensor[Any, Any], name: str = "weight") -> IntegerWeight:
@@ -56,15 +58,15 @@ class IntegerWeight:
         shift = 128 if q.grid.bits == 8 else 0
         codes = (q.codes.to(torch.int16) - shift).to(torch.int8)
         sums = codes.view(len(codes), -1, group).sum(-1, dtype=torch.int32)
-        return cls(
-            codes, sums, q.params.zero_point.to(torch.int32) - shift, q.params.scale.float(), group
-        )
+        zero_point = q.params.zero_point.to(torch.int32) - shift
+        centred = not bool(zero_point.any())
+        return cls(codes, sums, zero_point, q.params.scale.float(), group, centred)
 
-    def accumulate(self, codes: Tensor, zero_point: Tensor, group: int) -> Tensor:
-        """(q - z)(p - y)^T over one group of inputs, exact.
+    def accumulate(self, codes: Tensor, zero_point: Tensor | None, group: int) -> Tensor:
+        """(q - z)(p - y)^T over one group of inputs, exact. Nothing waits for the device.
 
         Args:
-            codes: (n, in) int8. zero_point: (n, 1) int32.
+            codes: (n, in) int8. zero_point: (n, 1) int32, None for zeros.
 
         Returns:
             (n, out) int32.
@@ -73,9 +75,9 @@ class IntegerWeight:
         q = codes[:, at]
         sums = _product(q, self.codes[:, at])
         y = self.zero_point[:, group]
-        if bool(zero_point.any()):
+        if zero_point is not None:
             sums = sums - zero_point * (self.sums[:, group] - self.group * y)
-        return sums - q.sum(1, keepdim=True, dtype=torch.int32) * y if bool(y.any()) else sums
+        return sums if self.centred else sums - q.sum(1, keepdim=True, dtype=torch.int32) * y
 
 
 def linear(x: Tensor, weight: IntegerWeight, grid: PerToken | LLMInt8) -> Tensor:
@@ -92,8 +94,8 @@ def linear(x: Tensor, weight: IntegerWeight, grid: PerToken | LLMInt8) -> Tensor
     if isinstance(grid, LLMInt8):
         kept = grid.outliers(flat)
         y = _quantized(flat.masked_fill(kept, 0), weight, grid.rest)
-        if bool(kept.any()):
-            at = kept.nonzero().squeeze(1)
+        at = kept.nonzero().squeeze(1)
+        if len(at):
             y = y + flat[:, at] @ columns(weight, at).to(x.dtype).T
     else:
         y = _quantized(flat, weight, grid)
@@ -106,13 +108,15 @@ def columns(weight: IntegerWeight, at: Tensor) -> Tensor:
     return (weight.codes[:, at] - weight.zero_point[:, group]).float() * weight.scale[:, group]
 
 
-def quantized(x: Tensor, grid: PerToken) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, in) float -> codes (n, in) int8, scale (n, 1) float32, zero_point (n, 1) int32; 8-bit
-    codes and their zero points less 128.
+def quantized(x: Tensor, grid: PerToken) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(n, in) float -> codes (n, in) int8, scale (n, 1) float32, zero_point (n, 1) int32, None for
+    zeros; 8-bit codes and their zero points less 128.
     """
     codes, scale, zero_point = grid.codes(x)
     shift = 128 if grid.bits == 8 else 0
-    return codes.sub_(shift).to(torch.int8), scale, zero_point.to(torch.int32) - shift
+    centred = grid.symmetric and grid.bits == 8
+    zero = None if centred else zero_point.to(torch.int32) - shift
+    return codes.sub_(shift).to(torch.int8), scale, zero
 
 
 def _quantized(x: Tensor, weight: IntegerWeight, grid: PerToken) -> Tensor:

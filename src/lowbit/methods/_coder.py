@@ -50,7 +50,7 @@ class GridColumns:
         if params is not None and self._line is not None:
             width = len(order)
             size = grid.group(width) if isinstance(grid, GroupedGrid) else shared
-            group = (order // size).to("cpu", torch.int32)
+            group = (order // size).to(torch.int32)
             self._steps = _laid_out(self._line, params, width // size, group)
 
     def code(self, column: int, values: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class GridColumns:
             return replace(self._steps, group=self._steps.group[start:stop]), stop
         assert self._line is not None
         until = min(stop, (start // self.period + 1) * self.period)
-        group = torch.zeros(until - start, dtype=torch.int32)
+        group = torch.zeros(until - start, dtype=torch.int32, device=current.device)
         return _laid_out(self._line, self._part(start, current), 1, group), until
 
     def params(self) -> Params:

@@ -8,9 +8,9 @@ coder's business.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ..grid.compiled import library, pointer, threads
+from ..grid.triton_kernels import kernels
+from ._steps import Steps as Steps
 
 _SOURCE = Path(__file__).with_name("_columns.c")
 _TILE = 32  # as in the source
@@ -25,19 +27,30 @@ _STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SOLVED = 512  # columns of the factor solved for at a time
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Uniform levels for a run of columns: (code - zero) * scale, codes from 0 to ``top``.
+class CodeUniform(Protocol):
+    """Compiled code for columns on uniform levels."""
 
-    Attributes:
-        scale, zero: (groups, rows) float32, contiguous.
-        group: (columns,) int32 on the CPU, each column's row in them. top: the highest code.
-    """
+    def __call__(
+        self,
+        rest: Tensor,
+        factor: Tensor,
+        steps: Steps,
+        codes: Tensor,
+        errors: Tensor,
+        stretch: tuple[int, int, int],
+        stored: torch.dtype,
+    ) -> None:
+        """Code some columns in place, and make up for their errors in those that follow.
 
-    scale: Tensor
-    zero: Tensor
-    group: Tensor
-    top: int
+        Args:
+            rest: (columns, rows) float32, the weights so far. factor: (columns, columns) float32.
+            codes: (columns, rows) uint8, written. errors: (columns of the stretch, rows) float32,
+                written: what was lost, over the factor's diagonal.
+            stretch: (start, until, stop): columns from ``start`` to before ``until`` are coded,
+                those up to ``stop`` compensated.
+            stored: the dtype decoded weights are rounded to.
+        """
+        ...
 
 
 class Coder(Protocol):
@@ -127,14 +140,15 @@ def code_columns(weight: Tensor, factor: Tensor, coder: Coder, block_size: int) 
     Returns:
         (rows, columns) uint8 codes.
     """
-    rest = weight.T.contiguous()  # (columns, rows): what a step reads and writes lies together
+    # (columns, rows): what a step reads and writes lies together. A copy, also of a single row.
+    rest = weight.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(rest, dtype=torch.uint8)
-    fits = rest.device.type == "cpu" and rest.dtype == factor.dtype == torch.float32
-    compiled = library(_SOURCE) if fits else None
-    if compiled is not None and coder.uniform and coder.stored in _STORED:
+    found = _compiled(rest, factor, coder)
+    if found is not None:
+        code_uniform, most = found
         factor = factor.contiguous()
-        for start, stop in _spans(len(rest), coder.period, block_size):
-            errors = _coded_span(compiled, rest, factor, coder, codes, start, stop)
+        for start, stop in _spans(len(rest), coder.period, min(block_size, most)):
+            errors = _coded_span(code_uniform, rest, factor, coder, codes, start, stop)
             rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         return codes.T.contiguous()
     diagonal = factor.diagonal()
@@ -148,8 +162,20 @@ def code_columns(weight: Tensor, factor: Tensor, coder: Coder, block_size: int) 
     return codes.T.contiguous()
 
 
+def _compiled(rest: Tensor, factor: Tensor, coder: Coder) -> tuple[CodeUniform, int] | None:
+    """Compiled code for these columns, and how many it takes at a time; None if there is none."""
+    fits = rest.dtype == factor.dtype == torch.float32
+    if not fits or not coder.uniform or coder.stored not in _STORED:
+        return None
+    if rest.device.type == "cpu":
+        code = library(_SOURCE)
+        return None if code is None else (functools.partial(_in_c, code), len(rest))
+    module = kernels(f"{__package__}._columns_gpu", rest.device)
+    return None if module is None else (module.code_uniform, module.MOST)
+
+
 def _coded_span(
-    compiled: ctypes.CDLL,
+    code_uniform: CodeUniform,
     rest: Tensor,
     factor: Tensor,
     coder: Coder,
@@ -157,33 +183,44 @@ def _coded_span(
     start: int,
     stop: int,
 ) -> Tensor:
-    """Code some columns in compiled code, which keeps a tile of rows in the cache. Returns their
-    errors, (columns, rows).
+    """Code some columns, as many at a time as their levels are known of. Returns their errors,
+    (columns, rows).
     """
-    columns, rows = rest.shape
-    errors = torch.empty(stop - start, rows)
+    errors = torch.empty_like(rest[start:stop])
     at = start
     while at < stop:
-        levels, until = coder.steps(at, stop, rest.T)
-        sizes = (at, until, stop, start)
-
-        def rows_from(
-            first: int, last: int, levels: Steps = levels, sizes: tuple[int, int, int, int] = sizes
-        ) -> None:
-            scratch = torch.empty(sizes[2] - sizes[0], _TILE)
-            compiled.code_uniform(
-                *map(
-                    pointer, (rest, factor, levels.scale, levels.zero, levels.group, codes, errors)
-                ),
-                *map(ctypes.c_int64, (columns, rows, first, last, *sizes)),
-                ctypes.c_float(levels.top),
-                ctypes.c_int(_STORED[coder.stored]),
-                pointer(scratch),
-            )
-
-        _in_threads(rows_from, rows, rows * (stop - at) * (until - at))
+        steps, until = coder.steps(at, stop, rest.T)
+        stretch = (at, until, stop)
+        code_uniform(rest, factor, steps, codes, errors[at - start :], stretch, coder.stored)
         at = until
     return errors
+
+
+def _in_c(
+    code: ctypes.CDLL,
+    rest: Tensor,
+    factor: Tensor,
+    steps: Steps,
+    codes: Tensor,
+    errors: Tensor,
+    stretch: tuple[int, int, int],
+    stored: torch.dtype,
+) -> None:
+    """`CodeUniform` in C, which keeps a tile of rows in the cache."""
+    columns, rows = rest.shape
+    start, until, stop = stretch
+
+    def rows_from(first: int, last: int) -> None:
+        scratch = torch.empty(stop - start, _TILE)
+        code.code_uniform(
+            *map(pointer, (rest, factor, steps.scale, steps.zero, steps.group, codes, errors)),
+            *map(ctypes.c_int64, (columns, rows, first, last, start, until, stop, start)),
+            ctypes.c_float(steps.top),
+            ctypes.c_int(_STORED[stored]),
+            pointer(scratch),
+        )
+
+    _in_threads(rows_from, rows, rows * (stop - start) * (until - start))
 
 
 def _in_threads(work: Callable[[int, int], object], count: int, size: int) -> list[object]:

@@ -16,6 +16,7 @@ from ..model.block import Block
 from ..model.graph import Site
 from ..model.statistics import Call, Seen, Statistic
 from ._columns import inverse_factor
+from ._gram import gram
 from ._rare import of_all, second_moments
 from .cost import Cost, Shapes, Work
 
@@ -279,9 +280,8 @@ def input_hessians(
 
 def _gram(seen: Seen) -> Tensor:
     """The sum of x x^T in float64, (inputs, inputs)."""
-    x = seen.met.to(torch.promote_types(seen.met.dtype, torch.float32))  # (tokens, inputs)
-    square: Tensor = x.T @ x
-    return square.double()
+    wide = torch.promote_types(seen.met.dtype, torch.float32)
+    return gram(seen.met, wide).double()
 
 
 def _waiting(shapes: Shapes) -> int:
@@ -318,13 +318,14 @@ def column_cost(walk: Walk, shapes: Shapes) -> Cost:
     tokens = rows * shapes.rows.length
     # The part of the block from one step to the next, half of it on the average.
     passes = _steps(shapes) / 2 if walk.true_sequential else 1
-    solved = 0.0
+    summed = solved = 0.0
     for names, n in zip(shapes.sites, shapes.widths, strict=True):
-        solved += 2.0 * tokens * layer.share(names[0]) * n**2 + 2.0 * n**3
+        summed += 2.0 * tokens * layer.share(names[0]) * n**2
+        solved += 2.0 * n**3
     coded = sum(2.0 * a * b * b for a, b in layer.linears.values())
     return Cost(
         held=5 * layer.weights + waiting + working,
         least=16 * max(widths, default=0) ** 2,  # a Hessian and its factor
-        work=shapes.forward(rows) * passes + Work(single=solved + coded),
+        work=shapes.forward(rows) * passes + shapes.grams(summed) + Work(single=solved + coded),
         lighter="awq or rtn",
     )

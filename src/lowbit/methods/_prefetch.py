@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..model.block import Block
+from ..model.microbatches import ran_out
 from ._batches import copied, gathered
 
 
@@ -23,24 +26,33 @@ class Prefetcher:
         self._streams = (block.xq, block.target, *block.context.given_q.values())
         beside = block.device.type != "cpu" and block.ranks.size == 1
         self._side = torch.Stream(device=block.device) if beside else None
-        self._ahead: tuple[Tensor, list[Tensor], torch.Event] | None = None
+        self._ahead: tuple[Tensor, list[Tensor], Any] | None = None
 
     def prepare(self, rows: Tensor) -> None:
-        """Have these rows fetched: they come next."""
+        """Have these rows fetched: they come next. Where memory runs out for them, none are fetched
+        from then on.
+        """
         b = self._block
         own = (
             rows if b.ranks.size == 1 else rows[rows % b.ranks.size == b.ranks.rank] // b.ranks.size
         )
         b.context.prefetch(own, *self._streams)
-        if self._side is not None:
-            # Which may still be writing the streams.
-            self._side.wait_stream(torch.accelerator.current_stream(b.device))
-            with self._side:
-                self._ahead = (
-                    rows,
-                    [copied(s, rows, b.device) for s in self._streams],
-                    self._side.record_event(),
-                )
+        if self._side is None:
+            return
+        try:
+            self._ahead = self._fetched(self._side, rows)
+        except (RuntimeError, MemoryError) as e:
+            if not ran_out(e):
+                raise
+            self._side = None
+
+    def _fetched(self, side: torch.Stream, rows: Tensor) -> tuple[Tensor, list[Tensor], Any]:
+        """The rows, copies of them from each stream, and the event of the last one's end."""
+        # Which may still be writing the streams.
+        side.wait_stream(torch.accelerator.current_stream(self._block.device))
+        with side:
+            found = [copied(s, rows, self._block.device) for s in self._streams]
+            return rows, found, side.record_event()
 
     def take(self, rows: Tensor) -> list[Tensor]:
         """(n, ...) of each for all ranks' rows, see `gathered`."""

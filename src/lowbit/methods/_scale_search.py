@@ -17,6 +17,7 @@ from ..model.graph import Site
 from ..model.hooks import quantized_inputs
 from ..model.statistics import Call, Value
 from ..model.statistics import Seen as Arrived
+from . import _gram
 from ._race import least
 
 _TOKENS = 1024  # of a batch on which a candidate's error is computed before it is looked at
@@ -73,8 +74,7 @@ def collect_inputs(block: Block, sites: Sequence[Site], rows: int) -> dict[str, 
         size = seen.arrived.abs().sum(0, dtype=torch.float64)  # (channels,)
         if seen.linear not in grams:
             return size
-        x = seen.arrived.to(block.weight(seen.linear).dtype)
-        return size, x.T @ x  # (channels, channels)
+        return size, _gram.gram(seen.arrived, block.weight(seen.linear).dtype)
 
     # Few rows at a time can be told apart sooner; but an activation grid may look at all rows of a
     # pass.

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..grid import AnyGrid, Coded, LinearGrid
 from ..model.block import Block
 from ._buckets import Bucket, ordered
-from ._rounding import FROZEN, Adam, rectified
+from ._rounding import FROZEN, Adam, harden
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,8 @@ class SoftBlock:
         middle.
         """
         for run in self._runs:
-            nu = self.buckets[run.bucket].nu[run.rows].view(len(run.names), -1)
-            h = rectified(nu)
-            threshold = quantiles((h - 0.5).abs_(), soft_share)[:, None]
-            nu.masked_fill_(h > 0.5 + threshold, FROZEN).masked_fill_(h < 0.5 - threshold, -FROZEN)
+            nu = self.buckets[run.bucket].nu[run.rows]
+            harden(nu.view(len(run.names), -1), soft_share)
 
     @torch.no_grad()
     def harden_all(self) -> None:
@@ -222,52 +220,3 @@ class SoftBlock:
     def finite(self) -> bool:
         """Whether all variables are finite."""
         return all(bool(torch.isfinite(b.nu.sum() + b.v.sum())) for b in self.buckets)
-
-
-_BINS = 1 << 16
-
-
-def quantiles(values: Tensor, q: float, by_rank: bool | None = None) -> Tensor:
-    """`quantile` of every row, (rows,).
-
-    Args:
-        values: (rows, n) in [0, 0.5].
-        by_rank: find all rows' ranks at once, without a wait for the device, rather than by a
-            histogram each. None for what suits: on the CPU the histogram is faster from some
-            thousand numbers on (measured), and so it should be for a single row on any device.
-    """
-    if by_rank is None:
-        by_rank = values.device.type != "cpu" and len(values) > 1
-    if not by_rank:
-        return torch.stack([quantile(row, q) for row in values])
-    last = values.shape[1] - 1
-    rank = int(q * last)
-    low, high = (values.kthvalue(min(k, last) + 1, dim=1).values for k in (rank, rank + 1))
-    return low + (high - low) * (q * last - rank)
-
-
-def quantile(values: Tensor, q: float) -> Tensor:
-    """The q-quantile (linear interpolation, as numpy's default) of values in [0, 0.5], exact,
-    without a full sort.
-
-    A histogram finds the bin that holds the wanted ranks; only that bin is sorted. Runs on the
-    values' device.
-    """
-    flat = values.flatten()
-    # Exactly one half (every frozen weight) gets a bin of its own, so that the crowd there is never
-    # sorted.
-    bins = (flat * (2 * _BINS)).to(torch.int32)
-    below = torch.bincount(bins, minlength=_BINS + 1).cumsum(0)
-    at = q * (len(flat) - 1)
-    rank = int(at)
-    low = _ranked(flat, bins, below, rank)
-    high = _ranked(flat, bins, below, min(rank + 1, len(flat) - 1))
-    return low + (high - low) * (at - rank)
-
-
-def _ranked(flat: Tensor, bins: Tensor, below: Tensor, rank: int) -> Tensor:
-    bin_ = int(torch.searchsorted(below, rank, right=True))
-    if bin_ == _BINS:
-        return flat.new_tensor(0.5)
-    before = int(below[bin_ - 1]) if bin_ else 0
-    return flat[bins == bin_].sort().values[rank - before]

@@ -40,6 +40,7 @@ from ..model.graph import Site
 from ..model.rewrite import checked, fold
 from ..model.statistics import Seen
 from ._equivalent import foldable
+from ._gram import gram, inner
 from ._race import FIRST
 from ._scale_search import best_scale, collect_inputs, on_grid
 from .cost import Cost, Shapes, Work
@@ -175,11 +176,11 @@ class AWQ:
             dtype = block.weight(linears[0]).dtype
 
             def sums(seen: Seen, length: int = length, dtype: torch.dtype = dtype) -> Tensor:
-                q = seen.met.reshape(len(seen.met), -1, length).transpose(0, 1).to(dtype)
-                found = [q.transpose(1, 2) @ q]  # (groups, group, group)
+                q = seen.met.reshape(len(seen.met), -1, length).transpose(0, 1)
+                found = [gram(q, dtype)]  # (groups, group, group)
                 if quantized(block, seen.linear):
                     drift = (seen.met - seen.exact).reshape(len(seen.met), -1, length)
-                    found.append(q.transpose(1, 2) @ drift.transpose(0, 1).to(dtype))
+                    found.append(inner(q, drift.transpose(0, 1), dtype))
                 return torch.stack(found)
 
             seen = block.statistics(linears, "quantized", sums, rows=rows, tokens=tokens)

@@ -338,12 +338,13 @@ def cost(method: CLAQ, shapes: Shapes) -> Cost:
     if not method.needs_survey:
         return own
     tokens = shapes.learned(method.walk.rows) * shapes.rows.length
-    factored = sum(2.0 * tokens * n**2 + 2.0 * n**3 for n in shapes.widths)
+    summed = shapes.grams(sum(2.0 * tokens * n**2 for n in shapes.widths))
+    factored = Work(single=sum(2.0 * n**3 for n in shapes.widths))
     passing = shapes.forward(shapes.rows.mine(shapes.rows.count))
     return replace(
         own,
         held=own.held + sum(8 * n * n for n in shapes.widths),
-        work=own.work + passing + Work(single=factored),
+        work=own.work + passing + summed + factored,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ..grid import AnyGrid
 from ..model.context import TOKENS_PER_PASS
+from ._gram import takes_16_bits
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,10 @@ class Shapes:
         """Products of a forward pass, or, with ``half``, in the precision it says."""
         half = self.compute.itemsize == 2 if half is None else half
         return Work(half=flops) if half else Work(single=flops)
+
+    def grams(self, flops: float) -> Work:
+        """Gram matrices of what a forward pass computes, see `lowbit.methods._gram`."""
+        return self.products(flops, self.compute.itemsize == 2 and takes_16_bits(self.device))
 
     def forward(self, rows: float, half: bool | None = None) -> Work:
         """So many rows through a block: attention's own products included, activations written once

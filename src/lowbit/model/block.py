@@ -198,13 +198,15 @@ class Block:
         given: Values = NOTHING,
         keep: Kept | None = None,
         routed: Routed | None = None,
+        look: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """The layer's output for a whole stream, in the stored dtype; written over ``out``, if
         there is one, not ``x`` itself.
 
         Args:
             given: of the stream's rows. keep: takes what the layer leaves. routed: counts
-                the tokens of experts.
+                the tokens of experts. look: shown some rows of the output at a time, (n, length,
+                hidden) on the device, maybe again where memory runs out.
         """
         context, device = self.context, self.device
         if out is None:
@@ -220,12 +222,18 @@ class Block:
                 y, left = self.passed(arrived, weights, picked(given, part))
             if keep is not None:
                 keep.put(part, left)
-            made[part] = y.to(made.device, made.dtype)
+            y = y.to(made.dtype)
+            if look is not None:
+                look(y)
+            # Into page-locked memory this is copied while the next rows are worked on.
+            made[part].copy_(y, non_blocking=True)
             return done + len(y)
 
         # No row depends on another.
         most = TOKENS_PER_PASS // x.shape[1]
         MicroBatches(f"running '{self.name}'", most, self.announce).over(len(x), int, add)
+        if made.device != device:
+            torch.accelerator.synchronize(device)
         return out
 
     def decoded(self) -> dict[str, Tensor]:

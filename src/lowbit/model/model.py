@@ -167,11 +167,21 @@ class Model:
         left = Kept(len(streams.x), streams.storage, streams.x)
         rows, length = streams.x.shape[:2]
         routed = Routed(block.module, graph.mixtures, rows, length, block.device)
+        finite = torch.ones((), dtype=torch.bool, device=block.device)
+
+        def look(y: Tensor) -> None:
+            for row in y:  # as norms and losses take it
+                finite.logical_and_(torch.isfinite(row.float().square().sum(-1)).all())
+
         target = block.run(
-            streams.x, out=streams.scratch, given=context.given, keep=left, routed=routed
+            streams.x,
+            out=streams.scratch,
+            given=context.given,
+            keep=left,
+            routed=routed,
+            look=look,
         )
-        # As norms and losses take it.
-        if not all(bool(torch.isfinite(row.float().square().sum(-1)).all()) for row in target):
+        if not bool(finite):
             raise LowbitError(
                 f"'{name}' of the float model gives activations whose squares are not finite: its "
                 "weights or norms are too large."

@@ -17,7 +17,7 @@ from ..errors import LowbitError
 from ..formats.packing import counts, local_tensors
 from ..grid import Coded, GroupedGrid
 from ..grid.names import scheme_name
-from ..machine import peak_memory
+from ..machine import peak_memory, reserved_memory
 from ..model.block import Block
 from ..model.checkpoint import Checkpoint, Stored
 from ..model.linear_errors import linear_errors
@@ -73,7 +73,7 @@ def block_record(
         "name": block.name,
         "linears": linears,
         "seconds": round(seconds, 3),
-        "peak_memory": _peak(block),
+        **_peaks(block),
         **block.notes,
     }
 
@@ -103,11 +103,15 @@ def sizes(
     }
 
 
-def _peak(block: Block) -> int:
-    """Bytes, of the rank that needs most."""
-    most = torch.tensor([peak_memory(block.device)], dtype=torch.int64)
+def _peaks(block: Block) -> dict[str, int]:
+    """Bytes, of the rank that needs most; on an accelerator those of this block, and reserved."""
+    found = {"peak_memory": peak_memory(block.device)}
+    reserved = reserved_memory(block.device)
+    if reserved is not None:
+        found["reserved_memory"] = reserved
+    most = torch.tensor(list(found.values()), dtype=torch.int64)
     block.ranks.max_(most)
-    return int(most)
+    return dict(zip(found, most.tolist(), strict=True))
 
 
 def _moved(block: Block, linear: str, q: Coded) -> float:

@@ -95,4 +95,4 @@ def _on(weight: IntegerWeight, device: Any) -> IntegerWeight:
     codes, sums, zero_point, scale = (
         t.to(device) for t in (weight.codes, weight.sums, weight.zero_point, weight.scale)
     )
-    return IntegerWeight(codes, sums, zero_point, scale, weight.group)
+    return IntegerWeight(codes, sums, zero_point, scale, weight.group, weight.centred)

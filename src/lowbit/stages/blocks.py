@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..machine import give_back_memory
+from ..machine import forget_peaks, give_back_memory
 from ..methods import METHODS, RTN
 from ..methods._reconstruct import Reconstruction
 from ..model.beside import NOTHING, Kept, given, picked
@@ -157,6 +157,7 @@ class Blocks:
                 block = block.remarked(*(self.remarks if i == 0 else ()))
                 resuming = False
                 record = self.store.keep(i, block, time.time() - clock)
+                forget_peaks(block.device)
             else:
                 block = self.store.loaded(i, _as_finished(block, model, i))
             streams = advance(block, streams, proof_kwargs[i])

@@ -1,5 +1,5 @@
-"""Soft rounding: one operation from rounding variables to weights, and one from the weights'
-gradient to the variables' next values.
+"""Soft rounding: one operation from rounding variables to weights, one from the weights' gradient
+to the variables' next values, and one that freezes variables.
 
     weight = (code - zero + way * h(nu)) * scale - offset        h(nu) = clamp(1.2 sigmoid(nu) -
     0.1, 0, 1)
@@ -17,11 +17,8 @@ to take instead of the fastest.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 import os
-import warnings
 from types import ModuleType
 from typing import Literal
 
@@ -29,17 +26,17 @@ import torch
 from torch import Tensor
 
 from ...errors import LowbitError, unknown
+from ...grid.triton_kernels import kernels
 from . import cpu
 from ._adam import Adam as Adam
 from ._adam import moved as moved
+from .reference import FROZEN as FROZEN
 from .reference import SoftRows as SoftRows
 from .reference import gradients as gradients
 from .reference import inverse_rectified as inverse_rectified
 from .reference import rectified as rectified
 from .reference import slope as slope
 from .reference import soft_rectified as soft_rectified
-
-FROZEN = 100.0
 
 Backend = Literal["reference", "c", "inductor", "triton"]
 _MODULES: dict[Backend, str] = {
@@ -90,6 +87,18 @@ def descend(
     return sums
 
 
+def harden(nu: Tensor, soft_share: float, backend: Backend | None = None) -> None:
+    """Freeze, in each row, all but a share of the weights: those nearest to the middle stay soft.
+
+    Args:
+        nu: (linears, weights) float32, contiguous; changed in place.
+        soft_share: as a quantile of |h(nu) - 1/2|; ties stay soft.
+        backend: None for the fastest one there is. "c" and "inductor" have none of their own.
+    """
+    triton = (backend or _fastest(nu, nu)) == "triton"
+    importlib.import_module(f"{__name__}.hardening{'_gpu' * triton}").harden(nu, soft_share)
+
+
 def version_on(device: torch.device) -> Backend:
     """The version that is taken on a device: each adds in an order of its own.
 
@@ -115,7 +124,7 @@ def _fastest(nu: Tensor, other: Tensor) -> Backend:
 
 
 def _on_triton(nu: Tensor) -> bool:
-    return nu.device.type == "cuda" and nu.dtype == torch.float32 and _has_triton(nu.device)
+    return nu.dtype == torch.float32 and kernels(f"{__name__}.gpu", nu.device) is not None
 
 
 def _in_c(nu: Tensor, other: Tensor) -> bool:
@@ -124,17 +133,3 @@ def _in_c(nu: Tensor, other: Tensor) -> bool:
 
 def _module(backend: Backend) -> ModuleType:
     return importlib.import_module(f"{__name__}.{_MODULES[backend]}")
-
-
-@functools.cache
-def _has_triton(device: torch.device) -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    hindered: str | None = importlib.import_module(f"{__name__}.gpu").works(device)
-    if hindered is not None:
-        warnings.warn(
-            f"Triton does not work on {device} ({hindered}): soft rounding takes plain torch, "
-            "which is slower.",
-            stacklevel=2,
-        )
-    return hindered is None

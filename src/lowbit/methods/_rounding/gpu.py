@@ -7,17 +7,18 @@ have one order, so do results.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hardening_gpu
 from ._adam import BETAS, EPSILON, Adam
 from .reference import SoftRows
 
-_TILE = 2048  # weights that a program holds at a time
+# Weights that a program of 128 threads holds at a time. Of four to a thread every load and store
+# has one layout; of more those of bytes and of floats differ, and each crosses shared memory.
+_TILE = 512
 
 
 @triton.jit
@@ -87,8 +88,8 @@ def _descend(
     there = row < rows
     z = tl.load(zero + row, mask=there, other=0.0)[:, None]
     s = tl.load(scale + row, mask=there, other=0.0)[:, None]
-    by_scale = tl.zeros((ROWS,), dtype=tl.float32)
-    by_offset = tl.zeros((ROWS,), dtype=tl.float32)
+    by_scale = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    by_offset = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, length, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         at = row.to(tl.int64)[:, None] * length + column[None, :]
@@ -99,8 +100,8 @@ def _descend(
         h = _rectified(sigma)
         c = tl.load(code + at, mask=mask, other=0).to(tl.float32)
         w = tl.load(way + at, mask=mask, other=0).to(tl.float32)
-        by_scale += tl.sum(g * ((c - z) + w * h), axis=1)
-        by_offset += tl.sum(g, axis=1)
+        by_scale += g * ((c - z) + w * h)
+        by_offset += g
         by_nu = tl.where((h > 0.0) & (h < 1.0), g * s * w * (1.2 * sigma * (1.0 - sigma)), 0.0)
         m = tl.load(first + at, mask=mask, other=0.0)
         m = m + (by_nu - m) * (1.0 - BETA1)
@@ -108,8 +109,8 @@ def _descend(
         tl.store(first + at, m, mask=mask)
         tl.store(second + at, v, mask=mask)
         tl.store(nu + at, n - size * m / (tl.sqrt(v) * root + EPS), mask=mask)
-    tl.store(sums + 2 * row, by_scale, mask=there)
-    tl.store(sums + 2 * row + 1, by_offset, mask=there)
+    tl.store(sums + 2 * row, tl.sum(by_scale, axis=1), mask=there)
+    tl.store(sums + 2 * row + 1, tl.sum(by_offset, axis=1), mask=there)
 
 
 def _tile(rows: int, length: int) -> tuple[int, int, int]:
@@ -156,21 +157,12 @@ def descend(
         )
 
 
-@functools.cache
-def works(device: torch.device) -> str | None:
-    """What keeps these kernels from running on a CUDA device, None if nothing does: they are built
-    there and then, with a C compiler.
-    """
-    try:
-        nu = torch.zeros(1, 16, device=device)
-        row = torch.ones(1, 1, device=device)
-        soft = SoftRows(nu, nu.to(torch.uint8), nu.to(torch.int8), row, row)
-        weights(soft, torch.empty_like(nu))
-        sums = torch.empty(1, 2, device=device)
-        descend(nu, soft, nu.clone(), nu.clone(), Adam(1e-3, 1), sums)
-    except torch.OutOfMemoryError:
-        raise
-    # a compiler or its headers missing, a card too old: Triton has an error of its own for each
-    except Exception as e:
-        return f"{type(e).__name__}: {(str(e).splitlines() or ['no reason given'])[0]}"
-    return None
+def try_out(device: torch.device) -> None:
+    """Launch every kernel once."""
+    nu = torch.zeros(1, 16, device=device)
+    row = torch.ones(1, 1, device=device)
+    soft = SoftRows(nu, nu.to(torch.uint8), nu.to(torch.int8), row, row)
+    weights(soft, torch.empty_like(nu))
+    sums = torch.empty(1, 2, device=device)
+    descend(nu, soft, nu.clone(), nu.clone(), Adam(1e-3, 1), sums)
+    hardening_gpu.harden(nu, 0.5)

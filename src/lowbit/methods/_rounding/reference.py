@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ._adam import Adam, moved
 
+FROZEN = 100.0
+
 
 class SoftRows(NamedTuple):
     """Weights between two codes: (code - zero + way * h(nu)) * scale - offset. All are contiguous.
