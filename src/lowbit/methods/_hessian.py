@@ -1,17 +1,15 @@
-"""The input Hessians of the column loop: collected, inverted and factored, site by site."""
+"""The input Hessians of the column loop: collected, inverted and factored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Coded
-from ..grid.kmeans import NotFiniteError
 from ..model.block import Block
 from ..model.graph import Site
 from ..model.statistics import Call, Seen, Statistic
@@ -21,8 +19,6 @@ from .cost import Cost, Shapes, Work
 
 _RETRIES = 3
 _LEAST_RETRIED_DAMPING = 1e-2
-# Bytes of calls kept for the next step, so that it need not run the block from its start.
-_KEPT = 1 << 28
 _AT_ONCE = 2 << 30  # bytes of Hessians in one pass, where many experts are reached at once
 
 
@@ -98,84 +94,6 @@ def _parts(block: Block, level: Sequence[tuple[str, ...]]) -> Iterator[list[tupl
         held += size
     if part:
         yield part
-
-
-Solve = Callable[[Block, Sequence[str], Inputs | None], Mapping[str, Coded]]
-
-
-def solve_sites(block: Block, walk: Walk, solve: Solve) -> Block:
-    """Code all linears that are not coded yet, site by site, each on the Hessian of its inputs.
-
-    Args:
-        solve: codes for linears that read the same inputs; None if they see nothing but zeros.
-
-    Raises:
-        LowbitError: a Hessian is not finite, or not invertible with any damping tried; what was
-            compensated for ran away.
-    """
-    steps = walk.steps(block)
-    passes = _Passes(min(walk.rows or block.tuned_rows, block.tuned_rows))
-    trouble: list[str] = []
-    for number, step in enumerate(steps):
-        said = ", ".join(name for names in step for name in names)
-        block.announce(f"{walk.method}: inputs of {said}")
-        following = steps[number + 1] if number + 1 < len(steps) else []
-        hessians = passes.hessians(block, step, following)
-        for names in step:
-            block.announce(f"{walk.method}: codes of {', '.join(names)}")
-            inputs = factored(block, walk, names[0], hessians.pop(names[0]), trouble)
-            try:
-                found = solve(block, names, inputs)
-                for q in found.values():
-                    q.grid.check_finite(q.params)
-                block = block.with_params({n: q.params for n, q in found.items()})
-                block = block.with_codes(found)
-            except NotFiniteError as e:
-                raise LowbitError(
-                    f"'{block.name}.{names[0]}' and what reads the same inputs: {e}. Calibrate on "
-                    f"more rows, or raise {walk.method}.damping."
-                ) from e
-    return block.remarked(*trouble)
-
-
-class _Passes:
-    """Passes over the calibration rows, one a step.
-
-    A step inside the submodule that the step before it looked at need not run the block from its
-    start: the submodule's calls are kept, as long as nothing before it changes.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._kept: tuple[str, list[Call]] | None = None
-        self._pools: dict[Site, Statistic] = {}
-
-    def hessians(
-        self, block: Block, step: Sequence[tuple[str, ...]], following: Sequence[tuple[str, ...]]
-    ) -> dict[str, Tensor]:
-        """The Hessian of each site of a step, by its first linear; see `input_hessians`."""
-        linears = [names[0] for names in step]
-        part = self._worth_keeping(block, step, following)
-        calls: list[Call] = []
-        keep = {} if part is None else {part: calls}
-        self._pools = {s: p for s, p in self._pools.items() if not set(s.reads).isdisjoint(linears)}
-        found = input_hessians(block, linears, self._rows, self._kept, keep, self._pools)
-        self._kept = None if part is None else (part, calls)
-        return found
-
-    def _worth_keeping(
-        self, block: Block, step: Sequence[tuple[str, ...]], following: Sequence[tuple[str, ...]]
-    ) -> str | None:
-        """The submodule whose calls the next step can start from; None if that saves nothing."""
-        first, graph = step[0][0], block.graph
-        part = graph.site_of(first).probe
-        # Little runs before attention.
-        if not following or part == graph.attention:
-            return None
-        if not following[0][0].startswith(f"{part}."):
-            return None
-        numbers = self._rows * block.xq.shape[1] * block.weight(first).shape[1]
-        return part if numbers * block.compute.itemsize <= _KEPT else None
 
 
 def factored(

@@ -33,12 +33,14 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import GroupedGrid
+from ..grid import GroupedGrid, Params
+from ..grid.params import stacked
 from ..model.block import Block
 from ..model.graph import Site
 from ..model.rewrite import checked, fold
 from ..model.statistics import Seen
 from ._equivalent import foldable
+from ._parts import Span, by_rows
 from ._scale_search import best_scale, collect_inputs, on_grid
 from .cost import Cost, Shapes, Work
 
@@ -123,27 +125,33 @@ class AWQ:
         return checked(given, block).with_notes(awq_exponents=chosen)
 
     def _clipped(self, block: Block, grids: Mapping[str, GroupedGrid[Any]], rows: int) -> Block:
-        spared = dict(block.graph.unclipped)
-        weights, params = {}, {}
         moments = self._moments(block, grids, rows)
-        for readers in block.graph.readings:
-            for name in (n for n in readers if n in grids):
-                block.announce(f"awq: clip of {name}")
-                weight, grid = block.weight(name), grids[name]
-                gram, drift = moments[readers[0], grid.group(weight.shape[1])]
-                low, high = search_clip(
-                    weight,
-                    gram,
-                    grid,
-                    self.shrinks,
-                    symmetric=self.clip == "symmetric",
-                    skip_rows=spared.get(name, 0),
-                    drift=drift,
-                )
-                g = grid.grouped(weight)  # (out, groups, group)
-                clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None])
-                weights[name] = clamped.flatten(1)
-                params[name] = grid.fit(weights[name], _importance(gram))
+        first = {n: readers[0] for readers in block.graph.readings for n in readers}
+
+        def limits(span: Span) -> tuple[Tensor, Tensor, Params]:
+            name, at = span.linear, span.rows
+            block.announce(f"awq: clip of {name}")
+            weight, grid = block.weight(name), grids[name]
+            gram, drift = moments[first[name], grid.group(weight.shape[1])]
+            low, high = search_clip(
+                weight[at],
+                gram,
+                grid,
+                self.shrinks,
+                symmetric=self.clip == "symmetric",
+                skip_rows=max(0, dict(block.graph.unclipped).get(name, 0) - at.start),
+                drift=drift,
+            )
+            return low, high, grid.fit(_clamped(grid, weight[at], low, high), _importance(gram))
+
+        names = [n for n in first if n in grids]
+        found = by_rows(block, names, limits)
+        weights, params = {}, {}
+        for name, parts in found.items():
+            lows, highs, fitted = zip(*parts, strict=True)
+            low, high = torch.cat(lows), torch.cat(highs)
+            weights[name] = _clamped(grids[name], block.weight(name), low, high)
+            params[name] = stacked(fitted) if len(fitted) > 1 else fitted[0]
         return block.clipped(weights, params)
 
     def _moments(
@@ -206,6 +214,12 @@ def quantized(block: Block, linear: str) -> bool:
 def _importance(gram: Tensor) -> Tensor:
     """(in,): the mean square of each input, up to a factor, from (groups, group, group)."""
     return gram.diagonal(dim1=1, dim2=2).flatten()
+
+
+def _clamped(grid: GroupedGrid[Any], weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(out, in), every group between its limits, (out, groups)."""
+    g = grid.grouped(weight)  # (out, groups, group)
+    return torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(1)
 
 
 def _indifferent(block: Block, site: Site) -> bool:

@@ -154,7 +154,36 @@ class Ranks:
             dist.all_gather(parts, own)
         return torch.stack(parts)
 
+    def hand_round(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Write one rank's tensors over the others', bit for bit. Shapes and dtypes are the same
+        everywhere; those of the other ranks are contiguous.
+        """
+        if self.size == 1:
+            return
+        for batch in _messages(tensors):
+            alone = len(batch) == 1 and batch[0].is_contiguous()
+            parts = [t.contiguous().view(-1).view(torch.uint8) for t in batch]
+            flat = parts[0] if alone else torch.cat(parts)
+            with _answered():
+                dist.broadcast(flat, source)
+            if not alone and self.rank != source:
+                for t, part in zip(
+                    parts, torch.split(flat, [p.numel() for p in parts]), strict=True
+                ):
+                    t.copy_(part)
+
     # --- values -----------------------------------------------------------------------------------
+
+    def everyone(self, value: Any) -> list[Any]:
+        """Every rank's value, which is pickled: for what is small. Waits for the slowest as long as
+        it takes.
+        """
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _answered():
+            dist.all_gather_object(found, value, group=self.patient)
+        return found
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value; the others' do not count, and they wait for it as long as it takes."""
@@ -177,10 +206,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        found: list[Any] = [None] * self.size
-        with _answered():
-            dist.all_gather_object(found, dict(value), group=self.patient)
-        flat = [dict(_leaves(v)) for v in found]
+        flat = [dict(_leaves(v)) for v in self.everyone(dict(value))]
         keys = list(dict.fromkeys(k for f in flat for k in f))
         told = [
             f"{key} is {_said(flat[0].get(key))} on rank 0, {_said(flat[r].get(key))} on rank {r}"
@@ -196,6 +222,19 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors that are sent together: neighbours on one device, as long as they are small."""
+    batch: list[Tensor] = []
+    for t in tensors:
+        held = sum(b.nbytes for b in batch)
+        if batch and (held + t.nbytes > _TOGETHER or batch[0].device != t.device):
+            yield batch
+            batch = []
+        batch.append(t)
+    if batch:
+        yield batch
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
