@@ -1,14 +1,16 @@
 """What tests/test_ranks.py starts under torchrun; not a test itself.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks_worker.py JOB.json
+    python tests/ranks_worker.py JOB.json 4
 
-JOB holds "do": "tune" (cells -> what came out, saved by rank 0; and "differ", arguments of each
-rank that must be refused) or "quantize" (one rank may be told to end or to raise after its first
-block).
+The second form forks its processes itself: they import once. JOB holds "do": "tune" (cells -> what came out, saved by rank 0; and "differ", arguments of each
+rank that must be refused), "deal" (cells -> what came out, saved by every rank; and work that fails
+on one of them) or "quantize" (one rank may be told to end or to raise after its first block).
 """
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import lowbit
 from lowbit.evaluate import Tally
 from lowbit.grid.names import parse_scheme
 from lowbit.model.calibration import Calibration, draw_rows
+from lowbit.model.dealing import divided
 from lowbit.model.ranks import ALONE, Ranks
 from lowbit.model.stream import ModelStream
 from lowbit.model.tokenizer import load_tokenizer
@@ -45,12 +48,14 @@ def tuned(
     rows = draw_rows(
         Calibration(f"{model}/text.txt", 13, 32, "no"), load_tokenizer(source.checkpoint), 0, 5
     )
-    seen = staged(source, chosen, rows.calibration, ranks=ranks)
+    announced: list[str] = []
+    seen = staged(source, chosen, rows.calibration, ranks=ranks, announce=announced.append)
     stream, mine = seen.source, slice(ranks.rank, None, ranks.size)
     streams = seen.entered(torch.cat([rows.calibration[mine], rows.held_out[mine]]))
-    codes, notes = {}, []
+    codes, coded, notes = {}, {}, []
 
     def told(block):
+        coded.update({f"{block.name}.{n}": q for n, q in block.coded.items()})
         codes.update({f"{block.name}.{n}": q.codes for n, q in block.coded.items()})
         notes.append(dict(block.notes))
 
@@ -65,10 +70,38 @@ def tuned(
         tally.merge(ranks)
     return {
         "codes": codes,
+        "coded": coded,
+        "announced": announced,
         "notes": notes,
         "float": floating.result(),
         "quantized": quantized.result() if not ranks.rank else None,
     }
+
+
+def dealt(ranks: Ranks) -> dict:
+    """What `divided` does with values of all kinds, and with work that fails on one rank."""
+    value = {
+        "pair": (torch.arange(6).view(2, 3).T, torch.tensor(2.5, dtype=torch.float64)),
+        "wide": torch.arange(1 << 15, dtype=torch.float64),
+        "none": [torch.empty(0, dtype=torch.uint8), None, torch.tensor([True, False])],
+    }
+    worked: list[int] = []
+
+    def work(i: int) -> tuple[int, dict]:
+        worked.append(i)
+        return i, value if i == 3 else {}
+
+    def failing(i: int) -> int:
+        if i >= 2:
+            raise lowbit.LowbitError(f"piece {i} cannot be done.")
+        return i
+
+    found = divided(ranks, [5.0, 1.0, 1.0, 4.0, 1.0, 1.0], work)
+    try:
+        divided(ranks, [1.0] * 5, failing)
+    except lowbit.LowbitError as e:
+        return {"found": found, "worked": worked, "failed": str(e), "value": value}
+    return {}
 
 
 def main() -> None:
@@ -84,6 +117,11 @@ def main() -> None:
                 Path(f"{job['out']}.{ranks.rank}").write_text(str(e))
             return
 
+        if job["do"] == "deal":
+            found = [tuned(*cell, ranks=ranks) for cell in job["cells"]]
+            torch.save((found, dealt(ranks)), f"{job['out']}.{ranks.rank}")
+            return
+
         def after_block(done: object) -> None:
             if ranks.rank == job.get("dies"):
                 os._exit(1)
@@ -93,8 +131,28 @@ def main() -> None:
         lowbit.quantize(**job["arguments"], ranks=ranks, progress=after_block)
 
 
+def forked(size: int) -> int:
+    """``main`` in so many processes; the first exit status that is not 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            main()
+            os._exit(0)
+        children.append(child)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return next((status for status in ended if status), 0)
+
+
 if __name__ == "__main__":
     try:
+        if len(sys.argv) > 2:
+            sys.exit(forked(int(sys.argv[2])))
         main()
     except lowbit.LowbitError as e:
         print(f"{type(e).__name__}: {e}", flush=True)
