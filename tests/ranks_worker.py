@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from helpers import run, staged
 import lowbit
 from lowbit.evaluate import Tally
 from lowbit.grid.names import parse_scheme
+from lowbit.methods._slices import quantile_of_all
 from lowbit.model.calibration import Calibration, draw_rows
 from lowbit.model.dealing import divided
 from lowbit.model.ranks import ALONE, Ranks
@@ -100,8 +102,28 @@ def dealt(ranks: Ranks) -> dict:
     try:
         divided(ranks, [1.0] * 5, failing)
     except lowbit.LowbitError as e:
-        return {"found": found, "worked": worked, "failed": str(e), "value": value}
-    return {}
+        told = str(e)
+    return {
+        "found": found,
+        "worked": worked,
+        "failed": told,
+        "value": value,
+        "quantiles": list(quantiles(ranks)),
+    }
+
+
+def quantiles(ranks: Ranks) -> Iterator[tuple[torch.Tensor, float, torch.Tensor]]:
+    """Values of all ranks, q, and what `quantile_of_all` gives: for one value, for many of which
+    half are frozen, for values so near that all are in one bin.
+    """
+    generator = torch.Generator().manual_seed(0)
+    many = torch.rand(5000, generator=generator) / 2
+    crowded = torch.where(torch.rand(5000, generator=generator) < 0.5, many, 0.5)
+    for values in (many[:1], many, crowded, 0.25 + 1e-7 * many[:99]):
+        # The last rank has none.
+        parts = torch.tensor_split(values, [len(values) // 9, len(values) // 2, len(values)])
+        for q in (0.0, 0.005, 0.37, 0.5, 0.8, 1.0):
+            yield values, q, quantile_of_all(ranks, parts[ranks.rank], len(values), q)
 
 
 def main() -> None:

@@ -17,13 +17,14 @@ import pytest
 import torch
 import transformers
 from families import config_of
-from helpers import save_tiny
+from helpers import LLAMA, save_tiny
 from ranks_worker import tuned
 
 import lowbit
 from lowbit.errors import LowbitError, ToldElsewhere
 from lowbit.machine import device_of_rank
 from lowbit.methods._batches import gathered
+from lowbit.methods._soft import quantile
 from lowbit.model.ranks import ALONE, RankGone, Ranks, _answered
 from lowbit.run.launch import _KEPT, _Voices, joined
 
@@ -311,6 +312,9 @@ DEALT = [
     ("llama", "W2A16", "claq-ap", ["claq.allocation=greedy", "claq.scope=model"]),
     ("llama", "W2A16g16", "awq+gptq", ["awq.exponents=4", "awq.clip_tokens=100"]),
     ("llama", "W2A16g16", "awq+tesseraq", [*TESSERAQ, "tesseraq.batch=3", "awq.scales=false"]),
+    # A level table a row, divided; one for a whole matrix, which is not.
+    ("small", "W2A16:row", "gptq+tesseraq", [*TESSERAQ, "tesseraq.rounds=2"]),
+    ("small", "W2A16:tensor", "tesseraq", TESSERAQ),
     ("qwen3_moe", "W3A16g8", "awq+gptq", ["awq.exponents=2"]),
 ]
 
@@ -319,7 +323,8 @@ DEALT = [
 def wide(tmp_path_factory):
     experts = config_of("qwen3_moe")
     experts.vocab_size, experts.num_hidden_layers = 300, 1
-    configs = {"llama": llama_of_256(), "qwen3_moe": experts}
+    small = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 1})
+    configs = {"llama": llama_of_256(), "small": small, "qwen3_moe": experts}
     return {
         name: str(save_tiny(tmp_path_factory.mktemp("model"), config, torch.float32))
         for name, config in configs.items()
@@ -384,6 +389,12 @@ def test_every_rank_has_every_result_of_pieces_done_once(four):
         assert dealt["failed"] == "piece 2 cannot be done."
     assert sorted(i for _, dealt in four for i in dealt["worked"]) == list(range(6))
     assert [len(dealt["worked"]) for _, dealt in four] == [1, 1, 2, 2]
+
+
+def test_a_quantile_over_ranks_is_that_of_all_values(four):
+    for _, dealt in four:
+        for values, q, found in dealt["quantiles"]:
+            assert torch.equal(found, quantile(values, q)), q
 
 
 def test_a_dead_rank_is_named_and_another_number_of_ranks_goes_on(model, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..model.block import Block
 from ..model.context import tokens_at_a_time
 from ..model.microbatches import MicroBatches
-from ._batches import gathered, shared, summed
+from ._batches import gathered, shared
 from ._prefetch import Prefetcher
 from ._tokens import summed as over_tokens
 
@@ -219,7 +219,8 @@ class Reconstruction:
     def gradients(
         self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss on some rows of all ranks and its gradients by the parameters named in ``trained``.
+        """Loss on some rows of all ranks; and this rank's part of its gradients by the parameters
+        named in ``trained``: their sum over ranks is the gradient.
 
         If the device's memory is too small for them, the rows go in parts, whose gradients are
         added up in float32.
@@ -244,11 +245,14 @@ class Reconstruction:
         if part.start == part.stop:  # modules take no empty batch
             found = add(None, slice(0, 1))
             assert found is not None
-            return summed(b, found[0] * 0, [g.zero_() for g in found[1]])
+            loss = found[0] * 0
+            b.ranks.sum_(loss)
+            return loss, tuple(g.zero_() for g in found[1])
         held = [t[part] for t in held]
         total = self._parts.over(len(held[0]), _none, add)
         assert total is not None
-        return summed(b, *total)
+        b.ranks.sum_(total[0])
+        return total
 
     @torch.no_grad()
     def loss(self, weights: Mapping[str, Tensor], rows: int = JUDGED_ROWS) -> float:

@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+try:
+    from torch.distributed import all_gather_single, reduce_scatter_single
+except ImportError:  # what they are called before torch 2.13
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
+
 from ..errors import LowbitError
 from .microbatches import ran_out
 
@@ -153,6 +159,24 @@ class Ranks:
         with _answered():
             dist.all_gather(parts, own)
         return torch.stack(parts)
+
+    def joined_(self, out: Tensor, own: Tensor) -> None:
+        """Write every rank's tensor above each other's into ``out``, (size * n, ...).
+
+        Args:
+            own: (n, ...) contiguous, n alike on all ranks.
+        """
+        with _answered():
+            all_gather_single(out, own)
+
+    def summed_part(self, whole: Tensor) -> Tensor:
+        """(n, ...): this rank's part, the rank-th, of the sum of a (size * n, ...) tensor over
+        ranks.
+        """
+        out = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
+        with _answered():
+            reduce_scatter_single(out, whole)
+        return out
 
     def hand_round(self, tensors: Sequence[Tensor], source: int) -> None:
         """Write one rank's tensors over the others', bit for bit. Shapes and dtypes are the same
