@@ -224,9 +224,37 @@ def _steps(shapes: Shapes) -> int:
     return steps
 
 
-def column_cost(walk: Walk, shapes: Shapes) -> Cost:
+@dataclass(frozen=True)
+class _Shares:
+    """What one rank does of the work on sites that are reached at once.
+
+    Attributes:
+        factors: the share of their factors. rows: of their columns, where rows are coded apart.
+            linears: of their columns, where linears are.
+    """
+
+    factors: float
+    rows: float
+    linears: float
+
+    @classmethod
+    def of(cls, shapes: Shapes, sites: Sequence[Sequence[str]]) -> _Shares:
+        """As `_sites` deals them out."""
+        ranks, count = shapes.rows.ranks, len(sites)
+        if count >= ranks:
+            whole = -(-count // ranks) / count
+            return cls(whole, whole, whole)
+        sizes = [math.prod(shapes.layer.linears[n]) for names in sites for n in names]
+        most = max(max(sizes) / sum(sizes), 1 / ranks)
+        return cls(1 / count, 1 / (count * (ranks // count)), most)
+
+
+def column_cost(walk: Walk, shapes: Shapes, by_rows: bool = True) -> Cost:
     """Of a column-loop method: Hessians and their factors in float64, columns in float32; the
     loop's launches are not counted.
+
+    Args:
+        by_rows: whether ranks share the rows of a linear, or only linears.
     """
     layer, rows = shapes.layer, shapes.learned(walk.rows)
     square = 8 * layer.widest**2
@@ -236,13 +264,29 @@ def column_cost(walk: Walk, shapes: Shapes) -> Cost:
     tokens = rows * shapes.rows.length
     # The part of the block from one step to the next, half of it on the average.
     passes = _steps(shapes) / 2 if walk.true_sequential else 1
-    solved = 0.0
-    for names, n in zip(shapes.sites, shapes.widths, strict=True):
-        solved += 2.0 * tokens * layer.share(names[0]) * n**2 + 2.0 * n**3
-    coded = sum(2.0 * a * b * b for a, b in layer.linears.values())
+    seen = factors = columns = 0.0
+    levels = shapes.levels or [[names] for names in shapes.sites]
+    for level in levels if walk.true_sequential else [shapes.sites]:
+        at_once = len(level)
+        if walk.true_sequential:
+            largest = max(8 * layer.linears[names[0]][1] ** 2 for names in level)
+            at_once = min(at_once, max(1, _AT_ONCE // largest))
+        share = _Shares.of(shapes, level[:at_once])
+        for names in level:
+            width = layer.linears[names[0]][1]
+            seen += 2.0 * tokens * layer.share(names[0]) * width**2
+            factors += 2.0 * width**3 * share.factors
+            outputs = sum(layer.linears[n][0] for n in names)
+            columns += 2.0 * outputs * width**2 * (share.rows if by_rows else share.linears)
+    squares = sum(8.0 * n * n for n in shapes.widths)
     return Cost(
         held=5 * layer.weights + waiting + working,
         least=16 * max(widths, default=0) ** 2,  # a Hessian and its factor
-        work=shapes.forward(rows) * passes + Work(single=solved + coded),
         lighter="awq or rtn",
+        parts={
+            "passes": shapes.forward(rows) * passes,
+            "Hessians": Work(single=seen) + shapes.rows.summed(squares),
+            "factors": Work(single=factors),
+            "columns": Work(single=columns) + shapes.rows.gathered(layer.weights),
+        },
     )

@@ -25,6 +25,7 @@ Helpers: `_scale_search` (what arrives at a site, the error under a candidate), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -313,16 +314,16 @@ def cost(method: AWQ, shapes: Shapes) -> Cost:
     seen = tokens * rows.compute * max(3 * layer.hidden, layer.widest) + 4 * layer.widest**2
     scales = 4 * weights + seen + max(shapes.passing, 32 * largest) if method.scales else 0
     clip = 8 * weights + max(shapes.passing, 20 * largest) if clips else 0
-    work = shapes.forward(2 * shapes.learned(method.rows))  # inputs of all sites, twice
+    parts = {"passes": shapes.forward(2 * shapes.learned(method.rows))}  # of all sites, twice
     if method.scales:
-        work += _scales_work(method, shapes, tokens)
+        parts |= _scales_work(method, shapes, tokens)
     if clips and isinstance(shapes.grid, GroupedGrid):
-        work += _clip_work(method, shapes, tokens)
-    return Cost(held=max(scales, clip), keeps=keeps, work=work, lighter="rtn")
+        parts["clip search"] = _clip_work(method, shapes, tokens)
+    return Cost(held=max(scales, clip), keeps=keeps, lighter="rtn", parts=parts)
 
 
-def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
-    layer = shapes.layer
+def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> dict[str, Work]:
+    layer, all_ = shapes.layer, shapes.rows
     inner = [names for names in shapes.sites if not set(names).isdisjoint(shapes.inner)]
     known = {n for names in inner for n in names}
     # A CPU leaves a candidate once it has lost: all are begun, about two are finished.
@@ -332,17 +333,28 @@ def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
     rest = layer.active - sum(
         layer.share(n) * a * b for n, (a, b) in layer.linears.items() if n in known
     )
-    judged = 0.0
+    judged = summed = 0.0
     for names in inner:
         wide, outputs = layer.linears[names[0]][1], sum(layer.linears[n][0] for n in names)
-        judged += 2.0 * tokens * layer.share(names[0]) * wide**2 + 2.0 * outputs * wide**2 * tried
+        judged += 2.0 * tokens * layer.share(names[0]) * wide**2
+        judged += all_.part(2.0 * outputs * wide**2 * tried)
+        summed += 4.0 * wide**2
     moved = float(_CANDIDATE * layer.weights * method.exponents)
-    return shapes.products(2.0 * rest * tokens * (1 + tried)) + Work(single=judged, moved=moved)
+    return {
+        "scale search": shapes.products(2.0 * rest * tokens * (1 + tried))
+        + Work(single=judged)
+        + all_.summed(summed),
+        "candidates rounded": Work(moved=moved),
+    }
 
 
 def _clip_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
-    size, layer = shapes.grid.group_size, shapes.layer
-    seen = min(tokens, method.clip_tokens or tokens)
+    size, layer, all_ = shapes.grid.group_size, shapes.layer, shapes.rows
+    seen = min(tokens, math.ceil(all_.part(method.clip_tokens)) or tokens)
     moments = sum(2.0 * seen * width * (size or width) for width in shapes.widths)
     searched = sum(2.0 * a * b * (size or b) for a, b in layer.linears.values()) * method.shrinks
-    return Work(single=moments + searched, moved=_SHRINK * layer.weights * method.shrinks)
+    moved = _SHRINK * layer.weights * method.shrinks
+    own = Work(single=searched, moved=moved) * all_.part(1)
+    squares = sum(4.0 * width * (size or width) for width in shapes.widths)
+    limits = sum(4.0 * 4 * a * (b // (size or b)) for a, b in layer.linears.values())
+    return Work(single=moments) + own + all_.summed(squares) + all_.gathered(limits)

@@ -343,17 +343,18 @@ def cost(method: CLAQ, shapes: Shapes) -> Cost:
     """See `column_cost`; and the survey's pass over the float model, whose Hessians of all sites
     wait together.
     """
-    own = column_cost(method.walk, shapes)
+    own = column_cost(method.walk, shapes, by_rows=False)
     if not method.needs_survey:
         return own
     tokens = shapes.learned(method.walk.rows) * shapes.rows.length
-    factored = sum(2.0 * tokens * n**2 + 2.0 * n**3 for n in shapes.widths)
+    seen = sum(2.0 * tokens * n**2 for n in shapes.widths)
+    # Site by site: the largest is one rank's.
+    cubes = [2.0 * n**3 for n in shapes.widths]
+    factored = max(shapes.rows.part(sum(cubes)), *cubes) if cubes else 0.0
     passing = shapes.forward(shapes.rows.mine(shapes.rows.count))
-    return replace(
-        own,
-        held=own.held + sum(8 * n * n for n in shapes.widths),
-        work=own.work + passing + Work(single=factored),
-    )
+    squares = sum(8 * n * n for n in shapes.widths)
+    survey = passing + Work(single=seen + factored) + shapes.rows.summed(squares)
+    return replace(own, held=own.held + squares, parts={**own.parts, "survey": survey})
 
 
 def check(method: CLAQ, grid: AnyGrid) -> None:

@@ -9,7 +9,7 @@ prints some beside measured peaks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 
@@ -91,6 +91,27 @@ class Rows:
         """Upper bound on how many of so many rows one rank works on."""
         return -(-min(rows, self.count) // self.ranks)
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process."""
+        return self.ranks == 1
+
+    def part(self, amount: float) -> float:
+        """One rank's of what is divided evenly."""
+        return amount / self.ranks
+
+    def summed(self, size: float) -> Work:
+        """Sent for a sum over ranks of so many bytes that all of them get: a ring sends each byte
+        almost twice.
+        """
+        return self.gathered(2 * size)
+
+    def gathered(self, size: float) -> Work:
+        """Sent for so many bytes, of which each rank has its part and all get all; or for a sum of
+        which each gets its part.
+        """
+        return Work(sent=size * (self.ranks - 1) / self.ranks)
+
     def tokens(self, most: int) -> int:
         """Tokens in a batch of whole rows, at most so many (or one row)."""
         return min(self.mine(self.count), max(1, most // self.length)) * self.length
@@ -98,17 +119,21 @@ class Rows:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of products in 16 bits and in float32, and bytes that pass memory."""
+    """Of one process: FLOPs of products in 16 bits and in float32, bytes that pass memory, and
+    bytes that are sent to other processes.
+    """
 
     half: float = 0.0
     single: float = 0.0
     moved: float = 0.0
+    sent: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.half + other.half, self.single + other.single, self.moved + other.moved)
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Work(*(a + b for a, b in pairs))
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.half * times, self.single * times, self.moved * times)
+        return Work(*(a * times for a in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -198,6 +223,7 @@ class Cost:
         batch: rows of one of its steps; 0 if it makes none.
         work: on one block. last: what it does more on the last one.
         lighter: recipes that take less.
+        parts: what the work consists of, by name; their sum is the work then.
     """
 
     held: int = 0
@@ -209,6 +235,11 @@ class Cost:
     work: Work = Work()
     last: Work = Work()
     lighter: str = "gptq or awq or rtn"
+    parts: Mapping[str, Work] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.parts:
+            object.__setattr__(self, "work", sum(self.parts.values(), Work()))
 
 
 def passes(method: object, shapes: Shapes) -> Cost:

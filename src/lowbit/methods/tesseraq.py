@@ -275,38 +275,49 @@ class TesseraQ:
 # Bytes that pass memory for every weight, temporaries included: in a step, the weights made and
 # their variables moved; in a phase, distances, bins, histogram, masks.
 _STEP, _HARDEN = 36, 80
+_BINNED = 1 << 16  # counts of a linear's distances that are added over processes
 # For every logit of a step: the softmax of both models in float32, the divergence, its gradient.
 _LOGITS = 44
 
 
 def cost(method: TesseraQ, shapes: Shapes) -> Cost:
-    """Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft weights
-    and their gradients; where levels are looked up, both codes as indices and both levels. Then the
-    readout of the last block, five times the logits that are made together.
+    """Per weight: nu and its two moments, a code and the way to the other, a snapshot; where levels
+    are looked up, both codes as indices and both levels. Of these a process has its part; soft
+    weights and their gradients it has all. Then the readout of the last block, five times the
+    logits that are made together.
     """
     layer, rows, batch = shapes.layer, shapes.rows, method.batch
-    linear = isinstance(shapes.grid, LinearGrid)
-    state = (18 + 2 * rows.compute if linear else 56) * layer.weights
+    held = (18 if isinstance(shapes.grid, LinearGrid) else 48) * layer.weights
+    own = math.ceil(rows.part(held))
+    # Of several processes the gradients are laid side by side in float32 before they are added.
+    apart = 0 if rows.alone else 4 * layer.weights
     read = 0
     if method.objective == "logits":
         together = min(tokens_at_a_time(layer.vocab), rows.tokens(JUDGED_TOKENS))
         read = 5 * 4 * layer.vocab * together
     stepping = shapes.training(batch) + read
-    # As above, soft weights and their gradient in 16 bits.
-    least = (18 + 2 * 2 if linear else 52) * layer.weights
     # None are made in float16.
     half = shapes.compute == torch.bfloat16 or method.in_bfloat16(shapes.device)
     # Forward, and twice that back.
     steps = shapes.forward(rows.mine(batch), half) * (3 * method.steps)
-    judged = shapes.forward(2 * min(JUDGED_ROWS, shapes.learned()))
+    drawn = 2.0 * min(batch, rows.count) * rows.length * layer.passed * rows.stored
     phases = len(soft_shares(method.schedule)) * method.rounds
-    moved = Work(moved=(_STEP * method.steps + _HARDEN * phases) * layer.weights)
+    made, gradients = 2.0 if half else rows.compute, 4.0  # bytes of a weight
+    exchanged = rows.gathered((made + gradients) * layer.weights) + rows.summed(drawn)
+    binned = rows.summed(8.0 * _BINNED * len(layer.linears))
+    moved = Work(moved=rows.part(layer.weights))
     return Cost(
-        held=state + stepping,
-        least=least,
+        held=own + 2 * rows.compute * layer.weights + apart + stepping,
+        least=own + 2 * 2 * layer.weights + apart,  # soft weights and gradients in 16 bits
         batch=batch,
-        work=steps + judged + moved,
         last=_logits_work(method, shapes) if method.objective == "logits" else Work(),
+        parts={
+            "steps": steps,
+            "exchange of steps": exchanged * method.steps,
+            "soft weights": moved * (_STEP * method.steps),
+            "hardening": moved * (_HARDEN * phases) + binned * phases,
+            "judging": shapes.forward(2 * shapes.learned(JUDGED_ROWS)),
+        },
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..formats.packing import tensor_bytes
 from ..grid import AnyGrid
-from ..methods.cost import Layer, Rows, Shapes
+from ..methods.cost import Layer, Rows, Shapes, Work
 from ..model.beside import held_at_most
 from ..model.calibration import Calibration
 from ..model.model import Model, Stage
@@ -254,9 +254,14 @@ class Plan:
         # In 16 bits as it is read, too: all of a block, and of what lies outside some.
         return PROCESS + 5 * (o.outside + o.tied_head * o.rotated + o.around) + 7 * block
 
+    @cached_property
+    def work(self) -> dict[str, Work]:
+        """What one process does, by what is done."""
+        return run_work(self.recipe, self.shapes_of, self.outline.of_layers)
+
     def seconds(self, speed: Speed) -> float:
         """Counted work at the measured speed of a device, see `lowbit.plan.speed`."""
-        return seconds(run_work(self.recipe, self.shapes_of, self.outline.of_layers), speed)
+        return sum(seconds(work, speed) for work in self.work.values())
 
     # --- who loads it -----------------------------------------------------------------------------
 
@@ -298,6 +303,7 @@ class Plan:
             "check_memory": self.check_memory,
             "check_memory_by_block": self.check_memory_by_block,
             "seconds": None if speed is None else self.seconds(speed),
+            "work": {part: asdict(work) for part, work in self.work.items()},
             "runtimes": [asdict(v) for v in self.runtimes],
             "remarks": list(self.outline.remarks),
             "block_memory": m.block,
