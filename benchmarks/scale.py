@@ -101,10 +101,10 @@ class Rates:
     packed: float = 100e9
     hashed: float = 1.4e9
 
-    def speed(self, ranks: int) -> Speed:
-        """Of one process among so many."""
-        link = self.near if ranks <= MACHINE else self.far
-        return Speed(self.half, self.single, self.copies, link)
+    @property
+    def speed(self) -> Speed:
+        """Of one process."""
+        return Speed(self.half, self.single, self.copies, self.near, self.far)
 
 
 @dataclass
@@ -154,17 +154,18 @@ def events(plan: Plan, shapes: Shapes, last: bool, rates: Rates) -> list[Event]:
     layer, ranks = shapes.layer, shapes.rows.ranks
     source = 2.0 * (layer.weights + layer.rest)
     packed = plan.packed / plan.quantized * layer.weights + 2.0 * layer.rest
-    speed = rates.speed(ranks)
+    speed = rates.speed
     out = [
         Event("reading", source / rates.disk, source / rates.disk),
         Event("to the device", source / rates.bus, source / rates.bus),
     ]
     each, more = block_work(plan.recipe, shapes)
     for part, work in {**each, **(more if last else {})}.items():
-        computed = seconds(replace(work, sent=0.0), speed)
+        computed = seconds(work.alone, speed)
         if part == "awq: clip search":
             computed *= unevenness(shapes)
-        out.append(Event(part, computed, computed, work.sent / speed.link, work.sent > 0))
+        sent = seconds(work, speed) - seconds(work.alone, speed)
+        out.append(Event(part, computed, computed, sent, work.sent > 0))
         if part.endswith(": columns"):
             launched = columns_of(shapes) * rates.column
             out.append(Event(f"{part}, launches", launched, launched, meets=ranks > 1))
@@ -304,7 +305,7 @@ def by_part(plan: Plan, speed: Speed) -> dict[str, float]:
     out: dict[str, float] = {}
     for part, work in plan.work.items():
         if part in SAME:
-            took = seconds(replace(work, sent=0.0), speed)
+            took = seconds(work.alone, speed)
             out[SAME[part]] = out.get(SAME[part], 0.0) + took
     return out
 

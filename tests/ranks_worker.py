@@ -1,9 +1,9 @@
 """What tests/test_ranks.py starts under torchrun; not a test itself.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks_worker.py JOB.json
-    python tests/ranks_worker.py JOB.json 4
+    python tests/ranks_worker.py JOB.json 4 [2]
 
-The second form forks its processes itself: they import once. JOB holds "do": "tune" (cells -> what came out, saved by rank 0; and "differ", arguments of each
+The second form forks its processes itself: they import once; and say that so many are on a machine. JOB holds "do": "tune" (cells -> what came out, saved by rank 0; and "differ", arguments of each
 rank that must be refused), "deal" (cells -> what came out, saved by every rank; and work that fails
 on one of them) or "quantize" (one rank may be told to end or to raise after its first block).
 """
@@ -153,8 +153,10 @@ def main() -> None:
         lowbit.quantize(**job["arguments"], ranks=ranks, progress=after_block)
 
 
-def forked(size: int) -> int:
-    """``main`` in so many processes; the first exit status that is not 0."""
+def forked(size: int, here: int) -> int:
+    """``main`` in so many processes, of which so many believe to be on one machine; the first exit
+    status that is not 0.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -163,7 +165,8 @@ def forked(size: int) -> int:
     for rank in range(size):
         child = os.fork()
         if not child:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % here)}
+            os.environ["LOCAL_WORLD_SIZE"] = str(here)
             main()
             os._exit(0)
         children.append(child)
@@ -174,7 +177,7 @@ def forked(size: int) -> int:
 if __name__ == "__main__":
     try:
         if len(sys.argv) > 2:
-            sys.exit(forked(int(sys.argv[2])))
+            sys.exit(forked(int(sys.argv[2]), int(sys.argv[-1])))
         main()
     except lowbit.LowbitError as e:
         print(f"{type(e).__name__}: {e}", flush=True)

@@ -307,11 +307,10 @@ def test_two_ranks_end_where_one_does(models, twice, number):
 
 # (model, scheme, recipe, settings): computed in float64, where no tie hides what was divided.
 DEALT = [
-    ("llama", "gguf:q4_k", "gptq", ["gptq.act_order=true"]),
-    ("llama", "W2A16", "claq-ap", ["claq.outlier_bits=0.28"]),
-    ("llama", "W2A16", "claq-ap", ["claq.allocation=greedy", "claq.scope=model"]),
-    ("llama", "W2A16g16", "awq+gptq", ["awq.exponents=4", "awq.clip_tokens=100"]),
-    ("llama", "W2A16g16", "awq+tesseraq", [*TESSERAQ, "tesseraq.batch=3", "awq.scales=false"]),
+    ("wide", "gguf:q4_k", "gptq", ["gptq.act_order=true"]),
+    ("small", "W2A16", "claq-ap", ["claq.outlier_bits=0.28"]),
+    ("small", "W2A16g16", "awq+gptq", ["awq.exponents=4", "awq.clip_tokens=100"]),
+    ("small", "W2A16g16", "awq+tesseraq", [*TESSERAQ, "tesseraq.batch=3", "awq.scales=false"]),
     # A level table a row, divided; one for a whole matrix, which is not.
     ("small", "W2A16:row", "gptq+tesseraq", [*TESSERAQ, "tesseraq.rounds=2"]),
     ("small", "W2A16:tensor", "tesseraq", TESSERAQ),
@@ -324,7 +323,7 @@ def wide(tmp_path_factory):
     experts = config_of("qwen3_moe")
     experts.vocab_size, experts.num_hidden_layers = 300, 1
     small = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 1})
-    configs = {"llama": llama_of_256(), "small": small, "qwen3_moe": experts}
+    configs = {"wide": llama_of_256(), "small": small, "qwen3_moe": experts}
     return {
         name: str(save_tiny(tmp_path_factory.mktemp("model"), config, torch.float32))
         for name, config in configs.items()
@@ -333,7 +332,7 @@ def wide(tmp_path_factory):
 
 def llama_of_256():
     """Wide enough for K-quants, with linears of fewer rows than four ranks take in 64s."""
-    sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     heads = dict(num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=128)
     return transformers.LlamaConfig(vocab_size=300, **sizes, **heads, bos_token_id=1)
 
@@ -366,6 +365,34 @@ def test_four_ranks_find_what_one_does_and_divide_the_work(wide, four, number):
         for linear in alone:
             uncut = "experts" in linear or "claq" in cell[1]
             assert said[linear] == alone[linear] if uncut else said[linear] >= alone[linear]
+
+
+# Two machines of two: steps are made on each of them, all else among all.
+MACHINES = [
+    ("small", "W2A16g16", "gptq+tesseraq", [*TESSERAQ, "tesseraq.rounds=2", "tesseraq.batch=3"]),
+    ("small", "W2A16:row", "tesseraq", TESSERAQ),
+]
+
+
+@pytest.fixture(scope="module")
+def machines(wide, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("machines")
+    cells = [(wide[name], *cell, True) for name, *cell in MACHINES]
+    task = job(folder, do="deal", cells=cells, out=str(folder / "out.pt"))
+    done = finished(WORKER, task, 4, 2)
+    assert done.returncode == 0, done.said[-2000:]
+    return [torch.load(f"{folder / 'out.pt'}.{r}", weights_only=False)[0] for r in range(4)]
+
+
+@pytest.mark.parametrize("number", range(len(MACHINES)), ids=lambda i: "-".join(MACHINES[i][:3]))
+def test_machines_that_make_the_same_steps_end_alike(wide, machines, number):
+    name, *cell = MACHINES[number]
+    one = tuned(wide[name], *cell, True)
+    for found in machines:
+        for linear, q in one["coded"].items():
+            assert torch.equal(found[number]["codes"][linear], q.codes), linear
+            first = machines[0][number]["coded"][linear]
+            assert first.same_as(found[number]["coded"][linear]) is None
 
 
 def worked_on(announced, what):

@@ -60,14 +60,14 @@ class Bucket:
         self._own = own = ordered(block, names[0])
         self.grid: OrderedGrid[Any] = own.of_lists
         self._line = self.grid if isinstance(self.grid, LinearGrid) else None
-        self._stored = block.stored
+        self._stored, self._ranks = block.stored, block.ranks
         self.places: list[slice] = []
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         params: list[Params] = []
         for name in names:
             at = self.places[-1].stop if self.places else 0
             self.places.append(slice(at, at + len(own.lists(block.weight(name)))))
-        self.part = Slice(block.ranks, self.places[-1].stop)
+        self.part = Slice(block.ranks.near, self.places[-1].stop)
         for name, rows in zip(names, self.places, strict=True):
             mine = self._mine(rows)
             if mine.start == mine.stop:
@@ -207,9 +207,14 @@ class Bucket:
         return torch.where(self.nu[rows] > 0, self.other[rows], self.base[rows])
 
     def codes(self) -> tuple[Tensor, Params]:
-        """Of all ranks' rows: (rows, length) uint8 codes by the sign of nu, and `now`."""
-        hard = self._hard(slice(None)).to(torch.uint8)
-        return self.part.gathered(hard), self.now().map(self.part.gathered)
+        """Of all ranks' rows: (rows, length) uint8 codes by the sign of nu, and `now`. The first
+        machine's where there are several: they might differ in a bit.
+        """
+        hard = self.part.gathered(self._hard(slice(None)).to(torch.uint8))
+        now = self.now().map(lambda t: self.part.gathered(t).contiguous())
+        if self._ranks.near is not self._ranks:
+            self._ranks.hand_round([hard, *vars(now).values()], 0)
+        return hard, now
 
     def coded(self, rows: slice, shape: torch.Size, codes: Tensor, now: Params) -> Coded:
         """One linear on its grid, each weight by the sign of its nu.

@@ -140,7 +140,7 @@ class Reconstruction:
         scalar. In parts where memory is small.
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
-        b, part = self.block, self.block.ranks.share(len(rows))
+        b, part = self.block, self.block.ranks.near.share(len(rows))
         held = gathered(b.ranks, rows, self._streams, b.device)
         x = held[0]
         shape = (len(rows), *(x.shape[1:] if self._readout is None else x.shape[1:2]))
@@ -166,7 +166,7 @@ class Reconstruction:
 
         found = self._parts.over(len(held[0]), _none, add)
         assert found is not None
-        b.ranks.sum_(*found)
+        b.ranks.near.sum_(*found)
         return found[: len(leaves)], found[len(leaves) :]
 
     def backward(
@@ -220,13 +220,13 @@ class Reconstruction:
         self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss on some rows of all ranks; and this rank's part of its gradients by the parameters
-        named in ``trained``: their sum over ranks is the gradient.
+        named in ``trained``: their sum over the ranks of this machine is the gradient.
 
         If the device's memory is too small for them, the rows go in parts, whose gradients are
         added up in float32.
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
-        b, part = self.block, self.block.ranks.share(len(rows))
+        b, part = self.block, self.block.ranks.near.share(len(rows))
         held = self._prefetcher.take(rows)
         if self._drawn is not None:
             self._prefetcher.prepare(self._drawn)
@@ -246,12 +246,12 @@ class Reconstruction:
             found = add(None, slice(0, 1))
             assert found is not None
             loss = found[0] * 0
-            b.ranks.sum_(loss)
+            b.ranks.near.sum_(loss)
             return loss, tuple(g.zero_() for g in found[1])
         held = [t[part] for t in held]
         total = self._parts.over(len(held[0]), _none, add)
         assert total is not None
-        b.ranks.sum_(total[0])
+        b.ranks.near.sum_(total[0])
         return total
 
     @torch.no_grad()

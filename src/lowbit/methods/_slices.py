@@ -82,9 +82,6 @@ class Slice:
         return self.ranks.summed_part(whole)[: own.stop - own.start]
 
 
-_BINS = 1 << 16
-
-
 def quantile_of_all(ranks: Ranks, own: Tensor, count: int, q: float) -> Tensor:
     """The q-quantile (linear interpolation) of values in [0, 0.5] that are spread over ranks: what
     `quantile` gives of all of them, bit for bit.
@@ -93,9 +90,11 @@ def quantile_of_all(ranks: Ranks, own: Tensor, count: int, q: float) -> Tensor:
         own: this rank's, any number of them. count: of all ranks' values.
     """
     flat = own.flatten()
+    # Some values in a bin; more bins would be more to send.
+    top = 1 << min(16, max(8, (count // 16).bit_length()))
     # One half, where all frozen weights are, has a bin of its own, which nobody sends or sorts.
-    bins = (flat * (2 * _BINS)).to(torch.int32)
-    found = torch.bincount(bins, minlength=_BINS + 1)
+    bins = (flat * (2 * top)).to(torch.int32)
+    found = torch.bincount(bins, minlength=top + 1)
     ranks.sum_(found)
     below = found.cumsum(0)
     at = q * (count - 1)
@@ -103,7 +102,7 @@ def quantile_of_all(ranks: Ranks, own: Tensor, count: int, q: float) -> Tensor:
     ends: list[Tensor] = []
     for wanted in (rank, min(rank + 1, count - 1)):
         bin_ = int(torch.searchsorted(below, wanted, right=True))
-        if bin_ == _BINS:
+        if bin_ == top:
             ends.append(flat.new_tensor(0.5))
             continue
         before = int(below[bin_ - 1]) if bin_ else 0

@@ -146,7 +146,7 @@ class SoftBlock:
             bucket = self.buckets[run.bucket]
             lists = [bucket.lists(self._masked(n, by_name[n])) for n in run.names]
             gradient = lists[0] if len(lists) == 1 else torch.cat(lists)
-            if self.block.ranks.size > 1:
+            if self.block.ranks.near.size > 1:
                 gradient = bucket.part.summed(_wide(gradient))
             bucket.descend(run.rows, gradient, adam)
         for number, bucket in enumerate(self.buckets):
@@ -193,7 +193,7 @@ class SoftBlock:
                 continue
             nu = bucket.nu[bucket.part.local(place.rows)]
             h, count = rectified(nu), place.shape.numel()
-            limit = quantile_of_all(self.block.ranks, (h - 0.5).abs_(), count, soft_share)
+            limit = quantile_of_all(bucket.part.ranks, (h - 0.5).abs_(), count, soft_share)
             nu.masked_fill_(h > 0.5 + limit, FROZEN).masked_fill_(h < 0.5 - limit, -FROZEN)
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class SoftBlock:
 
     def soft_share(self) -> float:
         """The share of weights not frozen yet."""
-        ranks = self.block.ranks
+        ranks = self.block.ranks.near
         counted = [b for b in self.buckets if b.part.divided or ranks.first]
         soft, all_ = ranks.total(
             sum(int((b.nu.abs() < FROZEN).sum()) for b in counted),
@@ -254,9 +254,10 @@ class SoftBlock:
             b.nu.copy_(nu)
             b.v.copy_(v)
 
-    def finite(self) -> bool:
-        """Whether all variables are finite, on all ranks."""
-        own = all(bool(torch.isfinite(b.nu.sum() + b.v.sum())) for b in self.buckets)
+    def finite(self, *numbers: Tensor) -> bool:
+        """Whether all variables, and these numbers, are finite on all ranks of the run."""
+        sums = [*numbers, *(b.nu.sum() + b.v.sum() for b in self.buckets)]
+        own = all(bool(torch.isfinite(t).all()) for t in sums)
         return not self.block.ranks.total(not own)[0]
 
 

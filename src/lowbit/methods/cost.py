@@ -9,7 +9,7 @@ prints some beside measured peaks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 
@@ -78,7 +78,7 @@ class Rows:
     Attributes:
         count: rows, held-out ones included. length: tokens each. stored, compute: bytes of a number
             in streams and in arithmetic.
-        ranks: processes that share the rows.
+        ranks: processes that share the rows. here: how many of them are on a machine; 0 for all.
     """
 
     count: int
@@ -86,6 +86,12 @@ class Rows:
     stored: int
     compute: int
     ranks: int = 1
+    here: int = 0
+
+    @property
+    def near(self) -> Rows:
+        """The same shared by the processes of a machine alone."""
+        return replace(self, ranks=min(self.ranks, self.here or self.ranks))
 
     def mine(self, rows: int) -> int:
         """Upper bound on how many of so many rows one rank works on."""
@@ -110,7 +116,8 @@ class Rows:
         """Sent for so many bytes, of which each rank has its part and all get all; or for a sum of
         which each gets its part.
         """
-        return Work(sent=size * (self.ranks - 1) / self.ranks)
+        sent = size * (self.ranks - 1) / self.ranks
+        return Work(near=sent) if self.near.ranks == self.ranks else Work(far=sent)
 
     def tokens(self, most: int) -> int:
         """Tokens in a batch of whole rows, at most so many (or one row)."""
@@ -120,13 +127,24 @@ class Rows:
 @dataclass(frozen=True)
 class Work:
     """Of one process: FLOPs of products in 16 bits and in float32, bytes that pass memory, and
-    bytes that are sent to other processes.
+    bytes that are sent to other processes of its machine, and to others.
     """
 
     half: float = 0.0
     single: float = 0.0
     moved: float = 0.0
-    sent: float = 0.0
+    near: float = 0.0
+    far: float = 0.0
+
+    @property
+    def sent(self) -> float:
+        """Bytes, wherever they go."""
+        return self.near + self.far
+
+    @property
+    def alone(self) -> Work:
+        """What of it is no communication."""
+        return Work(self.half, self.single, self.moved)
 
     def __add__(self, other: Work) -> Work:
         pairs = zip(astuple(self), astuple(other), strict=True)

@@ -61,6 +61,8 @@ class Ranks:
             run's are on that machine.
         patient: a CPU group for values and for waiting until rank 0 has written or verified, which
             may take hours.
+        group: through which tensors go; None is torch.distributed's default, all processes.
+        machine: those of this machine alone, numbered from 0; None where they are all.
 
     Raises:
         RankGone: from every method that communicates, if another rank has ended.
@@ -71,6 +73,15 @@ class Ranks:
     local: int = 0
     here: int = 1
     patient: Any = None
+    group: Any = None
+    machine: Ranks | None = None
+
+    @property
+    def near(self) -> Ranks:
+        """The ranks of this machine. Those of another do the same work among themselves, where what
+        is exchanged is much and goes faster within a machine.
+        """
+        return self if self.machine is None else self.machine
 
     @property
     def first(self) -> bool:
@@ -132,7 +143,7 @@ class Ranks:
             # One message: small ones cost their latency.
             flat = batch[0] if alone else torch.cat([t.reshape(-1) for t in batch])
             with _answered():
-                dist.all_reduce(flat, operation)
+                dist.all_reduce(flat, operation, group=self.group)
             if not alone:
                 for t, part in zip(
                     batch, torch.split(flat, [t.numel() for t in batch]), strict=True
@@ -157,7 +168,7 @@ class Ranks:
         ]
         own = t.contiguous()
         with _answered():
-            dist.all_gather(parts, own)
+            dist.all_gather(parts, own, group=self.group)
         return torch.stack(parts)
 
     def joined_(self, out: Tensor, own: Tensor) -> None:
@@ -167,7 +178,7 @@ class Ranks:
             own: (n, ...) contiguous, n alike on all ranks.
         """
         with _answered():
-            all_gather_single(out, own)
+            all_gather_single(out, own, group=self.group)
 
     def summed_part(self, whole: Tensor) -> Tensor:
         """(n, ...): this rank's part, the rank-th, of the sum of a (size * n, ...) tensor over
@@ -175,7 +186,7 @@ class Ranks:
         """
         out = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
         with _answered():
-            reduce_scatter_single(out, whole)
+            reduce_scatter_single(out, whole, group=self.group)
         return out
 
     def hand_round(self, tensors: Sequence[Tensor], source: int) -> None:
@@ -189,7 +200,7 @@ class Ranks:
             parts = [t.contiguous().view(-1).view(torch.uint8) for t in batch]
             flat = parts[0] if alone else torch.cat(parts)
             with _answered():
-                dist.broadcast(flat, source)
+                dist.broadcast(flat, group_src=source, group=self.group)
             if not alone and self.rank != source:
                 for t, part in zip(
                     parts, torch.split(flat, [p.numel() for p in parts]), strict=True
@@ -215,7 +226,7 @@ class Ranks:
             return value
         box = [value if self.first else None]
         with _answered():
-            dist.broadcast_object_list(box, src=0, group=self.patient)
+            dist.broadcast_object_list(box, group_src=0, group=self.patient)
         return box[0]
 
     def agree(self, what: str, value: Mapping[str, Any], remedy: str) -> None:

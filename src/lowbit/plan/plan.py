@@ -197,7 +197,8 @@ class Plan:
         """What the cost of methods depends on, for each kind of block."""
         o, s = self.outline, self.setting
         config = o.config
-        rows = Rows(s.samples + HELD_OUT, s.length, s.dtype.itemsize, s.computes.itemsize, s.ranks)
+        sizes = s.dtype.itemsize, s.computes.itemsize
+        rows = Rows(s.samples + HELD_OUT, s.length, *sizes, s.ranks, s.here)
         found = []
         for kind in o.kinds:
             layer = Layer(

@@ -30,20 +30,21 @@ class Speed:
 
     Attributes:
         half: FLOP/s of a matrix product in bfloat16. single: in float32. copies: bytes/s of memory,
-            reads and writes together. link: bytes/s that one process sends to others; infinite
-            where nobody has measured it.
+            reads and writes together. near, far: bytes/s that one process sends to others of its
+            machine and of other machines; infinite where nobody has measured them.
     """
 
     half: float
     single: float
     copies: float
-    link: float = math.inf
+    near: float = math.inf
+    far: float = math.inf
 
 
 def seconds(work: Work, speed: Speed) -> float:
     """One kind of work after the other at a device's rates."""
     computed = work.half / speed.half + work.single / speed.single
-    return computed + work.moved / speed.copies + work.sent / speed.link
+    return computed + work.moved / speed.copies + work.near / speed.near + work.far / speed.far
 
 
 Parts = dict[str, Work]
