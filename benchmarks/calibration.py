@@ -27,6 +27,7 @@ from shapes import random_llama
 from tuning import first_block
 
 import lowbit.methods._hessian as hessian
+import lowbit.methods._sites as sites
 import lowbit.methods.awq as awq
 import lowbit.methods.claq as claq
 import lowbit.methods.gptq as gptq
@@ -124,7 +125,7 @@ def watched(method: str) -> dict[str, tuple[Any, str]]:
             "capture for the clip": (awq.AWQ, "_moments"),
         }
     parts: dict[str, tuple[Any, str]] = {
-        "capture": (hessian, "input_hessians"),
+        "capture": (sites, "input_hessians"),
         "factor": (hessian, "inverse_factor"),
     }
     if method == "gptq":

@@ -1,18 +1,19 @@
-"""Two ranks against one: the same command twice, alone and under torchrun with two processes that
-share the calibration rows.
+"""Several ranks against one: the same command alone and under torchrun with processes that share
+the work.
 
-    OMP_NUM_THREADS=1 python benchmarks/ranks.py MODEL TEXT OUT.json [SAMPLES] [LENGTH] [WINDOWS]
-    [RECIPE ...]
+    OMP_NUM_THREADS=1 python benchmarks/ranks.py MODEL TEXT OUT.json [--ranks 1,2,4] [--samples 128]
+    [--length 256] [--windows 200] [--recipes gptq tesseraq,tesseraq.iters=6]
 
-RECIPE may carry settings: tesseraq,tesseraq.iters=6. Default: gptq tesseraq. Prints a Markdown
-table: the share of codes that differ, perplexity and KL to the float model of both (on WINDOWS
-windows of the text), and seconds: of the blocks, and of the whole run with its verification. Every
-process gets the threads that OMP_NUM_THREADS says, so two ranks are two cores; a GPU each with
-CUDA.
+A recipe may carry settings. Prints two Markdown tables: the share of codes that differ from those
+of one rank, perplexity and KL to the float model (on WINDOWS windows of the text) and seconds of
+the blocks; and processor seconds by part (`parts.py`) of one rank, the mean and the most over
+ranks. Every process gets the threads that OMP_NUM_THREADS says. On fewer cores than ranks, seconds
+of the clock say nothing; processor seconds do.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -22,93 +23,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parts import PARTS
 
 from lowbit.artifact.files import read_shard, unpack_linear
 from lowbit.grid.names import parse_scheme
 from lowbit.recipe.presets import load_recipe
 
 SCHEME = "W2A16g32"
+# Torchrun sets 1 itself: the same for one rank.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def launched(ranks: int) -> list[str]:
-    alone = [sys.executable, "-m", "lowbit"]
-    return (
-        alone
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-            "-m",
-            "lowbit",
-        ]
+def run_with(ranks: int, model: str, scheme: str, recipe: str, out: Path, *rows: str) -> list[Any]:
+    """Seconds by part of each rank; the artifact is in ``out``.
+
+    Args:
+        rows: text, samples, length.
+    """
+    found = out.with_suffix(".parts")
+    launcher = [] if ranks == 1 else [*TORCHRUN, str(ranks)]
+    worker = Path(__file__).with_name("parts.py")
+    command = [sys.executable, *launcher, worker, found, model, scheme, recipe, out, *rows]
+    done = subprocess.run(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT
     )
+    if done.returncode:
+        raise SystemExit(done.stderr.decode()[-2000:])
+    return [json.loads(Path(f"{found}.{r}").read_text()) for r in range(ranks)]
 
 
-def made(
-    model: str,
-    text: str,
-    out: Path,
-    ranks: int,
-    recipe: str,
-    samples: int,
-    length: int,
-    windows: int,
-) -> dict[str, Any]:
-    name, *settings = recipe.split(",")
-    options = [x for s in settings for x in ("--set", s)]
-    command = [
-        *launched(ranks),
-        "quantize",
-        model,
-        "--scheme",
-        SCHEME,
-        "--recipe",
-        name,
-        "--calib",
-        text,
-        "--samples",
-        str(samples),
-        "--length",
-        str(length),
-    ]
-    # Torchrun sets 1 itself: the same for one rank.
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
-    subprocess.run(
-        [*command, *options, "-o", str(out)], check=True, stdout=subprocess.DEVNULL, env=environment
-    )
+def judged(model: str, out: Path, text: str, length: str, windows: str) -> dict[str, Any]:
+    """Perplexity and KL of an artifact."""
     scores = out.with_suffix(".json")
-    measure = [
-        "eval",
-        str(out),
-        "--text",
-        text,
-        "--length",
-        str(length),
-        "--windows",
-        str(windows),
-        "--reference",
-        model,
-        "--json",
-        str(scores),
-    ]
-    subprocess.run([*launched(1), *measure], check=True, stdout=subprocess.DEVNULL, env=environment)
-    report, found = json.loads((out / "report.json").read_text()), json.loads(scores.read_text())
-    return {
-        "ranks": report["ranks"],
-        "perplexity": found["perplexity"],
-        "kl": found["kl"],
-        "seconds_blocks": sum(b["seconds"] for b in report["blocks"]),
-        "seconds": report["seconds"],
-        "device": report["device"],
-        "versions": report["versions"],
-    }
+    measure = ["eval", out, "--text", text, "--length", length, "--windows", windows]
+    command = [sys.executable, "-m", "lowbit", *measure, "--reference", model, "--json", scores]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    found = json.loads(scores.read_text())
+    return {k: found[k] for k in ("perplexity", "kl")}
 
 
 def codes(out: Path, recipe: str) -> dict[str, torch.Tensor]:
@@ -125,64 +77,76 @@ def codes(out: Path, recipe: str) -> dict[str, torch.Tensor]:
     }
 
 
-def main() -> None:
-    model, text, result = sys.argv[1:4]
-    given = sys.argv[4:7]
-    samples, length, windows = (int(x) for x in [*given, *("128", "256", "200")[len(given) :]])
-    recipes = sys.argv[7:] or ["gptq", "tesseraq"]
-    rows = []
-    print(
-        "| recipe | codes that differ | perplexity, 1 rank | 2 ranks | KL, 1 rank | 2 ranks | "
-        "seconds of blocks, 1 rank | 2 ranks | whole run, 1 rank | 2 ranks |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for recipe in recipes:
+def compared(given: argparse.Namespace, recipe: str) -> list[dict[str, Any]]:
+    """A recipe with every number of ranks, the first number's codes as the reference."""
+    rows: list[dict[str, Any]] = []
+    first: dict[str, torch.Tensor] = {}
+    for ranks in given.ranks:
         with tempfile.TemporaryDirectory() as scratch:
-            outs = [Path(scratch) / f"{n}-ranks" for n in (1, 2)]
-            one, two = (
-                made(model, text, out, n, recipe, samples, length, windows)
-                for n, out in enumerate(outs, 1)
+            out = Path(scratch) / "out"
+            calibration = (given.text, given.samples, given.length)
+            parts = run_with(ranks, given.model, SCHEME, recipe, out, *calibration)
+            own = codes(out, recipe)
+            first = first or own
+            differ = sum(int((own[n] != q).sum()) for n, q in first.items())
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "ranks": ranks,
+                    "differing": differ / sum(q.numel() for q in first.values()),
+                    **judged(given.model, out, given.text, given.length, given.windows),
+                    "seconds_blocks": parts[0]["blocks"][1],
+                    "parts": parts,
+                }
             )
-            a, b = (codes(out, recipe) for out in outs)
-            differ = sum(int((a[n] != b[n]).sum()) for n in a) / sum(q.numel() for q in a.values())
-        rows.append(
-            {
-                "recipe": recipe,
-                "scheme": SCHEME,
-                "samples": samples,
-                "length": length,
-                "windows": windows,
-                "differing": differ,
-                "one": one,
-                "two": two,
-            }
-        )
-        pairs = (
-            ("perplexity", ".4f"),
-            ("kl", ".5f"),
-            ("seconds_blocks", ".1f"),
-            ("seconds", ".1f"),
-        )
-        print(
-            f"| {recipe} | {differ:.3%} | "
-            + " | ".join(f"{one[k]:{f}} | {two[k]:{f}}" for k, f in pairs)
-            + " |",
-            flush=True,
-        )
-    Path(result).parent.mkdir(parents=True, exist_ok=True)
-    Path(result).write_text(
-        json.dumps(
-            {
-                "model": model,
-                "text": text,
-                "threads": os.environ.get("OMP_NUM_THREADS"),
-                "cores": os.cpu_count(),
-                "rows": rows,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    return rows
+
+
+def by_part(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of the table of processor seconds: mean, and most of any rank."""
+    lines = []
+    for part in (*PARTS, "the rest", "all"):
+        cells = []
+        for row in rows:
+            of = [found[part][0] for found in row["parts"]]
+            mean = f"{sum(of) / len(of):.2f}"
+            cells.append(mean if len(of) == 1 else f"{mean} ({max(of):.2f})")
+        if any(c[:4] != "0.00" for c in cells):
+            lines.append(f"| {rows[0]['recipe']} | {part} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--ranks", type=lambda v: list(map(int, v.split(","))), default=[1, 2, 4])
+    for option, default in (("samples", "128"), ("length", "256"), ("windows", "200")):
+        parser.add_argument(f"--{option}", default=default)
+    parser.add_argument("--recipes", nargs="+", default=["gptq", "tesseraq"])
+    given = parser.parse_args()
+    found, second = [], []
+    print("| recipe | ranks | codes that differ | perplexity | KL | seconds of blocks |")
+    print("|---|---|---|---|---|---|")
+    for recipe in given.recipes:
+        rows = compared(given, recipe)
+        found += rows
+        second += by_part(rows)
+        for r in rows:
+            print(
+                f"| {recipe} | {r['ranks']} | {r['differing']:.3%} | {r['perplexity']:.4f} | "
+                f"{r['kl']:.5f} | {r['seconds_blocks']:.1f} |",
+                flush=True,
+            )
+    counts = " | ".join(f"{n} ranks" for n in given.ranks)
+    print(f"\n| recipe | part | {counts} |\n{'|---' * (2 + len(given.ranks))}|")
+    print("\n".join(second))
+    about = {"model": given.model, "text": given.text, "scheme": SCHEME, "cores": os.cpu_count()}
+    about |= {k: getattr(given, k) for k in ("samples", "length", "windows")}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    threads = ENVIRONMENT["OMP_NUM_THREADS"]
+    given.out.write_text(json.dumps({**about, "threads": threads, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from lowbit.methods import AWQ, CLAQ, GPTQ, RTN, OmniQuant, QuaRot, TesseraQ
 from lowbit.methods._bit_budget import bit_gains, greedy_widths, least_gain
 from lowbit.methods._columns import inverse_factor
 from lowbit.methods._hessian import Inputs
+from lowbit.methods._parts import whole
 from lowbit.methods.claq import column_scores
 from lowbit.model.model import Streams
 from lowbit.model.stream import ModelStream
@@ -73,7 +74,7 @@ def test_the_loop_is_gptq_with_k_means(block, act_order, method):
     q = (
         method._linear(block, Q, inputs, {})
         if isinstance(method, CLAQ)
-        else method._site(block, [Q], inputs)[Q]
+        else method._part(block, whole(block, [Q]), inputs).codes[0]
     )
     expected = brute(block.weight(Q), inputs.factor, inputs.order, 2)
     # A tie here or there.

@@ -18,6 +18,7 @@ from lowbit.methods import AWQ, GPTQ, RTN
 from lowbit.methods._coder import GridColumns
 from lowbit.methods._columns import code_columns, inverse_factor
 from lowbit.methods._hessian import Inputs, factored, input_hessians
+from lowbit.methods._parts import whole
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods.gptq import fit_range
 from lowbit.methods.gptq import solve as solve_inputs
@@ -332,7 +333,8 @@ def test_dead_inputs_leave_the_damping_alone(block):
     inputs = [
         factored(block, GPTQ().walk, "self_attn.q_proj", hessian * s, []) for s in (1.0, 2.0**-20)
     ]
-    codes = [GPTQ()._site(block, ["self_attn.q_proj"], i)["self_attn.q_proj"] for i in inputs]
+    part = whole(block, ["self_attn.q_proj"])
+    codes = [GPTQ()._part(block, part, i).codes[0] for i in inputs]
     assert codes[0].same_as(codes[1]) is None
 
 
@@ -593,7 +595,7 @@ def test_calls_kept_for_the_next_site_give_the_same_codes(tmp_path, monkeypatch,
     )
     fast = GPTQ()(block)
     assert replayed == ([] if family == "opt" else ["mlp"])
-    monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
+    monkeypatch.setattr("lowbit.methods._sites._KEPT", 0)
     plain = GPTQ()(block)
     assert replayed == ([] if family == "opt" else ["mlp"])
     assert all(q.same_as(plain.coded[n]) is None for n, q in fast.coded.items())
@@ -605,7 +607,7 @@ def test_what_is_kept_sees_codes_and_activation_grids(tmp_path, monkeypatch):
         dict.fromkeys(block.graph.linears, InputQuantizer(grid=PerToken(4)))
     )
     fast = GPTQ()(block)
-    monkeypatch.setattr("lowbit.methods._hessian._KEPT", 0)
+    monkeypatch.setattr("lowbit.methods._sites._KEPT", 0)
     assert all(q.same_as(GPTQ()(block).coded[n]) is None for n, q in fast.coded.items())
 
 

@@ -13,7 +13,8 @@ from lowbit import machine
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
-from lowbit.plan import make_plan, memory, read_config
+from lowbit.model.outline import Outline
+from lowbit.plan import Plan, Setting, make_plan, memory, read_config
 from lowbit.plan import speed as estimate
 from lowbit.plan.speed import Speed, measure_speed
 from lowbit.recipe.presets import load_recipe
@@ -412,6 +413,73 @@ def test_time_follows_the_steps_and_the_ranks():
         < seconds("tesseraq-paper") / seconds("default")
     )
     assert seconds("default", ranks=4) < 0.4 * seconds("default")
+
+
+def planned_by(ranks, recipe, config, scheme="W4A16g128"):
+    own = load_recipe(recipe, scheme=parse_scheme(scheme))
+    return make_plan(config, own, 128, 2048, device=GPU, ranks=ranks)
+
+
+EXPERTS = dict(hidden_size=2048, num_hidden_layers=2, num_attention_heads=16, head_dim=128)
+EXPERTS |= dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part", "kind", "times"),
+    [
+        ("rtn", "passes", "half", 4),
+        ("gptq", "gptq: Hessians", "single", 4),
+        ("gptq", "gptq: columns", "single", 4),  # rows of every linear
+        ("gptq", "gptq: factors", "single", 1),  # one site after the other
+        ("claq", "claq: factors", "single", 1),
+        ("awq", "awq: clip search", "moved", 4),
+        ("awq", "awq: candidates rounded", "moved", 1),
+        ("default", "tesseraq: steps", "half", 4),
+        ("default", "tesseraq: soft weights", "moved", 4),
+        ("default", "tesseraq: hardening", "moved", 4),
+    ],
+)
+def test_what_processes_divide_and_what_each_repeats(recipe, part, kind, times):
+    scheme = "W4A16:column" if recipe == "claq" else "W4A16g128"
+    one, four = (planned_by(n, recipe, llama(*L8B), scheme).work for n in (1, 4))
+    assert getattr(one[part], kind) == pytest.approx(times * getattr(four[part], kind), rel=0.04)
+    assert not any(work.sent for work in one.values())
+
+
+def test_experts_are_divided_whole():
+    config = T.Qwen3MoeConfig(**EXPERTS)
+    one, eight = (planned_by(n, "gptq", config).work for n in (1, 8))
+    for part in ("gptq: factors", "gptq: columns"):
+        assert one[part].single > 5 * eight[part].single, part
+
+
+def test_what_is_sent_counts_where_the_link_is_known():
+    plan = planned_by(4, "default", llama(*L8B))
+    sent = sum(work.sent for work in plan.work.values())
+    linked = Speed(**{**vars(H100), "near": 50e9})
+    assert plan.seconds(linked) - plan.seconds(H100) == pytest.approx(sent / 50e9)
+    # A step: gradients in float32 one way, weights in bfloat16 the other, three quarters of both.
+    weights = linears_of(4096, 14336, 32)
+    assert plan.work["tesseraq: exchange of steps"].sent > 600 * 32 * 6 * weights * 3 / 4
+    assert not any(work.far for work in plan.work.values())
+    held = [planned_by(n, "default", llama(*L8B)).memory.steps["tesseraq"] for n in (1, 4)]
+    assert held[0] - held[1] > 1.1 * weights * (18 * 3 / 4 - 4)
+
+
+def test_machines_repeat_steps_and_send_little_to_each_other():
+    """As much of a step on two machines of four as on one; rows that are drawn go far."""
+    recipe = load_recipe("default", scheme=parse_scheme("W4A16g128"))
+    outline = Outline.of(llama(*L8B))
+    one, two = (
+        Plan.of(outline, recipe, Setting(128, 2048, GPU, torch.bfloat16, ranks=n, here=4)).work
+        for n in (4, 8)
+    )
+    for part in ("tesseraq: steps", "tesseraq: soft weights"):
+        assert two[part] == one[part], part
+    exchanged = two["tesseraq: exchange of steps"]
+    assert exchanged.near and 0 < exchanged.far < 0.3 * exchanged.near
+    assert two["awq: clip search"].far and not two["awq: clip search"].near
+    assert two["passes"].half == pytest.approx(one["passes"].half / 2, rel=0.01)
 
 
 @pytest.mark.parametrize(("dtype", "slower"), [(torch.float16, True), (torch.bfloat16, False)])

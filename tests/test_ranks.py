@@ -10,18 +10,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import config_of
-from helpers import save_tiny
+from helpers import LLAMA, save_tiny
 from ranks_worker import tuned
 
 import lowbit
 from lowbit.errors import LowbitError, ToldElsewhere
 from lowbit.machine import device_of_rank
 from lowbit.methods._batches import gathered
+from lowbit.methods._rounding.hardening import quantile
 from lowbit.model.ranks import ALONE, RankGone, Ranks, _answered
 from lowbit.run.launch import _KEPT, _Voices, joined
 
@@ -34,20 +37,18 @@ def model(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("model"), dtype=torch.float32))
 
 
-def torchrun(*command, count=2):
+def torchrun(*command):
+    """What two processes have done, see `finished`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return finished(*launcher, *command)
+
+
+def finished(*command):
     """The finished process, its output in ``said``, all whitespace single."""
     source = str(Path(lowbit.__file__).parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "COLUMNS": "200"}
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-    ]
     done = subprocess.run(
-        [*launcher, *map(str, command)],
+        [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
         env=environment,
@@ -300,6 +301,127 @@ def test_two_ranks_end_where_one_does(models, twice, number):
         assert b["loss_before"] == pytest.approx(a["loss_before"], rel=1e-3) and b[
             "loss_after"
         ] == pytest.approx(a["loss_after"], rel=1e-2)
+
+
+# --- four processes: work by the weight is dealt out ----------------------------------------------
+
+# (model, scheme, recipe, settings): computed in float64, where no tie hides what was divided.
+DEALT = [
+    ("wide", "gguf:q4_k", "gptq", ["gptq.act_order=true"]),
+    ("small", "W2A16", "claq-ap", ["claq.outlier_bits=0.28"]),
+    ("small", "W2A16g16", "awq+gptq", ["awq.exponents=4", "awq.clip_tokens=100"]),
+    ("small", "W2A16g16", "awq+tesseraq", [*TESSERAQ, "tesseraq.batch=3", "awq.scales=false"]),
+    # A level table a row, divided; one for a whole matrix, which is not.
+    ("small", "W2A16:row", "gptq+tesseraq", [*TESSERAQ, "tesseraq.rounds=2"]),
+    ("small", "W2A16:tensor", "tesseraq", TESSERAQ),
+    ("qwen3_moe", "W3A16g8", "awq+gptq", ["awq.exponents=2"]),
+]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    experts = config_of("qwen3_moe")
+    experts.vocab_size, experts.num_hidden_layers = 300, 1
+    small = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 1})
+    configs = {"wide": llama_of_256(), "small": small, "qwen3_moe": experts}
+    return {
+        name: str(save_tiny(tmp_path_factory.mktemp("model"), config, torch.float32))
+        for name, config in configs.items()
+    }
+
+
+def llama_of_256():
+    """Wide enough for K-quants, with linears of fewer rows than four ranks take in 64s."""
+    sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    heads = dict(num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=128)
+    return transformers.LlamaConfig(vocab_size=300, **sizes, **heads, bos_token_id=1)
+
+
+@pytest.fixture(scope="module")
+def four(wide, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    cells = [(wide[name], *cell, True) for name, *cell in DEALT]
+    done = finished(WORKER, job(folder, do="deal", cells=cells, out=str(folder / "out.pt")), 4)
+    assert done.returncode == 0, done.said[-2000:]
+    return [torch.load(f"{folder / 'out.pt'}.{r}", weights_only=False) for r in range(4)]
+
+
+@pytest.mark.parametrize("number", range(len(DEALT)), ids=lambda i: "-".join(DEALT[i][:3]))
+def test_four_ranks_find_what_one_does_and_divide_the_work(wide, four, number):
+    name, *cell = DEALT[number]
+    one, all_ = tuned(wide[name], *cell, True), [found[number] for found, _ in four]
+    for found in all_:
+        for linear, q in one["coded"].items():
+            assert torch.equal(found["codes"][linear], q.codes), linear
+            # What was received is what was made: the same bits on all ranks.
+            assert all_[0]["coded"][linear].same_as(found["coded"][linear]) is None
+        assert found["notes"][0].get("trouble") == one["notes"][0].get("trouble")
+    # Each rank says what it does itself: together everything, and once what is not cut: experts, of
+    # which there are more than ranks, and what has levels by columns.
+    for what in ("codes of", "clip of"):
+        alone = worked_on(one["announced"], what)
+        said = sum((worked_on(found["announced"], what) for found in all_), Counter())
+        assert set(said) == set(alone)
+        for linear in alone:
+            uncut = "experts" in linear or "claq" in cell[1]
+            assert said[linear] == alone[linear] if uncut else said[linear] >= alone[linear]
+
+
+# Two machines of two: steps are made on each of them, all else among all.
+MACHINES = [
+    ("small", "W2A16g16", "gptq+tesseraq", [*TESSERAQ, "tesseraq.rounds=2", "tesseraq.batch=3"]),
+    ("small", "W2A16:row", "tesseraq", TESSERAQ),
+]
+
+
+@pytest.fixture(scope="module")
+def machines(wide, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("machines")
+    cells = [(wide[name], *cell, True) for name, *cell in MACHINES]
+    task = job(folder, do="deal", cells=cells, out=str(folder / "out.pt"))
+    done = finished(WORKER, task, 4, 2)
+    assert done.returncode == 0, done.said[-2000:]
+    return [torch.load(f"{folder / 'out.pt'}.{r}", weights_only=False)[0] for r in range(4)]
+
+
+@pytest.mark.parametrize("number", range(len(MACHINES)), ids=lambda i: "-".join(MACHINES[i][:3]))
+def test_machines_that_make_the_same_steps_end_alike(wide, machines, number):
+    name, *cell = MACHINES[number]
+    one = tuned(wide[name], *cell, True)
+    for found in machines:
+        for linear, q in one["coded"].items():
+            assert torch.equal(found[number]["codes"][linear], q.codes), linear
+            first = machines[0][number]["coded"][linear]
+            assert first.same_as(found[number]["coded"][linear]) is None
+
+
+def worked_on(announced, what):
+    """Linear -> how often work on it was announced."""
+    lists = [a.split(f": {what} ")[1].split(", ") for a in announced if f": {what} " in a]
+    return Counter(name for names in lists for name in names)
+
+
+def test_every_rank_has_every_result_of_pieces_done_once(four):
+    for _, dealt in four:
+        assert [i for i, _ in dealt["found"]] == list(range(6))
+        made, value = dealt["found"][3][1], dealt["value"]
+        assert made["none"][1] is None
+        for a, b in (
+            (made["wide"], value["wide"]),
+            *zip(made["pair"], value["pair"], strict=True),
+            *((made["none"][i], value["none"][i]) for i in (0, 2)),
+        ):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+        # Whoever it was, all say the same: of the first piece that failed.
+        assert dealt["failed"] == "piece 2 cannot be done."
+    assert sorted(i for _, dealt in four for i in dealt["worked"]) == list(range(6))
+    assert [len(dealt["worked"]) for _, dealt in four] == [1, 1, 2, 2]
+
+
+def test_a_quantile_over_ranks_is_that_of_all_values(four):
+    for _, dealt in four:
+        for values, q, found in dealt["quantiles"]:
+            assert torch.equal(found, quantile(values, q)), q
 
 
 def test_a_dead_rank_is_named_and_another_number_of_ranks_goes_on(model, tmp_path):

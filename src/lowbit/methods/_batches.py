@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..model.block import Block
 from ..model.ranks import Ranks
 
 
@@ -57,14 +56,3 @@ def shared(
     """
     found = gathered(ranks, rows, streams, device)
     return found if ranks.size == 1 else [f[ranks.share(len(rows))] for f in found]
-
-
-def summed(
-    block: Block, loss: Tensor, gradients: Sequence[Tensor]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A loss and gradients added over ranks, in float32 at least."""
-    if block.ranks.size == 1:
-        return loss, tuple(gradients)
-    wide = tuple(g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients)
-    block.ranks.sum_(loss, *wide)
-    return loss, wide

@@ -17,9 +17,10 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid.kmeans import kmeans
 from ..model.block import Block
+from ..model.dealing import divided
 from ..model.model import BlockMethod, Model, float_blocks
 from ..model.outline import Outline
-from ._hessian import Walk, factored, input_hessians
+from ._hessian import Inputs, Walk, factored, input_hessians
 
 LEAST = 2  # bits of a column where single bits are given, unless the grid has fewer
 
@@ -69,18 +70,26 @@ def survey(block: Block, walk: Walk, upper: int) -> Iterator[tuple[Tensor, int, 
         bits of a weight that the grid has beyond the least width.
     """
     rows = min(walk.rows or block.tuned_rows, block.tuned_rows)
-    hessians = input_hessians(block, [names[0] for names in block.graph.readings], rows)
-    for readers in block.graph.readings:
-        name = readers[0]
-        inputs = factored(block, walk, name, hessians.pop(name), [])
+    readings = list(block.graph.readings)
+    hessians = input_hessians(block, [names[0] for names in readings], rows)
+
+    def gained(i: int) -> list[tuple[Tensor, int, int]]:
+        first = readings[i][0]
+        inputs = factored(block, walk, first, hessians.pop(first), [])
         if inputs is None:
-            continue
-        for name in readers:
-            weight = block.weight(name).masked_fill(inputs.dead, 0)[:, inputs.order]
-            bits = block.grids[name].bits
-            least = min(LEAST, bits)
-            gains = bit_gains(weight, inputs.factor.diagonal(), least, upper)
-            yield gains, len(weight), bits - least
+            return []
+        return [_surveyed(block, name, inputs, upper) for name in readings[i]]
+
+    costs = [float(sum(block.weight(n).numel() for n in names)) for names in readings]
+    for found in divided(block.ranks, costs, gained):
+        yield from found
+
+
+def _surveyed(block: Block, name: str, inputs: Inputs, upper: int) -> tuple[Tensor, int, int]:
+    weight = block.weight(name).masked_fill(inputs.dead, 0)[:, inputs.order]
+    bits = block.grids[name].bits
+    least = min(LEAST, bits)
+    return bit_gains(weight, inputs.factor.diagonal(), least, upper), len(weight), bits - least
 
 
 def least_gain(surveyed: Sequence[tuple[Tensor, int, int]], extra: float) -> float:

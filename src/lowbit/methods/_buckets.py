@@ -37,6 +37,7 @@ from ._rounding import (
     slope,
     soft_rectified,
 )
+from ._slices import Slice
 
 # Measured: 0.5 ends no better than without the round, 0.15 to 0.25 are alike.
 _LEAST_AIM, _MOST_AIM = 0.02, 0.2
@@ -50,6 +51,7 @@ class Bucket:
 
     Attributes:
         grid: of the lists. places: rows of each linear.
+        part: which of the rows are this rank's: what follows is of those.
         nu: (rows, length) rounding variable of every weight. v: variables that tune the levels.
         base, other: (rows, length) codes, see the module.
     """
@@ -58,15 +60,22 @@ class Bucket:
         self._own = own = ordered(block, names[0])
         self.grid: OrderedGrid[Any] = own.of_lists
         self._line = self.grid if isinstance(self.grid, LinearGrid) else None
-        self._stored = block.stored
+        self._stored, self._ranks = block.stored, block.ranks
         self.places: list[slice] = []
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         params: list[Params] = []
         for name in names:
-            lists, held = _listed(block, name, own, from_codes)
-            parts.append(self._start(lists, held, from_codes))
             at = self.places[-1].stop if self.places else 0
-            self.places.append(slice(at, at + len(lists)))
+            self.places.append(slice(at, at + len(own.lists(block.weight(name)))))
+        self.part = Slice(block.ranks.near, self.places[-1].stop)
+        for name, rows in zip(names, self.places, strict=True):
+            mine = self._mine(rows)
+            if mine.start == mine.stop:
+                continue
+            lists, held = _listed(block, name, own, from_codes)
+            if mine.stop - mine.start < len(lists):
+                lists, held = lists[mine], held.rows(mine)
+            parts.append(self._start(lists, held, from_codes))
             params.append(held)
         self.nu, self.base, self.other = (torch.cat(c) for c in zip(*parts, strict=True))
         self._params = stacked(params)
@@ -74,6 +83,11 @@ class Bucket:
         self._nu_moments, self._v_moments = Moments(self.nu), Moments(self.v)
         self._scratch = Scratch()
         self._way = self._ways(slice(None))
+
+    def _mine(self, rows: slice) -> slice:
+        """Which of some rows are this rank's, counted from the first of them."""
+        local, shift = self.part.local(rows), self.part.own.start - rows.start
+        return slice(local.start + shift, local.stop + shift)
 
     def _start(
         self, lists: Tensor, params: Params, from_codes: bool
@@ -109,18 +123,18 @@ class Bucket:
         return held
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """(rows, length) soft weights, good until the next call."""
+        """(rows, length) soft weights of all ranks' rows, good until the next call."""
         with torch.enable_grad():
             self._leaf = self.v.detach().clone().requires_grad_()
             now = self.now(self._leaf)
             if self._line is not None:
                 self._form = self._line.linear(now)
-                return self._in_one_pass(self._form, dtype)
+                return self.part.gathered(self._in_one_pass(self._form, dtype))
             decoded = [self.grid.decode(c, now) for c in (self.base, self.other)]
             self._ends = [through(t, t.to(self._stored).to(t.dtype)) for t in decoded]
         low, high = (t.detach() for t in self._ends)
         self._gap = high - low
-        return torch.addcmul(low, self._gap, rectified(self.nu)).to(dtype)
+        return self.part.gathered(torch.addcmul(low, self._gap, rectified(self.nu)).to(dtype))
 
     def _in_one_pass(self, form: Linear, dtype: torch.dtype) -> Tensor:
         assert self._way is not None
@@ -150,8 +164,8 @@ class Bucket:
         self._v_moments.reset()
 
     def descend(self, rows: slice, gradient: Tensor, adam: Adam) -> None:
-        """Move one linear's nu against its (rows, length) gradient by what `values` gave last, and
-        note the gradient by the levels.
+        """Move nu of some of this rank's rows against their (rows, length) gradient by what
+        `values` gave last, and note the gradient by the levels.
         """
         m = self._nu_moments
         if self._way is None:
@@ -192,13 +206,23 @@ class Bucket:
         """(rows, length) codes by the sign of nu."""
         return torch.where(self.nu[rows] > 0, self.other[rows], self.base[rows])
 
-    def coded(self, rows: slice, shape: torch.Size, now: Params) -> Coded:
+    def codes(self) -> tuple[Tensor, Params]:
+        """Of all ranks' rows: (rows, length) uint8 codes by the sign of nu, and `now`. The first
+        machine's where there are several: they might differ in a bit.
+        """
+        hard = self.part.gathered(self._hard(slice(None)).to(torch.uint8))
+        now = self.now().map(lambda t: self.part.gathered(t).contiguous())
+        if self._ranks.near is not self._ranks:
+            self._ranks.hand_round([hard, *vars(now).values()], 0)
+        return hard, now
+
+    def coded(self, rows: slice, shape: torch.Size, codes: Tensor, now: Params) -> Coded:
         """One linear on its grid, each weight by the sign of its nu.
 
         Args:
-            now: what `now` gives.
+            codes, now: what `codes` gives.
         """
-        codes, params = self.grid.arranged(self._hard(rows).to(torch.uint8), now.rows(rows))
+        codes, params = self.grid.arranged(codes[rows], now.rows(rows))
         return QTensor(
             self._own,
             self._own.unlisted(codes, shape[0]),
@@ -206,12 +230,16 @@ class Bucket:
         )
 
     def aim(self, rows: slice, gradient: Tensor, curvature: Tensor, params: Params) -> None:
-        """Let one linear's weights start again between their codes and the neighbours toward which
-        the loss falls.
+        """Let one linear's weights, as far as they are this rank's, start again between their codes
+        and the neighbours toward which the loss falls.
 
         Args:
-            gradient, curvature: (rows, length) float32. params: of its rows, of what `now` gives.
+            gradient, curvature: (rows, length) float32. params: what `now` gives.
         """
+        mine, rows = self._mine(rows), self.part.local(rows)
+        if rows.start == rows.stop:
+            return
+        gradient, curvature, params = gradient[mine], curvature[mine], params.rows(rows)
         hard = self._hard(rows)
         other = self._codes(self.grid.beside(hard.to(torch.uint8), -torch.sign(gradient), params))
         if self._line is not None:

@@ -1,17 +1,15 @@
-"""The input Hessians of the column loop: collected, inverted and factored, site by site."""
+"""The input Hessians of the column loop: collected, inverted and factored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import Coded
-from ..grid.kmeans import NotFiniteError
 from ..model.block import Block
 from ..model.graph import Site
 from ..model.statistics import Call, Seen, Statistic
@@ -22,8 +20,6 @@ from .cost import Cost, Shapes, Work
 
 _RETRIES = 3
 _LEAST_RETRIED_DAMPING = 1e-2
-# Bytes of calls kept for the next step, so that it need not run the block from its start.
-_KEPT = 1 << 28
 _AT_ONCE = 2 << 30  # bytes of Hessians in one pass, where many experts are reached at once
 
 
@@ -99,84 +95,6 @@ def _parts(block: Block, level: Sequence[tuple[str, ...]]) -> Iterator[list[tupl
         held += size
     if part:
         yield part
-
-
-Solve = Callable[[Block, Sequence[str], Inputs | None], Mapping[str, Coded]]
-
-
-def solve_sites(block: Block, walk: Walk, solve: Solve) -> Block:
-    """Code all linears that are not coded yet, site by site, each on the Hessian of its inputs.
-
-    Args:
-        solve: codes for linears that read the same inputs; None if they see nothing but zeros.
-
-    Raises:
-        LowbitError: a Hessian is not finite, or not invertible with any damping tried; what was
-            compensated for ran away.
-    """
-    steps = walk.steps(block)
-    passes = _Passes(min(walk.rows or block.tuned_rows, block.tuned_rows))
-    trouble: list[str] = []
-    for number, step in enumerate(steps):
-        said = ", ".join(name for names in step for name in names)
-        block.announce(f"{walk.method}: inputs of {said}")
-        following = steps[number + 1] if number + 1 < len(steps) else []
-        hessians = passes.hessians(block, step, following)
-        for names in step:
-            block.announce(f"{walk.method}: codes of {', '.join(names)}")
-            inputs = factored(block, walk, names[0], hessians.pop(names[0]), trouble)
-            try:
-                found = solve(block, names, inputs)
-                for q in found.values():
-                    q.grid.check_finite(q.params)
-                block = block.with_params({n: q.params for n, q in found.items()})
-                block = block.with_codes(found)
-            except NotFiniteError as e:
-                raise LowbitError(
-                    f"'{block.name}.{names[0]}' and what reads the same inputs: {e}. Calibrate on "
-                    f"more rows, or raise {walk.method}.damping."
-                ) from e
-    return block.remarked(*trouble)
-
-
-class _Passes:
-    """Passes over the calibration rows, one a step.
-
-    A step inside the submodule that the step before it looked at need not run the block from its
-    start: the submodule's calls are kept, as long as nothing before it changes.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._kept: tuple[str, list[Call]] | None = None
-        self._pools: dict[Site, Statistic] = {}
-
-    def hessians(
-        self, block: Block, step: Sequence[tuple[str, ...]], following: Sequence[tuple[str, ...]]
-    ) -> dict[str, Tensor]:
-        """The Hessian of each site of a step, by its first linear; see `input_hessians`."""
-        linears = [names[0] for names in step]
-        part = self._worth_keeping(block, step, following)
-        calls: list[Call] = []
-        keep = {} if part is None else {part: calls}
-        self._pools = {s: p for s, p in self._pools.items() if not set(s.reads).isdisjoint(linears)}
-        found = input_hessians(block, linears, self._rows, self._kept, keep, self._pools)
-        self._kept = None if part is None else (part, calls)
-        return found
-
-    def _worth_keeping(
-        self, block: Block, step: Sequence[tuple[str, ...]], following: Sequence[tuple[str, ...]]
-    ) -> str | None:
-        """The submodule whose calls the next step can start from; None if that saves nothing."""
-        first, graph = step[0][0], block.graph
-        part = graph.site_of(first).probe
-        # Little runs before attention.
-        if not following or part == graph.attention:
-            return None
-        if not following[0][0].startswith(f"{part}."):
-            return None
-        numbers = self._rows * block.xq.shape[1] * block.weight(first).shape[1]
-        return part if numbers * block.compute.itemsize <= _KEPT else None
 
 
 def factored(
@@ -306,9 +224,37 @@ def _steps(shapes: Shapes) -> int:
     return steps
 
 
-def column_cost(walk: Walk, shapes: Shapes) -> Cost:
+@dataclass(frozen=True)
+class _Shares:
+    """What one rank does of the work on sites that are reached at once.
+
+    Attributes:
+        factors: the share of their factors. rows: of their columns, where rows are coded apart.
+            linears: of their columns, where linears are.
+    """
+
+    factors: float
+    rows: float
+    linears: float
+
+    @classmethod
+    def of(cls, shapes: Shapes, sites: Sequence[Sequence[str]]) -> _Shares:
+        """As `_sites` deals them out."""
+        ranks, count = shapes.rows.ranks, len(sites)
+        if count >= ranks:
+            whole = -(-count // ranks) / count
+            return cls(whole, whole, whole)
+        sizes = [math.prod(shapes.layer.linears[n]) for names in sites for n in names]
+        most = max(max(sizes) / sum(sizes), 1 / ranks)
+        return cls(1 / count, 1 / (count * (ranks // count)), most)
+
+
+def column_cost(walk: Walk, shapes: Shapes, by_rows: bool = True) -> Cost:
     """Of a column-loop method: Hessians and their factors in float64, columns in float32; the
     loop's launches are not counted.
+
+    Args:
+        by_rows: whether ranks share the rows of a linear, or only linears.
     """
     layer, rows = shapes.layer, shapes.learned(walk.rows)
     square = 8 * layer.widest**2
@@ -318,14 +264,29 @@ def column_cost(walk: Walk, shapes: Shapes) -> Cost:
     tokens = rows * shapes.rows.length
     # The part of the block from one step to the next, half of it on the average.
     passes = _steps(shapes) / 2 if walk.true_sequential else 1
-    summed = solved = 0.0
-    for names, n in zip(shapes.sites, shapes.widths, strict=True):
-        summed += 2.0 * tokens * layer.share(names[0]) * n**2
-        solved += 2.0 * n**3
-    coded = sum(2.0 * a * b * b for a, b in layer.linears.values())
+    seen = factors = columns = 0.0
+    levels = shapes.levels or [[names] for names in shapes.sites]
+    for level in levels if walk.true_sequential else [shapes.sites]:
+        at_once = len(level)
+        if walk.true_sequential:
+            largest = max(8 * layer.linears[names[0]][1] ** 2 for names in level)
+            at_once = min(at_once, max(1, _AT_ONCE // largest))
+        share = _Shares.of(shapes, level[:at_once])
+        for names in level:
+            width = layer.linears[names[0]][1]
+            seen += 2.0 * tokens * layer.share(names[0]) * width**2
+            factors += 2.0 * width**3 * share.factors
+            outputs = sum(layer.linears[n][0] for n in names)
+            columns += 2.0 * outputs * width**2 * (share.rows if by_rows else share.linears)
+    squares = sum(8.0 * n * n for n in shapes.widths)
     return Cost(
         held=5 * layer.weights + waiting + working,
         least=16 * max(widths, default=0) ** 2,  # a Hessian and its factor
-        work=shapes.forward(rows) * passes + shapes.grams(summed) + Work(single=solved + coded),
         lighter="awq or rtn",
+        parts={
+            "passes": shapes.forward(rows) * passes,
+            "Hessians": shapes.grams(seen) + shapes.rows.summed(squares),
+            "factors": Work(single=factors),
+            "columns": Work(single=columns) + shapes.rows.gathered(layer.weights),
+        },
     )

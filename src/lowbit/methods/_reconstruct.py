@@ -11,7 +11,7 @@ from torch import Tensor
 from ..model.block import Block
 from ..model.context import tokens_at_a_time
 from ..model.microbatches import MicroBatches
-from ._batches import gathered, shared, summed
+from ._batches import gathered, shared
 from ._divergence import divergence
 from ._prefetch import Prefetcher
 from ._tokens import summed as over_tokens
@@ -151,7 +151,7 @@ class Reconstruction:
         scalar. In parts where memory is small.
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
-        b, part = self.block, self.block.ranks.share(len(rows))
+        b, part = self.block, self.block.ranks.near.share(len(rows))
         held = gathered(b.ranks, rows, self._streams, b.device)
         x = held[0]
         shape = (len(rows), *(x.shape[1:] if self._readout is None else x.shape[1:2]))
@@ -177,7 +177,7 @@ class Reconstruction:
 
         found = self._parts.over(len(held[0]), _none, add)
         assert found is not None
-        b.ranks.sum_(*found)
+        b.ranks.near.sum_(*found)
         return found[: len(leaves)], found[len(leaves) :]
 
     def backward(
@@ -230,13 +230,14 @@ class Reconstruction:
     def gradients(
         self, weights: Mapping[str, Tensor], trained: Sequence[str], rows: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss on some rows of all ranks and its gradients by the parameters named in ``trained``.
+        """Loss on some rows of all ranks; and this rank's part of its gradients by the parameters
+        named in ``trained``: their sum over the ranks of this machine is the gradient.
 
         If the device's memory is too small for them, the rows go in parts, whose gradients are
         added up in float32.
         """
         leaves = {k: weights[k].detach().requires_grad_() for k in trained}
-        b, part = self.block, self.block.ranks.share(len(rows))
+        b, part = self.block, self.block.ranks.near.share(len(rows))
         held = self._prefetcher.take(rows)
         if self._drawn is not None:
             self._prefetcher.prepare(self._drawn)
@@ -261,11 +262,14 @@ class Reconstruction:
             own = None
             found = add(None, slice(0, 1))
             assert found is not None
-            return summed(b, found[0] * 0, [g.zero_() for g in found[1]])
+            loss = found[0] * 0
+            b.ranks.near.sum_(loss)
+            return loss, tuple(g.zero_() for g in found[1])
         held = [t[part] for t in held]
         total = self._parts.over(len(held[0]), _none, add)
         assert total is not None
-        return summed(b, *total)
+        b.ranks.near.sum_(total[0])
+        return total
 
     def _seen(self, rows: int, length: int) -> Tensor | None:
         """(rows, tokens) int64: which tokens of each row of a step the divergence is taken of, in

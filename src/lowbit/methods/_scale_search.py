@@ -173,8 +173,7 @@ class _Trials:
             own = self._probe.error(*self._under(i), part)
         else:
             own = torch.zeros((), dtype=torch.float64, device=self._block.device)
-        if not self._probe.complete:
-            self._block.ranks.sum_(own)
+        self._block.ranks.sum_(own)
         return own
 
     def errors(self, candidates: Sequence[int], parts: range) -> list[list[float]]:
@@ -193,8 +192,9 @@ class _LinearProbe:
 
     def __init__(self, block: Block, site: Site, seen: Seen) -> None:
         self.name, self.weight, self.seen = site.probe, block.weight(site.probe), seen
-        self.parts = len(seen.inputs) if seen.gram is None else min(_PARTS, len(self.weight))
-        self.complete = seen.gram is not None  # else an error is that of this rank's rows
+        self.own = block.ranks.share(len(self.weight))  # outputs, where the Gram matrix is known
+        outputs = self.own.stop - self.own.start
+        self.parts = len(seen.inputs) if seen.gram is None else min(_PARTS, outputs)
 
     def error(
         self,
@@ -204,7 +204,9 @@ class _LinearProbe:
     ) -> Tensor:
         weight, gram = quantized[self.name], self.seen.gram
         if gram is not None:
-            rows = slice(part * len(weight) // self.parts, (part + 1) * len(weight) // self.parts)
+            first, count = self.own.start, self.own.stop - self.own.start
+            ends = (first + (part + i) * count // self.parts for i in (0, 1))
+            rows = slice(*ends)
             delta = weight[rows] - self.weight[rows]
             return ((delta @ gram) * delta).sum(dtype=torch.float64)
         x = self.seen.inputs[part]
@@ -230,7 +232,6 @@ class _ModuleProbe:
         }
         self.expected = [self._run(call, self.weights, self.exact) for call in calls]
         self.parts = len(calls)
-        self.complete = False
 
     def _run(
         self,

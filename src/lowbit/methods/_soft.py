@@ -16,7 +16,8 @@ from torch import Tensor
 from ..grid import AnyGrid, Coded, LinearGrid
 from ..model.block import Block
 from ._buckets import Bucket, ordered
-from ._rounding import FROZEN, Adam, harden
+from ._rounding import FROZEN, Adam, harden, rectified
+from ._slices import quantile_of_all
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,14 @@ class SoftBlock:
         self._runs = self._found_runs()
 
     def _found_runs(self) -> list[_Run]:
-        """All linears, those together that are so small that calls cost more than the work."""
+        """All linears that are not divided among ranks, those together that are so small that calls
+        cost more than the work.
+        """
         each, total = _TOGETHER.get(self.block.device.type, _ELSEWHERE)
         runs: list[_Run] = []
         for name, place in self.places.items():
+            if self.buckets[place.bucket].part.divided:
+                continue
             last, size = runs[-1] if runs else None, place.shape.numel()
             if (
                 last is not None
@@ -133,17 +138,35 @@ class SoftBlock:
         """One step of Adam on nu, and on v with ``decay`` (L2) if that is given.
 
         Args:
-            gradients: by the weights that `weights` gave last, in the order of ``names``, (out, in)
-                each in any float dtype.
+            gradients: of a loss on this rank's rows of activations, by the weights that `weights`
+                gave last, in the order of ``names``, (out, in) each in any float dtype.
         """
         by_name = dict(zip(self.names, gradients, strict=True))
         for run in self._runs:
             bucket = self.buckets[run.bucket]
             lists = [bucket.lists(self._masked(n, by_name[n])) for n in run.names]
-            bucket.descend(run.rows, lists[0] if len(lists) == 1 else torch.cat(lists), adam)
+            gradient = lists[0] if len(lists) == 1 else torch.cat(lists)
+            if self.block.ranks.near.size > 1:
+                gradient = bucket.part.summed(_wide(gradient))
+            bucket.descend(run.rows, gradient, adam)
+        for number, bucket in enumerate(self.buckets):
+            if bucket.part.divided:
+                bucket.descend(slice(0, len(bucket.nu)), self._summed(number, by_name), adam)
         if decay is not None:
             for b in self.buckets:
                 b.retune(adam, decay)
+
+    def _summed(self, number: int, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The gradient over all ranks of this rank's rows of a bucket."""
+        bucket = self.buckets[number]
+        whole = bucket.part.room(bucket.nu.shape[1], next(iter(gradients.values())))
+        for name in self._names_in(number):
+            whole[self.places[name].rows] = bucket.lists(self._masked(name, gradients[name]))
+        return bucket.part.summed(whole)
+
+    def _names_in(self, number: int) -> list[str]:
+        """The linears of a bucket."""
+        return [name for name, place in self.places.items() if place.bucket == number]
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor:
         """A gradient that is zero where the weight is an outlier."""
@@ -162,6 +185,14 @@ class SoftBlock:
         for run in self._runs:
             nu = self.buckets[run.bucket].nu[run.rows]
             harden(nu.view(len(run.names), -1), soft_share)
+        for place in self.places.values():
+            bucket = self.buckets[place.bucket]
+            if not bucket.part.divided:
+                continue
+            nu = bucket.nu[bucket.part.local(place.rows)]
+            h, count = rectified(nu), place.shape.numel()
+            limit = quantile_of_all(bucket.part.ranks, (h - 0.5).abs_(), count, soft_share)
+            nu.masked_fill_(h > 0.5 + limit, FROZEN).masked_fill_(h < 0.5 - limit, -FROZEN)
 
     @torch.no_grad()
     def harden_all(self) -> None:
@@ -171,9 +202,13 @@ class SoftBlock:
 
     def soft_share(self) -> float:
         """The share of weights not frozen yet."""
-        return sum(int((b.nu.abs() < FROZEN).sum()) for b in self.buckets) / sum(
-            b.nu.numel() for b in self.buckets
+        ranks = self.block.ranks.near
+        counted = [b for b in self.buckets if b.part.divided or ranks.first]
+        soft, all_ = ranks.total(
+            sum(int((b.nu.abs() < FROZEN).sum()) for b in counted),
+            sum(b.nu.numel() for b in counted),
         )
+        return soft / all_
 
     # --- the result -------------------------------------------------------------------------------
 
@@ -182,11 +217,11 @@ class SoftBlock:
         """Integer codes by the sign of nu, with the tuned scales or levels as they will be
         stored.
         """
-        params = [b.now() for b in self.buckets]
+        found = [b.codes() for b in self.buckets]
         out = {}
         for name in self.names:
             p = self.places[name]
-            coded = self.buckets[p.bucket].coded(p.rows, p.shape, params[p.bucket])
+            coded = self.buckets[p.bucket].coded(p.rows, p.shape, *found[p.bucket])
             out[name] = replace(coded, outliers=self.outliers.get(name))
         return out
 
@@ -204,7 +239,7 @@ class SoftBlock:
             p = self.places[name]
             b = self.buckets[p.bucket]
             first, second = (b.lists(t[key]).float() for t in (gradient, curvature))
-            b.aim(p.rows, first, second, params[p.bucket].rows(p.rows))
+            b.aim(p.rows, first, second, params[p.bucket])
 
     def snapshot(self) -> list[tuple[Tensor, Tensor]]:
         """Copies of (nu, v) of every bucket."""
@@ -217,6 +252,14 @@ class SoftBlock:
             b.nu.copy_(nu)
             b.v.copy_(v)
 
-    def finite(self) -> bool:
-        """Whether all variables are finite."""
-        return all(bool(torch.isfinite(b.nu.sum() + b.v.sum())) for b in self.buckets)
+    def finite(self, *numbers: Tensor) -> bool:
+        """Whether all variables, and these numbers, are finite on all ranks of the run."""
+        sums = [*numbers, *(b.nu.sum() + b.v.sum() for b in self.buckets)]
+        own = all(bool(torch.isfinite(t).all()) for t in sums)
+        return not self.block.ranks.total(not own)[0]
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """In float32 at least, in memory of its own."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -25,6 +25,7 @@ Helpers: `_scale_search` (what arrives at a site, the error under a candidate), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,7 +34,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..grid import GroupedGrid
+from ..grid import GroupedGrid, Params
+from ..grid.params import stacked
 from ..model.block import Block
 from ..model.context import TOKENS_PER_PASS
 from ..model.graph import Site
@@ -41,6 +43,7 @@ from ..model.rewrite import checked, fold
 from ..model.statistics import Seen
 from ._equivalent import foldable
 from ._gram import gram, inner
+from ._parts import Span, by_rows
 from ._race import FIRST
 from ._scale_search import best_scale, collect_inputs, on_grid
 from .cost import Cost, Shapes, Work
@@ -131,27 +134,33 @@ class AWQ:
         return checked(given, block).with_notes(awq_exponents=chosen)
 
     def _clipped(self, block: Block, grids: Mapping[str, GroupedGrid[Any]], rows: int) -> Block:
-        spared = dict(block.graph.unclipped)
-        weights, params = {}, {}
         moments = self._moments(block, grids, rows)
-        for readers in block.graph.readings:
-            for name in (n for n in readers if n in grids):
-                block.announce(f"awq: clip of {name}")
-                weight, grid = block.weight(name), grids[name]
-                gram, drift = moments[readers[0], grid.group(weight.shape[1])]
-                low, high = search_clip(
-                    weight,
-                    gram,
-                    grid,
-                    self.shrinks,
-                    symmetric=self.clip == "symmetric",
-                    skip_rows=spared.get(name, 0),
-                    drift=drift,
-                )
-                g = grid.grouped(weight)  # (out, groups, group)
-                clamped = torch.minimum(torch.maximum(g, low[..., None]), high[..., None])
-                weights[name] = clamped.flatten(1)
-                params[name] = grid.fit(weights[name], _importance(gram))
+        first = {n: readers[0] for readers in block.graph.readings for n in readers}
+
+        def limits(span: Span) -> tuple[Tensor, Tensor, Params]:
+            name, at = span.linear, span.rows
+            block.announce(f"awq: clip of {name}")
+            weight, grid = block.weight(name), grids[name]
+            gram, drift = moments[first[name], grid.group(weight.shape[1])]
+            low, high = search_clip(
+                weight[at],
+                gram,
+                grid,
+                self.shrinks,
+                symmetric=self.clip == "symmetric",
+                skip_rows=max(0, dict(block.graph.unclipped).get(name, 0) - at.start),
+                drift=drift,
+            )
+            return low, high, grid.fit(_clamped(grid, weight[at], low, high), _importance(gram))
+
+        names = [n for n in first if n in grids]
+        found = by_rows(block, names, limits)
+        weights, params = {}, {}
+        for name, parts in found.items():
+            lows, highs, fitted = zip(*parts, strict=True)
+            low, high = torch.cat(lows), torch.cat(highs)
+            weights[name] = _clamped(grids[name], block.weight(name), low, high)
+            params[name] = stacked(fitted) if len(fitted) > 1 else fitted[0]
         return block.clipped(weights, params)
 
     def _moments(
@@ -214,6 +223,12 @@ def quantized(block: Block, linear: str) -> bool:
 def _importance(gram: Tensor) -> Tensor:
     """(in,): the mean square of each input, up to a factor, from (groups, group, group)."""
     return gram.diagonal(dim1=1, dim2=2).flatten()
+
+
+def _clamped(grid: GroupedGrid[Any], weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(out, in), every group between its limits, (out, groups)."""
+    g = grid.grouped(weight)  # (out, groups, group)
+    return torch.minimum(torch.maximum(g, low[..., None]), high[..., None]).flatten(1)
 
 
 def _indifferent(block: Block, site: Site) -> bool:
@@ -307,16 +322,16 @@ def cost(method: AWQ, shapes: Shapes) -> Cost:
     seen = tokens * rows.compute * max(3 * layer.hidden, layer.widest) + 4 * layer.widest**2
     scales = 4 * weights + seen + max(shapes.passing, 32 * largest) if method.scales else 0
     clip = 8 * weights + max(shapes.passing, 20 * largest) if clips else 0
-    work = shapes.forward(2 * shapes.learned(method.rows))  # inputs of all sites, twice
+    parts = {"passes": shapes.forward(2 * shapes.learned(method.rows))}  # of all sites, twice
     if method.scales:
-        work += _scales_work(method, shapes, tokens)
+        parts |= _scales_work(method, shapes, tokens)
     if clips and isinstance(shapes.grid, GroupedGrid):
-        work += _clip_work(method, shapes, tokens)
-    return Cost(held=max(scales, clip), keeps=keeps, work=work, lighter="rtn")
+        parts["clip search"] = _clip_work(method, shapes, tokens)
+    return Cost(held=max(scales, clip), keeps=keeps, lighter="rtn", parts=parts)
 
 
-def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
-    layer = shapes.layer
+def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> dict[str, Work]:
+    layer, all_ = shapes.layer, shapes.rows
     inner = [names for names in shapes.sites if not set(names).isdisjoint(shapes.inner)]
     known = {n for names in inner for n in names}
     # Candidates are left once they have lost: all are begun, about two are finished.
@@ -327,17 +342,28 @@ def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
     rest = layer.active - sum(
         layer.share(n) * a * b for n, (a, b) in layer.linears.items() if n in known
     )
-    judged = 0.0
+    judged = summed = 0.0
     for names in inner:
         wide, outputs = layer.linears[names[0]][1], sum(layer.linears[n][0] for n in names)
-        judged += 2.0 * tokens * layer.share(names[0]) * wide**2 + 2.0 * outputs * wide**2 * tried
+        judged += 2.0 * tokens * layer.share(names[0]) * wide**2
+        judged += all_.part(2.0 * outputs * wide**2 * tried)
+        summed += 4.0 * wide**2
     moved = float(_CANDIDATE * layer.weights * method.exponents)
-    return shapes.products(2.0 * rest * tokens * (1 + tried)) + Work(single=judged, moved=moved)
+    return {
+        "scale search": shapes.products(2.0 * rest * tokens * (1 + tried))
+        + Work(single=judged)
+        + all_.summed(summed),
+        "candidates rounded": Work(moved=moved),
+    }
 
 
 def _clip_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
-    size, layer = shapes.grid.group_size, shapes.layer
-    seen = min(tokens, method.clip_tokens or tokens)
+    size, layer, all_ = shapes.grid.group_size, shapes.layer, shapes.rows
+    seen = min(tokens, math.ceil(all_.part(method.clip_tokens)) or tokens)
     moments = sum(2.0 * seen * width * (size or width) for width in shapes.widths)
     searched = sum(2.0 * a * b * (size or b) for a, b in layer.linears.values()) * method.shrinks
-    return Work(single=moments + searched, moved=_SHRINK * layer.weights * method.shrinks)
+    moved = _SHRINK * layer.weights * method.shrinks
+    own = Work(single=searched, moved=moved) * all_.part(1)
+    squares = sum(4.0 * width * (size or width) for width in shapes.widths)
+    limits = sum(4.0 * 4 * a * (b // (size or b)) for a, b in layer.linears.values())
+    return Work(single=moments) + own + all_.summed(squares) + all_.gathered(limits)

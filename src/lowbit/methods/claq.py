@@ -12,9 +12,9 @@ the mean share of its largest weights in floating point, the others 0.8 times (o
 K-means here is solved on sorted values without random starts; the paper starts it at random. Beyond
 the paper: other rankings, and bits given one by one within a matrix or over the model.
 
-Helpers: `_columns` and `_hessian` (as in `gptq`), `_coder` (a column on any grid), `_outliers`
-(what stays in floating point), `_bit_budget` (bits one by one; over the model by its stage
-`Allocate`).
+Helpers: `_columns`, `_hessian` and `_sites` (as in `gptq`), `_coder` (a column on any grid),
+`_outliers` (what stays in floating point), `_bit_budget` (bits one by one; over the model by its
+stage `Allocate`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from ..model.block import Block
 from ._bit_budget import LEAST, Allocate, bit_gains, greedy_widths
 from ._coder import Fit, GridColumns
 from ._columns import Coder, code_in_order
-from ._hessian import Inputs, Walk, column_cost, solve_sites
+from ._hessian import Inputs, Walk, column_cost
 from ._outliers import OutlierSelector, Reserving
+from ._parts import Part, whole
+from ._sites import Found, solve_sites
 from .cost import Cost, Shapes, Work
 
 Allocation = Literal["outliers", "saliency", "greedy"]
@@ -174,15 +176,15 @@ class CLAQ:
     def __call__(self, block: Block) -> Block:
         for grid in block.grids.values():
             self.check(grid)
+        return solve_sites(block, self.walk, _by_linear, self._part)
+
+    def _part(self, block: Block, part: Part, inputs: Inputs | None) -> Found:
+        """Codes of whole linears, one by one."""
         remarks: Remarks = {}
-
-        def site(at: Block, names: Sequence[str], inputs: Inputs | None) -> dict[str, Coded]:
-            if inputs is None:
-                return {n: at.nearest(n) for n in names}
-            return {n: self._linear(at, n, inputs, remarks) for n in names}
-
-        done = solve_sites(block, self.walk, site)
-        return done.remarked(*(f"claq: {', '.join(n)}: {what}" for what, n in remarks.items()))
+        if inputs is None:
+            return Found([block.nearest(s.linear) for s in part])
+        codes = [self._linear(block, s.linear, inputs, remarks) for s in part]
+        return Found(codes, [(what, name) for what, names in remarks.items() for name in names])
 
     def _linear(self, block: Block, name: str, inputs: Inputs, remarks: Remarks) -> Coded:
         grid, weight = block.grids[name], block.weight(name).masked_fill(inputs.dead, 0)
@@ -297,6 +299,13 @@ class CLAQ:
         return OutlierSelector(counts, self.reserve != "label")
 
 
+def _by_linear(block: Block, names: Sequence[str], parts: int) -> list[Part]:
+    """A site, or each of its linears where it is to be cut: the levels of a column are those of all
+    its rows.
+    """
+    return [whole(block, names)] if parts == 1 else [whole(block, [n]) for n in names]
+
+
 def column_scores(weight: Tensor, diagonal: Tensor, threshold: float | None) -> Tensor:
     """The columns, those first that deserve bits most.
 
@@ -334,18 +343,18 @@ def cost(method: CLAQ, shapes: Shapes) -> Cost:
     """See `column_cost`; and the survey's pass over the float model, whose Hessians of all sites
     wait together.
     """
-    own = column_cost(method.walk, shapes)
+    own = column_cost(method.walk, shapes, by_rows=False)
     if not method.needs_survey:
         return own
     tokens = shapes.learned(method.walk.rows) * shapes.rows.length
-    summed = shapes.grams(sum(2.0 * tokens * n**2 for n in shapes.widths))
-    factored = Work(single=sum(2.0 * n**3 for n in shapes.widths))
+    seen = sum(2.0 * tokens * n**2 for n in shapes.widths)
+    # Site by site: the largest is one rank's.
+    cubes = [2.0 * n**3 for n in shapes.widths]
+    factored = max(shapes.rows.part(sum(cubes)), *cubes) if cubes else 0.0
     passing = shapes.forward(shapes.rows.mine(shapes.rows.count))
-    return replace(
-        own,
-        held=own.held + sum(8 * n * n for n in shapes.widths),
-        work=own.work + passing + summed + factored,
-    )
+    squares = sum(8 * n * n for n in shapes.widths)
+    survey = passing + shapes.grams(seen) + Work(single=factored) + shapes.rows.summed(squares)
+    return replace(own, held=own.held + squares, parts={**own.parts, "survey": survey})
 
 
 def check(method: CLAQ, grid: AnyGrid) -> None:

@@ -9,7 +9,7 @@ prints some beside measured peaks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 
@@ -79,7 +79,7 @@ class Rows:
     Attributes:
         count: rows, held-out ones included. length: tokens each. stored, compute: bytes of a number
             in streams and in arithmetic.
-        ranks: processes that share the rows.
+        ranks: processes that share the rows. here: how many of them are on a machine; 0 for all.
     """
 
     count: int
@@ -87,10 +87,38 @@ class Rows:
     stored: int
     compute: int
     ranks: int = 1
+    here: int = 0
+
+    @property
+    def near(self) -> Rows:
+        """The same shared by the processes of a machine alone."""
+        return replace(self, ranks=min(self.ranks, self.here or self.ranks))
 
     def mine(self, rows: int) -> int:
         """Upper bound on how many of so many rows one rank works on."""
         return -(-min(rows, self.count) // self.ranks)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process."""
+        return self.ranks == 1
+
+    def part(self, amount: float) -> float:
+        """One rank's of what is divided evenly."""
+        return amount / self.ranks
+
+    def summed(self, size: float) -> Work:
+        """Sent for a sum over ranks of so many bytes that all of them get: a ring sends each byte
+        almost twice.
+        """
+        return self.gathered(2 * size)
+
+    def gathered(self, size: float) -> Work:
+        """Sent for so many bytes, of which each rank has its part and all get all; or for a sum of
+        which each gets its part.
+        """
+        sent = size * (self.ranks - 1) / self.ranks
+        return Work(near=sent) if self.near.ranks == self.ranks else Work(far=sent)
 
     def tokens(self, most: int) -> int:
         """Tokens in a batch of whole rows, at most so many (or one row)."""
@@ -99,17 +127,32 @@ class Rows:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of products in 16 bits and in float32, and bytes that pass memory."""
+    """Of one process: FLOPs of products in 16 bits and in float32, bytes that pass memory, and
+    bytes that are sent to other processes of its machine, and to others.
+    """
 
     half: float = 0.0
     single: float = 0.0
     moved: float = 0.0
+    near: float = 0.0
+    far: float = 0.0
+
+    @property
+    def sent(self) -> float:
+        """Bytes, wherever they go."""
+        return self.near + self.far
+
+    @property
+    def alone(self) -> Work:
+        """What of it is no communication."""
+        return Work(self.half, self.single, self.moved)
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.half + other.half, self.single + other.single, self.moved + other.moved)
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Work(*(a + b for a, b in pairs))
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.half * times, self.single * times, self.moved * times)
+        return Work(*(a * times for a in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -203,6 +246,7 @@ class Cost:
         batch: rows of one of its steps; 0 if it makes none.
         work: on one block. last: what it does more on the last one.
         lighter: recipes that take less.
+        parts: what the work consists of, by name; their sum is the work then.
     """
 
     held: int = 0
@@ -214,6 +258,11 @@ class Cost:
     work: Work = Work()
     last: Work = Work()
     lighter: str = "gptq or awq or rtn"
+    parts: Mapping[str, Work] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.parts:
+            object.__setattr__(self, "work", sum(self.parts.values(), Work()))
 
 
 def passes(method: object, shapes: Shapes) -> Cost:

@@ -12,8 +12,8 @@ Beyond the paper, from the code its authors published later: inputs collected si
 default), grids of groups fixed in advance, columns in the order of their activations' size, and
 ranges that minimise the rounding error.
 
-Helpers: `_columns` (U, the loop), `_coder` (nearest(w_c) on any grid), `_hessian` (H and the walk
-from site to site).
+Helpers: `_columns` (U, the loop), `_coder` (nearest(w_c) on any grid), `_hessian` (H), `_sites`
+(the walk from site to site).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from ..grid.params import picked, stacked
 from ..model.block import Block
 from ._coder import GridColumns
 from ._columns import code_in_order, least_range
-from ._hessian import Inputs, Walk, column_cost, solve_sites
+from ._hessian import Inputs, Walk, column_cost
+from ._parts import Part, divided_rows, whole
+from ._sites import Found, solve_sites
 from .cost import Cost, Shapes
 
 RangeKind = Literal["none", "mse"]
@@ -87,46 +89,50 @@ class GPTQ:
 
     @torch.no_grad()
     def __call__(self, block: Block) -> Block:
-        return solve_sites(block, self.walk, self._site)
+        return solve_sites(block, self.walk, self._divided, self._part)
 
     @property
     def walk(self) -> Walk:
         """How a block is gone through."""
         return Walk("gptq", self.rows, self.damping, self.act_order, self.true_sequential)
 
-    def _site(self, block: Block, names: Sequence[str], inputs: Inputs | None) -> dict[str, Coded]:
-        """Codes for linears that read the same inputs: those on the same grid in one loop, if their
-        rows share no params.
+    def _divided(self, block: Block, names: Sequence[str], parts: int) -> list[Part]:
+        """Linears that read the same inputs: those on the same grid in one loop, if their rows
+        share no params; which may then be cut anywhere.
         """
-        if inputs is None:
-            return {n: self._nearest(block, n) for n in names}
         bundles: dict[tuple[AnyGrid, bool, str], list[str]] = {}
         for name in names:
             grid = block.grids[name]
             alone = "" if grid.rows_apart else name
             bundles.setdefault((grid, name in block.params, alone), []).append(name)
-        out: dict[str, Coded] = {}
-        for (grid, ranged, _), members in bundles.items():
-            weight = torch.cat([block.weight(n) for n in members]).masked_fill(inputs.dead, 0)
-            params = stacked([block.params[n] for n in members]) if ranged else None
+        out: list[Part] = []
+        for (grid, _, _), members in bundles.items():
+            out += divided_rows(whole(block, members), parts if grid.rows_apart else 1)
+        return out
+
+    def _part(self, block: Block, part: Part, inputs: Inputs | None) -> Found:
+        """Codes of rows on one grid."""
+        grid = block.grids[part[0].linear]
+        weight = torch.cat([block.weight(s.linear)[s.rows] for s in part])
+        params = None
+        if part[0].linear in block.params:
+            held = [(s, block.params[s.linear]) for s in part]
+            params = stacked([p if s.whole else p.rows(s.rows) for s, p in held])
+        if inputs is None:
+            if params is None:
+                params = fit_range(grid, weight, self.clip, block.stored)
+            coded: Coded = QTensor(grid, grid.encode(weight, params), params)
+        else:
+            weight = weight.masked_fill(inputs.dead, 0)
             if params is None and self._fixed(grid, weight.shape[1]):
                 params = fit_range(grid, weight, self.clip, block.stored, error_cost(inputs))
             coded = solve(weight, inputs, grid, params, block.stored, self.clip, self.block_size)
-            rows = [len(block.weight(n)) for n in members]
-            out.update(zip(members, _split(coded, rows), strict=True))
-        return out
+        return Found(_split(coded, [s.count for s in part]))
 
     def _fixed(self, grid: AnyGrid, width: int) -> bool:
         """Whether params are fixed before the first column is coded."""
         period = grid.period(width)
         return period is None or self.static_groups or (self.act_order and period > 1)
-
-    def _nearest(self, block: Block, linear: str) -> Coded:
-        if linear in block.params:
-            return block.nearest(linear)
-        grid, weight = block.grids[linear], block.weight(linear)
-        params = fit_range(grid, weight, self.clip, block.stored)
-        return QTensor(grid, grid.encode(weight, params), params)
 
 
 def solve(

@@ -221,7 +221,7 @@ class TesseraQ:
         saved = soft.snapshot()
         lr = self.lr
         for _ in range(_RETRIES):
-            if math.isfinite(float(self._descend(soft, job, lr))) and soft.finite():
+            if soft.finite(self._descend(soft, job, lr)):
                 return True
             soft.restore(saved)
             lr /= 2
@@ -281,39 +281,59 @@ class TesseraQ:
 # Bytes that pass memory for every weight, temporaries included: in a step, the weights made and
 # their variables moved; in a phase, distances, bins, histogram, masks.
 _STEP, _HARDEN = 36, 80
+_BINNED = 1 << 16  # counts of a linear's distances that are added over processes
 # For every logit of a step: the softmax of both models in float32, the divergence, its gradient.
 _LOGITS = 44
 
 
 def cost(method: TesseraQ, shapes: Shapes) -> Cost:
-    """Per weight: nu and its two moments, a code and the way to the other, a snapshot, soft weights
-    and their gradients; where levels are looked up, both codes as indices and both levels. Then the
-    readout of the last block, five times the logits that are made together.
+    """Per weight: nu and its two moments, a code and the way to the other, a snapshot; where levels
+    are looked up, both codes as indices and both levels. Of these a process has its part; soft
+    weights and their gradients it has all. Then the readout of the last block, five times the
+    logits that are made together.
     """
     layer, rows, batch = shapes.layer, shapes.rows, method.batch
-    linear = isinstance(shapes.grid, LinearGrid)
-    state = (18 + 2 * rows.compute if linear else 56) * layer.weights
+    # Where there are several machines, each makes the same steps.
+    near = rows.near
+    held = (18 if isinstance(shapes.grid, LinearGrid) else 48) * layer.weights
+    own = math.ceil(near.part(held))
+    # Of several processes the gradients are laid side by side in float32 before they are added.
+    apart = 0 if near.alone else 4 * layer.weights
     read = 0
     if method.objective == "logits":
         together = min(tokens_at_a_time(layer.vocab), rows.tokens(JUDGED_TOKENS))
         read = 5 * 4 * layer.vocab * together
     stepping = shapes.training(batch) + read
-    # As above, soft weights and their gradient in 16 bits.
-    least = (18 + 2 * 2 if linear else 52) * layer.weights
+    return Cost(
+        held=own + 2 * rows.compute * layer.weights + apart + stepping,
+        least=own + 2 * 2 * layer.weights + apart,  # soft weights and gradients in 16 bits
+        batch=batch,
+        last=_logits_work(method, shapes) if method.objective == "logits" else Work(),
+        parts=_parts(method, shapes),
+    )
+
+
+def _parts(method: TesseraQ, shapes: Shapes) -> dict[str, Work]:
+    layer, rows, near = shapes.layer, shapes.rows, shapes.rows.near
     # None are made in float16.
     half = shapes.compute == torch.bfloat16 or method.in_bfloat16(shapes.device)
     # Forward, and twice that back.
-    steps = shapes.forward(rows.mine(batch), half) * (3 * method.steps)
-    judged = shapes.forward(2 * min(JUDGED_ROWS, shapes.learned()))
+    steps = shapes.forward(near.mine(method.batch), half) * (3 * method.steps)
+    drawn = 2.0 * min(method.batch, rows.count) * rows.length * layer.passed * rows.stored
     phases = len(soft_shares(method.schedule)) * method.rounds
-    moved = Work(moved=(_STEP * method.steps + _HARDEN * phases) * layer.weights)
-    return Cost(
-        held=state + stepping,
-        least=least,
-        batch=batch,
-        work=steps + judged + moved,
-        last=_logits_work(method, shapes) if method.objective == "logits" else Work(),
-    )
+    made, gradients = 2.0 if half else rows.compute, 4.0  # bytes of a weight
+    exchanged = near.gathered((made + gradients) * layer.weights) + rows.summed(drawn)
+    if not near.alone:  # gradients side by side
+        exchanged += Work(moved=(made + gradients) * layer.weights)
+    binned = near.summed(8.0 * _BINNED * len(layer.linears))
+    moved = Work(moved=near.part(layer.weights))
+    return {
+        "steps": steps,
+        "exchange of steps": exchanged * method.steps,
+        "soft weights": moved * (_STEP * method.steps),
+        "hardening": moved * (_HARDEN * phases) + binned * phases,
+        "judging": shapes.forward(2 * shapes.learned(JUDGED_ROWS)),
+    }
 
 
 def _logits_work(method: TesseraQ, shapes: Shapes) -> Work:
@@ -323,7 +343,7 @@ def _logits_work(method: TesseraQ, shapes: Shapes) -> Work:
     each = shapes.rows.length
     if method.logits_tokens:
         each = min(each, max(1, method.logits_tokens // method.batch))
-    tokens = shapes.rows.mine(method.batch) * each * method.steps
+    tokens = shapes.rows.near.mine(method.batch) * each * method.steps
     logits = float(tokens) * shapes.layer.vocab
     # The readout has the precision of forward passes, whatever that of the steps.
     return shapes.products(6.0 * logits * shapes.layer.hidden) + Work(moved=_LOGITS * logits)

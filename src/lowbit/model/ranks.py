@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+try:
+    from torch.distributed import all_gather_single, reduce_scatter_single
+except ImportError:  # what they are called before torch 2.13
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
+
 from ..errors import LowbitError
 from .microbatches import ran_out
 
@@ -55,6 +61,8 @@ class Ranks:
             run's are on that machine.
         patient: a CPU group for values and for waiting until rank 0 has written or verified, which
             may take hours.
+        group: through which tensors go; None is torch.distributed's default, all processes.
+        machine: those of this machine alone, numbered from 0; None where they are all.
 
     Raises:
         RankGone: from every method that communicates, if another rank has ended.
@@ -65,6 +73,15 @@ class Ranks:
     local: int = 0
     here: int = 1
     patient: Any = None
+    group: Any = None
+    machine: Ranks | None = None
+
+    @property
+    def near(self) -> Ranks:
+        """The ranks of this machine. Those of another do the same work among themselves, where what
+        is exchanged is much and goes faster within a machine.
+        """
+        return self if self.machine is None else self.machine
 
     @property
     def first(self) -> bool:
@@ -126,7 +143,7 @@ class Ranks:
             # One message: small ones cost their latency.
             flat = batch[0] if alone else torch.cat([t.reshape(-1) for t in batch])
             with _answered():
-                dist.all_reduce(flat, operation)
+                dist.all_reduce(flat, operation, group=self.group)
             if not alone:
                 for t, part in zip(
                     batch, torch.split(flat, [t.numel() for t in batch]), strict=True
@@ -151,10 +168,57 @@ class Ranks:
         ]
         own = t.contiguous()
         with _answered():
-            dist.all_gather(parts, own)
+            dist.all_gather(parts, own, group=self.group)
         return torch.stack(parts)
 
+    def joined_(self, out: Tensor, own: Tensor) -> None:
+        """Write every rank's tensor above each other's into ``out``, (size * n, ...).
+
+        Args:
+            own: (n, ...) contiguous, n alike on all ranks.
+        """
+        with _answered():
+            all_gather_single(out, own, group=self.group)
+
+    def summed_part(self, whole: Tensor) -> Tensor:
+        """(n, ...): this rank's part, the rank-th, of the sum of a (size * n, ...) tensor over
+        ranks.
+        """
+        out = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
+        with _answered():
+            reduce_scatter_single(out, whole, group=self.group)
+        return out
+
+    def hand_round(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Write one rank's tensors over the others', bit for bit. Shapes and dtypes are the same
+        everywhere; those of the other ranks are contiguous.
+        """
+        if self.size == 1:
+            return
+        for batch in _messages(tensors):
+            alone = len(batch) == 1 and batch[0].is_contiguous()
+            parts = [t.contiguous().view(-1).view(torch.uint8) for t in batch]
+            flat = parts[0] if alone else torch.cat(parts)
+            with _answered():
+                dist.broadcast(flat, group_src=source, group=self.group)
+            if not alone and self.rank != source:
+                for t, part in zip(
+                    parts, torch.split(flat, [p.numel() for p in parts]), strict=True
+                ):
+                    t.copy_(part)
+
     # --- values -----------------------------------------------------------------------------------
+
+    def everyone(self, value: Any) -> list[Any]:
+        """Every rank's value, which is pickled: for what is small. Waits for the slowest as long as
+        it takes.
+        """
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _answered():
+            dist.all_gather_object(found, value, group=self.patient)
+        return found
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value; the others' do not count, and they wait for it as long as it takes."""
@@ -162,7 +226,7 @@ class Ranks:
             return value
         box = [value if self.first else None]
         with _answered():
-            dist.broadcast_object_list(box, src=0, group=self.patient)
+            dist.broadcast_object_list(box, group_src=0, group=self.patient)
         return box[0]
 
     def agree(self, what: str, value: Mapping[str, Any], remedy: str) -> None:
@@ -177,10 +241,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        found: list[Any] = [None] * self.size
-        with _answered():
-            dist.all_gather_object(found, dict(value), group=self.patient)
-        flat = [dict(_leaves(v)) for v in found]
+        flat = [dict(_leaves(v)) for v in self.everyone(dict(value))]
         keys = list(dict.fromkeys(k for f in flat for k in f))
         told = [
             f"{key} is {_said(flat[0].get(key))} on rank 0, {_said(flat[r].get(key))} on rank {r}"
@@ -196,6 +257,19 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors that are sent together: neighbours on one device, as long as they are small."""
+    batch: list[Tensor] = []
+    for t in tensors:
+        held = sum(b.nbytes for b in batch)
+        if batch and (held + t.nbytes > _TOGETHER or batch[0].device != t.device):
+            yield batch
+            batch = []
+        batch.append(t)
+    if batch:
+        yield batch
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

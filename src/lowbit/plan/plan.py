@@ -16,7 +16,7 @@ from ..arithmetic import compute_dtype
 from ..errors import LowbitError
 from ..formats.packing import tensor_bytes
 from ..grid import AnyGrid
-from ..methods.cost import Layer, Rows, Shapes
+from ..methods.cost import Layer, Rows, Shapes, Work
 from ..model.beside import held_at_most
 from ..model.calibration import Calibration
 from ..model.model import Model, Stage
@@ -198,7 +198,8 @@ class Plan:
         """What the cost of methods depends on, for each kind of block."""
         o, s = self.outline, self.setting
         config = o.config
-        rows = Rows(s.samples + HELD_OUT, s.length, s.dtype.itemsize, s.computes.itemsize, s.ranks)
+        sizes = s.dtype.itemsize, s.computes.itemsize
+        rows = Rows(s.samples + HELD_OUT, s.length, *sizes, s.ranks, s.here)
         found = []
         for kind in o.kinds:
             layer = Layer(
@@ -255,9 +256,14 @@ class Plan:
         # In 16 bits as it is read, too: all of a block, and of what lies outside some.
         return PROCESS + 5 * (o.outside + o.tied_head * o.rotated + o.around) + 7 * block
 
+    @cached_property
+    def work(self) -> dict[str, Work]:
+        """What one process does, by what is done."""
+        return run_work(self.recipe, self.shapes_of, self.outline.of_layers)
+
     def seconds(self, speed: Speed) -> float:
         """Counted work at the measured speed of a device, see `lowbit.plan.speed`."""
-        return seconds(run_work(self.recipe, self.shapes_of, self.outline.of_layers), speed)
+        return sum(seconds(work, speed) for work in self.work.values())
 
     # --- who loads it -----------------------------------------------------------------------------
 
@@ -299,6 +305,7 @@ class Plan:
             "check_memory": self.check_memory,
             "check_memory_by_block": self.check_memory_by_block,
             "seconds": None if speed is None else self.seconds(speed),
+            "work": {part: asdict(work) for part, work in self.work.items()},
             "runtimes": [asdict(v) for v in self.runtimes],
             "remarks": list(self.outline.remarks),
             "block_memory": m.block,

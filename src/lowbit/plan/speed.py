@@ -1,12 +1,15 @@
 """How long a run takes: work counted from shapes, over what this device was measured to sustain.
 
-Counted are matrix products and the bytes of the passes over activations, weights and logits. Left
-out: launching kernels, which is what small models and column loops (GPTQ, CLAQ) wait for on a GPU;
-reading, packing, hashing and the closing check. So an estimate is low where those count.
+Counted are matrix products and the bytes of the passes over activations, weights and logits. Of
+several processes it is what each of them does, its part of what is divided and all of what is
+repeated, and what it sends, where the speed of the link is known. Left out: launching kernels,
+which is what small models and column loops (GPTQ, CLAQ) wait for on a GPU; reading, packing,
+hashing and the closing check. So an estimate is low where those count.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,42 +31,56 @@ class Speed:
 
     Attributes:
         half: FLOP/s of a matrix product in bfloat16. single: in float32. copies: bytes/s of memory,
-            reads and writes together.
+            reads and writes together. near, far: bytes/s that one process sends to others of its
+            machine and of other machines; infinite where nobody has measured them.
     """
 
     half: float
     single: float
     copies: float
+    near: float = math.inf
+    far: float = math.inf
 
 
 def seconds(work: Work, speed: Speed) -> float:
     """One kind of work after the other at a device's rates."""
-    return work.half / speed.half + work.single / speed.single + work.moved / speed.copies
+    computed = work.half / speed.half + work.single / speed.single
+    return computed + work.moved / speed.copies + work.near / speed.near + work.far / speed.far
 
 
-def block_work(recipe: Recipe, shapes: Shapes) -> tuple[Work, Work]:
-    """The work of one block, of one process, and what there is more to do if it is the last one."""
+Parts = dict[str, Work]
+
+
+def block_work(recipe: Recipe, shapes: Shapes) -> tuple[Parts, Parts]:
+    """The work of one block, of one process, by what is done; and what there is more to do if it is
+    the last one.
+    """
     rows = shapes.rows
     # Target, next input; two losses.
-    passing = 2 * rows.mine(rows.count) + 2 * min(_JUDGED, shapes.learned())
-    each, last = shapes.forward(passing), Work()
-    for _, entry, method in recipe.entries:
+    passing = 2 * rows.mine(rows.count) + 2 * shapes.learned(_JUDGED)
+    each, last = {"passes": shapes.forward(passing)}, Parts()
+    for name, entry, method in recipe.entries:
         cost = entry.cost(method, shapes)
-        each, last = each + cost.work, last + cost.last
+        for part, work in (cost.parts or {"": cost.work}).items():
+            each[f"{name}: {part}" if part else name] = work
+        last[f"{name}: last block"] = cost.last
     return each, last
 
 
-def run_work(recipe: Recipe, kinds: Sequence[Shapes], of_layers: Sequence[int]) -> Work:
-    """The work of a run, all blocks, of one process.
+def run_work(recipe: Recipe, kinds: Sequence[Shapes], of_layers: Sequence[int]) -> Parts:
+    """The work of a run, all blocks, of one process, by what is done.
 
     Args:
         kinds: of each kind of block. of_layers: of each block, the index of its kind.
     """
     of_kinds = [block_work(recipe, shapes) for shapes in kinds]
-    total = of_kinds[of_layers[-1]][1]
+    total: Parts = {}
     for kind, (each, _) in enumerate(of_kinds):
-        total = each * of_layers.count(kind) + total
-    return total
+        for part, work in each.items():
+            total[part] = total.get(part, Work()) + work * of_layers.count(kind)
+    for part, work in of_kinds[of_layers[-1]][1].items():
+        total[part] = total.get(part, Work()) + work
+    return {part: work for part, work in total.items() if work != Work()}
 
 
 # --- speed ----------------------------------------------------------------------------------------

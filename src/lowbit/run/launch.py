@@ -82,13 +82,25 @@ def joined(device: str, say: Say) -> Iterator[Ranks]:
                         timeout=_ANSWER,
                     )
                     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-                yield Ranks(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)), group)
+                here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+                near = _machine(rank, local, here) if here < size else None
+                yield Ranks(rank, size, local, here, group, machine=near)
         except BaseException:
             # Closes the connections, which wakes the others; NCCL might wait for them.
             if group is not None and where.type == "cpu":
                 _leave()
             raise
         _leave()
+
+
+def _machine(rank: int, local: int, here: int) -> Ranks:
+    """The ranks of this machine, which torchrun numbers one after the other."""
+    members = list(range(rank - local, rank - local + here))
+    groups = [
+        dist.new_group(members, **how, use_local_synchronization=True)
+        for how in ({"backend": "gloo", "timeout": _PATIENCE}, {"timeout": _ANSWER})
+    ]
+    return Ranks(local, here, local, here, *groups)
 
 
 def _leave() -> None:

@@ -32,9 +32,12 @@ def plan_rows(
         around = f" ({p.outline.around / 1e9:.3g} B are around the text model and copied)"
     took = "not said of a GPU that is not here"
     if speed is not None:
+        ranks, besides = p.setting.ranks, "packing and the closing check"
+        if ranks > 1:
+            besides = f"each of {ranks} processes on a device like this; what they send, {besides}"
         took = (
             f"about {duration(p.seconds(speed))} with recipe '{p.recipe.name}' at this machine's "
-            "measured speed (an estimate; packing and the closing check come on top)"
+            f"measured speed (an estimate; {besides} come on top)"
         )
     return [
         (
