@@ -5,10 +5,14 @@ from itertools import count
 
 import pytest
 import torch
+from helpers import save_tiny
+from typer.testing import CliRunner
 
 from lowbit import arithmetic
 from lowbit.arithmetic import compute_dtype, measured_gain, multiplies_bfloat16
+from lowbit.cli import app
 from lowbit.errors import LowbitError
+from lowbit.run.quantize import quantize
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -113,3 +117,66 @@ def test_the_dtype_of_forward_passes(
 def test_another_dtype_is_refused() -> None:
     with pytest.raises(LowbitError, match="float8"):
         compute_dtype("float8", torch.device("cpu"), BF16, 64)
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("m") / "m")
+
+
+def lowbit(*words):
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "computed"),
+    [((), "torch.float32"), (("--dtype", "bfloat16"), "torch.bfloat16")],
+    ids=["auto", "bfloat16"],
+)
+def test_quantize(model, tmp_path, words, computed) -> None:
+    given = ("--recipe", "rtn", "--scheme", "W4A16g8", "--samples", 4, "--length", 16)
+    out = tmp_path / "out"
+    code, said = lowbit("quantize", model, *given, "--calib", model / "text.txt", *words, "-o", out)
+    assert code == 0, said
+    report = json.loads((out / "report.json").read_text())
+    assert report["compute"] == computed
+    assert ("--dtype" in report["command"]) is bool(words)
+
+
+def test_a_run_is_continued_only_by_the_same_arithmetic(model, tmp_path) -> None:
+    def stopped(done):
+        raise KeyboardInterrupt
+
+    given = ("W4A16g8", "rtn")
+    more = {"samples": 4, "length": 16, "calib": str(model / "text.txt"), "out": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, *given, **more, dtype="bfloat16", progress=stopped)
+    with pytest.raises(LowbitError, match="arithmetic in torch.bfloat16 where this run's is in"):
+        quantize(model, *given, **more)
+    assert quantize(model, *given, **more, dtype="bfloat16").report["compute"] == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("load", ["whole", "blocks"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eval_says_what_it_computed_in(model, tmp_path, dtype, load) -> None:
+    file = tmp_path / "e.json"
+    given = ("--text", model / "text.txt", "--length", 16, "--windows", 2, "--load", load)
+    code, said = lowbit("eval", model, *given, "--dtype", dtype, "--json", file)
+    assert code == 0 and f"in {dtype}" in said, said
+    assert json.loads(file.read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "eval"])
+def test_a_dtype_that_is_not_there(model, tmp_path, command) -> None:
+    more = {
+        "quantize": ("--recipe", "rtn", "--scheme", "W4A16g8", "-o", tmp_path / "o"),
+        "plan": ("--scheme", "W4A16g8"),
+        "eval": ("--text", model / "text.txt", "--length", 16),
+    }[command]
+    code, said = lowbit(command, model, *more, "--dtype", "float8")
+    assert code == 2 and "unknown dtype 'float8'" in said, said
+    assert not (tmp_path / "o").exists()

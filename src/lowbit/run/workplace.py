@@ -44,7 +44,7 @@ _DIFFERENCES = {  # of a run's fingerprint, in words
     "rounding": "soft rounding by '{}' where this run's is by '{}' (by the machine, where "
     "LOWBIT_ROUNDING does not say which)",
     "versions": "other versions of its libraries ({} there, {} here)",
-    "compute": "arithmetic in {} where this machine's device has {}",
+    "compute": "arithmetic in {} where this run's is in {} (by --dtype, else by the machine)",
 }
 
 
