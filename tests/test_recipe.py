@@ -53,13 +53,13 @@ CACHES = [None, PerToken(2), PerToken(4, clip=0.95)]
 # Every option of every method away from its default.
 OTHER = [
     RTN(),
-    AWQ(False, "symmetric", 7, 3, 5, 64, "strided"),
+    AWQ(False, "symmetric", 7, 3, 5, 64, "strided", 2.5),
     GPTQ(0.05, True, True, False, 64, "mse", 9),
     OmniQuant(3, 0.02, 1e-5, "on", 0.25, "off", 2, "a b/clips.safetensors"),
     QuaRot(residual=False, across_heads=False, keys=False),
     QuaRot(heads=False, online=False),
     SmoothQuant(0.5, 12),
-    TesseraQ("exponential-4-20", 3, 1e-3, 2, False, 2, "block", 1, "auto"),
+    TesseraQ("exponential-4-20", 3, 1e-3, 2, False, 2, "block", 1, "auto", 9),
     CrossQuantMethod(0.3, True, "percentile", 99.0, False, 4, 8, "group", 3.5),
     CLAQ(0.2, 3, "greedy", "model", 0.5, 5.0, 0.1, "official", False, "refined", False, False, 0.1, 32, 6),
 ]  # fmt: skip

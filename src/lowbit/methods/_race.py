@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 # (numbers of candidates, parts) -> (candidates, parts), what is no number infinite
 Errors = Callable[[Sequence[int], range], list[list[float]]]
 
-FIRST = 4  # parts that all candidates are seen on, where likely losers are left
+FIRST = 3  # parts that all candidates are seen on, where likely losers are left
 
 
 def least(count: int, parts: int, errors: Errors, doubt: float = 0.0) -> int | None:

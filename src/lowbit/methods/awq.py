@@ -62,11 +62,11 @@ class AWQ:
             ...
         shrinks: how many range factors are tried, 1 - i/20 for i = 0, 1, ...
         rows: calibration rows used by both searches, at most.
-        doubt: a factor is left once it is so many standard errors above the best one, over the
-            tokens seen by both; 0 leaves only what cannot win, as published.
         clip_tokens: tokens of them the clip search looks at; 0 means all.
         clip_sampling: which tokens: "random", or "strided" as the reference, where every 512th
             token is often a first token.
+        doubt: a factor is left once it is so many standard errors above the best one, over the
+            tokens seen by both; 0 leaves only what cannot win, as published.
 
     On K-quants every range that is tried is fitted by their own search, inputs weighted by their
     mean square.
@@ -83,9 +83,9 @@ class AWQ:
     exponents: int = 20
     shrinks: int = 10
     rows: int = 32
-    doubt: float = 0.0
     clip_tokens: int = 512
     clip_sampling: Literal["random", "strided"] = "random"
+    doubt: float = 0.0
 
     def __post_init__(self) -> None:
         if (

@@ -125,12 +125,12 @@ class TesseraQ:
             neighbour toward which the loss falls: so it may leave floor and ceiling behind.
         objective: "logits" tunes the last block on the KL divergence of the next-token distribution
             instead of on its hidden state, as published ("block").
-        logits_tokens: how many tokens of a step that divergence is taken of, drawn anew for each
-            step; 0 means all. Two products with the whole vocabulary are made of every one of them.
         refit: steps on the scales alone after the last weight is frozen.
         precision: of the steps' forward and backward passes on blocks that compute in float32 or
             float16: "float32", "bfloat16", or "auto", which is bfloat16 where the processor
             multiplies it. Variables, gradients' sums, losses that decide and everything else stay.
+        logits_tokens: how many tokens of a step that divergence is taken of, drawn anew for each
+            step; 0 means all. Two products with the whole vocabulary are made of every one of them.
     """
 
     schedule: str = "exponential-5-50"
@@ -140,9 +140,9 @@ class TesseraQ:
     tune_scale: bool = True
     rounds: int = 1
     objective: Objective = "logits"
-    logits_tokens: int = 0
     refit: int = 0
     precision: Precision = "float32"
+    logits_tokens: int = 0
 
     def __post_init__(self) -> None:
         soft_shares(self.schedule)
