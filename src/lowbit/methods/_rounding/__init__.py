@@ -73,7 +73,8 @@ def descend(
 
     Args:
         gradient: (rows, length) by the weights, in any float dtype.
-        first, second: (rows, length) Adam's moments in nu's dtype, contiguous.
+        first, second: (rows, length) Adam's moments in nu's dtype, contiguous; zero where a weight
+            is frozen.
         adam: step size and number of this step.
         backend: None for the fastest one there is.
 
