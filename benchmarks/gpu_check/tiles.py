@@ -34,7 +34,9 @@ def tiles(b: Bench, out: dict[str, Any]) -> None:
 def tiled(b: Bench, length: int, tile: int, warps: int) -> dict[str, float]:
     from lowbit.methods._rounding import gpu
 
-    (nu, code, way, zero, scale, _), g = soft((1 << 27) // length, length, b.device, 0.0)
+    (nu, code, way, zero, scale, _), g = soft(
+        b.pick(1 << 13, 1 << 27) // length, length, b.device, 0.0
+    )
     frozen = torch.where(torch.rand_like(nu) < 0.95, FROZEN, nu)  # most weights of most phases
     g = g.bfloat16()
     made, first, second = torch.empty_like(g), torch.zeros_like(nu), torch.zeros_like(nu)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hardening_gpu
 from ._adam import BETAS, EPSILON, Adam
 from .reference import FROZEN, SoftRows
 
@@ -180,4 +179,3 @@ def try_out(device: torch.device) -> None:
     weights(soft, torch.empty_like(nu))
     sums = torch.empty(1, 2, device=device)
     descend(nu, soft, nu.clone(), nu.clone(), Adam(1e-3, 1), sums)
-    hardening_gpu.harden(nu, 0.5)
