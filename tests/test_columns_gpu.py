@@ -1,4 +1,4 @@
-"""Triton kernels of the column loops and of K-means, in Triton's interpreter, against plain torch."""
+"""Triton kernels of the column loops, of K-means and of sums by index, in Triton's interpreter, against plain torch."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lowbit.grid import Affine, kmeans
+from lowbit.grid import Affine, kmeans, sums
 from lowbit.methods import _columns
 from lowbit.methods._coder import GridColumns
 from lowbit.methods._columns import code_columns, inverse_factor
@@ -81,6 +81,27 @@ def assert_clusters_are_those_of_torch(lists, n, levels, weighted, device="cpu")
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
 
 
+# rows, numbers of each, sums, dtype of the numbers and of the index
+SUMS = [
+    (1, 1, 1, torch.float32, torch.int64),
+    (3, 1000, 4, torch.float32, torch.uint8),
+    (2, 5000, 16, torch.float64, torch.int64),
+    (2, 300, 200, torch.float32, torch.uint8),
+]
+
+
+def assert_sums_are_those_of_torch(rows, n, count, dtype, index_dtype, device="cpu"):
+    from lowbit.grid import sums_gpu
+
+    g = torch.Generator().manual_seed(n)
+    index = torch.randint(0, count, (rows, n), generator=g)
+    values = torch.randn(rows, n, generator=g, dtype=dtype)
+    expected = sums.sums_by(index, values, count)
+    found = sums_gpu.sums_by(index.to(device, index_dtype), values.to(device), count)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def kmeans_kernels():
     from lowbit.grid import kmeans_gpu
 
@@ -117,8 +138,16 @@ def test_clusters_on_the_gpu(case, monkeypatch):
     assert_clusters_are_those_of_torch(*case, "cuda")
 
 
+@pytest.mark.skipif(not GPU, reason="no CUDA with triton")
+@pytest.mark.parametrize("case", SUMS)
+def test_sums_on_the_gpu(case):
+    assert_sums_are_those_of_torch(*case, "cuda")
+
+
 if __name__ == "__main__":
     for case in COLUMNS:
         assert_columns_are_coded_as_in_torch(*case)
     for case in LISTS:
         assert_clusters_are_those_of_torch(*case)
+    for case in SUMS:
+        assert_sums_are_those_of_torch(*case)

@@ -255,7 +255,7 @@ def test_triton_on_the_gpu():
 
 
 if __name__ == "__main__":
-    for shape in ((1, 1), (5, 64), (70, 32), (3, 2100)):
+    for shape in ((1, 1), (5, 64), (70, 32), (3, 2100), (9, 35)):
         assert_like_the_plain_one("triton", *shape, torch.float32)
     for shape in HARDENED:
         assert_hardens_like_the_plain_one("triton", *shape)

@@ -98,6 +98,13 @@ def clusters(length, levels):
     kmeans_gpu.clusters(x, shift, sums, sums, sums, ranks, levels, 20)
 
 
+def sums(count, dtype):
+    from lowbit.grid import sums_gpu
+
+    index = torch.zeros(4, 4096, dtype=dtype)
+    sums_gpu.sums_by(index, torch.ones(4, 4096), count)
+
+
 def codebook_product(bits, tokens, dtype):
     from lowbit.kernels import gpu
 
@@ -123,6 +130,7 @@ HARDENING = {
 }
 COLUMNS = {"methods._columns_gpu._code": 8}
 CLUSTERS = {"grid.kmeans_gpu._cluster": 7}
+SUMS = {"grid.sums_gpu._sums": 4}
 PRODUCT = {"kernels.gpu._multiply": 2, "kernels.gpu._correct": 3}
 CASES = [
     (soft_rounding, (16, torch.bfloat16, False), ROUNDING),
@@ -133,6 +141,8 @@ CASES = [
     (columns, (32, torch.float32), COLUMNS),
     (clusters, (4096, 4), CLUSTERS),
     (clusters, (14336, 256), CLUSTERS),
+    (sums, (4, torch.int64), SUMS),
+    (sums, (256, torch.uint8), SUMS),
     (codebook_product, (2, 1, torch.float16), PRODUCT),
     (codebook_product, (6, 64, torch.float16), PRODUCT),  # codes across words, the most tokens
     (codebook_product, (4, 64, torch.bfloat16), PRODUCT),
@@ -168,6 +178,8 @@ def test_no_weight_of_soft_rounding_waits_for_another(compiled, tmp_path, length
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", tmp_path / "kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert len(re.findall(r"\bBAR\.", said)) <= BARRIERS[name]
+        if name.endswith("_descend"):  # four numbers at once of nu and both moments
+            assert len(re.findall(r"\bSTG\.\S*128\b", said)) == 3
 
 
 @pytest.mark.parametrize("dtype, held", [(torch.float16, "f16"), (torch.bfloat16, "bf16")])

@@ -12,6 +12,7 @@ from lowbit import kernels
 from lowbit.grid import Affine, kmeans
 from lowbit.grid.bits import pack
 from lowbit.grid.packed import PackedColumns, Segment
+from lowbit.grid.sums import sums_by
 from lowbit.methods import _columns, _rounding
 from lowbit.methods._coder import GridColumns
 from lowbit.methods._columns import code_columns, inverse_factor
@@ -160,6 +161,19 @@ def clusters(b: Bench) -> dict[str, float]:
     return out
 
 
+def summed(b: Bench) -> dict[str, float]:
+    """By index, against the CPU's in float64."""
+    out = {}
+    for count, n in ((4, 4096), (16, b.pick(500, 14336)), (256, 3000)):
+        g = torch.Generator().manual_seed(count)
+        index = torch.randint(0, count, (b.pick(3, 4096), n), generator=g)
+        values = torch.randn(index.shape, generator=g)
+        exact = sums_by(index, values.double(), count)
+        found = sums_by(index.to(b.device), values.to(b.device), count).cpu()
+        out[f"{count} sums"] = apart(exact, found)
+    return out
+
+
 def grams(b: Bench) -> dict[str, float]:
     """The largest difference to products and sums in float64, over the largest number."""
     out = {}
@@ -197,6 +211,7 @@ CHECKS: dict[Check, float] = {
     beyond_2_31: 0.0,
     gptq: 1e-2,
     clusters: 1e-3,
+    summed: 1e-5,
     grams: 1e-5,
     products: 4e-3,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .triton_kernels import kernels
+
 # Numbers in one launch: a column of a weight takes three, however many levels it has.
 _AT_ONCE = 1 << 22
 
@@ -18,7 +20,11 @@ def sums_by(index: Tensor, values: Tensor, count: int) -> Tensor:
     """
     if values.device.type == "cpu":
         return values.new_zeros(len(values), count).scatter_add_(1, index, values)
-    return _masked(index, values, count)
+    triton = kernels(f"{__package__}.sums_gpu", values.device)
+    if triton is None:
+        return _masked(index, values, count)
+    found: Tensor = triton.sums_by(index, values, count)
+    return found
 
 
 def _masked(index: Tensor, values: Tensor, count: int) -> Tensor:

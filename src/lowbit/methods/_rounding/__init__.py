@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...errors import LowbitError, unknown
 from ...grid.triton_kernels import kernels
-from . import cpu
+from . import cpu, hardening
 from ._adam import Adam as Adam
 from ._adam import moved as moved
 from .reference import FROZEN as FROZEN
@@ -73,7 +73,8 @@ def descend(
 
     Args:
         gradient: (rows, length) by the weights, in any float dtype.
-        first, second: (rows, length) Adam's moments in nu's dtype, contiguous.
+        first, second: (rows, length) Adam's moments in nu's dtype, contiguous; zero where a weight
+            is frozen.
         adam: step size and number of this step.
         backend: None for the fastest one there is.
 
@@ -95,8 +96,12 @@ def harden(nu: Tensor, soft_share: float, backend: Backend | None = None) -> Non
         soft_share: as a quantile of |h(nu) - 1/2|; ties stay soft.
         backend: None for the fastest one there is. "c" and "inductor" have none of their own.
     """
-    triton = (backend or _fastest(nu, nu)) == "triton"
-    importlib.import_module(f"{__name__}.hardening{'_gpu' * triton}").harden(nu, soft_share)
+    module: ModuleType | None = None
+    if backend == "triton":
+        module = importlib.import_module(f"{__name__}.hardening_gpu")
+    elif backend is None and _fastest(nu, nu) == "triton":
+        module = kernels(f"{__name__}.hardening_gpu", nu.device)
+    (module or hardening).harden(nu, soft_share)
 
 
 def version_on(device: torch.device) -> Backend:

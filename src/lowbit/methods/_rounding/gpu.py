@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hardening_gpu
 from ._adam import BETAS, EPSILON, Adam
-from .reference import SoftRows
+from .reference import FROZEN, SoftRows
 
 # Weights that a program of 128 threads holds at a time. Of four to a thread every load and store
 # has one layout; of more those of bytes and of floats differ, and each crosses shared memory.
@@ -64,6 +63,16 @@ def _weights(
 
 
 @triton.jit
+def _any_of_four(chosen, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where one of four neighbours is chosen that a thread reads and writes at once."""
+    if COLUMNS < 4:
+        return chosen
+    fours = tl.reshape(chosen.to(tl.int32), (ROWS, COLUMNS // 4, 4))
+    one = tl.broadcast_to(tl.max(fours, axis=2)[:, :, None], (ROWS, COLUMNS // 4, 4))
+    return tl.max_constancy(tl.reshape(one, (ROWS, COLUMNS)) != 0, [1, 4])
+
+
+@triton.jit
 def _descend(
     gradient,
     nu,
@@ -81,6 +90,7 @@ def _descend(
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
+    FAR: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -103,12 +113,15 @@ def _descend(
         by_scale += g * ((c - z) + w * h)
         by_offset += g
         by_nu = tl.where((h > 0.0) & (h < 1.0), g * s * w * (1.2 * sigma * (1.0 - sigma)), 0.0)
-        m = tl.load(first + at, mask=mask, other=0.0)
+        # A frozen weight's moments are zero and stay so: of most weights, in most phases, they are
+        # neither read nor written.
+        free = mask & _any_of_four(mask & (tl.abs(n) < FAR), ROWS, COLUMNS)
+        m = tl.load(first + at, mask=free, other=0.0)
         m = m + (by_nu - m) * (1.0 - BETA1)
-        v = tl.load(second + at, mask=mask, other=0.0) * BETA2 + by_nu * by_nu * (1.0 - BETA2)
-        tl.store(first + at, m, mask=mask)
-        tl.store(second + at, v, mask=mask)
-        tl.store(nu + at, n - size * m / (tl.sqrt(v) * root + EPS), mask=mask)
+        v = tl.load(second + at, mask=free, other=0.0) * BETA2 + by_nu * by_nu * (1.0 - BETA2)
+        tl.store(first + at, m, mask=free)
+        tl.store(second + at, v, mask=free)
+        tl.store(nu + at, n - size * m / (tl.sqrt(v) * root + EPS), mask=free)
     tl.store(sums + 2 * row, tl.sum(by_scale, axis=1), mask=there)
     tl.store(sums + 2 * row + 1, tl.sum(by_offset, axis=1), mask=there)
 
@@ -152,6 +165,7 @@ def descend(
             BETA1=BETAS[0],
             BETA2=BETAS[1],
             EPS=EPSILON,
+            FAR=FROZEN,
             ROWS=held,
             COLUMNS=columns,
         )
@@ -165,4 +179,3 @@ def try_out(device: torch.device) -> None:
     weights(soft, torch.empty_like(nu))
     sums = torch.empty(1, 2, device=device)
     descend(nu, soft, nu.clone(), nu.clone(), Adam(1e-3, 1), sums)
-    hardening_gpu.harden(nu, 0.5)
