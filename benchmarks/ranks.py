@@ -1,8 +1,8 @@
 """Several ranks against one: the same command alone and under torchrun with processes that share
 the work.
 
-    OMP_NUM_THREADS=1 python benchmarks/ranks.py MODEL TEXT OUT.json [--ranks 1,2,4] [--samples 128]
-    [--length 256] [--windows 200] [--recipes gptq tesseraq,tesseraq.iters=6]
+    OMP_NUM_THREADS=1 python benchmarks/ranks.py MODEL TEXT OUT.json [--ranks 1,2,4] [--scheme W2A16g32]
+    [--samples 128] [--length 256] [--windows 200] [--recipes gptq tesseraq,tesseraq.iters=6]
 
 A recipe may carry settings. Prints two Markdown tables: the share of codes that differ from those
 of one rank, perplexity and KL to the float model (on WINDOWS windows of the text) and seconds of
@@ -29,7 +29,6 @@ from lowbit.artifact.files import read_shard, unpack_linear
 from lowbit.grid.names import parse_scheme
 from lowbit.recipe.presets import load_recipe
 
-SCHEME = "W2A16g32"
 # Torchrun sets 1 itself: the same for one rank.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -63,10 +62,10 @@ def judged(model: str, out: Path, text: str, length: str, windows: str) -> dict[
     return {k: found[k] for k in ("perplexity", "kl")}
 
 
-def codes(out: Path, recipe: str) -> dict[str, torch.Tensor]:
+def codes(out: Path, scheme: str, recipe: str) -> dict[str, torch.Tensor]:
     """Codes of every linear of an artifact."""
     name, *settings = recipe.split(",")
-    chosen = load_recipe(name, scheme=parse_scheme(SCHEME), settings=settings)
+    chosen = load_recipe(name, scheme=parse_scheme(scheme), settings=settings)
     report = json.loads((out / "report.json").read_text())
     held: dict[str, torch.Tensor] = {}
     for shard in report["shards"]:
@@ -85,8 +84,8 @@ def compared(given: argparse.Namespace, recipe: str) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"
             calibration = (given.text, given.samples, given.length)
-            parts = run_with(ranks, given.model, SCHEME, recipe, out, *calibration)
-            own = codes(out, recipe)
+            parts = run_with(ranks, given.model, given.scheme, recipe, out, *calibration)
+            own = codes(out, given.scheme, recipe)
             first = first or own
             differ = sum(int((own[n] != q).sum()) for n, q in first.items())
             rows.append(
@@ -121,6 +120,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--scheme", default="W2A16g32")
     parser.add_argument("--ranks", type=lambda v: list(map(int, v.split(","))), default=[1, 2, 4])
     for option, default in (("samples", "128"), ("length", "256"), ("windows", "200")):
         parser.add_argument(f"--{option}", default=default)
@@ -142,7 +142,12 @@ def main() -> None:
     counts = " | ".join(f"{n} ranks" for n in given.ranks)
     print(f"\n| recipe | part | {counts} |\n{'|---' * (2 + len(given.ranks))}|")
     print("\n".join(second))
-    about = {"model": given.model, "text": given.text, "scheme": SCHEME, "cores": os.cpu_count()}
+    about = {
+        "model": given.model,
+        "text": given.text,
+        "scheme": given.scheme,
+        "cores": os.cpu_count(),
+    }
     about |= {k: getattr(given, k) for k in ("samples", "length", "windows")}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     threads = ENVIRONMENT["OMP_NUM_THREADS"]

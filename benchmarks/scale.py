@@ -229,32 +229,36 @@ def planned(outline: Outline, recipe: str, scheme: str, ranks: int) -> Plan:
     return Plan.of(outline, own, setting)
 
 
+def said(held: Mapping[str, float]) -> str:
+    """Device memory in GiB, and what is wrong with it."""
+    size = f"{held['device'] / GIB:.0f}"
+    if held["least"] > DEVICE:
+        return f"**{size}, at least {held['least'] / GIB:.0f}**"
+    return size if held["device"] <= DEVICE else f"*{size}*"
+
+
 def predicted(rates: Rates, names: list[str], recipes: list[str], counts: list[int]) -> list[Any]:
+    """A line a recipe; device memory in italics where the estimate is more than a GPU has, in bold
+    where what cannot be done without is.
+    """
     found = []
-    print("| model | recipe | GPUs | hours | x of one | device GiB | host GiB | disk GiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    head = ", ".join(map(str, counts))
+    print(f"| model | recipe | hours on {head} GPUs | device GiB | host GiB | disk GiB |")
+    print("|---|---|---|---|---|---|")
     for name in names:
         outline = Outline.of(MODELS[name]())
         for recipe in recipes:
-            alone = 0.0
+            lines = []
             for ranks in counts:
                 plan = planned(outline, recipe, "W4A16g128", ranks)
-                run, held = simulated(plan, rates), memory(plan)
-                alone = alone or run["seconds"]
-                what = f"{held['device'] / GIB:.0f}"
-                if held["device"] > DEVICE:
-                    too = held["least"] > DEVICE
-                    what += (
-                        f", at least {held['least'] / GIB:.0f}: **does not fit**" if too else "*"
-                    )
-                what += "" if held["streams on device"] else ", streams on the host"
-                print(
-                    f"| {name} | {recipe} | {ranks} | {run['seconds'] / 3600:.3g} | "
-                    f"{alone / run['seconds']:.1f} | {what} | {held['host'] / GIB:.0f} | "
-                    f"{held['disk'] / GIB:.0f} |",
-                    flush=True,
-                )
-                found.append({"model": name, "recipe": recipe, "ranks": ranks, **run, **held})
+                run = {**simulated(plan, rates), **memory(plan)}
+                lines.append({"model": name, "recipe": recipe, "ranks": ranks, **run})
+            hours = ", ".join(f"{line['seconds'] / 3600:.2g}" for line in lines)
+            device = ", ".join(map(said, lines))
+            host = ", ".join(f"{line['host'] / GIB:.0f}" for line in lines)
+            disk = f"{lines[0]['disk'] / GIB:.0f}"
+            print(f"| {name} | {recipe} | {hours} | {device} | {host} | {disk} |", flush=True)
+            found += lines
     return found
 
 
