@@ -156,6 +156,7 @@ LAYOUT = Layout(
     kind="uniform grids",
     pack=pack,
     unpack=unpack,
+    opened=opened,
     tensor_bytes=tensor_bytes,
     buffers=_buffers,
     scheme=_scheme,

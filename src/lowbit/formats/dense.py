@@ -60,6 +60,11 @@ class Dense:
         """(out, in) uint8, unpacked anew."""
         return unpack(self.words, self.grid.bits, self.columns)
 
+    def same_codes(self, other: Dense) -> bool:
+        """Whether the codes are those of another weight, whatever they stand for."""
+        same = (self.grid.bits, self.columns) == (other.grid.bits, other.columns)
+        return same and torch.equal(self.words, other.words)
+
     def coded(self) -> QTensor[Affine, AffineParams]:
         """The weight unpacked."""
         return QTensor(self.grid, self.codes, self.params)
