@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..errors import VerificationError
@@ -48,6 +49,8 @@ def extra_error(tuned: Steps, held: Steps, columns: int, codes: Callable[[], Ten
         [t if t.shape[1] == groups else t.repeat_interleave(groups // t.shape[1], 1) for t in pair]
         for pair in (tuned, held)
     )
+    if torch.equal(scale, scale_held) and torch.equal(offset, offset_held):
+        return 0.0
     ds, do = scale_held - scale, offset_held - offset
     total = do.square().sum() * (columns // groups)
     if bool(ds.any()):

@@ -114,7 +114,8 @@ def _whole(words: Tensor, rows: int) -> Tensor:
     """
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] * 8 != rows:
         raise ValueError(f"{rows} outputs are no {tuple(words.shape)} {words.dtype}")
-    return torch.nn.functional.pad(words, (0, 0, 0, -len(words) % 8))
+    missing = -len(words) % 8
+    return torch.nn.functional.pad(words, (0, 0, 0, missing)) if missing else words
 
 
 def _interleaved(codes: Tensor) -> Tensor:

@@ -115,10 +115,10 @@ def nibbles_turned(words: Tensor, order: tuple[int, ...]) -> Tensor:
 def nibbles_turned_back(words: Tensor, order: tuple[int, ...]) -> Tensor:
     """The inverse of `nibbles_turned`: (8 b, a) -> (8 a, b) int32."""
     n, groups = len(words) // 8, words.shape[1]
-    columns, which = words.reshape(n, 8, groups), torch.tensor(order, device=words.device)
+    columns, which = turned(words).view(groups, n, 8), torch.tensor(order, device=words.device)
     out = words.new_empty(groups, 8, n)
     for at in range(0, groups, _GROUPS):
-        part = columns[:, :, at : at + _GROUPS].permute(2, 1, 0).contiguous()
+        part = columns[at : at + _GROUPS].transpose(1, 2).contiguous()
         out[at : at + _GROUPS].index_copy_(1, which, _transposed(part))
     return out.view(8 * groups, n)
 

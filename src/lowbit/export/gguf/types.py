@@ -245,7 +245,10 @@ def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
             raise LowbitError(
                 f"'{name}' has numbers beyond float16: choose another type for --embeddings."
             )
-        rows, value = cast.view(torch.uint8), cast.double()
+        rows = cast.view(torch.uint8)
+        if torch.promote_types(weight.dtype, cast.dtype) == cast.dtype:
+            return kind, Held(rows, cast.double, 0.0)
+        value = cast.double()
     elif asked == "q8_0":
         grid = Affine(8, kind.size, symmetric=True)
         params = grid.stored(grid.fit(weight.float()), torch.float16)
