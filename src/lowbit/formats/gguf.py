@@ -12,9 +12,10 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ class Writer:
             at += -(-e.bytes // _ALIGNMENT) * _ALIGNMENT
         raw = b"".join(head)
         self._data = -(-len(raw) // _ALIGNMENT) * _ALIGNMENT
-        self._file: BinaryIO = open(path, "w+b")  # noqa: SIM115
+        self._file: BufferedRandom = open(path, "w+b")  # noqa: SIM115
         self._file.write(raw)
         self._file.truncate(self._data + at)
         self._bytes = self._data + at
@@ -144,10 +145,11 @@ class Writer:
     def back(self, name: str, part: int | None = None) -> Tensor:
         """What `add` was given, read back: (bytes,) uint8."""
         start, size = self._place(name, part)
-        held = bytearray(size)
+        held = torch.empty(size, dtype=torch.uint8)
         self._file.seek(start)
-        self._file.readinto(held)  # type: ignore[attr-defined]
-        return torch.frombuffer(held, dtype=torch.uint8)
+        if self._file.readinto(held.numpy().data) != size:
+            raise OSError(f"{self.path} ends before '{name}' does")
+        return held
 
     def whole(self, name: str) -> Raw | None:
         """Where a tensor lies, as (rows, bytes of a row) bytes; None while a part is missing."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ...artifact.files import same_bytes
 from ...artifact.hashing import Hashing
 from ...errors import VerificationError
 from ...formats.gguf import Writer
@@ -37,7 +37,7 @@ class Written:
             VerificationError: something else is read back.
         """
         self._file.add(spot.tensor, rows, spot.part)
-        if not torch.equal(self._file.back(spot.tensor, spot.part), rows.reshape(-1)):
+        if not same_bytes(self._file.back(spot.tensor, spot.part), rows.reshape(-1)):
             raise VerificationError(
                 f"'{spot.tensor}' read back from disk differs from what was made."
             )
