@@ -53,7 +53,8 @@ def test_every_file_is_hashed_once(made, tmp_path, monkeypatch, to):
     code, text = export(made[to], tmp_path / "e", "--to", to)
     assert code == 0, text
     shards = json.loads((made[to] / "report.json").read_text())["shards"]
-    written = () if to == "gguf" else shards  # a GGUF file is hashed as it grows
+    files = json.loads((tmp_path / "e" / "report.json").read_text())["shards"]
+    written = () if to == "gguf" else files  # a GGUF file is hashed as it grows
     once = [f"out/{n}" for n in written] + ([] if to == "compressed-tensors" else [*shards])
     assert count == Counter(once) and not read
     monkeypatch.undo()
@@ -166,7 +167,7 @@ def test_a_file_is_hashed_as_far_as_it_is_finished(tmp_path):
             seen.append(file.finished)
         assert seen[0] == seen[1] < seen[2] < seen[3] == path.stat().st_size
         digest = growing.digest()
-        assert file.whole("b").shape == (2, 12)
+        assert file.whole("b")[1] == (2, 12)
     assert digest == file_hash(path)
 
 

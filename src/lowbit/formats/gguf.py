@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..errors import LowbitError
-from ..model.raw import Raw
 from .ggml import BY_NUMBER, BlockType
 
 NAME = "gguf"
@@ -151,14 +150,16 @@ class Writer:
             raise OSError(f"{self.path} ends before '{name}' does")
         return held
 
-    def whole(self, name: str) -> Raw | None:
-        """Where a tensor lies, as (rows, bytes of a row) bytes; None while a part is missing."""
+    def whole(self, name: str) -> tuple[int, tuple[int, int]] | None:
+        """Where a tensor begins in the file, and its shape as (rows, bytes of a row); None while a
+        part of it is missing.
+        """
         if name in self._missing:
             return None
         start, size = self._place(name, None)
-        kind = self._places[name][1].kind
-        row = kind.row_bytes(self._places[name][1].shape[-1])
-        return Raw(self.path, "U8", (size // row, row), start, size)
+        entry = self._places[name][1]
+        row = entry.kind.row_bytes(entry.shape[-1])
+        return start, (size // row, row)
 
     @property
     def finished(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -12,6 +13,7 @@ from ...artifact.files import same_bytes
 from ...artifact.hashing import Hashing
 from ...errors import VerificationError
 from ...formats.gguf import Writer
+from ...model.raw import Raw
 from .model import Spot
 
 
@@ -43,7 +45,9 @@ class Written:
             )
         whole = self._file.whole(spot.tensor)
         if whole is not None:
-            self._tensors[spot.tensor] = self._hashing.tensor(whole)
+            start, shape = whole
+            raw = Raw(self._file.path, "U8", shape, start, math.prod(shape))
+            self._tensors[spot.tensor] = self._hashing.tensor(raw)
         self._whole.up_to(self._file.finished)
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
