@@ -42,9 +42,9 @@ class _Shown:
     def finished(self, i: int) -> None:
         return None
 
-    def keep(self, i: int, block: Block, seconds: float) -> Mapping[str, Any]:
+    def keep(self, i: int, block: Block, seconds: float) -> Callable[[], Mapping[str, Any]]:
         self._show(i, block)
-        return {}
+        return dict
 
     def loaded(self, i: int, block: Block) -> Block:
         raise NotImplementedError("nothing is kept, so no block is ever finished")

@@ -66,6 +66,20 @@ def _umask() -> int:
     return mask
 
 
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on the CPU have one dtype, one shape and the same bytes, NaN included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return _as_integers(a).equal(_as_integers(b))
+
+
+def _as_integers(t: Tensor) -> Tensor:
+    """The bytes of a tensor in the widest integers that divide them."""
+    flat = torch.frombuffer(bytes_of(t), dtype=torch.uint8) if t.numel() else t.new_empty(0)
+    words = len(flat) // 8 * 8 == len(flat) and flat.data_ptr() % 8 == 0
+    return flat.view(torch.int64) if words else flat
+
+
 def tensor_hash(t: Tensor) -> str:
     """sha256 over dtype, shape and bytes, the first 32 hex digits."""
     h = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
@@ -89,6 +103,16 @@ def shard_hashes(path: Path) -> dict[str, str]:
     """
     with _readable(path):
         return {name: raw_hash(raw) for name, raw in raw_tensors(path).items()}
+
+
+def shard_names(path: Path) -> set[str]:
+    """The names of a shard's tensors.
+
+    Raises:
+        VerificationError: the file is missing or not readable.
+    """
+    with _readable(path):
+        return set(raw_tensors(path))
 
 
 def file_hash(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..artifact.files import REPORT
 from ..artifact.output import Output, claimed
-from ..artifact.proof import Verification, verify
+from ..artifact.proof import Verification, check_files
 from ..errors import DiskFull, Interrupted, LowbitError
 from ..formats import compressed_tensors as ct
 from ..formats import gguf as container
@@ -30,8 +30,8 @@ def export(
     """Rewrite an artifact for a runtime, and prove what was written.
 
     Args:
-        folder: an artifact, verified first. out: a directory that does not exist, or is empty. to:
-            one of `TARGETS`; "gguf:TYPE" asks for a block type.
+        folder: an artifact, verified as it is read. out: a directory that does not exist, or is
+            empty. to: one of `TARGETS`; "gguf:TYPE" asks for a block type.
         embeddings: type of embeddings and head in GGUF; None keeps their numbers.
         python: interpreter that has the runtime, for the proof.
 
@@ -54,12 +54,18 @@ def export(
         )
     with claimed(out, "export") as output, _nothing_kept(output):
         source = Source.open(folder)
-        verify(folder, loader=False)
-        if to == ct.NAME:
-            return for_vllm.export(source, output)
-        if target == container.NAME:
-            return gguf.export(source, output, python, kind if colon else None, embeddings)
-        return folders.export(source, to, output, python)
+        check_files(folder, source.report)
+        try:
+            if to == ct.NAME:
+                return for_vllm.export(source, output)
+            if target == container.NAME:
+                return gguf.export(source, output, python, kind if colon else None, embeddings)
+            return folders.export(source, to, output, python)
+        except DiskFull:
+            raise
+        except Exception:
+            source.check()  # damage is what is said, whatever came of it
+            raise
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +14,10 @@ from ..errors import LowbitError
 from ..formats import LAYOUTS, awq, gptq, mlx
 from ..formats import compressed_tensors as ct
 from ..formats.by_name import FORMATS
+from ..formats.dense import Dense
 from ..formats.uniform import Uniform, as_uniform
 from ..model.config import config_at
-from .extra import extra_error, steps_of
+from .extra import extra_error, other_codes, steps_of
 from .for_mlx import misread, settings
 from .place import place
 from .source import Source
@@ -47,32 +50,38 @@ def export(source: Source, target: str, output: Output, python: str) -> Verifica
     left = source.copied if target == mlx.NAME else {}
     with place(source, output) as made:
         made.leave_out(left, "mlx-lm loads no tensor that its class does not know")
-        for name, coded, others in source.shards():
-            tensors: dict[str, Tensor] = {n: t for n, t in others.items() if n not in left}
-            for linear, q in coded.items():
-                for key, t in format_.pack(q, source.dtype, linear).items():
-                    tensors[f"{linear}.{key}"] = t
-            held = made.add(name, tensors)
-            for linear, q in coded.items():
-                stored = format_.local(held, linear)
-                known[linear] = {
-                    "bytes": (size := sum(t.nbytes for t in stored.values())),
-                    "bits_per_weight": 8 * size / q.codes.numel(),
-                    "extra_error": extra_error(
-                        q,
-                        (back := format_.read(held, linear, described)).codes,
-                        steps_of(back),
-                        linear,
-                    ),
-                }
-        made.write_index()
         made.write(
             "config.json",
             {**{k: v for k, v in source.config.items() if k != "quantization_config"}, **described},
         )
+        said = json.loads((made.partial / "config.json").read_text())
+        for name, linears, others in source.shards(made.hashing):
+            weights = {n: linear.packed() for n, linear in linears.items()}
+            tensors: dict[str, Tensor] = {n: t for n, t in others.items() if n not in left}
+            for linear, q in weights.items():
+                for key, t in format_.pack(q, source.dtype, linear).items():
+                    tensors[f"{linear}.{key}"] = t
+            held = made.add(name, tensors)
+            for linear, q in weights.items():
+                back = format_.look(held, linear, said)
+                if not (isinstance(back, Dense) and back.same_codes(q)):
+                    raise other_codes(linear)
+                size = sum(t.nbytes for t in format_.local(held, linear).values())
+                known[linear] = {
+                    "bytes": size,
+                    "bits_per_weight": 8 * size / (len(q.words) * q.columns),
+                    "extra_error": extra_error(
+                        steps_of(q), steps_of(back), q.columns, partial(_codes, q)
+                    ),
+                }
+        made.write_index()
         if target in (gptq.V1, gptq.V2):
             made.write("quantize_config.json", described["quantization_config"])
         return made.close(target, known, python)
+
+
+def _codes(q: Dense) -> Tensor:
+    return q.codes
 
 
 def _described(source: Source, target: str, grids: dict[str, Uniform]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ rotations as a `transform_config`.
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from ..artifact.files import PROOF, read_shard, save_shard
 from ..artifact.output import Output
 from ..artifact.proof import EXACT, Verification, loader_logits
-from ..errors import LowbitError
+from ..errors import LowbitError, VerificationError
 from ..formats import compressed_tensors as ct
-from ..formats import native, transforms
+from ..formats import native, packing, transforms
+from ..formats.by_name import FORMATS
 from ..formats.uniform import as_uniform
 from .place import place
 from .source import Source
@@ -54,12 +56,16 @@ def export(source: Source, output: Output) -> Verification:
             )
             save_shard(made.partial / PROOF, {"ids": proof["ids"], "logits": logits})
             made.report["proof"] = EXACT
+        made.write("config.json", {**source.config, "quantization_config": described})
+        said = json.loads((made.partial / "config.json").read_text())
         for name in source.report["shards"]:
-            made.take(source, name)
+            held = made.take(source, name)
+            for linear in packing.packed_linears(held):
+                if FORMATS[ct.NAME].look(held, linear, said).grid != source.grids[linear]:
+                    raise VerificationError(f"config.json gives '{linear}' another grid.")
         if matrices:
             made.add(_SHARD, matrices)
         made.write_index()
-        made.write("config.json", {**source.config, "quantization_config": described})
         return made.close(ct.NAME, {}, sys.executable)
 
 

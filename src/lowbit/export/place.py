@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from ..artifact.files import (
     REPORT,
     file_hash,
     read_shard,
+    same_bytes,
     save_shard,
-    tensor_hash,
 )
+from ..artifact.hashing import Hashing
 from ..artifact.output import Output
 from ..artifact.proof import Verification, verify
-from ..formats.gguf import Reader
+from ..errors import VerificationError
 from ..model.checkpoint import Stored
 from .source import Source
 
@@ -42,51 +44,73 @@ class Place:
     """What is being written.
 
     Attributes:
-        partial: the directory meanwhile. report: what becomes its report.json; that of the source
-            to begin with.
+        partial: the directory meanwhile. hashing: beside the writing. report: what becomes its
+            report.json; that of the source to begin with.
     """
 
-    def __init__(self, partial: Path, source: Source) -> None:
-        self.partial = partial
+    def __init__(self, partial: Path, source: Source, hashing: Hashing) -> None:
+        self.partial, self.hashing = partial, hashing
         # A run is what `quantize` would go on with.
         kept = {k: v for k, v in source.report.items() if k not in ("run", "verification")}
         self.report = {**kept, "shards": {}, "exported_from": source.report["hash"]}
         self._files: list[str] = []
         self._missing = 0  # parameters that are left out
         self._weight_map: dict[str, str] = {}
+        self._hashed: _Hashed | None = None  # the last file, while it is
 
-    def take(self, source: Source, name: str) -> None:
-        """Take a file of weights over as it is."""
-        with disk(self.partial / name):
-            shutil.copyfile(source.folder / name, self.partial / name)
-        self._list(name, source.report["shards"][name]["tensors"])
+    def take(self, source: Source, name: str) -> dict[str, Tensor]:
+        """Take a file of weights over as it is; what is read back from it.
+
+        Raises:
+            VerificationError: it is not what the source's report says.
+        """
+        path, record = self.partial / name, source.report["shards"][name]
+        copy_atomic(source.folder / name, path)
+        if self.hashing.file(path).result() != record["sha256"]:
+            raise VerificationError(f"'{source.folder / name}' is not what was written.")
+        source.proved.add(name)
+        self._note(name, {k: record[k] for k in ("sha256", "bytes", "tensors")})
+        return read_shard(path)
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Write a safetensors file; what is read back from it."""
+        """Write a safetensors file; what is read back from it, which was found to be the same.
+
+        Raises:
+            VerificationError: it is not, by the disk's fault.
+        """
         save_shard(self.partial / name, tensors)
         held = read_shard(self.partial / name)
-        self._list(name, {k: tensor_hash(t) for k, t in held.items()})
+        for key, t in tensors.items():
+            if not same_bytes(t, held[key]):
+                raise VerificationError(f"'{key}' read back from disk differs from what was made.")
+        self._list(name, list(held))
         return held
 
-    def add_gguf(self, name: str) -> None:
-        """List a GGUF file that is there already, by what is read back from it."""
+    def _list(self, name: str, tensors: Sequence[str]) -> None:
+        """Hash a file beside what follows; no more than one is in the queue."""
+        self._settled()
         path = self.partial / name
-        reader = Reader(path)
-        hashes = {k: tensor_hash(reader.raw(k)) for k in reader.entries}
-        self.report["shards"][name] = {
-            "sha256": file_hash(path),
-            "bytes": path.stat().st_size,
-            "tensors": hashes,
-        }
+        self._hashed = _Hashed(
+            name, path, tensors, self.hashing.file(path), self.hashing.shard(path)
+        )
 
-    def _list(self, name: str, hashes: Mapping[str, str]) -> None:
-        path = self.partial / name
-        self.report["shards"][name] = {
-            "sha256": file_hash(path),
-            "bytes": path.stat().st_size,
-            "tensors": dict(hashes),
-        }
-        self._weight_map.update(dict.fromkeys(hashes, name))
+    def _settled(self) -> None:
+        """Note the file that is being hashed, once it is."""
+        if self._hashed is not None:
+            self._note(self._hashed.name, self._hashed.record())
+            self._hashed = None
+
+    def _note(self, name: str, record: Mapping[str, Any]) -> None:
+        self.report["shards"][name] = record
+        self._weight_map.update(dict.fromkeys(record["tensors"], name))
+
+    def add_gguf(self, name: str, record: Mapping[str, Any]) -> None:
+        """List a GGUF file that is there already.
+
+        Args:
+            record: what the report says of it: "sha256", "bytes", and the hashes of "tensors".
+        """
+        self.report["shards"][name] = record
 
     def leave_out(self, tensors: Mapping[str, Stored], why: str) -> None:
         """Say of tensors that the source has a copy of that this export has none; its bits are
@@ -112,13 +136,15 @@ class Place:
 
     def write_index(self) -> None:
         """The index of all safetensors files added."""
+        self._settled()
         total = sum(s["bytes"] for s in self.report["shards"].values())
         self.write(INDEX, {"metadata": {"total_size": total}, "weight_map": self._weight_map})
 
     def close(
         self, format_: str, linears: Mapping[str, Mapping[str, Any]], python: str
     ) -> Verification:
-        """Write the report, check the directory against it, and write the model card.
+        """Write the report, check the directory's headers against it and what its runtime computes,
+        and write the model card.
 
         Args:
             linears: what is known of each linear in this format, by full name. python: interpreter
@@ -149,7 +175,7 @@ class Place:
             "linears": entries,
         }
         self._store()
-        done = verify(self.partial, python=python)
+        done = verify(self.partial, python=python, tensors=False)
         self.report["verification"] = done.as_dict()
         self._store()
         write_atomic(self.partial / CARD, model_card(self.report).encode())
@@ -157,6 +183,26 @@ class Place:
 
     def _store(self) -> None:
         write_atomic(self.partial / REPORT, (json.dumps(self.report, indent=1) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """A file while it is hashed."""
+
+    name: str
+    path: Path
+    tensors: Sequence[str]
+    sha256: Future[str]
+    hashes: Future[dict[str, str]]
+
+    def record(self) -> dict[str, Any]:
+        """What the report says of it."""
+        hashes = self.hashes.result()
+        return {
+            "sha256": self.sha256.result(),
+            "bytes": self.path.stat().st_size,
+            "tensors": {name: hashes[name] for name in self.tensors},
+        }
 
 
 @contextmanager
@@ -169,7 +215,15 @@ def place(source: Source, output: Output, *, carry: bool = True) -> Iterator[Pla
     Raises:
         LowbitError: the file system refuses.
     """
-    made = Place(output.partial, source)
+    with Hashing() as hashing, disk(output.partial):
+        made = Place(output.partial, source, hashing)
+        _carried(made, source, carry)
+        yield made
+    output.publish()
+
+
+def _carried(made: Place, source: Source, carry: bool) -> None:
+    """Copy what is taken over besides weights."""
     made.copy(source.folder, RECIPE)
     made.copy(source.folder, PROOF.as_posix())
     taken = (*_RUN, RECIPE, *source.report["shards"], *NOTES)
@@ -188,6 +242,3 @@ def place(source: Source, output: Output, *, carry: bool = True) -> Iterator[Pla
             **source.report.get("left_out", {}),
             **dict.fromkeys(carried, "no part of this format"),
         }
-    with disk(output.partial):
-        yield made
-    output.publish()

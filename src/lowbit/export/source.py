@@ -1,12 +1,12 @@
-"""A finished artifact opened for export: its linears as QTensors, shard by shard, and everything
-else as it lies.
+"""A finished artifact opened for export: its linears, shard by shard, and everything else, as they
+lie.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,43 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..artifact.files import INDEX, read_shard
-from ..artifact.proof import read_report
-from ..errors import LowbitError
+from ..artifact.hashing import Hashing
+from ..artifact.proof import check_tensors, read_report
+from ..errors import LowbitError, VerificationError
+from ..formats import affine, native
 from ..formats import compressed_tensors as ct
-from ..formats import native
+from ..formats.dense import Dense
 from ..formats.packing import is_packed, local_tensors, packed_linears, unpack
-from ..grid import AnyGrid, Coded
+from ..grid import Affine, AnyGrid
 from ..model.checkpoint import Stored
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantized linear as it lies in an artifact.
+
+    Attributes:
+        name: full. grid: of its weight. tensors: by local names.
+    """
+
+    name: str
+    grid: AnyGrid
+    tensors: dict[str, Tensor]
+
+    def packed(self) -> Dense:
+        """Its weight, on a uniform grid, codes packed. Raises LowbitError if it is damaged."""
+        assert isinstance(self.grid, Affine)
+        return affine.opened(self.tensors, self.grid, self.name)
+
+    def blocks(self) -> Tensor:
+        """(out, bytes of a row) uint8, a weight on a K-quant. Raises LowbitError if it is
+        damaged.
+        """
+        unpack(self.tensors, self.grid, self.name)
+        return self.tensors["weight_blocks"]
+
+
+Shard = tuple[str, dict[str, Linear], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -30,12 +60,14 @@ class Source:
     """An artifact of this library, in one of the two formats that `quantize` writes.
 
     Attributes:
-        folder: where it lies. report: its report.json. config: its config.json.
+        folder: where it lies. report: its report.json. config: its config.json. proved: files of
+            weights that were found to be what was written.
     """
 
     folder: Path
     report: dict[str, Any]
     config: dict[str, Any]
+    proved: set[str] = field(default_factory=set)
 
     @classmethod
     def open(cls, folder: Path) -> Source:
@@ -138,17 +170,40 @@ class Source:
                 f"'{kept[0]}' keeps weights in floating point, which {target} cannot say."
             )
 
-    def shards(self) -> Iterator[tuple[str, dict[str, Coded], dict[str, Tensor]]]:
-        """(file name, its linears, its other tensors), one file in memory at a time."""
-        for name in self.report["shards"]:
+    def shards(self, hashing: Hashing) -> Iterator[Shard]:
+        """(file name, its linears, its other tensors), one file in memory at a time. Each is hashed
+        meanwhile, and found to be what was written before the next one comes.
+
+        Raises:
+            VerificationError: a file is not what the report says, or a linear is in none.
+        """
+        left = set(self.grids)
+        for name, record in self.report["shards"].items():
+            digest = hashing.source(self.folder / name)
             held = read_shard(self.folder / name)
-            coded = {}
+            linears = {}
             for linear in [n for n in self.grids if is_packed(n, held)]:
                 local = local_tensors(held, linear)
-                coded[linear] = unpack(local, self.grids[linear], linear)
+                linears[linear] = Linear(linear, self.grids[linear], local)
                 for key in local:
                     del held[f"{linear}.{key}"]
-            yield name, coded, held
+            yield name, linears, held
+            left -= linears.keys()
+            if digest.result() != record["sha256"]:
+                raise VerificationError(f"'{self.folder / name}' is not what was written.")
+            self.proved.add(name)
+        if left:
+            raise VerificationError(f"'{min(left)}' is in no file of '{self.folder}'.")
+
+    def check(self) -> None:
+        """Look for damage where an export failed before all of the artifact was found to be what
+        was written.
+
+        Raises:
+            VerificationError: naming the tensor that differs.
+        """
+        if self.proved != set(self.report["shards"]):
+            check_tensors(self.folder, self.report)
 
     def others(self) -> dict[str, Stored]:
         """Full names, shapes and dtypes of the tensors that belong to no quantized linear."""

@@ -21,6 +21,7 @@ from ..grid import Affine, AffineParams, QTensor
 from ..grid.bits import pack as pack_bits
 from ..grid.bits import packed_words
 from ..grid.bits import unpack as unpack_bits
+from .dense import Dense
 from .layout import Buffers, Layout, Scheme
 
 FORMAT = "pack-quantized"
@@ -55,7 +56,12 @@ def pack(q: QTensor[Affine, AffineParams], dtype: torch.dtype) -> dict[str, Tens
 def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight"
 ) -> QTensor[Affine, AffineParams]:
-    """The inverse of `pack`.
+    """The inverse of `pack`. Arguments and errors are those of `opened`."""
+    return opened(tensors, grid, name).coded()
+
+
+def opened(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> Dense:
+    """The same weight, its codes still packed.
 
     Args:
         tensors: local names -> tensors of one linear.
@@ -66,15 +72,15 @@ def unpack(
     """
     try:
         rows, columns = (int(n) for n in tensors["weight_shape"])
-        codes = unpack_bits(tensors["weight_packed"], grid.bits, columns)
+        words = tensors["weight_packed"]
         scale = tensors["weight_scale"].float()
         groups = columns // grid.group(columns)
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             raise LowbitError(f"'{name}.weight_scale' holds values that are not positive numbers.")
-        if codes.shape[0] != rows or scale.shape != (rows, groups):
+        if len(words) != rows or scale.shape != (rows, groups):
             raise ValueError(
-                f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} do not belong to a "
-                f"{rows} x {columns} weight"
+                f"codes ({len(words)}, {columns}) and scales {tuple(scale.shape)} do not belong to "
+                f"a {rows} x {columns} weight"
             )
         if grid.symmetric:
             zero = torch.full_like(scale, 2 ** (grid.bits - 1))
@@ -84,11 +90,11 @@ def unpack(
                 .T.float()
                 .contiguous()
             )
+        return Dense(grid, words, columns, AffineParams(scale, zero))
     except KeyError as e:
         raise LowbitError(f"'{name}' has no tensor {e} in this artifact.") from e
     except ValueError as e:
         raise LowbitError(f"'{name}' is not a packed {grid} weight: {e}.") from e
-    return QTensor(grid, codes, AffineParams(scale, zero))
 
 
 def tensor_bytes(grid: Affine, rows: int, columns: int, scale_bytes: int = 2) -> int:
@@ -150,6 +156,7 @@ LAYOUT = Layout(
     kind="uniform grids",
     pack=pack,
     unpack=unpack,
+    opened=opened,
     tensor_bytes=tensor_bytes,
     buffers=_buffers,
     scheme=_scheme,

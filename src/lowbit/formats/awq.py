@@ -18,6 +18,7 @@ from ..errors import LowbitError
 from ..grid import Affine, AffineParams, QTensor
 from ..grid.bits import pack as pack_bits
 from ..grid.bits import unpack as unpack_bits
+from .dense import Dense, Weight, nibbles_turned, nibbles_turned_back, packed
 from .half import in_half
 from .uniform import Uniform
 
@@ -33,13 +34,14 @@ def check(grid: Uniform, rows: int, name: str) -> None:
         raise LowbitError(f"'{name}' has {rows} outputs; AWQ's layout packs 8 at a time.")
 
 
-def pack(q: QTensor[Affine, AffineParams], name: str = "weight") -> dict[str, Tensor]:
+def pack(q: Weight, name: str = "weight") -> dict[str, Tensor]:
     """The tensors of one linear by their local names. Raises LowbitError if the format cannot say
     it.
     """
-    check(q.grid, q.codes.shape[0], name)
+    rows, columns = q.shape
+    check(q.grid, rows, name)
     return {
-        "qweight": pack_bits(_interleaved(q.codes.T), 4),
+        "qweight": nibbles_turned(packed(q).words, ORDER)[:columns],
         "qzeros": pack_bits(_interleaved(q.params.zero_point.to(torch.uint8).T), 4),
         "scales": in_half(q.params.scale.T.contiguous(), name),
     }
@@ -48,24 +50,29 @@ def pack(q: QTensor[Affine, AffineParams], name: str = "weight") -> dict[str, Te
 def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight"
 ) -> QTensor[Affine, AffineParams]:
-    """The inverse of `pack`. Raises LowbitError if a tensor is missing or does not fit the
-    others.
+    """The inverse of `pack`. Raises as `opened` does."""
+    return opened(tensors, grid, name).coded()
+
+
+def opened(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> Dense:
+    """The same weight, its codes still packed. Raises LowbitError if a tensor is missing or does
+    not fit the others.
     """
     try:
         rows, columns = tensors["scales"].shape[1], len(tensors["qweight"])
-        codes = _straight(unpack_bits(tensors["qweight"], 4, rows)).T.contiguous()
+        words = nibbles_turned_back(_whole(tensors["qweight"], rows), ORDER)
         zero = _straight(unpack_bits(tensors["qzeros"], 4, rows)).T.float().contiguous()
         scale = tensors["scales"].float().T.contiguous()
         if scale.shape != (rows, columns // grid.group(columns)) or zero.shape != scale.shape:
             raise ValueError(
                 f"scales {tuple(scale.shape)}, zero points {tuple(zero.shape)} and codes "
-                f"{tuple(codes.shape)} do not belong together"
+                f"({len(words)}, {columns}) do not belong together"
             )
+        return Dense(grid, words, columns, AffineParams(scale, zero))
     except KeyError as e:
         raise LowbitError(f"'{name}' has no tensor {e} in this model.") from e
     except ValueError as e:
         raise LowbitError(f"'{name}' is not a weight of AWQ on {grid}: {e}.") from e
-    return QTensor(grid, codes, AffineParams(scale, zero))
 
 
 def describe(grids: Mapping[str, Uniform], skipped: list[str]) -> dict[str, Any]:
@@ -97,6 +104,18 @@ def grid_of(config: Mapping[str, Any], name: str) -> Affine | None:
     if any(part in name for part in config.get("modules_to_not_convert") or ()):
         return None
     return Affine(4, None if config["group_size"] == -1 else config["group_size"])
+
+
+def _whole(words: Tensor, rows: int) -> Tensor:
+    """(in, out / 8) with inputs of no meaning at the end, so that eight divide them.
+
+    Raises:
+        ValueError: the words are not those of as many outputs.
+    """
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] * 8 != rows:
+        raise ValueError(f"{rows} outputs are no {tuple(words.shape)} {words.dtype}")
+    missing = -len(words) % 8
+    return torch.nn.functional.pad(words, (0, 0, 0, missing)) if missing else words
 
 
 def _interleaved(codes: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..errors import LowbitError
 from ..grid import AnyGrid, Coded, QTensor
 from . import awq, gptq, mlx, native, packing
 from . import compressed_tensors as ct
+from .dense import Dense
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Format:
             local names; none for those of an artifact.
         key: of config.json, where the format says what it holds.
         pack: (weight, dtype of the model, full name) -> tensors by local names. unpack: (tensors,
-            grid, full name) -> weight.
+            grid, full name) -> weight. opened: the same, its codes still packed if its grid is
+            uniform.
         grid_of: (what config.json has under ``key``, full name) -> grid, or None if it says the
             linear is not quantized.
     """
@@ -36,8 +38,9 @@ class Format:
     mark: str | None
     tensors: tuple[str, ...]
     key: str
-    pack: Callable[[QTensor[Any, Any], torch.dtype, str], dict[str, Tensor]]
+    pack: Callable[[Any, torch.dtype, str], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor], Any, str], QTensor[Any, Any]]
+    opened: Callable[[Mapping[str, Tensor], Any, str], QTensor[Any, Any] | Dense]
     grid_of: Callable[[Mapping[str, Any], str], AnyGrid | None]
 
     def linears(self, held: Collection[str]) -> list[str]:
@@ -58,10 +61,19 @@ class Format:
         Raises:
             LowbitError: it gives it none, or the tensors are damaged.
         """
+        return self.unpack(self.local(held, full), self._grid(full, config), full)
+
+    def look(
+        self, held: Mapping[str, Tensor], full: str, config: Mapping[str, Any]
+    ) -> Coded | Dense:
+        """As `read`, codes of a uniform grid still packed."""
+        return self.opened(self.local(held, full), self._grid(full, config), full)
+
+    def _grid(self, full: str, config: Mapping[str, Any]) -> AnyGrid:
         grid = self.grid_of(config[self.key], full)
         if grid is None:
             raise LowbitError(f"'{full}' is packed, but config.json gives it no scheme.")
-        return self.unpack(self.local(held, full), grid, full)
+        return grid
 
 
 def _gptq(version: str) -> Format:
@@ -72,6 +84,7 @@ def _gptq(version: str) -> Format:
         "quantization_config",
         lambda q, _, name: gptq.pack(q, version, name),
         lambda tensors, grid, name: gptq.unpack(tensors, grid, version, name),
+        lambda tensors, grid, name: gptq.opened(tensors, grid, version, name),
         gptq.grid_of,
     )
 
@@ -84,6 +97,7 @@ def _own(name: str) -> Format:
         "quantization_config",
         lambda q, dtype, _: packing.pack(q, dtype),
         packing.unpack,
+        packing.opened,
         native.grid_of,
     )
 
@@ -102,6 +116,7 @@ FORMATS = {
             "quantization_config",
             lambda q, _, name: awq.pack(q, name),
             awq.unpack,
+            awq.opened,
             awq.grid_of,
         ),
         Format(
@@ -111,6 +126,7 @@ FORMATS = {
             "quantization",
             mlx.pack,
             mlx.unpack,
+            mlx.opened,
             mlx.grid_of,
         ),
     )

@@ -26,8 +26,11 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..grid import Affine, AffineParams, KQuant, KQuantParams, QTensor
+from ..grid.bits import pack as pack_bits
+from ..grid.bits import unpack as unpack_bits
 from ..grid.kquant import SUPER, Kind
 from ..grid.names import scheme_name
+from .dense import Dense, Weight, packed, swap
 from .half import in_half
 
 
@@ -67,6 +70,12 @@ BLOCKS = {
         BlockType("Q6_K", 14, SUPER, 210, 18),
     )
 }
+# Of the types that uniform grids go to: bits of a code.
+_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8, "Q2_0": 2}
+_ROWS = 64  # that are laid out at a time: they stay in cache
+_SIGNS = -0x7F7F7F80  # the highest bit of every byte
+# Nibbles of two words of 32 bits take turns: exchanges of halves, bytes and nibbles in the middle.
+_SHUFFLE = ((16, 0xFFFF0000), (8, 0x0000FF000000FF00), (4, 0x00F000F000F000F0))
 BY_NUMBER = {b.number: b for b in BLOCKS.values()}
 # The grids that types are made for.
 _MADE_FOR: tuple[tuple[KQuant | Affine, BlockType], ...] = (
@@ -227,7 +236,7 @@ def _from_scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
 # --- uniform grids --------------------------------------------------------------------------------
 
 
-def pack_affine(q: QTensor[Affine, AffineParams], kind: BlockType, name: str = "weight") -> Tensor:
+def pack_affine(q: Weight, kind: BlockType, name: str = "weight") -> Tensor:
     """(out, bytes of a row) uint8 of a weight on a uniform grid in Q4_0, Q4_1, Q8_0 or Q2_0, codes
     kept, scales repeated per block.
 
@@ -235,65 +244,104 @@ def pack_affine(q: QTensor[Affine, AffineParams], kind: BlockType, name: str = "
         LowbitError: float16 does not hold a scale.
     """
     grid, params = q.grid, q.params
-    rows, columns = q.codes.shape
+    rows, columns = q.shape
     n, repeat = columns // kind.size, grid.group(columns) // kind.size
-    scale = in_half(params.scale, name).repeat_interleave(repeat, 1)
-    shift = q.codes.view(rows, n, kind.size).to(torch.int16) - (
-        1 << (grid.bits - 1) if grid.symmetric else 0
-    )
-    if kind.name == "Q2_0":
-        codes = (1 - shift).to(torch.uint8).view(rows, n, -1, 4)
-        packed = codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
-        return torch.cat([_half_bytes(-scale), packed], -1).flatten(1)
-    if kind.name == "Q8_0":
-        return torch.cat([_half_bytes(scale), shift.to(torch.int8).view(torch.uint8)], -1).flatten(
-            1
-        )
-    if kind.name == "Q4_0":
-        return torch.cat([_half_bytes(scale), _nibbles((shift + 8).to(torch.uint8))], -1).flatten(1)
-    least = (-params.scale.double() * params.zero_point.double()).repeat_interleave(repeat, 1)
-    if not bool((least.abs() <= torch.finfo(torch.float16).max).all()):
-        raise LowbitError(f"'{name}' has zero points beyond float16.")
-    return torch.cat(
-        [_half_bytes(scale), _half_bytes(least), _nibbles(q.codes.view(rows, n, kind.size))], -1
-    ).flatten(1)
+    scale = _each(in_half(params.scale, name), repeat)
+    heads = [-scale if kind.name == "Q2_0" else scale]
+    if kind.name == "Q4_1":
+        least = _each(-params.scale.double() * params.zero_point.double(), repeat)
+        if not bool((least.abs() <= torch.finfo(torch.float16).max).all()):
+            raise LowbitError(f"'{name}' has zero points beyond float16.")
+        heads.append(least.to(torch.float16))
+    words = _as_held(q, kind)
+    out = words.new_empty(rows, n, kind.bytes // 2, dtype=torch.int16)
+    for i, head in enumerate(heads):
+        out[:, :, i] = head.view(torch.int16)
+    for at in range(0, rows, _ROWS):
+        held = _in_blocks(words[at : at + _ROWS].clone(), kind)
+        out[at : at + _ROWS, :, len(heads) :] = held.view(torch.int16).view(len(held), n, -1)
+    return out.view(torch.uint8).flatten(1)
 
 
 def unpack_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> QTensor[Affine, AffineParams]:
     """The inverse of `pack_affine`: codes on the grid that was packed, scale and zero point of each
     block in float64.
     """
+    return open_affine(blocks, kind, grid).coded()
+
+
+def open_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> Dense:
+    """The same weight, its codes still packed."""
     rows = len(blocks)
-    b = blocks.view(rows, -1, kind.bytes)
-    d, half = _halves(b[..., :2]).double(), 1 << (grid.bits - 1)
-    if kind.name == "Q2_0":
-        codes = (
-            half
-            + 1
-            - torch.stack([(b[..., 2:] >> shift) & 3 for shift in (0, 2, 4, 6)], -1)
-            .flatten(2)
-            .to(torch.int16)
-        )
-        d, zero = -d, torch.full_like(d, half)
-    elif kind.name == "Q8_0":
-        codes = b[..., 2:].contiguous().view(torch.int8).to(torch.int16) + half
-        zero = torch.full_like(d, half)
-    elif kind.name == "Q4_0":
-        codes = _from_nibbles(b[..., 2:]).to(torch.int16) - 8 + half
-        zero = torch.full_like(d, half)
+    b = blocks.view(torch.int16).view(rows, -1, kind.bytes // 2)
+    columns, heads = b.shape[1] * kind.size, 2 if kind.name == "Q4_1" else 1
+    words = b.new_empty(rows, columns * _BITS[kind.name] // 32, dtype=torch.int32)
+    for at in range(0, rows, _ROWS):
+        held = b[at : at + _ROWS, :, heads:].contiguous().view(torch.int32)
+        words[at : at + _ROWS] = _out_of_blocks(held.view(len(held), -1), kind)
+    d = b[:, :, 0].contiguous().view(torch.float16).double()
+    if kind.name == "Q4_1":
+        zero = -b[:, :, 1].contiguous().view(torch.float16).double() / d
     else:
-        codes = _from_nibbles(b[..., 4:]).to(torch.int16)
-        zero = -_halves(b[..., 2:4]).double() / d
-    return QTensor(
-        Affine(grid.bits, kind.size, grid.symmetric),
-        codes.reshape(rows, -1).to(torch.uint8),
-        AffineParams(d, zero),
-    )
+        d = -d if kind.name == "Q2_0" else d
+        zero = torch.full_like(d, 1 << (grid.bits - 1))
+    own = Affine(grid.bits, kind.size, grid.symmetric)
+    return Dense(own, _as_tuned(words, columns, kind, grid), columns, AffineParams(d, zero))
 
 
-def _nibbles(codes: Tensor) -> Tensor:
-    return codes[..., :16] | codes[..., 16:] << 4
+def _each(t: Tensor, repeat: int) -> Tensor:
+    """(out, groups) -> (out, blocks)."""
+    return t if repeat == 1 else t.repeat_interleave(repeat, 1)
 
 
-def _from_nibbles(b: Tensor) -> Tensor:
-    return torch.cat([b & 15, b >> 4], -1)
+def _as_held(q: Weight, kind: BlockType) -> Tensor:
+    """(out, words) int32: codes in as many bits as the type has, counted from its own middle."""
+    bits, grid = _BITS[kind.name], q.grid
+    if bits == grid.bits:
+        return packed(q).words
+    moved = (1 << (bits - 1)) - (1 << (grid.bits - 1)) if grid.symmetric else 0
+    return pack_bits(q.codes + moved, bits)
+
+
+def _as_tuned(words: Tensor, columns: int, kind: BlockType, grid: Affine) -> Tensor:
+    """The inverse of `_as_held`."""
+    bits = _BITS[kind.name]
+    if bits == grid.bits:
+        return words
+    moved = (1 << (bits - 1)) - (1 << (grid.bits - 1)) if grid.symmetric else 0
+    return pack_bits(unpack_bits(words, bits, columns) - moved, grid.bits)
+
+
+def _in_blocks(words: Tensor, kind: BlockType) -> Tensor:
+    """(out, words) int32, a dense stream, as the type orders and signs its codes; written over."""
+    if kind.name == "Q8_0":
+        words ^= _SIGNS
+    elif kind.name == "Q2_0":
+        words.bitwise_not_()  # 3 - code
+    else:
+        pairs = words.view(torch.int64).view(len(words), -1, 2)
+        swap(pairs[..., 0], pairs[..., 1], 32, 0xFFFFFFFF)
+        for shift, mask in _SHUFFLE:
+            _swap_within(pairs, shift, mask)
+    return words
+
+
+def _out_of_blocks(words: Tensor, kind: BlockType) -> Tensor:
+    """The inverse of `_in_blocks`."""
+    if kind.name in ("Q8_0", "Q2_0"):
+        return _in_blocks(words, kind)
+    pairs = words.view(torch.int64).view(len(words), -1, 2)
+    for shift, mask in reversed(_SHUFFLE):
+        _swap_within(pairs, shift, mask)
+    swap(pairs[..., 0], pairs[..., 1], 32, 0xFFFFFFFF)
+    return words
+
+
+def _swap_within(words: Tensor, shift: int, mask: int) -> None:
+    """Exchange the bits under ``mask`` with those ``shift`` above them, in place."""
+    t = words >> shift
+    t ^= words
+    t &= mask
+    words ^= t
+    t <<= shift
+    words ^= t

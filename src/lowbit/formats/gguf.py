@@ -8,12 +8,14 @@ there; here shapes are as in torch.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,12 +91,16 @@ def _value(value: Any) -> bytes:
 class Writer:
     """A file being written; a context manager. Tensors come in any order.
 
+    Attributes:
+        path: of the file.
+
     Args:
         path: to be made. metadata: key -> value, see `_value`. entries: every tensor, in the order
             of the file.
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+        self.path = path
         self._places: dict[str, tuple[int, Entry]] = {}
         head = [_MAGIC, struct.pack("<IQQ", _VERSION, len(entries), len(metadata))]
         head += [_text(key) + _value(value) for key, value in metadata.items()]
@@ -110,28 +116,62 @@ class Writer:
             at += -(-e.bytes // _ALIGNMENT) * _ALIGNMENT
         raw = b"".join(head)
         self._data = -(-len(raw) // _ALIGNMENT) * _ALIGNMENT
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
+        self._file: BufferedRandom = open(path, "w+b")  # noqa: SIM115
         self._file.write(raw)
         self._file.truncate(self._data + at)
+        self._bytes = self._data + at
         # Tensors of three dimensions come in parts.
-        self._missing: set[tuple[str, int | None]] = {
-            (e.name, part)
-            for e in entries
-            for part in (range(e.shape[0]) if len(e.shape) == 3 else (None,))
+        self._missing: dict[str, set[int | None]] = {
+            e.name: set(range(e.shape[0])) if len(e.shape) == 3 else {None} for e in entries
         }
 
     def add(self, name: str, rows: Tensor, part: int | None = None) -> None:
         """The bytes of one tensor, uint8 of any shape, or those of one part of a tensor of three
-        dimensions.
+        dimensions; on their way to the disk when it returns.
         """
-        at, entry = self._places[name]
-        size = entry.bytes if part is None else entry.bytes // entry.shape[0]
+        start, size = self._place(name, part)
         flat = rows.contiguous().cpu().view(-1)
         if flat.dtype != torch.uint8 or len(flat) != size:
             raise ValueError(f"'{name}' takes {size} bytes, got {len(flat)} {flat.dtype}")
-        self._file.seek(self._data + at + size * (part or 0))
+        self._file.seek(start)
         self._file.write(flat.numpy().data)
-        self._missing.discard((name, part))
+        self._file.flush()
+        missing = self._missing.get(name, set())
+        missing.discard(part)
+        if not missing:
+            self._missing.pop(name, None)
+
+    def back(self, name: str, part: int | None = None) -> Tensor:
+        """What `add` was given, read back: (bytes,) uint8."""
+        start, size = self._place(name, part)
+        held = torch.empty(size, dtype=torch.uint8)
+        self._file.seek(start)
+        if self._file.readinto(held.numpy().data) != size:
+            raise OSError(f"{self.path} ends before '{name}' does")
+        return held
+
+    def whole(self, name: str) -> tuple[int, tuple[int, int]] | None:
+        """Where a tensor begins in the file, and its shape as (rows, bytes of a row); None while a
+        part of it is missing.
+        """
+        if name in self._missing:
+            return None
+        start, size = self._place(name, None)
+        entry = self._places[name][1]
+        row = entry.kind.row_bytes(entry.shape[-1])
+        return start, (size // row, row)
+
+    @property
+    def finished(self) -> int:
+        """How many bytes from the start will not be written any more."""
+        missing = next(iter(self._missing), None)
+        return self._bytes if missing is None else self._place(missing, None)[0]
+
+    def _place(self, name: str, part: int | None) -> tuple[int, int]:
+        """First byte and number of bytes of a tensor, or of one part of it."""
+        at, entry = self._places[name]
+        size = entry.bytes if part is None else entry.bytes // entry.shape[0]
+        return self._data + at + size * (part or 0), size
 
     def __enter__(self) -> Writer:
         return self
@@ -142,10 +182,11 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with self._file:
+            if kind is None:
+                os.fsync(self._file.fileno())
         if kind is None and self._missing:
-            name = min(name for name, _ in self._missing)
-            raise ValueError(f"'{name}' was never written")
+            raise ValueError(f"'{min(self._missing)}' was never written")
 
 
 class _Cursor:

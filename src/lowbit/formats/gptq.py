@@ -21,6 +21,7 @@ from ..errors import LowbitError
 from ..grid import Affine, AffineParams, QTensor
 from ..grid.bits import pack as pack_bits
 from ..grid.bits import unpack as unpack_bits
+from .dense import Dense, Weight, packed, turned
 from .half import in_half
 from .uniform import Uniform, most_common
 
@@ -46,7 +47,7 @@ def check(grid: Uniform, rows: int, columns: int, version: str, name: str) -> No
         )
 
 
-def pack(q: QTensor[Affine, AffineParams], version: str, name: str = "weight") -> dict[str, Tensor]:
+def pack(q: Weight, version: str, name: str = "weight") -> dict[str, Tensor]:
     """The tensors of one linear by their local names.
 
     Args:
@@ -55,12 +56,11 @@ def pack(q: QTensor[Affine, AffineParams], version: str, name: str = "weight") -
     Raises:
         LowbitError: the format cannot say it.
     """
-    grid, codes = q.grid, q.codes
-    rows, columns = codes.shape
+    grid, (rows, columns) = q.grid, q.shape
     check(grid, rows, columns, version, name)
     zero = q.params.zero_point.to(torch.uint8) - (1 if version == V1 else 0)
     return {
-        "qweight": pack_bits(codes, grid.bits).T.contiguous(),
+        "qweight": turned(packed(q).words),
         "qzeros": pack_bits(zero.T.contiguous(), grid.bits),
         "scales": in_half(q.params.scale.T.contiguous(), name),
         "g_idx": (torch.arange(columns) // grid.group(columns)).to(torch.int32),
@@ -70,7 +70,14 @@ def pack(q: QTensor[Affine, AffineParams], version: str, name: str = "weight") -
 def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, version: str, name: str = "weight"
 ) -> QTensor[Affine, AffineParams]:
-    """The inverse of `pack`; the scales are float16 numbers in float32.
+    """The inverse of `pack`; the scales are float16 numbers in float32. Raises as `opened` does."""
+    return opened(tensors, grid, version, name).coded()
+
+
+def opened(
+    tensors: Mapping[str, Tensor], grid: Affine, version: str, name: str = "weight"
+) -> Dense:
+    """The same weight, its codes still packed.
 
     Raises:
         LowbitError: a tensor is missing or does not fit the others.
@@ -80,23 +87,24 @@ def unpack(
         group = grid.group(columns)
         if not torch.equal(tensors["g_idx"], (torch.arange(columns) // group).to(torch.int32)):
             raise ValueError("g_idx does not count groups up")
-        codes = unpack_bits(tensors["qweight"].T.contiguous(), grid.bits, columns)
+        words = turned(tensors["qweight"])
         zero = unpack_bits(tensors["qzeros"], grid.bits, rows) + (1 if version == V1 else 0)
         scale = tensors["scales"].float()
         if (
             scale.shape != (columns // group, rows)
             or zero.shape != scale.shape
-            or codes.shape[0] != rows
+            or len(words) != rows
         ):
             raise ValueError(
                 f"scales {tuple(scale.shape)}, zero points {tuple(zero.shape)} and codes "
-                f"{tuple(codes.shape)} do not belong together"
+                f"({len(words)}, {columns}) do not belong together"
             )
+        params = AffineParams(scale.T.contiguous(), zero.T.float().contiguous())
+        return Dense(grid, words, columns, params)
     except KeyError as e:
         raise LowbitError(f"'{name}' has no tensor {e} in this model.") from e
     except ValueError as e:
         raise LowbitError(f"'{name}' is not a weight of GPTQ on {grid}: {e}.") from e
-    return QTensor(grid, codes, AffineParams(scale.T.contiguous(), zero.T.float().contiguous()))
 
 
 def describe(

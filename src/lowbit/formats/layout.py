@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..grid import AnyGrid, Params, QTensor
+from .dense import Dense
 
 P = TypeVar("P", bound=Params)
 Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -54,7 +55,8 @@ class Layout(Generic[P]):
     Attributes:
         kind: such weights in words, in the plural.
         pack: (weight, dtype of stored scales) -> tensors by local names. unpack: the inverse,
-            (tensors, grid, full name) -> weight without outliers.
+            (tensors, grid, full name) -> weight without outliers. opened: the same, its codes still
+            packed; None where they cannot be.
         tensor_bytes: (grid, outputs, inputs, bytes of a scale) -> bytes of the tensors.
         buffers: (grid, outputs, inputs, dtype of stored scales, columns by their bits) -> shape
             and dtype of every tensor by its local name.
@@ -83,3 +85,4 @@ class Layout(Generic[P]):
     words: Callable[[Any], str] = str
     stays_packed: Callable[[Any], bool] = _never
     is_gguf: bool = False
+    opened: Callable[[Mapping[str, Tensor], Any, str], Dense] | None = None

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..errors import LowbitError
 from ..grid import Affine, AffineParams, QTensor
-from ..grid.bits import pack as pack_bits
-from ..grid.bits import unpack as unpack_bits
+from .dense import Dense, Weight, packed
 from .uniform import Uniform, most_common
 
 NAME = "mlx"
@@ -44,22 +43,20 @@ def group_of(grid: Uniform, columns: int, name: str) -> int:
     )
 
 
-def pack(
-    q: QTensor[Affine, AffineParams], dtype: torch.dtype, name: str = "weight"
-) -> dict[str, Tensor]:
+def pack(q: Weight, dtype: torch.dtype, name: str = "weight") -> dict[str, Tensor]:
     """The tensors of one linear by their local names.
 
     Args:
         dtype: of scales and biases. name: full name, for errors.
     """
-    grid, columns = q.grid, q.codes.shape[1]
+    grid, columns = q.grid, q.shape[1]
     repeat = grid.group(columns) // group_of(grid, columns, name)
     scale = q.params.scale
     biases = (-scale.double() * q.params.zero_point.double()).to(dtype)
     if not bool(torch.isfinite(biases).all()):
         raise LowbitError(f"'{name}' has zero points beyond {dtype}.")
     return {
-        "weight": pack_bits(q.codes, grid.bits).view(torch.uint32),
+        "weight": packed(q).words.view(torch.uint32),
         "scales": scale.to(dtype).repeat_interleave(repeat, 1),
         "biases": biases.repeat_interleave(repeat, 1),
     }
@@ -69,7 +66,13 @@ def unpack(
     tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight"
 ) -> QTensor[Affine, AffineParams]:
     """The inverse of `pack`, but for the rounding of biases: zero points are floats, what the file
-    says in units of the scale.
+    says in units of the scale. Raises as `opened` does.
+    """
+    return opened(tensors, grid, name).coded()
+
+
+def opened(tensors: Mapping[str, Tensor], grid: Affine, name: str = "weight") -> Dense:
+    """The same weight, its codes still packed.
 
     Raises:
         LowbitError: a tensor is missing or does not fit the others.
@@ -77,19 +80,19 @@ def unpack(
     try:
         scales, biases = tensors["scales"], tensors["biases"]
         columns = tensors["weight"].shape[1] * 32 // grid.bits
-        codes = unpack_bits(tensors["weight"].view(torch.int32), grid.bits, columns)
+        words = tensors["weight"].view(torch.int32)
         size = group_of(grid, columns, name)
-        if scales.shape != (len(codes), columns // size) or biases.shape != scales.shape:
+        if scales.shape != (len(words), columns // size) or biases.shape != scales.shape:
             raise ValueError(
                 f"scales {tuple(scales.shape)}, biases {tuple(biases.shape)} and codes "
-                f"{tuple(codes.shape)} do not belong together"
+                f"({len(words)}, {columns}) do not belong together"
             )
         scales, biases = (t.double()[:, :: grid.group(columns) // size] for t in (scales, biases))
+        return Dense(grid, words, columns, AffineParams(scales, -biases / scales))
     except KeyError as e:
         raise LowbitError(f"'{name}' has no tensor {e} in this model.") from e
     except ValueError as e:
         raise LowbitError(f"'{name}' is not a weight of MLX on {grid}: {e}.") from e
-    return QTensor(grid, codes, AffineParams(scales, -biases / scales))
 
 
 def describe(grids: Mapping[str, Uniform], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import LowbitError
 from ..grid import AnyGrid, Coded
 from . import LAYOUTS, outliers
-from .layout import Buffers
+from .dense import Dense
+from .layout import Buffers, Layout
 
 
 def pack(q: Coded, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -39,11 +40,24 @@ def unpack(tensors: Mapping[str, Tensor], grid: AnyGrid, name: str) -> Coded:
     Raises:
         LowbitError: a tensor is missing, damaged or of the wrong shape.
     """
+    q = _layout(grid, name).unpack(tensors, grid, name)
+    return replace(q, outliers=outliers.unpack(tensors, q.shape, name))
+
+
+def opened(tensors: Mapping[str, Tensor], grid: AnyGrid, name: str) -> Coded | Dense:
+    """The same weight for a look at it: its codes still packed if the layout can say so, without
+    its outliers. Damage is found in them all the same.
+    """
+    layout = _layout(grid, name)
+    q = (layout.opened or layout.unpack)(tensors, grid, name)
+    outliers.unpack(tensors, q.shape, name)
+    return q
+
+
+def _layout(grid: AnyGrid, name: str) -> Layout[Any]:
     if type(grid) not in LAYOUTS:
         raise LowbitError(f"'{name}' has a grid that no format stores: {grid}.")
-    q = LAYOUTS[type(grid)].unpack(tensors, grid, name)
-    rows, width = q.codes.shape
-    return replace(q, outliers=outliers.unpack(tensors, (rows, width), name))
+    return LAYOUTS[type(grid)]
 
 
 def local_tensors(tensors: Mapping[str, Tensor], full: str) -> dict[str, Tensor]:

@@ -56,6 +56,12 @@ class QTensor(Generic[G_co, P_co]):
     params: P_co
     outliers: Outliers | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (out, in) weight, computed in the params' dtype, then rounded to ``dtype``."""
         dense = self.grid.decode(self.codes, self.params).to(dtype)

@@ -250,7 +250,9 @@ def needs(recipe: Recipe, shapes: Shapes, process: int = 0, processes: int = 1) 
         least = max(least, base + kept + cost.least)
         copies = max(copies, _STREAMS + cost.streams)
         libraries = max(libraries, cost.libraries)
-    passing = base + kept + coded + max(shapes.passing, 16 * layer.largest)
+    # Packed in a byte at most, and one linear unpacked for the comparison: see `run.shards`.
+    stored = layer.weights + layer.largest
+    passing = base + kept + coded + stored + max(shapes.passing, 16 * layer.largest)
     steps = {"passes": passing, **steps, "quality": _quality(layer.vocab, rows.length)}
     steps = {name: round(most * _HOLES) for name, most in steps.items()}
     stream = rows.mine(rows.count) * rows.length * layer.passed * rows.stored

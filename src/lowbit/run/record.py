@@ -41,28 +41,24 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"hub": hub, "license": terms_of(readme), **said}
 
 
-def block_record(
-    block: Block, tensors: Mapping[str, Tensor], seconds: float, named: Named
-) -> dict[str, Any]:
-    """What the report says of a finished block and of each of its linears.
+def block_record(block: Block, seconds: float, named: Named) -> dict[str, Any]:
+    """What the report says of a finished block and of each of its linears, but for their bytes.
 
     Args:
-        tensors: as packed, by their names in files. seconds: that it took.
-        named: full name of a linear -> its name in files.
+        seconds: that it took. named: full name of a linear -> its name in files.
     """
     linears, errors = [], linear_errors(block)
     for name, q in block.coded.items():
         full = named(f"{block.name}.{name}")
         assert full is not None
-        stored = sum(t.nbytes for t in local_tensors(tensors, full).values())
         error = errors[name]
         linears.append(
             {
                 "name": full,
                 "scheme": scheme_name(q.grid),
                 "shape": list(q.codes.shape),
-                "bytes": stored,
-                "bits_per_weight": 8 * stored / q.codes.numel(),
+                "bytes": 0,  # until it is packed
+                "bits_per_weight": 0.0,
                 "moved": _moved(block, name, q),
                 "error_nearest": error.nearest,
                 "error": error.tuned,
@@ -76,6 +72,20 @@ def block_record(
         **_peaks(block),
         **block.notes,
     }
+
+
+def with_bytes(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The record of a block with the bytes of its linears.
+
+    Args:
+        tensors: as packed, by their names in files.
+    """
+    linears = []
+    for entry in record["linears"]:
+        stored = sum(t.nbytes for t in local_tensors(tensors, entry["name"]).values())
+        bits = 8 * stored / math.prod(entry["shape"])
+        linears.append({**entry, "bytes": stored, "bits_per_weight": bits})
+    return {**record, "linears": linears}
 
 
 def sizes(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ..artifact.files import Named, block_tensors, compare_block, read_shard, unpack_linear
 from ..grid import Coded
 from ..model.block import Block
 from ..model.model import Model
 from ..model.outline import Outline
+from .beside import beside
 from .events import BlockDone, OnBlock
 from .identity import Original
-from .record import block_record
+from .record import block_record, with_bytes
 from .workplace import Workplace
 
 Record = Mapping[str, Any]
@@ -44,15 +47,31 @@ class Shards:
             self._noted(i, record, resumed=True)
         return record
 
-    def keep(self, i: int, block: Block, seconds: float) -> Record:
-        tensors = block_tensors(block, self.named)
+    def keep(self, i: int, block: Block, seconds: float) -> Callable[[], Record]:
+        record = block_record(block, seconds, self.named)
         # Before it is noted, or a resume would take a block of another model for this one's.
         self.original.check_unchanged()
-        record = block_record(block, tensors, seconds, self.named)
+        packed = None
+        # What ranks do together, and what a device does, stays in one thread and in its order.
+        if self.place.ranks.size > 1 or block.device.type != "cpu":
+            packed = block_tensors(block, self.named)
+            self.place.agree(record["name"], packed)
+        done = beside(partial(self._stored, i, block, record, packed), f"store {block.name}")
+
+        def finished() -> Record:
+            full = done()
+            self._noted(i, full, resumed=False)
+            return full
+
+        return finished
+
+    def _stored(
+        self, i: int, block: Block, record: dict[str, Any], packed: dict[str, Tensor] | None
+    ) -> Record:
+        """Pack a block unless it is, write it, and compare what is read back."""
+        tensors = block_tensors(block, self.named) if packed is None else packed
         check = partial(compare_block, block, self.named)
-        record = self.place.finish(i + 1, tensors, record, check)
-        self._noted(i, record, resumed=False)
-        return record
+        return self.place.finish(i + 1, tensors, with_bytes(record, tensors), check)
 
     def loaded(self, i: int, block: Block) -> Block:
         held = read_shard(self.place.shard(i + 1))
@@ -92,10 +111,12 @@ class Outside:
             source = model.source
             outer = {source.tensor_name(n): t for n, t in source.outer_tensors().items()}
             shards.original.check_unchanged()
+            tensors, said = {**outer, **source.copied_tensors()}, {"name": "outside the blocks"}
+            shards.place.agree(said["name"], tensors)
             record = shards.place.finish(
                 0,
-                {**outer, **source.copied_tensors()},
-                {"name": "outside the blocks"},
+                tensors,
+                said,
                 # What is copied is read while it is written.
                 lambda _: shards.original.check_unchanged(),
             )

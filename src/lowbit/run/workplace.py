@@ -181,20 +181,14 @@ class Workplace:
         record = note.get("record")
         return record if isinstance(record, dict) else None
 
-    def finish(
-        self,
-        number: int,
-        tensors: Mapping[str, Tensor | Raw],
-        record: Mapping[str, Any],
-        check: Callable[[Path], None],
-    ) -> dict[str, Any]:
-        """Write a shard, let ``check`` look at the file, then write its record with the hashes of
-        what lies there.
+    def agree(self, name: str, tensors: Mapping[str, Tensor | Raw]) -> None:
+        """Compare what is to be written with what other ranks have.
 
-        Without its record a shard does not count as finished: a resume makes it again.
+        Args:
+            name: of the block, for the error.
 
         Raises:
-            LowbitError: other ranks have other tensors.
+            LowbitError: they have other tensors.
         """
         if self.ranks.size > 1:
             made = {
@@ -202,10 +196,23 @@ class Workplace:
                 for name, t in tensors.items()
             }
             self.ranks.agree(
-                f"'{record['name']}' as tuned",
+                f"'{name}' as tuned",
                 made,
                 "Do all have the same kind of device and the same libraries?",
             )
+
+    def finish(
+        self,
+        number: int,
+        tensors: Mapping[str, Tensor | Raw],
+        record: Mapping[str, Any],
+        check: Callable[[Path], None],
+    ) -> dict[str, Any]:
+        """Write a shard that ranks agree on, let ``check`` look at the file, then write its record
+        with the hashes of what lies there.
+
+        Without its record a shard does not count as finished: a resume makes it again.
+        """
         if not self.ranks.first:
             return dict(record)
         path = self.shard(number)

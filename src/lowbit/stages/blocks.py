@@ -5,7 +5,7 @@ earlier run stored it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -30,8 +30,10 @@ class BlockStore(Protocol):
         """The record of block i, if an earlier run has finished it."""
         ...
 
-    def keep(self, i: int, block: Block, seconds: float) -> Record:
-        """Store a finished block, and give back its record."""
+    def keep(self, i: int, block: Block, seconds: float) -> Callable[[], Record]:
+        """Begin to store a finished block. What it returns waits until that is done, and gives back
+        the record.
+        """
         ...
 
     def loaded(self, i: int, block: Block) -> Block:
@@ -156,11 +158,16 @@ class Blocks:
                 block = apply_methods(block, model.methods)
                 block = block.remarked(*(self.remarks if i == 0 else ()))
                 resuming = False
-                record = self.store.keep(i, block, time.time() - clock)
+                stored = self.store.keep(i, block, time.time() - clock)
+                try:  # it is packed, written and compared meanwhile
+                    streams = advance(block, streams, proof_kwargs[i])
+                finally:  # whatever happens, nothing is written any more
+                    record = stored()
+                del stored
                 forget_peaks(block.device)
             else:
                 block = self.store.loaded(i, _as_finished(block, model, i))
-            streams = advance(block, streams, proof_kwargs[i])
+                streams = advance(block, streams, proof_kwargs[i])
             del block  # else it would be held while the next one is begun
             yield record, streams
             give_back_memory()

@@ -19,7 +19,7 @@ from ...errors import LowbitError, VerificationError, unknown
 from ...formats import gguf
 from ...machine import fits_whole
 from ..files import PROOF, read_shard
-from .contents import check_tensors, numbers_in, read_report
+from .contents import check_files, check_names, check_tensors, numbers_in, read_report
 from .runtimes import (
     GGUF_DECODED,
     GGUF_DECODER,
@@ -38,6 +38,7 @@ __all__ = [
     "READERS",
     "Reader",
     "Verification",
+    "check_files",
     "check_tensors",
     "compare_logits",
     "loader_logits",
@@ -108,6 +109,7 @@ def verify(
     loader: bool = True,
     python: str = sys.executable,
     loading: str = "auto",
+    tensors: bool = True,
 ) -> Verification:
     """Check an artifact or an export against its report: every tensor, every code, and the logits
     that its runtime computes.
@@ -117,6 +119,8 @@ def verify(
             is no failure.
         loading: "whole", or "blocks" to have one block of it in memory at a time, where the runtime
             is transformers; "auto" is "whole" where that fits into the memory that is free.
+        tensors: hash and unpack them; False where they were compared as they were written, and only
+            their names are left to check.
 
     Raises:
         LowbitError: not an artifact, no such way of loading, or the runtime could not work here,
@@ -131,13 +135,13 @@ def verify(
             f"--load blocks is for artifacts that transformers loads by itself, and '{folder}' is "
             f"in the format {report['format']}: leave it out."
         )
-    tensors, linears = check_tensors(folder, report)
+    counts = check_tensors(folder, report) if tensors else check_names(folder, report)
     if not loader:
-        return Verification(tensors, linears, "not asked for")
+        return Verification(*counts, "not asked for")
     reader, proof = READERS[report["format"]], read_shard(folder / PROOF)
     last = proof["logits"].shape[1]
     if report["format"] == gguf.NAME:
-        return _verify_gguf(folder, report, Verification(tensors, linears, "passed"), proof, python)
+        return _verify_gguf(folder, report, Verification(*counts, "passed"), proof, python)
     found = runtime_logits(
         folder,
         proof["ids"],
@@ -151,7 +155,7 @@ def verify(
         missing = (
             f"not run: no {found} here (lowbit verify --python names an interpreter that has it)"
         )
-        return Verification(tensors, linears, missing, reader=reader.name)
+        return Verification(*counts, missing, reader=reader.name)
     rms, top1 = _compared(folder, reader, proof["logits"], found["logits"], reader.within)
     decoded = None
     if "decoded" in found:
@@ -160,7 +164,7 @@ def verify(
     if "blocks" in found:
         way = "blocks"
     told = _WHOLE if loading == "blocks" and way == "whole" else "passed"
-    return Verification(tensors, linears, told, rms, top1, reader.name, decoded, loading=way)
+    return Verification(*counts, told, rms, top1, reader.name, decoded, loading=way)
 
 
 def _by_block(report: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from ...errors import LowbitError, VerificationError
 from ...formats import gguf
 from ...formats.by_name import FORMATS
-from ..files import REPORT, file_hash, read_shard, shard_hashes, tensor_hash
+from ..files import REPORT, file_hash, read_shard, shard_hashes, shard_names, tensor_hash
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -49,12 +49,7 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
         VerificationError: naming the tensor that differs, or the file that is missing or
             unreadable.
     """
-    for name, digest in report["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise VerificationError(f"'{path}' is missing.")
-        if file_hash(path) != digest:
-            raise VerificationError(f"'{path}' is not what was written: its bytes have changed.")
+    check_files(folder, report)
     if report["format"] == gguf.NAME:
         return _check_gguf(folder, report)
     config, format_ = json.loads((folder / "config.json").read_text()), FORMATS[report["format"]]
@@ -78,14 +73,55 @@ def check_tensors(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
         for linear in sorted(packed):
             linears += 1
             try:
-                format_.read(held, linear, config)
+                format_.look(held, linear, config)
             except LowbitError as e:
                 raise VerificationError(str(e)) from e
+    _same_number(folder, report, linears)
+    return tensors, linears
+
+
+def check_files(folder: Path, report: dict[str, Any]) -> None:
+    """Compare every file but those of weights with the hashes in the report.
+
+    Raises:
+        VerificationError: naming the file that differs or is missing.
+    """
+    for name, digest in report["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise VerificationError(f"'{path}' is missing.")
+        if file_hash(path) != digest:
+            raise VerificationError(f"'{path}' is not what was written: its bytes have changed.")
+
+
+def check_names(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
+    """Compare the headers of files with the report, where all tensors were compared as they were
+    written: names, and types and shapes in GGUF.
+
+    Returns:
+        number of tensors, number of linears.
+
+    Raises:
+        VerificationError: naming what differs.
+    """
+    if report["format"] == gguf.NAME:
+        _, reader = _same_entries(folder, report)
+        return len(reader.entries), sum("skipped" not in e for e in report["linears"])
+    format_ = FORMATS[report["format"]]
+    tensors = linears = 0
+    for shard, record in report["shards"].items():
+        names = shard_names(folder / shard)
+        _same_names(folder / shard, set(record["tensors"]), names)
+        tensors, linears = tensors + len(names), linears + len(format_.linears(names))
+    _same_number(folder, report, linears)
+    return tensors, linears
+
+
+def _same_number(folder: Path, report: dict[str, Any], linears: int) -> None:
     if linears != sum(1 for entry in report["linears"] if "skipped" not in entry):
         raise VerificationError(
             f"'{folder}' holds {linears} packed linears, its report lists another number."
         )
-    return tensors, linears
 
 
 def numbers_in(folder: Path, report: dict[str, Any]) -> int:
@@ -120,13 +156,8 @@ def _same_names(path: Path, listed: set[str], held: set[str]) -> None:
 
 
 def _check_gguf(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
-    ((name, record),) = report["shards"].items()
-    path = folder / name
-    try:
-        reader = gguf.Reader(path)
-    except LowbitError as e:
-        raise VerificationError(str(e)) from e
-    _same_names(path, set(record["tensors"]), set(reader.entries))
+    (record,) = report["shards"].values()
+    path, reader = _same_entries(folder, report)
     for tensor, digest in record["tensors"].items():
         if tensor_hash(reader.raw(tensor)) != digest:
             raise VerificationError(
@@ -136,8 +167,21 @@ def _check_gguf(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
         raise VerificationError(
             f"the header of '{path}' is not what was written, though its tensors are."
         )
-    packed = [e for e in report["linears"] if "skipped" not in e]
-    for entry in packed:
+    return len(reader.entries), sum("skipped" not in e for e in report["linears"])
+
+
+def _same_entries(folder: Path, report: dict[str, Any]) -> tuple[Path, gguf.Reader]:
+    """The GGUF file of an export, opened, its table found to be the one that the report has."""
+    ((name, record),) = report["shards"].items()
+    path = folder / name
+    try:
+        reader = gguf.Reader(path)
+    except LowbitError as e:
+        raise VerificationError(str(e)) from e
+    _same_names(path, set(record["tensors"]), set(reader.entries))
+    for entry in report["linears"]:
+        if "skipped" in entry:
+            continue
         found = reader.entries.get(entry["tensor"])
         # Those of all experts of a block lie in one tensor.
         if (
@@ -147,4 +191,4 @@ def _check_gguf(folder: Path, report: dict[str, Any]) -> tuple[int, int]:
         ):
             listed = f"the {entry['type']} tensor of shape {entry['shape']} that the report lists"
             raise VerificationError(f"'{entry['tensor']}' in '{path}' is not {listed}.")
-    return len(reader.entries), len(packed)
+    return path, reader

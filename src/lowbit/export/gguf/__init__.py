@@ -14,23 +14,25 @@ from torch import Tensor
 
 from ...artifact.disk import disk
 from ...artifact.files import PROOF, read_shard, save_shard
+from ...artifact.hashing import Hashing
 from ...artifact.output import Output
 from ...artifact.proof import Verification, compare_logits
 from ...errors import LowbitError
 from ...formats import gguf
 from ...formats.ggml import BLOCKS, BlockType
-from ...grid import Affine, Coded, QTensor
+from ...grid import Affine, KQuant
 from ...model.checkpoint import Stored
 from ...model.config import config_at
 from ...model.wrapper import text_config
 from ...names import model_name
 from ...verbatim import encodable
 from ..place import Place, place
-from ..source import Source
+from ..source import Linear, Source
 from . import tokens
 from .model import Architecture, Spot, joined
 from .rounded import RoundedModel
-from .types import FLOATS, REST, Held, chosen, held, rounded
+from .types import FLOATS, REST, Held, as_it_lies, chosen, held, rounded
+from .written import Written
 
 TYPES = tuple(b.name.lower() for b in BLOCKS.values() if b.name.lower() not in FLOATS)
 
@@ -178,14 +180,16 @@ class _Export:
                 disk(path := made.partial / self.file),
                 gguf.Writer(path, self._metadata(), entries) as file,
             ):
-                for full, kept in self._tensors():
-                    spot = self.architecture.spot(full)
-                    file.add(spot.tensor, kept.rows, spot.part)
+                written = Written(file, made.hashing)
+                for full, kept in self._tensors(made.hashing):
+                    written.add(self.architecture.spot(full), kept.rows)
                     if model is not None:
                         model.put(full, self.architecture.given(full, kept.decode()))
                 if self.architecture.factors is not None:
-                    file.add("rope_freqs.weight", self.architecture.factors.view(torch.uint8))
-            made.add_gguf(self.file)
+                    written.add(
+                        Spot("rope_freqs.weight"), self.architecture.factors.view(torch.uint8)
+                    )
+            made.add_gguf(self.file, written.record([e.name for e in entries]))
             made.leave_out(self.source.copied, "GGUF has no name for it")
             made.report["gguf"] = {
                 "file": self.file,
@@ -200,21 +204,21 @@ class _Export:
             made.write((PROOF.parent / "config.json").as_posix(), plain)
             return made.close(gguf.NAME, self.known, python)
 
-    def _tensors(self) -> Iterator[tuple[str, Held]]:
+    def _tensors(self, hashing: Hashing) -> Iterator[tuple[str, Held]]:
         """(full parameter name, what the file will hold of it), one shard of the source in memory
         at a time.
         """
-        for _, coded, others in self.source.shards():
-            for linear, q in coded.items():
-                full, kind = f"{linear}.weight", self.kinds[linear]
-                order = self.architecture.rows(full, len(q.codes))
-                kept = held(q if order is None else _ordered(q, order), kind, linear)
+        for _, linears, others in self.source.shards(hashing):
+            for name, linear in linears.items():
+                full, kind = f"{name}.weight", self.kinds[name]
+                rows, columns = self.source.shapes[name]
+                kept = _held(linear, kind, self.architecture.rows(full, rows))
                 size = kept.rows.numel()
-                self.known[linear] = {
+                self.known[name] = {
                     "tensor": self.architecture.spot(full).tensor,
                     "type": kind.name,
                     "bytes": size,
-                    "bits_per_weight": 8 * size / q.codes.numel(),
+                    "bits_per_weight": 8 * size / (rows * columns),
                     "extra_error": kept.extra,
                 }
                 yield full, kept
@@ -256,6 +260,10 @@ def _place_in_file(entry: gguf.Entry) -> tuple[int, int, str]:
     return (0 if entry.name == "token_embd.weight" else 2), 0, entry.name
 
 
-def _ordered(q: Coded, order: Tensor) -> Coded:
-    """The weight with its rows in another order; every tensor of its params has them first."""
-    return QTensor(q.grid, q.codes[order], q.params.map(lambda t: t[order]))
+def _held(linear: Linear, kind: BlockType, order: Tensor | None) -> Held:
+    """A linear in a block type, its rows in another order."""
+    if isinstance(linear.grid, KQuant):
+        rows = linear.blocks()
+        return as_it_lies(rows if order is None else rows[order], linear.grid)
+    q = linear.packed()
+    return held(q if order is None else q.ordered(order), kind, linear.name)

@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 
 from ...errors import LowbitError
-from ...formats.ggml import BLOCKS, BlockType, pack_affine, pack_k, unpack_affine, unpack_k
-from ...grid import Affine, AffineParams, AnyGrid, KQuant, QTensor
-from ..extra import extra_error, steps_of
+from ...formats.dense import Weight, packed
+from ...formats.ggml import (
+    BLOCKS,
+    BlockType,
+    open_affine,
+    pack_affine,
+    pack_k,
+    unpack_affine,
+    unpack_k,
+)
+from ...grid import Affine, AffineParams, AnyGrid, KQuant, KQuantParams, QTensor
+from ..extra import extra_error, other_codes, steps_of
 
 FLOATS = ("f32", "f16", "bf16")
 # a type that is chosen unasked may take this many times the bytes of the one made for the grid:
@@ -168,41 +177,52 @@ def _misfit(grid: AnyGrid, columns: int, kind: BlockType) -> str | None:
     return f"it has a scale for every {unit} inputs, which does not divide groups of {size}"
 
 
-def held(q: QTensor[Any, Any], kind: BlockType, name: str) -> Held:
-    """A weight in a block type, rows in the order in which they come."""
-    if isinstance(q.grid, KQuant):
-        rows = pack_k(q)
-        back = unpack_k(rows, q.grid)
-        return Held(rows, _decoder(back), extra_error(q, back.codes, steps_of(back), name))
-    if "_K" not in kind.name:
-        rows = pack_affine(q, kind, name)
-        same = unpack_affine(rows, kind, q.grid)
-        return Held(rows, _decoder(same), extra_error(q, same.codes, steps_of(same), name))
+def as_it_lies(rows: Tensor, grid: KQuant) -> Held:
+    """A weight that an artifact holds in the very blocks."""
+    return Held(rows, lambda: _decoded(unpack_k(rows, grid)), 0.0)
+
+
+def held(q: Weight, kind: BlockType, name: str) -> Held:
+    """A weight on a uniform grid in a block type, rows in the order in which they come.
+
+    Raises:
+        LowbitError: the type does not hold its scales. VerificationError: the rows do not say its
+            codes.
+    """
+    if "_K" in kind.name:
+        return _refitted(q, kind, name)
+    own = packed(q)
+    rows = pack_affine(own, kind, name)
+    same = open_affine(rows, kind, own.grid)
+    if not same.same_codes(own):
+        raise other_codes(name)
+    extra = extra_error(steps_of(own), steps_of(same), own.columns, lambda: own.codes)
+    return Held(rows, lambda: same.coded().decode(torch.float64), extra)
+
+
+def _refitted(q: Weight, kind: BlockType, name: str) -> Held:
     grid = KQuant(kind.name.lower())  # type: ignore[arg-type]
-    repeat = q.grid.group(q.codes.shape[1]) // grid.group_size
+    repeat, tuned = q.grid.group(q.shape[1]) // grid.group_size, q.codes
     scale = q.params.scale.double().repeat_interleave(repeat, 1)
     shift = grid.middle - (1 << (q.grid.bits - 1)) if grid.symmetric else 0
     offset = torch.zeros_like(scale)
     if not grid.symmetric:
         offset = scale * q.params.zero_point.double().repeat_interleave(repeat, 1)
-    codes = q.codes + shift
+    codes = tuned + shift
     rows = pack_k(QTensor(grid, codes, grid.keeping(codes, scale, offset)))
     back = unpack_k(rows, grid)
     if not bool((torch.isfinite(back.params.unit) & torch.isfinite(back.params.unit_min)).all()):
         raise LowbitError(f"'{name}' has scales beyond float16.")
+    if not torch.equal(back.codes, codes):
+        raise other_codes(name)
     scale, offset = steps_of(back)
-    return Held(
-        rows,
-        _decoder(back),
-        extra_error(q, back.codes - shift, (scale, offset - scale * shift), name),
-    )
+    own, now = steps_of(q), (scale, offset - scale * shift)
+    extra = extra_error(own, now, q.shape[1], lambda: tuned)
+    return Held(rows, lambda: _decoded(unpack_k(rows, grid)), extra)
 
 
-def _decoder(q: QTensor[Any, Any]) -> Callable[[], Tensor]:
-    grid, params = q.grid, q.params
-    if isinstance(grid, KQuant):
-        return lambda: grid.decode(q.codes, params.double())
-    return lambda: q.decode(torch.float64)
+def _decoded(q: QTensor[KQuant, KQuantParams]) -> Tensor:
+    return q.grid.decode(q.codes, q.params.double())
 
 
 def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
@@ -225,7 +245,10 @@ def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
             raise LowbitError(
                 f"'{name}' has numbers beyond float16: choose another type for --embeddings."
             )
-        rows, value = cast.view(torch.uint8), cast.double()
+        rows = cast.view(torch.uint8)
+        if torch.promote_types(weight.dtype, cast.dtype) == cast.dtype:
+            return kind, Held(rows, cast.double, 0.0)
+        value = cast.double()
     elif asked == "q8_0":
         grid = Affine(8, kind.size, symmetric=True)
         params = grid.stored(grid.fit(weight.float()), torch.float16)
