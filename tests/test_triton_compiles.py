@@ -129,7 +129,7 @@ HARDENING = {
     "methods._rounding.hardening_gpu._freeze": 8,
 }
 COLUMNS = {"methods._columns_gpu._code": 8}
-CLUSTERS = {"grid.kmeans_gpu._cluster": 7}
+CLUSTERS = {"grid.kmeans_gpu._cluster": 6}
 SUMS = {"grid.sums_gpu._sums": 4}
 PRODUCT = {"kernels.gpu._multiply": 2, "kernels.gpu._correct": 3}
 CASES = [
