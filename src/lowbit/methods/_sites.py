@@ -64,10 +64,10 @@ def solve_sites(block: Block, walk: Walk, divide: Divide, solve: Solve) -> Block
         said = ", ".join(name for names in step for name in names)
         block.announce(f"{walk.method}: inputs of {said}")
         following = steps[number + 1] if number + 1 < len(steps) else []
-        work = _Step.of(block, walk, step, divide, solve)
-        work.hessians = passes.hessians(block, step, following)
+        jobs = _jobs(block, step, divide)
+        work = _Step(block, walk, solve, jobs, passes.hessians(block, step, following))
         block, done = work.done()
-        for job, (_, met) in zip(work.jobs, done, strict=True):
+        for job, (_, met) in zip(jobs, done, strict=True):
             trouble += met if job.first else ()
         for found, _ in done:
             for what, name in found.remarks:
@@ -95,6 +95,16 @@ class _Job:
         return float(operations)
 
 
+def _jobs(block: Block, sites: Sequence[tuple[str, ...]], divide: Divide) -> list[_Job]:
+    """Whole sites, or parts of them where they are fewer than ranks."""
+    parts = max(1, block.ranks.size // len(sites))
+    return [
+        _Job(names, part, i == 0)
+        for names in sites
+        for i, part in enumerate(divide(block, names, parts))
+    ]
+
+
 @dataclass
 class _Step:
     """Sites that are reached at once.
@@ -109,23 +119,6 @@ class _Step:
     jobs: list[_Job]
     hessians: dict[str, Tensor]
     _factored: tuple[str, Inputs | None, list[str]] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        block: Block,
-        walk: Walk,
-        sites: Sequence[tuple[str, ...]],
-        divide: Divide,
-        solve: Solve,
-    ) -> _Step:
-        parts = max(1, block.ranks.size // len(sites))
-        jobs = [
-            _Job(names, part, i == 0)
-            for names in sites
-            for i, part in enumerate(divide(block, names, parts))
-        ]
-        return cls(block, walk, solve, jobs, {})
 
     def done(self) -> tuple[Block, list[tuple[Found, list[str]]]]:
         """The block with codes of all sites; and by job what was found, and what was met with on
