@@ -377,8 +377,9 @@ class _Run:
         helps = f"free the device, and {again}"
         if self.offload.used == "device":
             helps = f"{again} with --offload host, or free the device"
+        said = (str(error) or type(error).__name__).splitlines()[0]  # Python's own says nothing
         return (
-            f"'{self.plan.setting.device}' is out of memory ({str(error).splitlines()[0]}). The "
+            f"'{self.plan.setting.device}' is out of memory ({said}). The "
             f"finished blocks are kept: {helps}. If that is not enough, shorter rows (--length) or "
             "another recipe take less, as a run of their own."
         )
