@@ -52,7 +52,7 @@ def finished(*command):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=900,  # of four processes on few, busy cores
         check=False,
     )
     done.said = " ".join((done.stdout + done.stderr).split())
