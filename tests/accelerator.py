@@ -24,6 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
+from lowbit.run import shards
 
 NAME = "lazy"
 # As on CUDA, a tensor's device has an index where the one asked for had none.
@@ -283,8 +284,23 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
     monkeypatch.setattr(torch, "tensor", _sent(torch.tensor))
     monkeypatch.setattr(torch, "autocast", _on_cpu(torch.autocast))
     monkeypatch.setattr(torch, "is_autocast_enabled", _on_cpu(torch.is_autocast_enabled))
+    # A mode is of the thread that entered it.
+    monkeypatch.setattr(shards, "beside", _everywhere(accelerator, shards.beside))
     with accelerator:
         yield accelerator
+
+
+def _everywhere(accelerator: Accelerator, begin: Callable[..., Any]) -> Callable[..., Any]:
+    """What begins work in a thread, the accelerator being there, too."""
+
+    def begun(work: Callable[[], Any], name: str) -> Any:
+        def entered_there() -> Any:
+            with accelerator:
+                return work()
+
+        return begin(entered_there, name)
+
+    return begun
 
 
 def _sent(made: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
