@@ -200,7 +200,8 @@ def test_generate_inspect_eval_and_plan(artifact, model, tmp_path):
     )
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "e.json").read_text())
-    assert list(data) == ["perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1"]
+    figures = ["perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1"]
+    assert list(data) == [*figures, "dtype"] and data["dtype"] == "float32"
     assert (
         data["tokens"] == 8 * 31
         and data["kl"] > 0

@@ -302,6 +302,7 @@ def test_text_and_tasks_go_together_or_alone(model: Path, folder: Path, tmp_path
         "batch",
         "kl",
         "top1",
+        "dtype",
         "tasks",
     ]
     assert data["windows"] == 4

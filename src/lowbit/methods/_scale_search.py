@@ -79,7 +79,8 @@ def collect_inputs(block: Block, sites: Sequence[Site], rows: int) -> dict[str, 
     # Few rows at a time can be told apart sooner; but an activation grid may look at all rows of a
     # pass.
     whole = block.kv is not None or bool(block.input_quantizers) or block.device.type != "cpu"
-    most = None if whole else max(1, _TOKENS // block.x.shape[1])
+    # Of all ranks together, so that a part is of the same rows however many there are.
+    most = None if whole else max(1, _TOKENS // block.x.shape[1] // block.ranks.size)
     first_readers = [site.reader for site in sites]
     found = block.statistics(first_readers, "float", sums, rows=rows, most=most, keep=kept)
     out: dict[str, Seen] = {}
@@ -192,9 +193,8 @@ class _LinearProbe:
 
     def __init__(self, block: Block, site: Site, seen: Seen) -> None:
         self.name, self.weight, self.seen = site.probe, block.weight(site.probe), seen
-        self.own = block.ranks.share(len(self.weight))  # outputs, where the Gram matrix is known
-        outputs = self.own.stop - self.own.start
-        self.parts = len(seen.inputs) if seen.gram is None else min(_PARTS, outputs)
+        self.share = block.ranks.share  # of a part's outputs, where the Gram matrix is known
+        self.parts = len(seen.inputs) if seen.gram is None else min(_PARTS, len(self.weight))
 
     def error(
         self,
@@ -204,9 +204,9 @@ class _LinearProbe:
     ) -> Tensor:
         weight, gram = quantized[self.name], self.seen.gram
         if gram is not None:
-            first, count = self.own.start, self.own.stop - self.own.start
-            ends = (first + (part + i) * count // self.parts for i in (0, 1))
-            rows = slice(*ends)
+            first, last = ((part + i) * len(weight) // self.parts for i in (0, 1))
+            own = self.share(last - first)
+            rows = slice(first + own.start, first + own.stop)
             delta = weight[rows] - self.weight[rows]
             return ((delta @ gram) * delta).sum(dtype=torch.float64)
         x = self.seen.inputs[part]

@@ -4,7 +4,9 @@ block when it is about to compute, and what it held is dropped when it has.
 Rests on four functions inside transformers 5, which `streamed` looks for.
 """
 
+import ctypes
 import json
+import sys
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -184,6 +186,14 @@ class Streamed:
 
     def _empty(self, i):
         self._blocks[i].to("meta")
+        _give_back_memory()
+
+
+def _give_back_memory():
+    """Return freed memory to the system: glibc keeps it, and holes would add up with depth."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class Meeting:
