@@ -6,11 +6,12 @@ from itertools import count
 import pytest
 import torch
 from helpers import save_tiny
+from transformers import PretrainedConfig
 from typer.testing import CliRunner
 
 from lowbit import arithmetic
 from lowbit.arithmetic import compute_dtype, measured_gain, multiplies_bfloat16
-from lowbit.cli import app
+from lowbit.cli import app, evaluation
 from lowbit.errors import LowbitError
 from lowbit.run.quantize import quantize
 
@@ -180,3 +181,11 @@ def test_a_dtype_that_is_not_there(model, tmp_path, command) -> None:
     code, said = lowbit(command, model, *more, "--dtype", "float8")
     assert code == 2 and "unknown dtype 'float8'" in said, said
     assert not (tmp_path / "o").exists()
+
+
+def test_a_config_that_names_no_hidden_size_is_computed_in_float32(processor) -> None:
+    processor(True, False, 2.0)
+    config = PretrainedConfig(dtype=BF16)
+    assert evaluation._arithmetic("auto", "cpu", config) == "float32"
+    config.hidden_size = 576
+    assert evaluation._arithmetic("auto", "cpu", config) == "bfloat16"

@@ -40,7 +40,7 @@ ALLOWED = {  # a folder's own row leaves out the folders in it that have rows
         *("machine", "arithmetic", "errors"),
     },
     "plan.targets": {"export", "recipe", "formats", "model", "grid", "errors"},
-    "evaluate": {"model", "errors"},
+    "evaluate": {"model", "arithmetic", "errors"},
     "evaluate.pages": {"verbatim"},
     "evaluate.analyze": {"evaluate", "evaluate.pages", "artifact", "model", "grid", "errors"},
     "evaluate.tasks": {"console", "errors"},

@@ -113,8 +113,9 @@ def _remembered(path: Path) -> dict[str, float]:
 def _remember(path: Path, known: dict[str, float]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
-            json.dump(known, f)
-        os.replace(f.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
+            made.write_text(json.dumps(known))
+            os.replace(made, path)
     except OSError:
         pass  # a cache that cannot be written costs a measurement

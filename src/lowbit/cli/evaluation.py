@@ -132,7 +132,7 @@ def _arithmetic(asked: str, device: str, config: Any) -> str:
     if asked == "auto" and where.type != "cpu":
         return asked
     stored = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-    return _named(compute_dtype(asked, where, stored, int(text.hidden_size)))
+    return _named(compute_dtype(asked, where, stored, getattr(text, "hidden_size", 0)))
 
 
 def _named(dtype: torch.dtype) -> str:

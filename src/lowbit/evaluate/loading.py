@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..arithmetic import DTYPES
 from ..errors import LowbitError, unknown
 from ..model.checkpoint import Checkpoint
 from ..model.config import load_config
@@ -15,8 +16,6 @@ from ..model.intake import check_read_as_floats, is_leftover
 from ..model.skeleton import build_skeleton, reason_of
 from ..model.source import open_files, open_source
 from ..model.wrapper import class_for
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
@@ -32,8 +31,8 @@ def load_causal_lm(model: str, device: str, dtype: str = "auto") -> Any:
     Raises:
         LowbitError: missing, unreadable, unsupported, or without some of its tensors.
     """
-    if dtype not in _DTYPES:
-        raise unknown("dtype", dtype, _DTYPES)
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     checkpoint = _opened(model)
     stored = checkpoint.stored()  # finds missing and truncated shards before transformers does
     config = load_config(checkpoint)
