@@ -78,6 +78,9 @@ def of(depth: int, hidden: int) -> dict[str, dict[str, float]]:
             found[f"export to {target}"] = measured(
                 *("export", out, "-o", Path(scratch, target), "--to", target),
             )
+        for way in ("whole", "blocks"):
+            made = Path(scratch, "gguf")
+            found[f"verify of the GGUF, {way}"] = measured("verify", made, "--load", way)
         return found
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.export.gguf.types import chosen, held
+from lowbit.export.gguf import types
 from lowbit.formats import awq, gptq, mlx
 from lowbit.formats import compressed_tensors as ct
 from lowbit.formats.by_name import FORMATS
@@ -51,9 +51,13 @@ def decoded(q: QTensor) -> torch.Tensor:
 def in_format(name: str, q: QTensor, rows: int, columns: int) -> tuple[torch.Tensor, float, str]:
     """(weight as the format says it, bits a weight, name with the block type)."""
     if name == "gguf":
-        kind = chosen(q.grid, columns, None, "w")
-        found = held(q, kind, "w")
-        return found.decode(), 8 * found.rows.numel() / q.codes.numel(), f"gguf {kind.name}"
+        kind = types.chosen(q.grid, columns, None, "w")
+        found = types.held(q, kind, "w")
+        return (
+            decoded(found.rows, kind),
+            8 * found.rows.numel() / q.codes.numel(),
+            f"gguf {kind.name}",
+        )
     if name in CHECKS:
         CHECKS[name](q.grid, rows, columns)
     layout = FORMATS[name]

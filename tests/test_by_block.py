@@ -181,7 +181,7 @@ def test_one_block_has_weights_at_a_time(artifact, monkeypatch):
 def test_other_runtimes_cannot(artifact, tmp_path, monkeypatch):
     out = tmp_path / "gptq"
     export(artifact, out, "gptq_v2")
-    with pytest.raises(LowbitError, match="--load blocks is for artifacts that transformers loads"):
+    with pytest.raises(LowbitError, match="--load blocks is for what transformers loads"):
         verify(out, loading="blocks")
     monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
     given = SimpleNamespace(model=str(out), reference=None, dtype="auto", load="auto")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.export.gguf.types import held, rounded
+from lowbit.export.gguf.types import decoded, held, rounded
 from lowbit.formats import affine, awq, gptq, mlx
 from lowbit.formats.by_name import FORMATS
 from lowbit.formats.ggml import BLOCKS
@@ -324,9 +324,9 @@ def test_an_embedding_that_a_type_cannot_hold_is_named(asked, size, fits):
         with pytest.raises(LowbitError, match="'m.embed' has .* beyond float16|'m.embed'.*float16"):
             rounded(w, asked, "m.embed")
         return
-    _, made = rounded(w, asked, "m.embed")
+    kind, made = rounded(w, asked, "m.embed")
     assert made.extra < 1e-2
-    torch.testing.assert_close(made.decode().float(), w, rtol=0, atol=0.05 * size)
+    torch.testing.assert_close(decoded(made.rows, kind).float(), w, rtol=0, atol=0.05 * size)
 
 
 @pytest.mark.parametrize(
@@ -354,4 +354,6 @@ def test_scales_that_a_block_cannot_hold_are_refused_and_never_zero(
             held(q, BLOCKS[kind], "m.a")
         return
     exact = q.decode(torch.float64)
-    torch.testing.assert_close(held(q, BLOCKS[kind], "m.a").decode(), exact, rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        decoded(held(q, BLOCKS[kind], "m.a").rows, BLOCKS[kind]), exact, rtol=2e-3, atol=0
+    )

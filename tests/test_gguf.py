@@ -21,17 +21,19 @@ from gguf.quants import dequantize
 from helpers import TEXT, save_tiny, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.artifact.proof import verify
+from lowbit.artifact.files import PROOF
+from lowbit.artifact.proof import GGUF_DECODER, compare_logits, runtime_logits, verify
 from lowbit.cli import app
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.export.gguf import tokens
 from lowbit.export.gguf.families import FAMILIES as KNOWN
 from lowbit.export.gguf.model import Architecture, Spot
-from lowbit.export.gguf.types import chosen, held, rounded
+from lowbit.export.gguf.types import chosen, decoded, held, rounded
 from lowbit.formats import gguf
 from lowbit.formats.ggml import BLOCKS, pack_affine, pack_k, unpack_affine, unpack_k
 from lowbit.grid import Affine, KQuant, KQuantParams, QTensor
@@ -103,7 +105,9 @@ def test_q4_1_rounds_the_minimum_alone():
     q = weight(4, 32, False)
     rows = pack_affine(q, BLOCKS["Q4_1"])
     found = held(q, BLOCKS["Q4_1"], "w")
-    assert np.allclose(by_package(rows, "Q4_1"), found.decode().numpy(), atol=1e-7)
+    assert np.allclose(
+        by_package(rows, "Q4_1"), decoded(found.rows, BLOCKS["Q4_1"]).numpy(), atol=1e-7
+    )
     step = float(q.params.scale.max())
     assert (
         np.abs(by_package(rows, "Q4_1") - q.decode().numpy()).max() < 0.006 * step
@@ -141,7 +145,9 @@ def test_codes_stay_and_scales_are_refitted(bits, group, kind, most):
     """
     q = weight(bits, group, False, rows=64)
     found = held(q, BLOCKS[kind], "w")
-    assert np.allclose(by_package(found.rows, kind), found.decode().numpy(), rtol=0, atol=1e-7)
+    assert np.allclose(
+        by_package(found.rows, kind), decoded(found.rows, BLOCKS[kind]).numpy(), rtol=0, atol=1e-7
+    )
     assert 0 < found.extra < most
 
 
@@ -174,7 +180,8 @@ def test_the_extra_error_is_that_of_the_weights(bits, group, kind):
         ),
     )
     dense = float(
-        (found.decode() - before).square().mean() / (q.params.scale.double().square().mean() / 12)
+        (decoded(found.rows, BLOCKS[kind]) - before).square().mean()
+        / (q.params.scale.double().square().mean() / 12)
     )
     assert found.extra == pytest.approx(dense, rel=1e-3, abs=1e-12)
 
@@ -193,7 +200,11 @@ def test_the_refit_beats_rounding_each_scale():
 
     params = KQuantParams(*plain(scale), *plain(offset))
     naive = (grid.decode(q.codes, params) - q.decode(torch.float64)).square().mean()
-    fitted = (held(q, BLOCKS["Q2_K"], "w").decode() - q.decode(torch.float64)).square().mean()
+    fitted = (
+        (decoded(held(q, BLOCKS["Q2_K"], "w").rows, BLOCKS["Q2_K"]) - q.decode(torch.float64))
+        .square()
+        .mean()
+    )
     assert fitted < 0.5 * naive
 
 
@@ -382,7 +393,9 @@ def test_embeddings_in_other_types():
     for asked, most in (("f32", 0), ("f16", 1e-7), ("bf16", 1e-5), ("q8_0", 1e-4), ("q6_k", 5e-4)):
         kind, found = rounded(w, asked, "e")
         assert found.extra <= most and kind.name == asked.upper()
-        assert np.allclose(by_package(found.rows, asked), found.decode().numpy(), atol=1e-6)
+        assert np.allclose(
+            by_package(found.rows, asked), decoded(found.rows, kind).numpy(), atol=1e-6
+        )
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -432,7 +445,8 @@ def test_transformers_computes_from_the_file_what_was_tuned(tmp_path, monkeypatc
     made = artifact(save_tiny(tmp_path / "m", family, dtype=torch.float32), tmp_path / "a", scheme)
     code, text = export(made, tmp_path / "g", "--to", "gguf")
     assert code == 0, text
-    done = verify(tmp_path / "g", python=PYTHON)
+    done = verify(tmp_path / "g", python=PYTHON, loading="blocks")
+    assert done.loading == "blocks" and (RUNS or "one block in memory" in done.summary)
     exact = done.decoded_rms if RUNS else done.logits_rms
     # Units and scales are float16, the rest of this model float32.
     assert exact < 2e-4 and (RUNS or "llama.cpp not run" in done.loader)
@@ -493,16 +507,25 @@ def test_llama_3_rotary_factors(tmp_path, monkeypatch):
         assert code == 0 and "logits by llama.cpp" in text, text
 
 
-def test_a_tied_head_that_is_stored_all_the_same(tmp_path):
-    from lowbit.export.gguf.rounded import RoundedModel
-
-    own = T.AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path, dtype=torch.float32))
-    made, ids = RoundedModel(own.config), torch.arange(3, 20)[None]
-    with pytest.raises(ValueError, match="'model.embed_tokens.weight' was never put in"):
-        made.logits(ids)
-    for name, value in [*own.named_parameters(), ("lm_head.weight", torch.zeros(300, 64))]:
-        made.put(name, value)
-    assert torch.allclose(made.logits(ids), own(ids).logits, atol=1e-4)
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "qwen2", "gemma3_text"])
+def test_the_model_of_the_file_is_what_the_gguf_package_decodes(tmp_path, monkeypatch, family):
+    """Where numbers moved: the new proof against the file, read by transformers as a whole; the
+    tuned model's logits are others.
+    """
+    wide(monkeypatch)
+    config = config_of(family) if family == "gemma3_text" else family
+    made = artifact(save_tiny(tmp_path / "m", config), tmp_path / "a", "W4A16g32")
+    code, text = export(made, tmp_path / "g", "--to", "gguf", "--embeddings", "q8_0")
+    assert code == 0 and "proof made anew" in text, text
+    last = (proof := load_file(tmp_path / "g" / PROOF))["logits"].shape[1]
+    found = runtime_logits(tmp_path / "g", proof["ids"], "gguf", last, reader=GGUF_DECODER)
+    assert compare_logits(proof["logits"], found["logits"])[0] < 1e-5
+    assert compare_logits(load_file(made / PROOF)["logits"], found["logits"])[0] > 1e-3
+    assert "blocks" not in found
+    parts = runtime_logits(
+        *(tmp_path / "g", proof["ids"], "gguf", last), reader=GGUF_DECODER, loading="blocks"
+    )
+    assert torch.equal(parts["logits"], found["logits"]) and int(parts["blocks"]) > 1
 
 
 def test_a_damaged_file_is_found(tmp_path, monkeypatch):

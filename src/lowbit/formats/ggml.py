@@ -270,6 +270,11 @@ def unpack_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> QTensor[Affi
     return open_affine(blocks, kind, grid).coded()
 
 
+def own_grid(kind: BlockType) -> Affine:
+    """The uniform grid that a type is: all of its codes, a group for each of its blocks."""
+    return Affine(_BITS[kind.name], kind.size, kind.name != "Q4_1")
+
+
 def open_affine(blocks: Tensor, kind: BlockType, grid: Affine) -> Dense:
     """The same weight, its codes still packed."""
     rows = len(blocks)

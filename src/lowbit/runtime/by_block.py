@@ -13,10 +13,9 @@ from torch import Tensor
 
 from ..artifact.files import REPORT
 from ..grid import Affine
-from ..model.beside import Beside, Kept
 from ..model.block import Block
 from ..model.context import TOKENS_PER_PASS
-from ..model.model import Model, Streams
+from ..model.passing import hidden_of
 from ..model.stream import ModelStream
 from .decoded import DecodedArtifact
 
@@ -56,28 +55,13 @@ class ByBlock:
         """Windows of so many tokens in one pass of a block."""
         return max(1, TOKENS_PER_PASS // length)
 
-    @torch.no_grad()
     def hidden(self, windows: Tensor, progress: Callable[[], None]) -> Tensor:
         """What leaves the last block, (n, length, width) float32.
 
         Args:
             windows: (n, length) int64. progress: called after each block.
         """
-        source = self.source
-        x, own = source.entering(windows, torch.float32)
-        kwargs = source.block_kwargs(windows.shape[1])
-        source.release()
-        # No linear is coded: whatever grid a block is told is not used.
-        model = Model(source, lambda _: Affine(8), (), windows)
-        streams = Streams(x, x, 0, beside=Beside(own, own))
-        for i in range(len(source)):
-            block = self._reading(model.read(i, streams, kwargs[i]), i)
-            context, left = block.context, Kept(len(x), None, x)
-            x = block.run(x, given=context.given, keep=left)
-            beside = streams.beside.after(context.place, left.values, left.values)
-            streams = replace(streams, x=x, xq=x, beside=beside)
-            progress()
-        return x
+        return hidden_of(self.source, windows, Affine(8), self._reading, progress)
 
     def _reading(self, block: Block, i: int) -> Block:
         """The block as the artifact reads inputs, keys and values."""

@@ -132,7 +132,7 @@ def verify(
     report = read_report(folder)
     if loading == "blocks" and not _by_block(report):
         raise LowbitError(
-            f"--load blocks is for artifacts that transformers loads by itself, and '{folder}' is "
+            f"--load blocks is for what transformers loads by itself, and '{folder}' is "
             f"in the format {report['format']}: leave it out."
         )
     counts = check_tensors(folder, report) if tensors else check_names(folder, report)
@@ -141,7 +141,8 @@ def verify(
     reader, proof = READERS[report["format"]], read_shard(folder / PROOF)
     last = proof["logits"].shape[1]
     if report["format"] == gguf.NAME:
-        return _verify_gguf(folder, report, Verification(*counts, "passed"), proof, python)
+        given = Verification(*counts, "passed"), proof, python, _loading(folder, report, loading)
+        return _verify_gguf(folder, report, *given)
     found = runtime_logits(
         folder,
         proof["ids"],
@@ -168,8 +169,9 @@ def verify(
 
 
 def _by_block(report: dict[str, Any]) -> bool:
-    """Whether the runtime of an artifact can have one block in memory at a time."""
-    return READERS[report["format"]].by_block
+    """Whether a runtime of an artifact can have one block in memory at a time."""
+    decoder = GGUF_DECODER if report["format"] == gguf.NAME else READERS[report["format"]]
+    return decoder.by_block
 
 
 def _loading(folder: Path, report: dict[str, Any], asked: str) -> Loading:
@@ -182,7 +184,12 @@ def _loading(folder: Path, report: dict[str, Any], asked: str) -> Loading:
 
 
 def _verify_gguf(
-    folder: Path, report: dict[str, Any], done: Verification, proof: dict[str, Tensor], python: str
+    folder: Path,
+    report: dict[str, Any],
+    done: Verification,
+    proof: dict[str, Tensor],
+    python: str,
+    loading: Loading,
 ) -> Verification:
     """The file as the gguf package decodes it, computed by transformers in float32, and as
     llama.cpp runs it.
@@ -195,11 +202,14 @@ def _verify_gguf(
     if own not in GGUF_DECODED:
         exact = f"no loader of transformers that reads GGUF files of '{own}' models"
     elif "Q2_0" not in report["gguf"]["types"]:  # not known to releases of the package up to 0.19
-        exact = runtime_logits(folder, proof["ids"], gguf.NAME, last, reader=GGUF_DECODER)
+        exact = runtime_logits(
+            folder, proof["ids"], gguf.NAME, last, reader=GGUF_DECODER, loading=loading
+        )
     if not isinstance(exact, str):
         decoded, top1 = _compared(
             folder, GGUF_DECODER, proof["logits"], exact["logits"], GGUF_DECODER.within
         )
+        done = replace(done, loading="blocks" if "blocks" in exact else "whole")
     found = runtime_logits(folder, proof["ids"], gguf.NAME, last, python=python)
     if isinstance(found, str):
         missing = (

@@ -130,6 +130,9 @@ def numbers_in(folder: Path, report: dict[str, Any]) -> int:
     Args:
         report: of an artifact whose tensors were checked.
     """
+    if report["format"] == gguf.NAME:
+        entries = gguf.Reader(folder / report["gguf"]["file"]).entries.values()
+        return sum(math.prod(e.shape) for e in entries)
     format_ = FORMATS[report["format"]]
     total = 0
     for entry in report["linears"]:

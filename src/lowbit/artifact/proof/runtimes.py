@@ -59,7 +59,7 @@ _MLX = Reader("with_mlx.py", "mlx-lm", 6e-2)
 _LLAMACPP = Reader("with_llamacpp.py", "llama.cpp", 6e-2)
 _TRANSFORMERS = Reader("with_transformers.py", "transformers", WITHIN, by_block=True)
 # All of the file but for what llama.cpp computes of it.
-GGUF_DECODER = Reader("with_transformers.py", "transformers and gguf", WITHIN)
+GGUF_DECODER = Reader("with_transformers.py", "transformers and gguf", WITHIN, by_block=True)
 # Model types that transformers (5.23) makes of such a file and its config.
 GGUF_DECODED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "qwen3_moe")
 READERS = {

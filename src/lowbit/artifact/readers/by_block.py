@@ -16,12 +16,14 @@ class CannotStream(Exception):
     """This transformers, or this model, has to be loaded whole."""
 
 
-def streamed(kind, folder, settle):
+def streamed(kind, folder, settle, files_of=None, config=None, **options):
     """The model with nothing in its blocks, which fill and empty themselves.
 
     Args:
         kind: automatic class that loads it. settle: called with every block once it is filled and
             decoded; what lies outside becomes float32.
+        files_of: see `Files`, which it is by default. config: of transformers, by default as the
+            folder has it. options: of ``from_pretrained``.
     """
     import torch
     import transformers
@@ -34,7 +36,8 @@ def streamed(kind, folder, settle):
         )
     except ImportError:
         raise CannotStream from None
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = config or transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    files_of, options = files_of or Files, {"dtype": "auto", **options}
     base = modeling_utils.PreTrainedModel
     move = getattr(base, "_move_missing_keys_from_meta_to_device", None)
     load = getattr(base, "_load_pretrained_model", None)
@@ -47,14 +50,14 @@ def streamed(kind, folder, settle):
 
     def noted(model, state_dict, files, load_config, *rest, **more):
         """Loads what lies outside the blocks."""
-        kept["config"], kept["files"] = load_config, Files(folder, model, load_config)
+        kept["config"], kept["files"] = load_config, files_of(folder, model, load_config)
         outside = kept["files"].tensors(None)
         return load(model, outside, None, load_config, *rest, **more)
 
     base._move_missing_keys_from_meta_to_device = only_buffers
     base._load_pretrained_model = staticmethod(noted)
     try:
-        model = kind.from_pretrained(folder, config=config, dtype="auto", trust_remote_code=False)
+        model = kind.from_pretrained(folder, config=config, trust_remote_code=False, **options)
     finally:
         base._move_missing_keys_from_meta_to_device = move
         base._load_pretrained_model = staticmethod(load)
@@ -69,6 +72,19 @@ def streamed(kind, folder, settle):
     return Streamed(model, files, load_config, compressor, settle, torch)
 
 
+def blocks_of(model):
+    """Name of the module list that holds a model's blocks."""
+    from torch import nn
+
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    fitting = [n for n, m in lists.items() if len(m) == count]
+    if not fitting:
+        raise CannotStream
+    # A tower may have as many, and of packed weights only buffers tell the size.
+    return max(fitting, key=lambda n: len(lists[n].state_dict()))
+
+
 class Files:
     """Which tensors of the files belong to which block.
 
@@ -78,20 +94,13 @@ class Files:
     """
 
     def __init__(self, folder, model, load_config):
-        from torch import nn
         from transformers import core_model_loading as loading
 
         path = Path(folder, "model.safetensors.index.json")
         if not path.is_file():
             raise CannotStream
         self.folder, self.file_of = Path(folder), json.loads(path.read_text())["weight_map"]
-        lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        fitting = [n for n, m in lists.items() if len(m) == count]
-        if not fitting:
-            raise CannotStream
-        # A tower may have as many, and of packed weights only buffers tell the size.
-        self.blocks = max(fitting, key=lambda n: len(lists[n].state_dict()))
+        self.blocks = blocks_of(model)
         mapping = load_config.weight_mapping or []
         renamings = [e for e in mapping if isinstance(e, loading.WeightRenaming)]
         converters = [e for e in mapping if isinstance(e, loading.WeightConverter)]

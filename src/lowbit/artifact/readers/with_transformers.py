@@ -109,14 +109,9 @@ def decoded(model):
     return torch.nn.Module.float(model)
 
 
-def of_gguf(folder):
-    """The model as transformers makes it of the file alone, every weight decoded by the gguf
-    package, in float32.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of_gguf(folder, file):
+    from transformers import AutoConfig
 
-    (file,) = sorted(Path(folder).glob("*.gguf"))
     config = AutoConfig.from_pretrained(folder, gguf_file=file.name)
     own = AutoConfig.from_pretrained(Path(folder, "proof"))
     # In the file too, but transformers (5.23) does not look for them in all families.
@@ -132,9 +127,33 @@ def of_gguf(folder):
     ):
         if getattr(own, key, None) is not None:
             setattr(config, key, getattr(own, key))
-    return AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, config=config, dtype=torch.float32
-    ).eval()
+    return config
+
+
+def of_gguf(folder, rows, last, by_block):
+    """Logits of the model as transformers makes it of the file alone, every weight decoded by the
+    gguf package, in float32; and of how many blocks one was in memory at a time.
+    """
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM as Kind
+
+    (file,) = sorted(Path(folder).glob("*.gguf"))
+    how = {
+        "gguf_file": file.name,
+        "config": config_of_gguf(folder, file),
+        "dtype": torch.float32,
+    }
+    if by_block:
+        from by_block import CannotStream, streamed
+        from by_part import Parts
+
+        parts = Parts(file)
+        with contextlib.suppress(CannotStream):
+            with parts.nothing():
+                model = streamed(Kind, folder, torch.nn.Module.float, parts.of, **how)
+            return {"logits": model.logits(rows, last), "blocks": np.array([model.blocks])}
+    return {"logits": passed(Kind.from_pretrained(folder, **how).eval(), rows, last)}
 
 
 def in_narrow(folder, rows, last):
@@ -171,7 +190,7 @@ def read(folder, given, arguments):
     rows = torch.tensor(given["ids"])
     with torch.no_grad():
         if method == "gguf":
-            return {"logits": passed(of_gguf(folder), rows, last)}
+            return of_gguf(folder, rows, last, load == "blocks")
         if method in _NEEDED:
             return in_narrow(folder, rows, last)
         if method == "lowbit":

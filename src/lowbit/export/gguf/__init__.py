@@ -30,8 +30,8 @@ from ..place import Place, place
 from ..source import Linear, Source
 from . import tokens
 from .model import Architecture, Spot, joined
-from .rounded import RoundedModel
-from .types import FLOATS, REST, Held, as_it_lies, chosen, held, rounded
+from .rounded import Inside, RoundedModel
+from .types import FLOATS, REST, Held, chosen, decoded, held, rounded
 from .written import Written
 
 TYPES = tuple(b.name.lower() for b in BLOCKS.values() if b.name.lower() not in FLOATS)
@@ -173,8 +173,7 @@ class _Export:
             if len(t.shape) > 1 and not self.architecture.spot(full).is_router
         )
         ids = read_shard(self.source.folder / PROOF)["ids"]
-        anew = inexact or ids.shape[1] > self.architecture.context
-        model = RoundedModel(self.config, self.architecture.spot) if anew else None
+        anew, moved = inexact or ids.shape[1] > self.architecture.context, None
         with place(self.source, output, carry=False) as made:
             with (
                 disk(path := made.partial / self.file),
@@ -183,12 +182,12 @@ class _Export:
                 written = Written(file, made.hashing)
                 for full, kept in self._tensors(made.hashing):
                     written.add(self.architecture.spot(full), kept.rows)
-                    if model is not None:
-                        model.put(full, self.architecture.given(full, kept.decode()))
                 if self.architecture.factors is not None:
                     written.add(
                         Spot("rope_freqs.weight"), self.architecture.factors.view(torch.uint8)
                     )
+                if anew:
+                    moved = self._prove(made, RoundedModel(self.source, self._views(file)))
             made.add_gguf(self.file, written.record([e.name for e in entries]))
             made.leave_out(self.source.copied, "GGUF has no name for it")
             made.report["gguf"] = {
@@ -196,13 +195,32 @@ class _Export:
                 "types": dict(Counter(k.name for k in self.kinds.values())),
                 "outer": self.outer,
                 "remarks": self.remarks,
-                "moved": None if model is None else self._prove(made, model),
+                "moved": moved,
             }
             made.write((PROOF.parent / "tokens.json").as_posix(), self.words.samples)
             inside = self.source.config if self.config is self.whole else self.config.to_dict()
             plain = {k: v for k, v in inside.items() if k != "quantization_config"}
             made.write((PROOF.parent / "config.json").as_posix(), plain)
             return made.close(gguf.NAME, self.known, python)
+
+    def _views(self, file: gguf.Writer) -> dict[str, Inside]:
+        """Parameters by their names in the artifact, as they are read back from the file."""
+
+        def inside(full: str, shape: tuple[int, ...], kind: BlockType) -> Inside:
+            spot, columns = self.architecture.spot(full), shape[-1]
+
+            def read() -> Tensor:
+                rows = file.back(spot.tensor, spot.part).view(-1, kind.row_bytes(columns))
+                return self.architecture.given(full, decoded(rows, kind).view(shape))
+
+            return Inside(shape, read)
+
+        linears = {
+            f"{n}.weight": inside(f"{n}.weight", shape, self.kinds[n])
+            for n, shape in self.source.shapes.items()
+        }
+        others = {n: inside(n, t.shape, self._rest_of(n, t)) for n, t in self.others.items()}
+        return {**linears, **others}
 
     def _tensors(self, hashing: Hashing) -> Iterator[tuple[str, Held]]:
         """(full parameter name, what the file will hold of it), one shard of the source in memory
@@ -227,7 +245,7 @@ class _Export:
                     continue
                 if value.dim() == 1:
                     vector = self.architecture.stored(full, value).contiguous()
-                    yield full, Held(vector.view(torch.uint8), vector.double, 0.0)
+                    yield full, Held(vector.view(torch.uint8), 0.0)
                     continue
                 kind, kept = rounded(
                     value, self._rest_of(full, self.others[full]).name.lower(), full
@@ -244,11 +262,12 @@ class _Export:
         those, relative to their spread.
         """
         proof, context = read_shard(self.source.folder / PROOF), self.architecture.context
-        logits = model.logits(proof["ids"])[:, -proof["logits"].shape[1] :]
+        last = proof["logits"].shape[1]
+        logits = model.logits(proof["ids"], last)
         moved = compare_logits(proof["logits"], logits)[0]
         ids = proof["ids"][:, :context].contiguous()
         if ids.shape[1] < proof["ids"].shape[1]:
-            logits = model.logits(ids)[:, -proof["logits"].shape[1] :]
+            logits = model.logits(ids, last)
         save_shard(made.partial / PROOF, {"ids": ids, "logits": logits.contiguous()})
         return moved
 
@@ -264,6 +283,6 @@ def _held(linear: Linear, kind: BlockType, order: Tensor | None) -> Held:
     """A linear in a block type, its rows in another order."""
     if isinstance(linear.grid, KQuant):
         rows = linear.blocks()
-        return as_it_lies(rows if order is None else rows[order], linear.grid)
+        return Held(rows if order is None else rows[order], 0.0)
     q = linear.packed()
     return held(q if order is None else q.ordered(order), kind, linear.name)

@@ -1,52 +1,85 @@
-"""The model that an export holds, where its numbers are not quite those that were tuned."""
+"""The model that a file holds, where its numbers are not quite those that were tuned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ...model.experts import replace_fused
+from ...formats.packing import packed_linears
+from ...model.checkpoint import Checkpoint, Stored
+from ...model.computed import At, Computed
+from ...model.config import load_config
+from ...model.opened import Opened
+from ...model.passing import hidden_of
+from ...model.stream import ModelStream
+from ...model.wrapper import text_config
+from ..source import Source
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A parameter as the file holds it; see `lowbit.model.computed.View`.
+
+    Attributes:
+        shape: of the parameter. decoded: gives it, of any floating-point dtype.
+    """
+
+    shape: tuple[int, ...]
+    decoded: Callable[[], Tensor]
+
+    @property
+    def stored(self) -> Stored:
+        """In float32, whatever the artifact has."""
+        return Stored(self.shape, "F32")
+
+    def read(self, at: At) -> Tensor:
+        """Decode the parameter, and take a part."""
+        return self.decoded().float().view(self.shape)[at]
+
+
+class _Held(Computed):
+    """An artifact that shows other numbers for its parameters."""
+
+    def __init__(self, source: Source, views: Mapping[str, Inside]) -> None:
+        super().__init__(source.folder)
+        self._views = views
+
+    @property
+    def views(self) -> Mapping[str, Inside]:
+        """See `Computed`."""
+        return self._views
+
+    @cached_property
+    def left_out(self) -> Mapping[str, str]:
+        """See `Checkpoint`: codes and scales."""
+        held = Checkpoint.stored(self)
+        packed = set(packed_linears(held))
+        return {
+            n: "of a packed linear"
+            for n in held
+            if n not in self._views and n.rpartition(".")[0] in packed
+        }
 
 
 class RoundedModel:
-    """A transformers model in float32 that takes its weights one by one.
+    """The model, one block in memory at a time, computed in float32.
 
     Args:
-        config: of transformers. spot: full parameter name, as transformers or a checkpoint has it
-            -> where it lies, the same for both.
+        source: the artifact that was exported. views: every parameter that the file holds, by its
+            name in the artifact.
     """
 
-    def __init__(self, config: Any, spot: Callable[[str], Hashable] = str) -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
+    def __init__(self, source: Source, views: Mapping[str, Inside]) -> None:
+        held = _Held(source, views)
+        whole = load_config(held)
+        opened = Opened(held, held.stored(), whole, text_config(whole, held.name))
+        self._stream = ModelStream(opened, "cpu", torch.float32)
+        self._grid = next(iter(source.grids.values()))
 
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with no_init_weights():
-            self._model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager"
-            ).eval()
-        self._model.tie_weights()
-        replace_fused(self._model)
-        self._spot = spot
-        self._left = {spot(n): (n, p) for n, p in self._model.named_parameters()}
-
-    @torch.no_grad()
-    def put(self, full: str, value: Tensor) -> None:
-        """One parameter by its full name; a copy of a tied one that a file holds all the same is
-        left out.
-        """
-        _, own = self._left.pop(self._spot(full), (full, None))
-        if own is not None:
-            own.copy_(value)
-
-    @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
-        """(n, length) int64 -> (n, length, vocab) float32."""
-        if self._left:
-            name, _ = next(iter(self._left.values()))
-            raise ValueError(f"'{name}' was never put in")
-        return torch.cat([self._model(row[None], use_cache=False).logits for row in ids])
+    def logits(self, ids: Tensor, last: int) -> Tensor:
+        """(n, length) int64 -> (n, last, vocab) float32, of the last positions."""
+        return self._stream.head(hidden_of(self._stream, ids, self._grid)[:, -last:])

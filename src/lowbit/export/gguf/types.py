@@ -4,7 +4,7 @@ can say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,17 @@ from ...formats.ggml import (
     BLOCKS,
     BlockType,
     open_affine,
+    own_grid,
     pack_affine,
     pack_k,
     unpack_affine,
     unpack_k,
 )
-from ...grid import Affine, AffineParams, AnyGrid, KQuant, KQuantParams, QTensor
+from ...grid import Affine, AffineParams, AnyGrid, KQuant, QTensor
 from ..extra import extra_error, other_codes, steps_of
 
-FLOATS = ("f32", "f16", "bf16")
+_CASTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = tuple(_CASTS)
 # a type that is chosen unasked may take this many times the bytes of the one made for the grid:
 # Q4_1 for Q4_K, no more
 _LARGER = 1.2
@@ -39,13 +41,22 @@ class Held:
     """A weight as a file will hold it.
 
     Attributes:
-        rows: (out, bytes of a row) uint8. decode: (out, in) float64, what the rows say. extra: see
-            `extra_error`; 0 is exact.
+        rows: (out, bytes of a row) uint8. extra: see `extra_error`; 0 is exact.
     """
 
     rows: Tensor
-    decode: Callable[[], Tensor]
     extra: float
+
+
+def decoded(rows: Tensor, kind: BlockType) -> Tensor:
+    """What rows of a file say: (out, bytes of a row) uint8 -> (out, in) float64."""
+    name = kind.name.lower()
+    if name in _CASTS:
+        return rows.view(_CASTS[name]).double()
+    if "_k" in name:
+        q = unpack_k(rows, KQuant(name))  # type: ignore[arg-type]
+        return q.grid.decode(q.codes, q.params.double())
+    return open_affine(rows, kind, own_grid(kind)).coded().decode(torch.float64)
 
 
 def types_of(grid: AnyGrid) -> tuple[BlockType, ...]:
@@ -177,11 +188,6 @@ def _misfit(grid: AnyGrid, columns: int, kind: BlockType) -> str | None:
     return f"it has a scale for every {unit} inputs, which does not divide groups of {size}"
 
 
-def as_it_lies(rows: Tensor, grid: KQuant) -> Held:
-    """A weight that an artifact holds in the very blocks."""
-    return Held(rows, lambda: _decoded(unpack_k(rows, grid)), 0.0)
-
-
 def held(q: Weight, kind: BlockType, name: str) -> Held:
     """A weight on a uniform grid in a block type, rows in the order in which they come.
 
@@ -197,7 +203,7 @@ def held(q: Weight, kind: BlockType, name: str) -> Held:
     if not same.same_codes(own):
         raise other_codes(name)
     extra = extra_error(steps_of(own), steps_of(same), own.columns, lambda: own.codes)
-    return Held(rows, lambda: same.coded().decode(torch.float64), extra)
+    return Held(rows, extra)
 
 
 def _refitted(q: Weight, kind: BlockType, name: str) -> Held:
@@ -218,11 +224,7 @@ def _refitted(q: Weight, kind: BlockType, name: str) -> Held:
     scale, offset = steps_of(back)
     own, now = steps_of(q), (scale, offset - scale * shift)
     extra = extra_error(own, now, q.shape[1], lambda: tuned)
-    return Held(rows, lambda: _decoded(unpack_k(rows, grid)), extra)
-
-
-def _decoded(q: QTensor[KQuant, KQuantParams]) -> Tensor:
-    return q.grid.decode(q.codes, q.params.double())
+    return Held(rows, extra)
 
 
 def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
@@ -238,16 +240,14 @@ def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
             "divide"
         )
     if asked in FLOATS:
-        cast: Any = weight.to(
-            {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[asked]
-        ).contiguous()
+        cast: Any = weight.to(_CASTS[asked]).contiguous()
         if not bool(torch.isfinite(cast).all()):
             raise LowbitError(
                 f"'{name}' has numbers beyond float16: choose another type for --embeddings."
             )
         rows = cast.view(torch.uint8)
         if torch.promote_types(weight.dtype, cast.dtype) == cast.dtype:
-            return kind, Held(rows, cast.double, 0.0)
+            return kind, Held(rows, 0.0)
         value = cast.double()
     elif asked == "q8_0":
         grid = Affine(8, kind.size, symmetric=True)
@@ -271,6 +271,4 @@ def rounded(weight: Tensor, asked: str, name: str) -> tuple[BlockType, Held]:
         back = unpack_k(rows, six)
         value = six.decode(back.codes, back.params.double())
     square = weight.double().square().mean().clamp(min=1e-300)
-    return kind, Held(
-        rows, lambda: value, float((value - weight.double()).square().mean() / square)
-    )
+    return kind, Held(rows, float((value - weight.double()).square().mean() / square))
