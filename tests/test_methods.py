@@ -15,6 +15,7 @@ from lowbit.grid import Affine, PerToken
 from lowbit.methods import AWQ, GPTQ, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ, _prefetch
 from lowbit.methods._batches import copied
 from lowbit.methods._prefetch import Prefetcher
+from lowbit.methods._race import least
 from lowbit.methods._reconstruct import Reconstruction
 from lowbit.methods._rounding import FROZEN, inverse_rectified, rectified
 from lowbit.methods._rounding.hardening import quantile
@@ -523,3 +524,25 @@ def test_candidates_that_are_no_numbers_never_win(block):
     candidates = [(ones * float("nan"), 0.1), (ones, 0.2), (ones, 0.3)]
     assert best_scale(block, site, seen, candidates)[1] == 0.2  # of equals the first
     assert best_scale(block, site, seen, candidates[:1])[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    "compute, bad, exponent",
+    [(torch.bfloat16, 1, 0.0), (torch.bfloat16, 0, 0.7), (torch.float32, 1, 0.7)],
+)
+def test_what_wins_in_16_bits_is_checked_in_float32(block, monkeypatch, compute, bad, exponent):
+    """Against no factor at all; in float32 nothing is checked."""
+    block = block.computing(compute)
+    (site, *_) = [s for s in block.graph.sites if s.probe not in s.reads]
+    seen = collect_inputs(block, [site], 8)[site.reads[0]]
+    ones = torch.ones(len(seen.size), dtype=torch.float64)
+    spread = torch.logspace(-4, 0, len(ones), dtype=torch.float64)
+    factors, asked = ([spread, ones] if bad == 0 else [ones, spread]), []
+
+    def wrong_at_first(count, parts, errors, doubt=0.0):
+        asked.append(count)
+        return 1 if len(asked) == 1 else least(count, parts, errors, doubt)
+
+    monkeypatch.setattr("lowbit.methods._scale_search.least", wrong_at_first)
+    found = best_scale(block, site, seen, list(zip(factors, (0.0, 0.7), strict=True)))
+    assert found[1] == exponent and len(asked) == (1 if compute == torch.float32 else 2)

@@ -5,7 +5,7 @@ and the error under a candidate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch.func import functional_call
 
 from ..grid import AnyGrid, InputQuantizer
 from ..model.block import Block, first
+from ..model.context import in_dtype
 from ..model.graph import Site
 from ..model.hooks import quantized_inputs
 from ..model.statistics import Call, Value
 from ..model.statistics import Seen as Arrived
 from . import _gram
-from ._race import least
+from ._race import FIRST, least
 
 _TOKENS = 1024  # of a batch on which a candidate's error is computed before it is looked at
 _PARTS = 8  # of a linear's outputs, likewise
@@ -118,11 +119,28 @@ def best_scale(
     Args:
         doubt: see `least`.
     """
-    trials = _Trials(block, site, seen, [factor for factor, _ in candidates])
+    factors = [factor for factor, _ in candidates]
+    trials = _Trials(block, site, seen, factors)
     best = least(len(candidates), trials.parts, trials.errors, doubt)
+    if best and trials.coarse:
+        best = _checked(block, site, seen, [factors[0], factors[best]], (0, best))
     if best is None:
         return torch.ones(len(seen.size), dtype=torch.float64, device=block.device), 0.0
     return candidates[best]
+
+
+def _checked(
+    block: Block, site: Site, seen: Seen, factors: Sequence[Tensor], numbers: tuple[int, int]
+) -> int | None:
+    """Which of two candidates has the least error on a few parts, computed in float32."""
+    wide = block.computing(torch.float32)
+    calls = [
+        Call(in_dtype(c.args, wide.compute), in_dtype(c.kwargs, wide.compute))
+        for c in seen.calls[:FIRST]
+    ]
+    trials = _Trials(wide, site, replace(seen, calls=calls), factors)
+    best = least(2, trials.parts, trials.errors)
+    return None if best is None else numbers[best]
 
 
 Trial = tuple[dict[str, Tensor], dict[str, InputQuantizer]]
@@ -132,7 +150,8 @@ class _Trials:
     """The quantized readers of a site under each factor, and their errors.
 
     Attributes:
-        parts: of an error, the most that any rank has.
+        parts: of an error, the most that any rank has. coarse: whether errors are of passes in 16
+            bits.
     """
 
     def __init__(self, block: Block, site: Site, seen: Seen, factors: Sequence[Tensor]) -> None:
@@ -141,6 +160,7 @@ class _Trials:
         self._probe: _LinearProbe | _ModuleProbe = (
             _LinearProbe(block, site, seen) if linear else _ModuleProbe(block, site, seen.calls)
         )
+        self.coarse = not linear and block.compute.itemsize < torch.float32.itemsize
         [self.parts] = block.ranks.stacked(torch.tensor([self._probe.parts])).amax(0).tolist()
         bytes_ = sum(block.weight(n).nbytes for n in site.reads)
         self._held = len(factors) * bytes_ <= _HELD

@@ -114,8 +114,7 @@ class Context:
 
     def computing(self, dtype: torch.dtype) -> Context:
         """The same with the forward pass in another dtype."""
-        kwargs = {k: _cast(v, dtype) for k, v in self.kwargs.items()}
-        return replace(self, compute=dtype, kwargs=kwargs)
+        return replace(self, compute=dtype, kwargs=in_dtype(self.kwargs, dtype))
 
     def prefetch(self, rows: Tensor | slice, *streams: Tensor) -> None:
         """Hint that these rows of streams will be read next, see `Storage.prefetch`."""
@@ -146,7 +145,10 @@ class Context:
             yield self.arriving(x[part], device), picked(given, part)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A value with the floating-point tensors in it, also in tuples and mappings, in a dtype."""
     if isinstance(value, tuple):
-        return tuple(_cast(v, dtype) for v in value)
+        return tuple(in_dtype(v, dtype) for v in value)
+    if isinstance(value, Mapping):
+        return {k: in_dtype(v, dtype) for k, v in value.items()}
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
