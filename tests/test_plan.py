@@ -13,6 +13,7 @@ from lowbit import machine
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.grid.names import parse_scheme
+from lowbit.grid.triton_kernels import tried
 from lowbit.model.outline import Outline
 from lowbit.plan import Plan, Setting, make_plan, memory, read_config
 from lowbit.plan import speed as estimate
@@ -392,15 +393,17 @@ def test_every_kind_of_work_counts_at_its_own_rate():
         assert sum(of.values()) == pytest.approx(seconds(name))
     assert parts["rtn"]["single"] == 0
     square = 14336**2 * 32 / 50e12
-    # The Gram matrix of down_proj's inputs, in float32.
-    assert parts["awq"]["single"] > 2 * 128 * 2048 * square
-    # Its Hessian is of 16-bit inputs, and inverted in float32.
-    assert parts["gptq"]["half"] > parts["rtn"]["half"] + 2 * 128 * 2048 * square * 50 / 650
+    # The Gram matrix of down_proj's inputs, which are 16 bits; the error by it is of float32.
+    for name in ("awq", "gptq"):
+        assert parts[name]["half"] > parts["rtn"]["half"] + 2 * 128 * 2048 * square * 50 / 650
+    assert parts["awq"]["single"] > 2 * 4096 * square
+    # A Hessian is inverted in float32.
     assert parts["gptq"]["single"] > 2 * 14336 * square
+    passed = 24 if tried(GPU) else 80  # bytes of a weight
     hardened = seconds(
         "default", settings=["tesseraq.schedule=exponential-5-100", "tesseraq.iters=6"]
     ) - seconds("default")  # as many steps
-    assert hardened == pytest.approx(50 * 80 * linears_of(4096, 14336, 32) * 32 / 2.6e12)
+    assert hardened == pytest.approx(50 * passed * linears_of(4096, 14336, 32) * 32 / 2.6e12)
     logits = seconds("default") - seconds("default", settings=["tesseraq.objective=block"])
     assert logits > 600 * 6 * 4 * 2048 * 4096 * 128256 / 650e12
 

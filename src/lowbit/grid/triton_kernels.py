@@ -14,6 +14,11 @@ from types import ModuleType
 import torch
 
 
+def tried(device: torch.device) -> bool:
+    """Whether there may be kernels for a device; they have not been built."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 @functools.cache
 def kernels(name: str, device: torch.device) -> ModuleType | None:
     """A module of kernels, or None: not a CUDA device, no triton, or kernels that cannot be built
@@ -26,7 +31,7 @@ def kernels(name: str, device: torch.device) -> ModuleType | None:
     Raises:
         OutOfMemoryError: there is no memory to try them with.
     """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if not tried(device):
         return None
     module = importlib.import_module(name)
     try:

@@ -342,15 +342,16 @@ def _scales_work(method: AWQ, shapes: Shapes, tokens: int) -> dict[str, Work]:
     rest = layer.active - sum(
         layer.share(n) * a * b for n, (a, b) in layer.linears.items() if n in known
     )
-    judged = summed = 0.0
+    gathered = judged = summed = 0.0
     for names in inner:
         wide, outputs = layer.linears[names[0]][1], sum(layer.linears[n][0] for n in names)
-        judged += 2.0 * tokens * layer.share(names[0]) * wide**2
+        gathered += 2.0 * tokens * layer.share(names[0]) * wide**2
         judged += all_.part(2.0 * outputs * wide**2 * tried)
         summed += 4.0 * wide**2
     moved = float(_CANDIDATE * layer.weights * method.exponents)
     return {
         "scale search": shapes.products(2.0 * rest * tokens * (1 + tried))
+        + shapes.grams(gathered)
         + Work(single=judged)
         + all_.summed(summed),
         "candidates rounded": Work(moved=moved),
@@ -366,4 +367,4 @@ def _clip_work(method: AWQ, shapes: Shapes, tokens: int) -> Work:
     own = Work(single=searched, moved=moved) * all_.part(1)
     squares = sum(4.0 * width * (size or width) for width in shapes.widths)
     limits = sum(4.0 * 4 * a * (b // (size or b)) for a, b in layer.linears.values())
-    return Work(single=moments) + own + all_.summed(squares) + all_.gathered(limits)
+    return shapes.grams(moments) + own + all_.summed(squares) + all_.gathered(limits)

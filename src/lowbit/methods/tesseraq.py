@@ -37,6 +37,7 @@ from torch import Tensor
 from ..arithmetic import multiplies_bfloat16
 from ..errors import LowbitError, unknown
 from ..grid import AnyGrid, LinearGrid, OrderedGrid
+from ..grid.triton_kernels import tried
 from ..model.block import Block
 from ..model.context import tokens_at_a_time
 from ._reconstruct import JUDGED_ROWS, JUDGED_TOKENS, Objective, Reconstruction
@@ -279,8 +280,9 @@ class TesseraQ:
 
 
 # Bytes that pass memory for every weight, temporaries included: in a step, the weights made and
-# their variables moved; in a phase, distances, bins, histogram, masks.
-_STEP, _HARDEN = 36, 80
+# their variables moved; in a phase, distances, bins, histogram, masks, none of which are written by
+# Triton's kernels.
+_STEP, _HARDEN, _HARDEN_FUSED = 36, 80, 24
 _BINNED = 1 << 16  # counts of a linear's distances that are added over processes
 # For every logit of a step: the softmax of both models in float32, the divergence, its gradient.
 _LOGITS = 44
@@ -327,11 +329,12 @@ def _parts(method: TesseraQ, shapes: Shapes) -> dict[str, Work]:
         exchanged += Work(moved=(made + gradients) * layer.weights)
     binned = near.summed(8.0 * _BINNED * len(layer.linears))
     moved = Work(moved=near.part(layer.weights))
+    hardened = _HARDEN_FUSED if tried(shapes.device) else _HARDEN
     return {
         "steps": steps,
         "exchange of steps": exchanged * method.steps,
         "soft weights": moved * (_STEP * method.steps),
-        "hardening": moved * (_HARDEN * phases) + binned * phases,
+        "hardening": moved * (hardened * phases) + binned * phases,
         "judging": shapes.forward(2 * shapes.learned(JUDGED_ROWS)),
     }
 
