@@ -30,7 +30,7 @@ from lowbit.evaluate.pages import write_comparison
 from lowbit.machine import pick_device
 from lowbit.names import hub_id, model_name
 from lowbit.recipe.presets import load_recipe, recipe_names
-from lowbit.run.quantize import Result
+from lowbit.run.asked import Result
 from lowbit.verbatim import code, code_block, literal, markdown, plotted, shell
 
 COMMANDS = {

@@ -38,8 +38,8 @@ from lowbit.evaluate import together
 from lowbit.model.calibration import Calibration
 from lowbit.names import hub_id, hub_of, model_name
 from lowbit.plan.targets import Verdict
+from lowbit.run.asked import Result
 from lowbit.run.events import BlockDone, Working
-from lowbit.run.quantize import Result
 from lowbit.verbatim import code, code_block, encodable, literal, markdown, plotted, shell
 
 # --- numbers with units ---------------------------------------------------------------------------

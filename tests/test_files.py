@@ -29,9 +29,9 @@ from lowbit.grid import Affine
 from lowbit.model.calibration import Rows
 from lowbit.model.checkpoint import Checkpoint, Stored
 from lowbit.recipe import Recipe
+from lowbit.run.asked import Asked
 from lowbit.run.closing import proof_ids
 from lowbit.run.identity import Original, state_of, versions
-from lowbit.run.quantize import Asked
 from lowbit.run.record import sizes
 
 # --- whole or not at all --------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from .machine import pick_device
 from .model.calibration import evaluation_windows
 from .model.checkpoint import Checkpoint
 from .model.tokenizer import load_tokenizer
-from .run.quantize import Result, quantize
+from .run.asked import Result
+from .run.quantize import quantize
 from .verbatim import shell
 
 RECIPES = ("rtn", "awq", "tesseraq")

@@ -20,8 +20,9 @@ from ...model.bos import said_of
 from ...model.calibration import evaluation_windows
 from ...model.source import open_files
 from ...model.tokenizer import load_tokenizer
+from ...run.asked import Result
 from ...run.identity import Original, state_of
-from ...run.quantize import Result, quantize
+from ...run.quantize import quantize
 from ..display import Progress
 from .files import read_state, write_state
 from .terms import Cell, Terms, resolved

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...formats.uniform import as_uniform
 from ...grid.names import parse_scheme
-from ...run.quantize import Result
+from ...run.asked import Result
 from ...verbatim import literal, shell
 from .units import duration, size
 
