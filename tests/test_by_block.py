@@ -172,8 +172,11 @@ def test_one_block_has_weights_at_a_time(artifact, monkeypatch):
         filled.append([b is block for b in inside])
         block.float()
 
+    given_back = []
+    monkeypatch.setattr(by_block, "_give_back_memory", lambda: given_back.append(len(filled)))
     model = by_block.streamed(T.AutoModelForCausalLM, artifact, settle)
     model.logits(torch.full((2, 8), 5), 4)
+    assert given_back == [n + 1 for n in range(model.blocks)]
     assert filled == [[True]] * model.blocks
     assert all(p.is_meta for b in model._blocks for p in b.parameters())
 

@@ -227,7 +227,7 @@ def test_torch_compile():
     assert_like_the_plain_one("inductor", 9, 32, torch.float32, 1)
 
 
-HARDENED = [(1, 2), (1, 9000), (3, 2048), (2, 5001), (300, 7)]
+HARDENED = [(1, 2), (1, 9000), (3, 2048), (2, 5001), (20, 7)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -250,7 +250,7 @@ def test_triton_on_the_gpu():
     for dtype in (torch.float32, torch.bfloat16):
         for rows, length in ((1, 1), (37, 64), (1000, 128), (5, 4100)):
             assert_like_the_plain_one("triton", rows, length, dtype, device="cuda")
-    for rows, length in HARDENED:
+    for rows, length in (*HARDENED, (300, 7)):  # which takes the interpreter half a minute
         assert_hardens_like_the_plain_one("triton", rows, length, "cuda")
 
 
