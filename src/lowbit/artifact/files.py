@@ -36,9 +36,9 @@ HASHED = (
     RECIPE,
     PROOF.as_posix(),
 )
-STATE = "run.json"
+STATE, POLISHED = "run.json", "polished.json"
 # Of a run at work; gone from a finished directory, unless it was killed while tidying.
-NOTES = (STATE, "shard-*.json", "*.tmp", LOCK, MOVING, f"{INSIDE}/*")
+NOTES = (STATE, "shard-*.json", POLISHED, "polish-*/*", "*.tmp", LOCK, MOVING, f"{INSIDE}/*")
 
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor | Raw]) -> None:

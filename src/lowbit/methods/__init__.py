@@ -4,7 +4,7 @@ returning a Block.
 
 from __future__ import annotations
 
-from . import awq, claq, crossquant, gptq, omniquant, quarot, rtn, tesseraq
+from . import awq, claq, crossquant, gptq, omniquant, polish, quarot, rtn, tesseraq
 from .awq import AWQ as AWQ
 from .claq import CLAQ as CLAQ
 from .crossquant import CrossQuant as CrossQuant
@@ -13,6 +13,7 @@ from .entry import ROLES as ROLES
 from .entry import Entry as Entry
 from .gptq import GPTQ as GPTQ
 from .omniquant import OmniQuant as OmniQuant
+from .polish import Polish as Polish
 from .quarot import QuaRot as QuaRot
 from .rtn import RTN as RTN
 from .smoothquant import SmoothQuant as SmoothQuant
@@ -39,4 +40,7 @@ METHODS: dict[str, Entry] = {
         CLAQ, "solver", claq.cost, claq.check, claq.before, claq.extra_bytes, claq.outliers
     ),
     "tesseraq": Entry(TesseraQ, "learner", tesseraq.cost, tesseraq.check, decides=tesseraq.decides),
+    "polish": Entry(
+        Polish, "polish", polish.cost, polish.check, further=polish.further, decides=polish.decides
+    ),
 }

@@ -12,7 +12,7 @@ from ..grid import AnyGrid
 from ..model.model import BlockMethod, Stage
 from .cost import Cost, Shapes, passes
 
-Role = Literal["rotation", "transform", "clip", "solver", "learner", "refiner"]
+Role = Literal["rotation", "transform", "clip", "solver", "learner", "refiner", "polish"]
 """What a method does to a weight, in the only order that makes sense.
 
     rotation    mixes channels, before others look at them
@@ -21,9 +21,10 @@ Role = Literal["rotation", "transform", "clip", "solver", "learner", "refiner"]
     solver      codes weights
     learner     codes what is left, or moves codes by what it learns
     refiner     changes what codes leave free, such as biases and norms
+    polish      trains what codes leave free end to end, after all blocks
 """
 ROLES: tuple[Role, ...] = get_args(Role)
-ONCE: tuple[Role, ...] = ("rotation", "solver")  # a second one would find nothing to do
+ONCE: tuple[Role, ...] = ("rotation", "solver", "polish")  # a second one would find nothing to do
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def none_kept(method: Any) -> None:
     """No weight stays in floating point."""
 
 
+def no_others(method: Any, length: int, samples: int) -> int:
+    """The calibration's rows are enough."""
+    return 0
+
+
 def the_recipe_alone(method: Any, device: torch.device) -> Decisive:
     """Nothing but the recipe's text decides."""
     return Decisive()
@@ -84,6 +90,8 @@ class Entry:
         outliers: (method) -> the option by which it keeps weights in floating point, or None.
         fixes_ranges: (method) -> whether this clip does, so that no other can come after it.
         decides: (method, device) -> what decides its result besides its knobs.
+        further: (method, tokens of a row, calibration rows) -> rows that it wants to be drawn
+            besides those.
     """
 
     kind: Callable[..., BlockMethod]
@@ -95,3 +103,4 @@ class Entry:
     outliers: Callable[[Any], str | None] = none_kept
     fixes_ranges: Callable[[Any], bool] = as_its_role
     decides: Callable[[Any, torch.device], Decisive] = the_recipe_alone
+    further: Callable[[Any, int, int], int] = no_others

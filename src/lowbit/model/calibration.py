@@ -69,6 +69,8 @@ class Rows:
             that are short enough to be used).
         conversations: documents among them that the model's chat template wrote out.
         first: token of the texts.
+        further: (k, length) int64 of the same kind as ``calibration``, none of them in it or held
+            out; k may be 0.
     """
 
     calibration: Tensor
@@ -77,18 +79,23 @@ class Rows:
     tokens_available: int
     conversations: int = 0
     first: int | None = None
+    further: Tensor | None = None
 
     @property
     def sha256(self) -> str:
-        """Over the bytes of both."""
+        """Over the bytes of all."""
         h = hashlib.sha256(self.calibration.numpy().tobytes())
         h.update(b"|" + self.held_out.numpy().tobytes())
+        if self.further is not None and len(self.further):
+            h.update(b"|" + self.further.numpy().tobytes())
         return h.hexdigest()
 
 
-def draw_rows(calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16) -> Rows:
-    """Exactly ``calib.samples`` rows, drawn with the seed, and up to ``held_out`` rows of other
-    text.
+def draw_rows(
+    calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16, further: int = 0
+) -> Rows:
+    """Exactly ``calib.samples`` rows, drawn with the seed, up to ``held_out`` rows of other text,
+    and up to ``further`` rows drawn as the first ones are, which changes none of the others.
 
     wikitext2: random windows of the joined train split (as GPTQ). c4: a random window of random
     documents that are longer than a row (as GPTQ, but no document twice). pile-val: documents of at
@@ -105,15 +112,16 @@ def draw_rows(calib: Calibration, tokenizer: Any, seed: int, held_out: int = 16)
         LowbitError: the source is missing, unreadable or too short; says how much there was.
             Conversations that the model has no chat template for.
     """
-    if held_out < 0:
-        raise LowbitError(f"held-out rows cannot be negative, got {held_out}.")
+    if min(held_out, further) < 0:
+        raise LowbitError(f"rows cannot be negative, got {min(held_out, further)}.")
     draw = _DRAWS.get(calib.source, _from_all)
-    rows = draw(calib, tokenizer, random.Random(seed), held_out)
-    calibration, spare = (
+    rows = draw(calib, tokenizer, random.Random(seed), held_out, further)
+    assert rows.further is not None
+    calibration, spare, more = (
         begun(t, tokenizer, calib.bos, calib.source, rows.first)
-        for t in (rows.calibration, rows.held_out)
+        for t in (rows.calibration, rows.held_out, rows.further)
     )
-    return replace(rows, calibration=calibration, held_out=spare)
+    return replace(rows, calibration=calibration, held_out=spare, further=more)
 
 
 def evaluation_windows(
@@ -195,7 +203,9 @@ def _too_short(c: Calibration, rows: int, tokens: int) -> LowbitError:
     return LowbitError(f"{there} Use a smaller --length or more text.")
 
 
-def _from_all(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
+def _from_all(
+    c: Calibration, tokenizer: Any, rng: random.Random, held_out: int, further: int
+) -> Rows:
     chats = 0
 
     def counted() -> Iterator[Document]:
@@ -212,36 +222,48 @@ def _from_all(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int)
     rest = order[c.samples : c.samples + held_out]
     spare = _spare(c, tokenizer, held_out) if c.source == "stdlib" else pool[sorted(rest)].long()
     drawn = pool[order[: c.samples]].long()
-    return Rows(drawn, spare, c.source, len(tokens), chats, tokens[0])
+    more = pool[order[c.samples + held_out :][:further]].long()
+    return Rows(drawn, spare, c.source, len(tokens), chats, tokens[0], more)
 
 
-def _from_one_document(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
+def _from_one_document(
+    c: Calibration, tokenizer: Any, rng: random.Random, held_out: int, further: int
+) -> Rows:
     ids = next(token_ids(tokenizer, iter_documents(c.source, "train")))
     last = len(ids) - c.length - 1
     if last < 0:
         raise _too_short(c, 0, len(ids))
-    starts = [rng.randint(0, last) for _ in range(c.samples)]
+    starts = [rng.randint(0, last) for _ in range(c.samples + further)]
     rows = torch.tensor([ids[s : s + c.length] for s in starts])
-    return Rows(rows, _spare(c, tokenizer, held_out), c.source, len(ids))
+    spare, drawn, more = _spare(c, tokenizer, held_out), rows[: c.samples], rows[c.samples :]
+    return Rows(drawn, spare, c.source, len(ids), further=more)
 
 
-def _from_long_documents(c: Calibration, tokenizer: Any, rng: random.Random, held_out: int) -> Rows:
+def _from_long_documents(
+    c: Calibration, tokenizer: Any, rng: random.Random, held_out: int, further: int
+) -> Rows:
     texts = [*iter_documents(c.source, "train")]
     rng.shuffle(texts)
     rows: list[list[int]] = []
-    tokens = 0
+    tokens = read = 0
     for ids in token_ids(tokenizer, texts):
-        tokens += len(ids)
+        read += len(ids)
         if len(ids) > c.length:
             start = rng.randint(0, len(ids) - c.length - 1)
             rows.append(ids[start : start + c.length])
-        if len(rows) == c.samples:
-            return Rows(torch.tensor(rows), _spare(c, tokenizer, held_out), c.source, tokens)
-    raise _too_short(c, len(rows), tokens)
+        if len(rows) <= c.samples and len(ids) > c.length:
+            tokens = read
+        if len(rows) == c.samples + further:
+            break
+    if len(rows) < c.samples:
+        raise _too_short(c, len(rows), read)
+    drawn = torch.tensor(rows)
+    spare, more = _spare(c, tokenizer, held_out), drawn[c.samples :]
+    return Rows(drawn[: c.samples], spare, c.source, tokens, further=more)
 
 
 def _from_short_documents(
-    c: Calibration, tokenizer: Any, rng: random.Random, held_out: int
+    c: Calibration, tokenizer: Any, rng: random.Random, held_out: int, further: int
 ) -> Rows:
     # All of them are.
     texts = [t.strip() for t in iter_documents(c.source, "train") if isinstance(t, str)]
@@ -253,10 +275,11 @@ def _from_short_documents(
         raise _too_short(c, len(rows), len(tokens))
     # The corpus has one split only, so what is held out are the documents that come next.
     spare = _cut(_joined(short, held_out * c.length), c.length)[:held_out].long()
-    return Rows(rows, spare, c.source, len(tokens))
+    more = _cut(_joined(short, further * c.length), c.length)[:further].long()
+    return Rows(rows, spare, c.source, len(tokens), further=more)
 
 
-_DRAWS: dict[str, Callable[[Calibration, Any, random.Random, int], Rows]] = {
+_DRAWS: dict[str, Callable[[Calibration, Any, random.Random, int, int], Rows]] = {
     "wikitext2": _from_one_document,
     "c4": _from_long_documents,
     "pile-val": _from_short_documents,

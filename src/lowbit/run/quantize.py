@@ -33,6 +33,7 @@ from .asked import Asked, Options, Result
 from .closing import close, proof_ids, quality, verified
 from .events import OnBlock, OnStep, Working
 from .identity import Original, fingerprint, sources
+from .polishing import check_rows, polishing
 from .record import source_of
 from .report import Facts
 from .shards import Outside, Shards
@@ -166,7 +167,13 @@ class _Run:
             LowbitError: there are too few, or the tokenizer is another model's.
         """
         tokenizer = load_tokenizer(self.stream.checkpoint)
-        rows = draw_rows(self.plan.recipe.calibration, tokenizer, self.asked.seed, HELD_OUT)
+        calibration = self.plan.recipe.calibration
+        further = sum(
+            e.further(m, calibration.length, calibration.samples)
+            for _, e, m in self.plan.recipe.entries
+        )
+        rows = draw_rows(calibration, tokenizer, self.asked.seed, HELD_OUT, further)
+        check_rows(self.plan.recipe, rows)
         top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))
         size = self.stream.config.vocab_size
         if top >= size:
@@ -202,6 +209,7 @@ class _Run:
                 ranks=self.ranks.size,
                 offload=self.offload,
                 quality=found,
+                polish=place.polished(),
                 started=self.started,
             )
             plan = replace(self.plan, recipe=recipe)
@@ -257,6 +265,7 @@ class _Run:
             *self.plan.stages,
             Outside(shards),
             Blocks(entered, shards, idle),
+            *polishing(self.plan.recipe, self.rows, replace(entered, rows=held_out[mine]), shards),
         )
         for stage in pipeline:
             model = stage(model)

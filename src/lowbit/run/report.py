@@ -29,7 +29,7 @@ class Facts:
         command: words of a command that makes the same artifact. source: where the model is from.
         original: its files, hashed. files: those that go along, and those that do not.
         rows: the calibration. seed, ranks, offload: as they were.
-        quality: on held-out text, None without any.
+        quality: on held-out text, None without any. polish: what is said of it, None without any.
         started: when, in seconds since the epoch.
     """
 
@@ -42,6 +42,7 @@ class Facts:
     ranks: int
     offload: Offload
     quality: Mapping[str, Any] | None
+    polish: Mapping[str, Any] | None
     started: float
 
 
@@ -92,6 +93,7 @@ def report_of(
         "hash": digest,
         "size": sizes(source.checkpoint.nbytes, source.stored, source.outer.left_out, records),
         "quality": facts.quality,
+        **({} if facts.polish is None else {"polish": dict(facts.polish)}),
         "blocks": [{k: v for k, v in r.items() if k not in own} for r in records[1:]],
         "copied": source.copied(),
         "carried": list(facts.files.carried),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -74,17 +75,21 @@ class Shards:
         return self.place.finish(i + 1, tensors, with_bytes(record, tensors), check)
 
     def loaded(self, i: int, block: Block) -> Block:
-        held = read_shard(self.place.shard(i + 1))
+        return self.opened(self.place.shard(i + 1), block)
+
+    def opened(self, path: Path, block: Block) -> Block:
+        """A block as one of its files holds it."""
+        held = read_shard(path)
         codes: dict[str, Coded] = {}
-        weights = dict(block.weights)
+        weights, device = dict(block.weights), block.device
         for linear in block.graph.linears:
             full = self.named(f"{block.name}.{linear}")
             assert full is not None
-            codes[linear] = unpack_linear(held, full, block.grids[linear], block.device)
+            codes[linear] = unpack_linear(held, full, block.grids[linear], device)
         for name in weights:
             full = self.named(f"{block.name}.{name}")
             if name.removesuffix(".weight") not in codes and full is not None:
-                weights[name] = held[full].to(block.device, weights[name].dtype)
+                weights[name] = held[full].to(weights[name].device, weights[name].dtype)
         return replace(block, weights=weights, coded=codes)
 
     def _noted(self, i: int, record: Record, *, resumed: bool) -> None:

@@ -17,6 +17,7 @@ from ..artifact.disk import copy_atomic, disk, write_atomic
 from ..artifact.files import (
     CARD,
     NOTES,
+    POLISHED,
     PROOF,
     REPORT,
     STATE,
@@ -231,6 +232,31 @@ class Workplace:
         )
         return full
 
+    # --- what was done to all of them -------------------------------------------------------------
+
+    def polished(self) -> dict[str, Any] | None:
+        """What was noted of the polish of an earlier run, if all shards are as it left them."""
+        found = None
+        if self.ranks.first:
+            note = _read(self.partial / POLISHED)
+            if note is not None and note.get("sha256") == _digest(self._polish_of(note)):
+                found = note["record"]
+        told: dict[str, Any] | None = self.ranks.broadcast(found)
+        return told
+
+    def note_polished(self, record: Mapping[str, Any]) -> None:
+        """Note that all shards are polished, once all ranks are done."""
+        self.ranks.broadcast(None)
+        if self.ranks.first:
+            note: dict[str, Any] = {"record": dict(record)}
+            note["sha256"] = _digest(self._polish_of(note))
+            write_atomic(self.partial / POLISHED, json.dumps(note).encode())
+
+    def _polish_of(self, note: Mapping[str, Any]) -> dict[str, Any]:
+        """A note with what it is about."""
+        shards = [(self._noted(n) or {}).get("sha256") for n in range(self.shards)]
+        return {"run": self.run, "record": note.get("record"), "shards": shards}
+
     def kept(self) -> str:
         """A sentence on what an interruption leaves, for the user."""
         if self._is_finished(self.output.folder):
@@ -285,7 +311,8 @@ class Workplace:
         """Remove from the finished directory what a run notes while it works."""
         folder = self.output.folder
         with disk(folder):
-            for name in (STATE, MOVING, *(self._note(n).name for n in range(self.shards))):
+            notes = (self._note(n).name for n in range(self.shards))
+            for name in (STATE, MOVING, POLISHED, *notes):
                 (folder / name).unlink(missing_ok=True)
             if self.output.lock is None:  # of a run that was killed while it tidied
                 (folder / LOCK).unlink(missing_ok=True)

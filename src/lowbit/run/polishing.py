@@ -1,0 +1,107 @@
+"""Where a run keeps what it polishes, and that it has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact.disk import disk
+from ..artifact.files import block_tensors, compare_block
+from ..methods import Polish
+from ..methods.polish import CHECKED
+from ..model.block import Block
+from ..model.calibration import Rows
+from ..model.linear_errors import linear_errors
+from ..recipe import Recipe
+from ..stages import Entered
+from ..stages.polish import Polished, PolishRows
+from .record import with_bytes
+from .shards import Shards
+
+Record = Mapping[str, Any]
+
+
+def polishing(recipe: Recipe, rows: Rows, entered: Entered, shards: Shards) -> tuple[Polished, ...]:
+    """The stage after the blocks, if the recipe has it.
+
+    Args:
+        entered: see `Polished`.
+    """
+    return tuple(
+        Polished(method, _rows(method, rows), entered, PolishedShards(shards))
+        for method in recipe.methods
+        if isinstance(method, Polish)
+    )
+
+
+def check_rows(recipe: Recipe, rows: Rows) -> None:
+    """Raise LowbitError, before any work, if there are too few rows to polish with."""
+    for method in recipe.methods:
+        if isinstance(method, Polish):
+            _rows(method, rows).check(method)
+
+
+def _rows(method: Polish, rows: Rows) -> PolishRows:
+    further = rows.calibration[:0] if rows.further is None else rows.further
+    train = torch.cat([rows.calibration, further[CHECKED:]])
+    steps = method.steps(train.shape[1])
+    return PolishRows(train[: steps * method.batch], further[:CHECKED])
+
+
+@dataclass(frozen=True)
+class PolishedShards:
+    """A `lowbit.stages.polish.PolishStore` in the directory of a run.
+
+    Attributes:
+        shards: of the finished blocks.
+    """
+
+    shards: Shards
+
+    @property
+    def polished(self) -> Record | None:
+        return self.shards.place.polished()
+
+    @property
+    def scratch(self) -> Path:
+        place = self.shards.place
+        return place.partial / f"polish-{place.ranks.rank}"
+
+    def held(self, i: int, block: Block, *, anew: bool) -> Block:
+        path = self.scratch / "blocks" / f"{i:05d}.safetensors"
+        if anew:
+            source = self.shards.place.shard(i + 1)
+            with disk(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                try:  # shards are replaced, never written over
+                    os.link(source, path)
+                except OSError:
+                    shutil.copyfile(source, path)
+        return self.shards.opened(path, block)
+
+    def loaded(self, i: int, block: Block) -> Block:
+        return self.shards.loaded(i, block)
+
+    def replace(self, i: int, block: Block, floats: Block) -> None:
+        shards = self.shards
+        place, named, old = shards.place, shards.named, shards.records[i + 1]
+        errors = {named(f"{block.name}.{n}"): e.tuned for n, e in linear_errors(floats).items()}
+        linears = [{**entry, "error": errors[entry["name"]]} for entry in old["linears"]]
+        tensors = block_tensors(block, named)
+        place.agree(block.name, tensors)
+        record = with_bytes({**old, "linears": linears}, tensors)
+        check = partial(compare_block, block, named)
+        shards.records[i + 1] = place.finish(i + 1, tensors, record, check)
+
+    def finish(self, record: Record) -> None:
+        self.shards.place.note_polished(record)
+        with disk(self.scratch):
+            shutil.rmtree(self.scratch, ignore_errors=True)

@@ -1,0 +1,113 @@
+"""The variables of all blocks, in files: one block's are in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...errors import LowbitError
+
+Tensors = Mapping[str, Tensor]
+_NOW, _BEST, _KEPT, _NOTE = "now", "best", "kept", "state.json"
+
+
+class State:
+    """A folder of files of tensors, one for each block, as they are now, as they were when they
+    were best, and as they were when an interrupted run will go on from them.
+
+    Args:
+        folder: made if it is missing. blocks: how many there are.
+    """
+
+    def __init__(self, folder: Path, blocks: int) -> None:
+        self._folder, self._blocks = folder, blocks
+
+    @property
+    def note(self) -> dict[str, Any] | None:
+        """What was noted when the state was kept; None if there is none to go on from."""
+        for name in (_KEPT, f"{_KEPT}.old"):  # killed while one took the place of the other
+            try:
+                found: dict[str, Any] = json.loads((self._folder / name / _NOTE).read_text())
+                return found
+            except (OSError, ValueError):
+                continue
+        return None
+
+    def begin(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        (self._folder / _NOW).mkdir(parents=True)
+
+    def go_on(self) -> None:
+        """Be as it was when it was last kept."""
+        kept = self._folder / _KEPT
+        if not (kept / _NOTE).is_file():
+            kept = self._folder / f"{_KEPT}.old"
+        self._copied(kept, _NOW)
+        self._copied(kept / _BEST, _BEST)
+
+    def keep(self, note: Mapping[str, Any], best: bool) -> None:
+        """Be able to go on from here.
+
+        Args:
+            best: it is the best state so far.
+        """
+        if best:
+            self._copied(self._folder / _NOW, _BEST)
+        self._copied(self._folder / _NOW, f"{_KEPT}.new")
+        new, old = self._folder / f"{_KEPT}.new", self._folder / f"{_KEPT}.old"
+        self._copied(self._folder / _BEST, f"{_KEPT}.new/{_BEST}")
+        (new / _NOTE).write_text(json.dumps(dict(note)))
+        shutil.rmtree(old, ignore_errors=True)
+        if (self._folder / _KEPT).exists():
+            (self._folder / _KEPT).rename(old)
+        new.rename(self._folder / _KEPT)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _copied(self, source: Path, to: str) -> None:
+        target = self._folder / to
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for number in range(self._blocks):
+            path = source / self._name(number)
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+    def _name(self, block: int) -> str:
+        return f"block-{block:05d}.safetensors"
+
+    def read(self, block: int, device: torch.device, *, best: bool = False) -> dict[str, Tensor]:
+        """The tensors of a block, as they are now or were at best.
+
+        Raises:
+            LowbitError: they cannot be read.
+        """
+        path = self._folder / (_BEST if best else _NOW) / self._name(block)
+        try:
+            found: dict[str, Tensor] = load_file(path, str(device))
+            return found
+        except (OSError, SafetensorError) as e:
+            raise LowbitError(
+                f"'{path}' cannot be read ({e}): remove '{self._folder}' and run the same command, "
+                "which begins to polish anew."
+            ) from e
+
+    def write(self, block: int, tensors: Tensors) -> None:
+        """The tensors of a block as they are now.
+
+        Raises:
+            LowbitError: the disk refuses.
+        """
+        path = self._folder / _NOW / self._name(block)
+        try:
+            save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, path)
+        except (OSError, SafetensorError) as e:
+            raise LowbitError(f"'{path}' cannot be written: {e}. Free some room there.") from e
