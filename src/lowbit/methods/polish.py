@@ -27,8 +27,6 @@ from ..model.block import Block
 from .cost import Cost, Shapes
 from .entry import Decisive
 
-CHECKED = 16  # rows that the state is chosen by, apart from all others
-
 
 @dataclass(frozen=True)
 class Polish:
@@ -41,7 +39,8 @@ class Polish:
         lr: of the first steps; a scale moves by about this share of itself, a gain or a bias by
             this share of its vector's root mean square.
         norms: train norm gains and biases as well.
-        checks: how many times the rows kept apart are looked at.
+        apart: rows of text that nothing learns from, by which the best state is chosen.
+        checks: how many times they are looked at.
         patience: looks without gain after which it stops.
 
     Raises:
@@ -52,14 +51,16 @@ class Polish:
     batch: int = 8
     lr: float = 2e-3
     norms: bool = True
+    apart: int = 16
     checks: int = 8
     patience: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.batch, self.checks, self.patience) < 1 or not 0 < self.lr < 0.5:
+        counts = self.tokens, self.batch, self.apart, self.checks, self.patience
+        if min(counts) < 1 or not 0 < self.lr < 0.5:
             raise LowbitError(
-                "polish needs tokens, batch, checks and patience of at least 1, and lr between 0 "
-                "and 0.5."
+                "polish needs tokens, batch, apart, checks and patience of at least 1, and lr "
+                "between 0 and 0.5."
             )
 
     def __call__(self, block: Block) -> Block:
@@ -80,7 +81,7 @@ def further(method: Polish, length: int, samples: int) -> int:
     """Rows that are drawn besides the calibration's: those it is chosen by, and those that steps
     take.
     """
-    return CHECKED + max(0, method.steps(length) * method.batch - samples)
+    return method.apart + max(0, method.steps(length) * method.batch - samples)
 
 
 def cost(method: Polish, shapes: Shapes) -> Cost:
@@ -88,17 +89,18 @@ def cost(method: Polish, shapes: Shapes) -> Cost:
     once more with what gradients need, and twice that back; a pass of the rows looked at.
     """
     rows, batch = shapes.rows, method.batch
-    steps = method.steps(rows.length) * max(1, batch // rows.ranks)
-    looked = -(-(method.checks + 1) * CHECKED // rows.ranks)
+    trained = method.steps(rows.length) * batch
     # Per weight of a block: codes, the decoded weight, its gradient, in float32.
     held = 12 * shapes.layer.weights + shapes.training(batch)
     # More rows pass the float model, where three streams are held, than blocks learn from.
-    more = CHECKED + method.steps(rows.length) * batch - rows.count
+    more = method.apart + trained - rows.count
     return Cost(
         held=held,
         streams=max(0, -(-3 * more // rows.count)),
         batch=batch,
-        parts={"polish": shapes.forward(5 * steps + looked)},
+        parts={
+            "polish": shapes.forward(rows.part(5 * trained + (method.checks + 1) * method.apart))
+        },
     )
 
 

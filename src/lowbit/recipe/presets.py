@@ -42,7 +42,8 @@ def load_recipe(name: str, *, scheme: Scheme | None = None, settings: Sequence[s
 
     Of each part of a joined name the method that the part is called after is taken, with its
     options ("smoothquant+gptq", "omniquant+tesseraq-best"); the scheme, how activations, keys and
-    values are quantized and the calibration come from the last part that says so.
+    values are quantized and the calibration come from the last part that says so. With "+polish"
+    at its end what is before it stays as it is, whole ("fast+polish").
 
     Args:
         settings: "method.option=value" or "overrides.PATTERN=SCHEME" strings, the value written as
@@ -98,6 +99,15 @@ def _read(name: str, origin: str) -> dict[str, Any]:
 
 
 def _joined(name: str) -> dict[str, Any]:
+    before, _, last = name.rpartition("+")
+    method = _method_of(last)
+    if method in METHODS and METHODS[method].role == "polish" and last in recipe_names():
+        # It follows whatever a recipe does, all of it.
+        data = _joined(before) if "+" in before else _read(before, f"recipe '{before}'")
+        if method in data["methods"]:
+            raise LowbitError(f"recipe '{name}' has '{method}' twice.")
+        own = _read(last, f"recipe '{last}'")[method]
+        return {**data, "name": name, "methods": [*data["methods"], method], method: own}
     out: dict[str, Any] = {"name": name, "methods": []}
     for part in name.split("+"):
         if part.endswith(".toml"):

@@ -8,20 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..artifact.disk import disk
 from ..artifact.files import block_tensors, compare_block
-from ..methods import Polish
-from ..methods.polish import CHECKED
 from ..model.block import Block
 from ..model.calibration import Rows
 from ..model.linear_errors import linear_errors
 from ..recipe import Recipe
 from ..stages import Entered
-from ..stages.polish import Polished, PolishRows
+from ..stages.polish import Knobs, Polished, PolishRows
 from .record import with_bytes
 from .shards import Shards
 
@@ -34,25 +32,25 @@ def polishing(recipe: Recipe, rows: Rows, entered: Entered, shards: Shards) -> t
     Args:
         entered: see `Polished`.
     """
-    return tuple(
-        Polished(method, _rows(method, rows), entered, PolishedShards(shards))
-        for method in recipe.methods
-        if isinstance(method, Polish)
-    )
+    store = PolishedShards(shards)
+    return tuple(Polished(k, _rows(k, rows), entered, store) for k in _knobs(recipe))
 
 
 def check_rows(recipe: Recipe, rows: Rows) -> None:
     """Raise LowbitError, before any work, if there are too few rows to polish with."""
-    for method in recipe.methods:
-        if isinstance(method, Polish):
-            _rows(method, rows).check(method)
+    for knobs in _knobs(recipe):
+        _rows(knobs, rows).check(knobs)
 
 
-def _rows(method: Polish, rows: Rows) -> PolishRows:
+def _knobs(recipe: Recipe) -> list[Knobs]:
+    return [cast(Knobs, m) for _, entry, m in recipe.entries if entry.role == "polish"]
+
+
+def _rows(knobs: Knobs, rows: Rows) -> PolishRows:
     further = rows.calibration[:0] if rows.further is None else rows.further
-    train = torch.cat([rows.calibration, further[CHECKED:]])
-    steps = method.steps(train.shape[1])
-    return PolishRows(train[: steps * method.batch], further[:CHECKED])
+    train = torch.cat([rows.calibration, further[knobs.apart :]])
+    steps = knobs.steps(train.shape[1])
+    return PolishRows(train[: steps * knobs.batch], further[: knobs.apart])
 
 
 @dataclass(frozen=True)

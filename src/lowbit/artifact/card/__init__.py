@@ -3,6 +3,7 @@ equal reports make equal cards.
 """
 
 from .front_matter import terms_of
+from .numbers import polished
 from .page import model_card
 
-__all__ = ["model_card", "terms_of"]
+__all__ = ["model_card", "polished", "terms_of"]

@@ -27,6 +27,8 @@ def numbers(report: Mapping[str, Any]) -> str:
     lines = ["## Numbers", "", *table(("", ""), rows)]
     if report["quality"]:
         lines += ["", *_quality(report["quality"])]
+    if "polish" in report:
+        lines += ["", f"The artifact was {polished(report['polish'])}."]
     if "exported_from" in report:
         lines += ["", _added(report)]
     if "verification" in report:
@@ -39,6 +41,15 @@ def numbers(report: Mapping[str, Any]) -> str:
         "verify DIR` compares them.",
     ]
     return "\n".join(lines)
+
+
+def polished(said: Mapping[str, Any]) -> str:
+    """What became of the polish, from a report's entry."""
+    apart = f"on {said['checked_rows']} rows that were looked at meanwhile"
+    if not said["kept_step"]:
+        return f"polished on {said['tokens']:,} tokens without gain, and left as it was"
+    kl = f"KL {said['kl_before']:.4g} -> {said['kl']:.4g}"
+    return f"polished on {said['tokens']:,} tokens: {kl} {apart}"
 
 
 def _quality(quality: Mapping[str, Any]) -> list[str]:

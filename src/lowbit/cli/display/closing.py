@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...artifact.card import polished
 from ...formats.uniform import as_uniform
 from ...grid.names import parse_scheme
 from ...run.asked import Result
@@ -36,6 +37,8 @@ def summary(result: Result) -> str:
             f"perplexity {before['perplexity']:.4g} -> {after['perplexity']:.4g}, "
             f"KL {after['kl']:.4g}, top-1 {after['top1']:.1%}"
         )
+    if "polish" in report:
+        lines.append(polished(report["polish"]))
     lines += [
         f"verified: {result.verification.summary}",
         f"hash {report['hash'][:16]}, {duration(report['seconds'])}, report in "

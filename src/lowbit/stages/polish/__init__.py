@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...machine import give_back_memory
-from ...methods import Polish
 from ...model.block import Block
 from ...model.model import Model, float_blocks
 from ...model.outline import Outline
@@ -30,6 +29,32 @@ from .state import State
 
 Record = Mapping[str, Any]
 _WARM, _BETAS, _EPSILON = 5, (0.9, 0.95), 1e-10
+
+
+class Knobs(Protocol):
+    """What `lowbit.methods.polish.Polish` says; read-only."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def norms(self) -> bool: ...
+
+    @property
+    def apart(self) -> int: ...
+
+    @property
+    def checks(self) -> int: ...
+
+    @property
+    def patience(self) -> int: ...
+
+    def steps(self, length: int) -> int:
+        """How many are made on rows of so many tokens."""
+        ...
 
 
 class PolishStore(Protocol):
@@ -84,7 +109,7 @@ class PolishRows:
     train: Tensor
     checked: Tensor
 
-    def check(self, method: Polish) -> None:
+    def check(self, method: Knobs) -> None:
         """Raise LowbitError if there are too few of one kind."""
         if not len(self.checked):
             raise LowbitError(
@@ -108,7 +133,7 @@ class Polished:
             store: of blocks.
     """
 
-    method: Polish
+    method: Knobs
     rows: PolishRows
     entered: Entered
     store: PolishStore

@@ -111,7 +111,8 @@ class Passes:
                 wanted = self._readout(other)
             return divergence(self._readout(own), wanted)
 
-        return summed(of, y.float(), (expected.float(),), self._most)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return summed(of, y.to(wide), (expected.to(wide),), self._most)
 
     @torch.no_grad()
     def _forward(self, ids: Tensor, passed: list[_Passed] | None) -> Tensor:
