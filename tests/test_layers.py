@@ -33,7 +33,7 @@ ALLOWED = {  # a folder's own row leaves out the folders in it that have rows
     "runtime": {"artifact", "artifact.proof", "grid", "model", "formats", "kernels", "errors"},
     "export": {
         *("artifact", "artifact.card", "artifact.proof"),
-        *("grid", "model", "formats", "names", "verbatim", "errors"),
+        *("grid", "model", "formats", "machine", "names", "verbatim", "errors"),
     },
     "plan": {
         *("plan.targets", "recipe", "methods", "formats", "model", "grid"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...formats.packing import packed_linears
+from ...machine import give_back_memory
 from ...model.checkpoint import Checkpoint, Stored
 from ...model.computed import At, Computed
 from ...model.config import load_config
@@ -82,4 +83,5 @@ class RoundedModel:
 
     def logits(self, ids: Tensor, last: int) -> Tensor:
         """(n, length) int64 -> (n, last, vocab) float32, of the last positions."""
-        return self._stream.head(hidden_of(self._stream, ids, self._grid)[:, -last:])
+        found = hidden_of(self._stream, ids, self._grid, progress=give_back_memory)
+        return self._stream.head(found[:, -last:])
