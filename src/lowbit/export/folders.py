@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..formats.by_name import FORMATS
 from ..formats.dense import Dense
 from ..formats.uniform import Uniform, as_uniform
 from ..model.config import config_at
+from .ahead import ahead
 from .extra import extra_error, other_codes, steps_of
 from .for_mlx import misread, settings
 from .place import place
@@ -55,12 +57,18 @@ def export(source: Source, target: str, output: Output, python: str) -> Verifica
             {**{k: v for k, v in source.config.items() if k != "quantization_config"}, **described},
         )
         said = json.loads((made.partial / "config.json").read_text())
-        for name, linears, others in source.shards(made.hashing):
-            weights = {n: linear.packed() for n, linear in linears.items()}
-            tensors: dict[str, Tensor] = {n: t for n, t in others.items() if n not in left}
-            for linear, q in weights.items():
-                for key, t in format_.pack(q, source.dtype, linear).items():
-                    tensors[f"{linear}.{key}"] = t
+
+        def packed() -> Iterator[tuple[str, dict[str, Dense], dict[str, Tensor]]]:
+            """Files, their weights as they were, and all tensors as they will be."""
+            for name, linears, others in source.shards(made.hashing):
+                weights = {n: linear.packed() for n, linear in linears.items()}
+                tensors = {n: t for n, t in others.items() if n not in left}
+                for linear, q in weights.items():
+                    for key, t in format_.pack(q, source.dtype, linear).items():
+                        tensors[f"{linear}.{key}"] = t
+                yield name, weights, tensors
+
+        for name, weights, tensors in ahead(packed()):
             held = made.add(name, tensors)
             for linear, q in weights.items():
                 back = format_.look(held, linear, said)

@@ -26,6 +26,7 @@ from ...model.config import config_at
 from ...model.wrapper import text_config
 from ...names import model_name
 from ...verbatim import encodable
+from ..ahead import ahead
 from ..place import Place, place
 from ..source import Linear, Source
 from . import tokens
@@ -180,7 +181,7 @@ class _Export:
                 gguf.Writer(path, self._metadata(), entries) as file,
             ):
                 written = Written(file, made.hashing)
-                for full, kept in self._tensors(made.hashing):
+                for full, kept in ahead(self._tensors(made.hashing)):
                     written.add(self.architecture.spot(full), kept.rows)
                 if self.architecture.factors is not None:
                     written.add(
