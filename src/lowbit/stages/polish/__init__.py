@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LowbitError
-from ...machine import give_back_memory
+from ...machine import give_back_memory, peak_memory
 from ...model.block import Block
 from ...model.model import Model, float_blocks
 from ...model.outline import Outline
@@ -225,7 +225,14 @@ class _Polishing:
             "kept_step": note["best"],
             "looks": looks,
             "seconds": round(time.time() - clock, 1),
+            "peak_memory": self._peak(),
         }
+
+    def _peak(self) -> int:
+        """Bytes, of the rank that needs most; of the whole run so far on a CPU."""
+        most = torch.tensor([peak_memory(self.model.source.device)], dtype=torch.int64)
+        self.ranks.max_(most)
+        return int(most)
 
     # --- what is there ----------------------------------------------------------------------------
 
