@@ -86,7 +86,7 @@ def test_reports_agree_with_the_cells(done):
     assert {r["batch"] for r in rows} == {min(8, rows[0]["windows"])}
     assert f"{rows[0]['batch']} windows a pass" in (done / "comparison.md").read_text()
     page = (done / "report.html").read_text()
-    assert page.count("data:image/svg+xml") == 4
+    assert page.count("data:image/svg+xml") == 5
     assert "http" not in page.replace("http://www.w3.org", "")
     assert all(t["perplexity"] in (done / "comparison.md").read_text() for t in table)
     assert not (done / "artifacts" / "W4A16-rtn").exists()

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,6 +96,35 @@ def check(found: Evaluation, expected: tuple[float, float, float]) -> None:
 
 
 # --- against the definition -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_percentiles_and_errors_are_numpys(windows: Tensor, rows: int) -> None:
+    torch.manual_seed(3)
+    ids = windows[:rows]
+    logits, reference = (torch.randn(rows, 12, VOCAB, dtype=torch.float64) for _ in range(2))
+    p, q = (t[:, :-1].log_softmax(-1) for t in (logits, reference))
+    kl = (q.exp() * (q - p)).sum(-1).flatten().numpy()
+    nll = -p.gather(-1, ids[:, 1:, None]).flatten().numpy()
+    same = (p.argmax(-1) == q.argmax(-1)).flatten().double().numpy()
+    tally = Tally()
+    tally.add(logits.float(), ids, reference.float())
+    found = tally.result()
+    n = len(kl)
+    assert found.kl_median == pytest.approx(np.percentile(kl, 50), rel=1e-5)
+    assert found.kl_p99 == pytest.approx(np.percentile(kl, 99), rel=1e-5)
+    assert found.kl_max == pytest.approx(kl.max(), rel=1e-5)
+    assert found.kl_error == pytest.approx(kl.std(ddof=1) / n**0.5, rel=1e-5)
+    assert found.top1_error == pytest.approx(same.std(ddof=1) / n**0.5, rel=1e-6)
+    error = np.exp(nll.mean()) * nll.std(ddof=1) / n**0.5
+    assert found.perplexity_error == pytest.approx(error, rel=1e-5)
+
+
+def test_a_single_token_has_no_error() -> None:
+    tally = Tally()
+    tally.add(torch.randn(1, 2, VOCAB), torch.zeros(1, 2, dtype=torch.int64))
+    found = tally.result()
+    assert found.perplexity_error is None and found.kl is None and found.kl_p99 is None
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
@@ -187,6 +217,12 @@ def test_as_dict_has_these_keys_and_goes_through_json(model: Any, windows: Tenso
         "batch",
         "kl",
         "top1",
+        "kl_median",
+        "kl_p99",
+        "kl_max",
+        "perplexity_error",
+        "kl_error",
+        "top1_error",
     ]
     assert json.loads(json.dumps(found)) == found
 

@@ -112,13 +112,14 @@ def test_sums_of_ranks_are_those_of_one() -> None:
     for part in (slice(0, 2), slice(2, 3)):
         tally = Tally()
         tally.add(logits[part], ids[part], reference[part])
-        tally.merge(SimpleNamespace(total=lambda *own: sums.append(own) or own))  # type: ignore[arg-type]
+        tally.merge(SimpleNamespace(everyone=lambda own: sums.append(own) or [own]))  # type: ignore[arg-type]
     merged = Tally()
     merged.add(logits[:2], ids[:2], reference[:2])
-    merged.merge(SimpleNamespace(total=lambda *own: [sum(x) for x in zip(*sums, strict=True)]))  # type: ignore[arg-type]
+    merged.merge(SimpleNamespace(everyone=lambda own: sums))  # type: ignore[arg-type]
     found = merged.result(batch=2)
     assert (found.nll, found.kl) == pytest.approx((whole.nll, whole.kl), rel=1e-12)
     assert (found.top1, found.tokens, found.windows) == (whole.top1, 15, 3)
+    assert (found.kl_p99, found.kl_max) == (whole.kl_p99, whole.kl_max)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,8 @@ def test_a_comparison_in_all_its_files(tmp_path: Path, monkeypatch) -> None:
         "each": {"b": {"acc": 0.5}, "a": {"acc": 0.25}, "w": {"perplexity": 3.0}},
         "mean_acc": 0.375,
     }
-    rows = [{**ROW, "tasks": tasks}, {**ROW, "recipe": "awq"}, FAILED]
+    more = dict(perplexity_error=1.23, kl_error=0.001, kl_median=0.01, kl_p99=0.2, kl_max=3.14159)
+    rows = [{**ROW, **more, "tasks": tasks}, {**ROW, "recipe": "awq"}, FAILED]
     write_comparison(tmp_path, rows, "t <&> u")
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "comparison.csv", "comparison.json", "comparison.md", "report.html",
@@ -360,10 +362,10 @@ def test_a_comparison_in_all_its_files(tmp_path: Path, monkeypatch) -> None:
     with (tmp_path / "comparison.csv").open(newline="") as f:
         cells = list(csv.reader(f))
     assert cells == [
-        ["scheme", "recipe", "bits/weight", "bytes", "perplexity", "KL", "top-1", "a", "b", "w", "mean acc", "seconds"],
-        ["W4A16", "rtn", "4.250", "1000000", "12.3457", "0.01235", "0.9100", "0.2500", "0.5000", "", "0.3750", "12.3"],
-        ["W4A16", "awq", "4.250", "1000000", "12.3457", "0.01235", "0.9100", "", "", "", "", "12.3"],
-        ["W2", "<b>", "", "", "failed: a < b & c | d", *[""] * 7],
+        ["scheme", "recipe", "bits/weight", "bytes", "perplexity", "perplexity error", "KL", "KL error", "KL median", "KL 99%", "KL max", "top-1", "top-1 error", "a", "b", "w", "mean acc", "seconds"],
+        ["W4A16", "rtn", "4.250", "1000000", "12.3457", "1.2", "0.01235", "0.001", "0.01", "0.2", "3.142", "0.9100", "", "0.2500", "0.5000", "", "0.3750", "12.3"],
+        ["W4A16", "awq", "4.250", "1000000", "12.3457", "", "0.01235", "", "", "", "", "0.9100", "", "", "", "", "", "12.3"],
+        ["W2", "<b>", "", "", "failed: a < b & c | d", *[""] * 13],
     ]  # fmt: skip
     page = (tmp_path / "report.html").read_text()
     assert (

@@ -185,15 +185,26 @@ def _told(
     how: str,
     console: Console,
 ) -> dict[str, Any]:
+    size = open_files(given.model).nbytes
     line = (
-        f"{given.model} on {given.measured_text}: perplexity {result.perplexity:.4f} (nll "
+        f"{given.model} on {given.measured_text}: perplexity {result.perplexity:.4f}"
+        f"{_error(result.perplexity_error, '.2g')} (nll "
         f"{result.nll:.5f}; {result.windows} windows x {result.length}{begun}, "
         f"{result.tokens} tokens, {together(result.batch)}, in {_named(dtype)}{how})"
     )
     if result.kl is not None and result.top1 is not None:
-        line += f"; to {given.reference}: KL {result.kl:.5f}, top-1 {result.top1:.2%}"
-    console.print(line)
-    return {**result.as_dict(), "dtype": _named(dtype)}
+        line += (
+            f"; to {given.reference}: KL {result.kl:.5f}{_error(result.kl_error, '.2g')} (median "
+            f"{result.kl_median:.3g}, 99th percentile {result.kl_p99:.3g}, maximum "
+            f"{result.kl_max:.3g}), top-1 {result.top1:.2%}{_error(result.top1_error, '.2%')}"
+        )
+    console.print(f"{line}; {size / 1e6:,.1f} MB")
+    return {**result.as_dict(), "dtype": _named(dtype), "bytes": size}
+
+
+def _error(found: float | None, form: str) -> str:
+    """Return a standard error as it follows a figure."""
+    return "" if found is None else f" +- {found:{form}}"
 
 
 def _on_tasks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class Evaluation:
             call depend on it (`CrossQuant`, `LLMInt8`).
         kl: mean KL(reference || model) per predicted token in nats.
         top1: share of tokens on which both models' most likely token is the same.
+        kl_median, kl_p99, kl_max: of the tokens' KL, the 50th and 99th percentile (between the two
+            nearest tokens) and the most.
+        perplexity_error, kl_error, top1_error: standard errors, as if tokens were independent;
+            perplexity's to first order. None of a single token.
     """
 
     perplexity: float
@@ -38,6 +42,12 @@ class Evaluation:
     batch: int
     kl: float | None = None
     top1: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    perplexity_error: float | None = None
+    kl_error: float | None = None
+    top1_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the attributes by their names."""
@@ -52,14 +62,13 @@ def together(batch: int) -> str:
 class Tally:
     """Adds up an evaluation window by window.
 
-    Log-probabilities are float32, sums over tokens float64.
+    Log-probabilities are float32, sums over tokens float64. Each token's are held, 8 bytes.
     """
 
     def __init__(self) -> None:
-        self._nll = 0.0
-        self._kl = 0.0
+        self._nll: list[Tensor] = []  # of single tokens, (n,) float32 each
+        self._kl: list[Tensor] = []
         self._same = 0  # tokens on which the reference agrees
-        self._tokens = 0
         self._windows = 0
         self._length = 0
         self._batch = 0
@@ -126,19 +135,18 @@ class Tally:
         for at in range(0, len(target), step):
             part = slice(at, at + step)
             log_p = logits[part].float().log_softmax(-1)  # (step, vocab)
-            self._nll -= _sum(log_p.gather(-1, target[part, None]))
+            self._nll.append(-log_p.gather(-1, target[part, None])[:, 0].cpu())
             if reference is not None:
                 log_q = reference[part].float().log_softmax(-1)
-                self._kl += _sum(_kl(log_q, log_p))
+                self._kl.append(_kl(log_q, log_p).cpu())
                 self._same += int((logits[part].argmax(-1) == reference[part].argmax(-1)).sum())
-        self._tokens += len(target)
 
     def merge(self, ranks: Ranks) -> None:
-        """Add the sums of the other ranks. Every rank calls it, also one that had no window."""
-        self._nll, self._kl, *counts = ranks.total(
-            self._nll, self._kl, self._same, self._tokens, self._windows
-        )
-        self._same, self._tokens, self._windows = (int(n) for n in counts)
+        """Add the tokens of the other ranks. Every rank calls it, also one that had no window."""
+        told = ranks.everyone((_all(self._nll), _all(self._kl), self._same, self._windows))
+        nll, kl, same, windows = zip(*told, strict=True)
+        self._nll, self._kl = list(nll), list(kl)
+        self._same, self._windows = sum(same), sum(windows)
 
     def result(self, batch: int | None = None) -> Evaluation:
         """Return the means over everything added.
@@ -150,20 +158,37 @@ class Tally:
         Raises:
             LowbitError: nothing was added.
         """
-        if not self._tokens:
+        each = _all(self._nll)
+        if not len(each):
             raise LowbitError("nothing to evaluate: no window of at least 2 tokens.")
-        nll = self._nll / self._tokens
+        nll, error = _mean(each)
         perplexity = math.inf if nll >= 700 else math.exp(nll)  # not finite stays not finite
-        return Evaluation(
+        found = Evaluation(
             perplexity=perplexity,
             nll=nll,
-            tokens=self._tokens,
+            tokens=len(each),
             windows=self._windows,
             length=self._length,
             batch=batch or self._batch,
-            kl=self._kl / self._tokens if self._referenced else None,
-            top1=self._same / self._tokens if self._referenced else None,
+            perplexity_error=None if error is None else perplexity * error,
         )
+        return replace(found, **self._against_reference()) if self._referenced else found
+
+    def _against_reference(self) -> dict[str, Any]:
+        """Return what an evaluation says of the distance to the reference."""
+        each = _all(self._kl)
+        mean, error = _mean(each)
+        ordered, share, count = each.double().sort().values, self._same / len(each), len(each)
+        spread = None if count < 2 else math.sqrt(share * (1 - share) / (count - 1))
+        return {
+            "kl": mean,
+            "kl_error": error,
+            "kl_median": _quantile(ordered, 0.5),
+            "kl_p99": _quantile(ordered, 0.99),
+            "kl_max": float(ordered[-1]),
+            "top1": share,
+            "top1_error": spread,
+        }
 
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -180,6 +205,20 @@ def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(q == 0, p, moved - q * d).sum(-1)
 
 
-def _sum(per_token: Tensor) -> float:
-    # Off the device first: not every accelerator has float64.
-    return float(per_token.cpu().sum(dtype=torch.float64))
+def _all(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0)
+
+
+def _mean(each: Tensor) -> tuple[float, float | None]:
+    """Return the mean, and its standard error, of (n,) float32."""
+    wide, count = each.double(), len(each)
+    error = None if count < 2 else float(wide.std()) / math.sqrt(count)
+    return float(wide.mean()), error
+
+
+def _quantile(ordered: Tensor, share: float) -> float:
+    """Return the number below which a share of ascending ones lies, between the two nearest."""
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))

@@ -23,6 +23,17 @@ from .page import (
 )
 
 Row = Mapping[str, Any]
+_FIGURES = {  # column -> key and form
+    "perplexity": ("perplexity", ".4f"),
+    "perplexity error": ("perplexity_error", ".2g"),
+    "KL": ("kl", ".5f"),
+    "KL error": ("kl_error", ".2g"),
+    "KL median": ("kl_median", ".4g"),
+    "KL 99%": ("kl_p99", ".4g"),
+    "KL max": ("kl_max", ".4g"),
+    "top-1": ("top1", ".4f"),
+    "top-1 error": ("top1_error", ".2g"),
+}
 
 
 def write_comparison(folder: Path, rows: Sequence[Row], title: str) -> None:
@@ -35,7 +46,7 @@ def write_comparison(folder: Path, rows: Sequence[Row], title: str) -> None:
     data = {"title": title, "rows": list(rows)}
     write_whole(folder / "comparison.json", json.dumps(data, indent=1) + "\n")
     tasks = sorted({t for r in rows for t in _tasks_of(r)})
-    head = ["scheme", "recipe", "bits/weight", "bytes", "perplexity", "KL", "top-1", *tasks]
+    head = ["scheme", "recipe", "bits/weight", "bytes", *_FIGURES, *tasks]
     if tasks:
         head.append("mean acc")
     head.append("seconds")
@@ -53,6 +64,11 @@ def write_comparison(folder: Path, rows: Sequence[Row], title: str) -> None:
     write_html(folder / "report.html", "comparison", body)
 
 
+def _figure(r: Row, key: str, form: str) -> str:
+    """Return a figure; nothing where an older version did not measure it."""
+    return "" if r.get(key) is None else f"{r[key]:{form}}"
+
+
 def _tasks_of(r: Row) -> Mapping[str, Any]:
     """Return the results of a row's tasks by name; empty without any."""
     found: Mapping[str, Any] = (r.get("tasks") or {}).get("each", {})
@@ -67,9 +83,7 @@ def _cells(r: Row, tasks: Sequence[str]) -> list[str]:
         r["recipe"],
         "" if r["bits"] is None else f"{r['bits']:.3f}",
         str(r["bytes"]),
-        f"{r['perplexity']:.4f}",
-        f"{r['kl']:.5f}",
-        f"{r['top1']:.4f}",
+        *(_figure(r, key, form) for key, form in _FIGURES.values()),
     ]
     for task in tasks:
         cells.append(f"{found[task]['acc']:.4f}" if "acc" in found.get(task, {}) else "")
@@ -100,6 +114,7 @@ def _plots(rows: Sequence[Row]) -> list[Plot]:
         return []
     plots = [
         ("Quality against size", _against_size(quantized)),
+        ("Quality against bytes", _against_bytes(quantized)),
         ("Quality against time", _against_time(quantized)),
     ]
     for scheme in dict.fromkeys(r["scheme"] for r in quantized):
@@ -113,6 +128,14 @@ def _against_size(rows: Sequence[Row]) -> str:
     figure, axes = new_axes(7, 4)
     _draw_recipes(axes, rows, "bits", "o-")
     _label_kl(axes, "bits per weight, from bytes")
+    return svg(figure)
+
+
+def _against_bytes(rows: Sequence[Row]) -> str:
+    """Return KL over bytes of the artifact, embeddings and head included."""
+    figure, axes = new_axes(7, 4)
+    _draw_recipes(axes, [{**r, "bytes": r["bytes"] / 1e6} for r in rows], "bytes", "o-")
+    _label_kl(axes, "megabytes of all tensors")
     return svg(figure)
 
 
