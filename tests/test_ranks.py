@@ -521,3 +521,25 @@ def test_a_block_that_differs_is_named():
             match=r"the tuned 'layers.3' differs between ranks: b.weight is 000000000000... on rank 0, ffffffffffff... on rank 1. Same\?",
         ):
             Ranks(0, 2).agree("the tuned 'layers.3'", {"a": "1", "b.weight": "0" * 32}, "Same?")
+
+
+def test_polish_of_two_ranks_ends_where_that_of_one_does(model, tmp_path):
+    """Three rows a step, and one in another: a rank without rows waits for no other."""
+    settings = ["polish.tokens=288", "polish.lr=1e-2", "polish.checks=1"]
+    for batch in (3, 1):
+        own = [*settings, f"polish.batch={batch}"]
+        whole = lowbit.quantize(
+            **{**arguments(model, tmp_path / f"a{batch}"), "recipe": "rtn+polish", "settings": own}
+        )
+        command = ["--recipe", "rtn+polish", "--scheme", "W2A16g16", "--calib", f"{model}/text.txt"]
+        command += ["--samples", "9", "--length", "32", *(x for s in own for x in ("--set", s))]
+        out = tmp_path / f"b{batch}"
+        done = torchrun("-m", "lowbit", "quantize", model, "-o", out, *command)
+        assert done.returncode == 0, done.said
+        report = json.loads((out / "report.json").read_text())
+        assert report["ranks"] == 2 and not [*out.glob("polish*"), *tmp_path.glob("*.partial")]
+        one, two = whole.report["polish"], report["polish"]
+        assert two["kept_step"] == one["kept_step"] > 0
+        for key in ("kl_before", "kl"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3)
+        assert one["kl"] < 0.97 * one["kl_before"]

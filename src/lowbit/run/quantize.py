@@ -195,7 +195,7 @@ class _Run:
                 return self._told(repeated=True)
             shards = Shards(place, original, [], self.stream.stored_name, self.options.progress)
             model = self._executed(shards)
-            found = quality(model, self.rows)
+            found, polish = quality(model, self.rows), place.polished()
             if not self.ranks.first:
                 return self._told()
             recipe = replace(self.plan.recipe, methods=model.methods)
@@ -209,7 +209,7 @@ class _Run:
                 ranks=self.ranks.size,
                 offload=self.offload,
                 quality=found,
-                polish=place.polished(),
+                polish=polish,
                 started=self.started,
             )
             plan = replace(self.plan, recipe=recipe)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import LowbitError
 from ...machine import give_back_memory, peak_memory
+from ...methods._batches import shared
 from ...model.block import Block
 from ...model.model import Model, float_blocks
 from ...model.outline import Outline
@@ -176,13 +177,8 @@ class _Polishing:
     def __init__(self, stage: Polished, model: Model) -> None:
         self.stage, self.model, self.method = stage, model, stage.method
         self.ranks, rows = model.ranks, stage.rows
-        length = rows.train.shape[1]
-        self.each = max(1, self.method.batch // self.ranks.size)  # rows of a rank in a step
-        self.steps = self.method.steps(length)
-        usable = len(rows.train) // self.ranks.size * self.ranks.size
-        self.train = rows.train[:usable]
-        self.own = self.train[self.ranks.rank :: self.ranks.size]
-        self.checked = rows.checked[self.ranks.rank :: self.ranks.size]
+        self.steps = self.method.steps(rows.train.shape[1])
+        self.train, self.checked = rows.train, rows.checked
         self.state = State(stage.store.scratch, len(model.source))
 
     def record(self) -> Record:
@@ -217,9 +213,9 @@ class _Polishing:
         looks = note["looks"]
         kls = {look["step"]: look["kl"] for look in looks}
         return {
-            "tokens": note["step"] * self.each * self.ranks.size * self.own.shape[1],
+            "tokens": note["step"] * self.method.batch * self.train.shape[1],
             "rows": len(self.train),
-            "checked_rows": len(self.stage.rows.checked),
+            "checked_rows": len(self.checked),
             "kl_before": kls[0],
             "kl": kls[note["best"]],
             "kept_step": note["best"],
@@ -238,13 +234,11 @@ class _Polishing:
 
     def _prepared(self, *, anew: bool) -> tuple[list[Frame], Tensor]:
         """The frames of the blocks, and what leaves the float model's last block for this rank's
-        rows, those it is chosen by last.
+        rows, of those of training and those it is chosen by.
         """
-        size, rows = self.ranks.size, self.stage.rows.checked
-        model = replace(self.model, rows=torch.cat([self.train, rows]))
+        model = replace(self.model, rows=torch.cat([self.train, self.checked]))
         frames: list[Frame] = []
         target: Tensor | None = None
-        assert len(self.train) % size == 0  # so that a rank's rows begin with its own of them
         for i, block in enumerate(float_blocks(model, "polish: the float model")):
             target = block.target
             read = self.model.input_quantizers(i)
@@ -270,11 +264,20 @@ class _Polishing:
 
     def _checked(self, passes: Passes, expected: Tensor) -> float:
         """The divergence on the rows that the state is chosen by, over all ranks."""
-        own = 0.0
-        if len(self.checked):
-            own = passes.divergence(self.checked, expected[len(self.own) :])
-        total, tokens = self.ranks.total(own, self.checked.numel())
+        rows = torch.arange(len(self.train), len(self.train) + len(self.checked))
+        ids, wanted = self._of(rows, expected)
+        total, tokens = self.ranks.total(passes.divergence(ids, wanted), ids.numel())
         return total / tokens
+
+    def _of(self, rows: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of some rows: ids, and what leaves the float model's last block.
+
+        Args:
+            rows: their numbers over all ranks, those it is chosen by after those of training.
+        """
+        ids = torch.cat([self.train, self.checked])[rows[self.ranks.share(len(rows))]]
+        [wanted] = shared(self.ranks, rows, (expected,), self.model.source.device)
+        return ids, wanted
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -287,9 +290,9 @@ class _Polishing:
             latest = note["looks"][-1]["kl"]
             self.model.announce(f"polish: step {step + 1} of {self.steps}, KL {latest:.4g} apart")
             rows = self._rows_of(step)
-            tokens = len(rows) * self.ranks.size * self.own.shape[1]
-            took = partial(self._step, step)
-            losses.append(passes.descend(self.own[rows], expected[rows], tokens, took))
+            tokens = len(rows) * self.train.shape[1]
+            ids, wanted = self._of(rows, expected)
+            losses.append(passes.descend(ids, wanted, tokens, partial(self._step, step)))
             note = {**note, "step": step + 1}
             if (step + 1) % every == 0 or step + 1 == self.steps:
                 kl = self._checked(passes, expected)
@@ -309,9 +312,9 @@ class _Polishing:
         return sum(look["step"] > note["best"] for look in note["looks"])
 
     def _rows_of(self, step: int) -> Tensor:
-        """Numbers of this rank's rows of a step: all in turn, in another order each time."""
-        first, count = step * self.each, len(self.own)
-        places = torch.arange(first, first + self.each)
+        """Numbers of the rows of a step: all in turn, in another order each time."""
+        first, count = step * self.method.batch, len(self.train)
+        places = torch.arange(first, first + self.method.batch)
         out = []
         for turn in sorted({int(p) // count for p in places}):
             generator = torch.Generator().manual_seed((self.model.seed * 1_000_003 + turn) % 2**63)

@@ -88,13 +88,18 @@ class Passes:
         """Differentiate the divergence by the variables of every block, last block first.
 
         Args:
-            ids, expected: as in `divergence`; at least one row. tokens: of all ranks, by which sums
-                are divided.
+            ids, expected: as in `divergence`; maybe no row, where there are more ranks than rows.
+            tokens: of all ranks, by which sums are divided.
             step: called with each block's variables and this rank's part of their gradients.
 
         Returns:
             this rank's part of the divergence.
         """
+        if not len(ids):  # modules take no empty batch, and other ranks wait for every block
+            for i in range(len(self._frames) - 1, -1, -1):
+                own = self._variables(i)
+                step(i, own, {k: torch.zeros_like(v) for k, v in own.items()})
+            return 0.0
         passed: list[_Passed] = []
         y = self._forward(ids, passed).detach().requires_grad_()
         wanted = expected.to(y.device)
