@@ -13,7 +13,18 @@ import pytest
 from lowbit.errors import LowbitError
 from lowbit.grid import MXFP4, Affine, Codebook, CrossQuant, KQuant, LLMInt8, PerToken
 from lowbit.grid.names import Scheme, parse_scheme
-from lowbit.methods import AWQ, CLAQ, GPTQ, METHODS, RTN, OmniQuant, QuaRot, SmoothQuant, TesseraQ
+from lowbit.methods import (
+    AWQ,
+    CLAQ,
+    GPTQ,
+    METHODS,
+    RTN,
+    OmniQuant,
+    Polish,
+    QuaRot,
+    SmoothQuant,
+    TesseraQ,
+)
 from lowbit.methods import CrossQuant as CrossQuantMethod
 from lowbit.model.calibration import Calibration
 from lowbit.recipe import Recipe, load_recipe
@@ -56,6 +67,7 @@ OTHER = [
     AWQ(False, "symmetric", 7, 3, 5, 64, "strided", 2.5),
     GPTQ(0.05, True, True, False, 64, "mse", 9),
     OmniQuant(3, 0.02, 1e-5, "on", 0.25, "off", 2, "a b/clips.safetensors"),
+    Polish(tokens=1, batch=2, lr=0.1, norms=False, apart=3, checks=4, patience=5),
     QuaRot(residual=False, across_heads=False, keys=False),
     QuaRot(heads=False, online=False),
     SmoothQuant(0.5, 12),

@@ -37,6 +37,17 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one option of the recipe: tesseraq.iters=100. Repeatable."),
 ]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        "--bits",
+        help=(
+            "Bits of single linears: 'mlp.down_proj=4,layers.0.*=8' (patterns of the ends of "
+            "their names; the last that matches counts), or a .json file, such as an artifact's "
+            "choice.json."
+        ),
+    ),
+]
 Samples = Annotated[
     int | None,
     typer.Option(

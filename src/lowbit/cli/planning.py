@@ -19,6 +19,7 @@ from ..plan.memory import FreeMemory
 from ..plan.speed import measure_speed
 from ..plan.targets import check_target, demand
 from ..recipe import load_recipe
+from ..recipe.widths import with_bits
 from .display import graph_data, graph_tables, plan_rows, runtime_table, runtimes_table
 from .places import write_json
 
@@ -44,6 +45,7 @@ class PlanOptions:
     folder: Path
     graph: bool
     json: Path | None
+    bits: str | None = None
 
     @property
     def where(self) -> torch.device:
@@ -73,6 +75,8 @@ class PlanOptions:
         """
         scheme = None if self.scheme is None else parse_scheme(self.scheme)
         recipe = load_recipe(self.recipe, scheme=scheme, settings=self.settings)
+        if self.bits is not None:
+            recipe = with_bits(recipe, self.bits)
         config = read_config(self.model)
         rows = calibration_of(recipe.calibration, config, None, self.samples, self.length)
         return make_plan(

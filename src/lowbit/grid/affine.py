@@ -75,6 +75,9 @@ class Affine(LinearGrid[AffineParams], RangedGrid[AffineParams]):
         bits, group, kind = found.groups()
         return cls(int(bits), int(group) if group else None, (kind or "").lower() == "sym")
 
+    def with_bits(self, bits: int) -> Affine:
+        return replace(self, bits=bits)
+
     @property
     def top(self) -> int:
         """The highest code, 2**bits - 1."""

@@ -71,6 +71,14 @@ class Grid(ABC, Generic[P]):
         """
 
     @abstractmethod
+    def with_bits(self, bits: int) -> Grid[P]:
+        """The same kind of grid with other bits.
+
+        Raises:
+            ValueError: there is none.
+        """
+
+    @abstractmethod
     def check(self, width: int) -> None:
         """Raise ValueError, with words for a user, if a layer of so many inputs cannot have it."""
 

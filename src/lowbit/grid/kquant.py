@@ -120,6 +120,12 @@ class KQuant(LinearGrid[KQuantParams], GroupedGrid[KQuantParams]):
             )
         return self.group_size
 
+    def with_bits(self, bits: int) -> KQuant:
+        kinds: dict[int, Kind] = {KQuant(k).bits: k for k in get_args(Kind)}
+        if bits not in kinds:
+            raise ValueError(f"K-quants have {', '.join(map(str, kinds))} bits, not {bits}")
+        return KQuant(kinds[bits])
+
     def check(self, width: int) -> None:
         if width % SUPER:
             raise ValueError(

@@ -61,6 +61,11 @@ class MXFP4(OrderedGrid[MXFP4Params], RangedGrid[MXFP4Params]):
     def bits(self) -> int:
         return 4
 
+    def with_bits(self, bits: int) -> MXFP4:
+        if bits != 4:
+            raise ValueError(f"{self} has 4 bits, not {bits}")
+        return self
+
     @property
     def group_size(self) -> int:
         return GROUP

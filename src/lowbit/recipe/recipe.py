@@ -32,8 +32,8 @@ class Recipe:
         grid: for every linear that no override names.
         methods: applied to each block in this order, which is that of their roles; what they leave
             uncoded is rounded to nearest.
-        overrides: (pattern, grid), shell patterns on full linear names such as "*.down_proj"; the
-            last match counts.
+        overrides: (pattern, grid), shell patterns on full linear names, or on their ends behind a
+            dot, such as "mlp.down_proj" and "layers.0.*"; the last match counts.
         calibration: the text that methods learn from, where a run is not given another.
         activations: grid of every quantized linear's input, None for floating point.
         kv: grid of keys and values, None for floating point.
@@ -109,7 +109,7 @@ class Recipe:
 
     def grid_of(self, linear: str) -> AnyGrid:
         """The grid of a linear by its full name."""
-        chosen = (g for pattern, g in reversed(self.overrides) if fnmatchcase(linear, pattern))
+        chosen = (g for pattern, g in reversed(self.overrides) if _matches(linear, pattern))
         return next(chosen, self.grid)
 
     @property
@@ -159,6 +159,10 @@ class Recipe:
     def from_toml(cls, text: str, origin: str = "recipe") -> Recipe:
         """A recipe from a TOML document; see `from_dict`."""
         return cls.from_dict(toml.parsed(text, origin), origin)
+
+
+def _matches(linear: str, pattern: str) -> bool:
+    return fnmatchcase(linear, pattern) or fnmatchcase(linear, f"*.{pattern}")
 
 
 def _check_order(earlier: str, other: str, name: str, role: str) -> None:

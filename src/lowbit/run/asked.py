@@ -14,6 +14,7 @@ from ..grid import AnyGrid
 from ..grid.names import Scheme, parse_scheme
 from ..model.ranks import ALONE, Ranks
 from ..recipe import Recipe, load_recipe
+from ..recipe.widths import with_bits
 from .events import OnBlock, OnStep
 
 
@@ -33,6 +34,7 @@ class Asked:
     plain: bool
     bos: str | None = None
     dtype: str = "auto"
+    bits: str | None = None
 
     @property
     def command(self) -> list[str]:
@@ -47,6 +49,7 @@ class Asked:
                 ("--calib", self.calib),
                 ("--samples", self.samples),
                 ("--length", self.length),
+                ("--bits", self.bits),
                 ("--bos", self.bos),
             ):
                 if value is not None:
@@ -74,12 +77,14 @@ class Asked:
         elif scheme is not None and not isinstance(scheme, Scheme):
             scheme = Scheme(scheme)
         if isinstance(self.recipe, str):
-            return load_recipe(self.recipe, scheme=scheme, settings=self.settings)
+            found = load_recipe(self.recipe, scheme=scheme, settings=self.settings)
+            return found if self.bits is None else with_bits(found, self.bits)
         if self.settings:
             raise LowbitError(
                 "settings change a recipe given by name or file; change the Recipe itself instead."
             )
-        return self.recipe if scheme is None else self.recipe.with_scheme(scheme)
+        found = self.recipe if scheme is None else self.recipe.with_scheme(scheme)
+        return found if self.bits is None else with_bits(found, self.bits)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ..model.calibration import Rows
 from ..model.context import TOKENS_PER_PASS, token_parts
 from ..model.model import Model
 from ..plan import Plan
+from ..recipe.widths import CHOICE, choice
 from .patterns import attention_patterns, input_patterns
 from .report import Facts, format_of, report_of
 from .workplace import Workplace
@@ -91,6 +92,9 @@ def close(
     weight_map = {t: r["shard"] for r in records for t in r["tensors"]}
     place.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_atomic(place.partial / RECIPE, plan.recipe.to_toml().encode())
+    chosen = choice(plan.recipe, list(source.linear_shapes()))
+    if chosen is not None:
+        place.write_json(CHOICE, chosen)
     _write_proof(place, model, facts.rows)
     hashes = {n: file_hash(place.partial / n) for n in map(str, HASHED)}
     report = report_of(place.run, source, plan, facts, records, hashes)

@@ -55,6 +55,7 @@ def quantize(
     dtype: str = "auto",
     settings: Sequence[str] = (),
     plain: bool = False,
+    bits: str | None = None,
     offload: str = "auto",
     offload_dir: str | Path | None = None,
     progress: OnBlock | None = None,
@@ -77,6 +78,7 @@ def quantize(
         dtype: of forward passes: auto, float32, bfloat16 or float16, see
             `lowbit.arithmetic.compute_dtype`.
         settings: "method.option=value" changes to the recipe.
+        bits: of single linears, see `lowbit.recipe.widths.with_bits`.
         plain: refuse what plain loaders could not run instead of writing it in the library's own
             format.
         offload: where the activation streams live, see `lowbit.plan.memory.Offload`; changes no
@@ -96,7 +98,7 @@ def quantize(
     place = claimed(Path(out), "quantize", finished=True, resumes=RESUMES, writes=ranks.first)
     with place as output:
         text = None if calib is None else str(calib)
-        given = samples, length, seed, device, tuple(settings), plain, bos, dtype
+        given = samples, length, seed, device, tuple(settings), plain, bos, dtype, bits
         asked = Asked(str(model), scheme, recipe, text, *given)
         options = Options(offload, offload_dir, progress, watch, ranks)
         return _Run(asked, options, output).result()
