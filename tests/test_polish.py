@@ -16,6 +16,7 @@ import lowbit
 from lowbit.artifact.files import read_shard
 from lowbit.cli import app
 from lowbit.errors import LowbitError
+from lowbit.export import export
 from lowbit.grid.names import parse_scheme
 from lowbit.methods import Polish
 from lowbit.methods._divergence import divergence
@@ -24,6 +25,7 @@ from lowbit.model.calibration import Calibration, draw_rows
 from lowbit.model.stream import ModelStream
 from lowbit.model.tokenizer import load_tokenizer
 from lowbit.recipe import load_recipe
+from lowbit.run.refining import refine
 from lowbit.stages import Blocks, Entered
 from lowbit.stages.polish import Polished, PolishRows, _Polishing
 from lowbit.stages.polish.passes import Passes
@@ -324,3 +326,76 @@ def test_damaged_state_is_named(tmp_path):
     (tmp_path / "s" / "now" / "block-00000.safetensors").write_bytes(b"x")
     with pytest.raises(LowbitError, match="begins to polish anew"):
         state.read(0, torch.device("cpu"))
+
+
+# --- refine ---------------------------------------------------------------------------------------
+
+
+def refined(folder, out, *words):
+    given = ["refine", str(folder), "-o", str(out), *map(str, words)]
+    for setting in SHORT:
+        given += ["--set", setting]
+    done = CliRunner().invoke(app, given)
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("scheme, recipe", [("W2A16g16", "rtn"), ("W3A16", "quarot+claq")])
+def test_refined_is_what_the_whole_recipe_makes(tmp_path, scheme, recipe):
+    """Bit for bit, also where a stage before the blocks rotates them."""
+    model = source(tmp_path / "m", times=10)
+    before = made(model, tmp_path / "a", scheme, recipe, ())
+    whole = made(model, tmp_path / "b", scheme, f"{recipe}+polish")
+    code, said = refined(tmp_path / "a", tmp_path / "c")
+    assert code == 0, said
+    report = json.loads((tmp_path / "c" / "report.json").read_text())
+    assert report["hash"] == whole.report["hash"] != before.report["hash"]
+    assert report["size"]["after"] == before.report["size"]["after"]
+    assert report["polish"]["kl"] == whole.report["polish"]["kl"]
+    assert [e["error"] for e in report["linears"] if "error" in e] == [
+        e["error"] for e in whole.report["linears"] if "error" in e
+    ]
+    assert "verified:" in said and "polished on" in said
+
+
+def test_an_interrupted_refinement_goes_on(tmp_path):
+    model = source(tmp_path / "m", times=10)
+    made(model, tmp_path / "a", "W2A16g16", "rtn", ())
+    whole = refine(tmp_path / "a", out=tmp_path / "b", settings=SHORT)
+
+    def stopped(step):
+        if step.what.startswith("polish: step 5"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refine(tmp_path / "a", out=tmp_path / "c", settings=SHORT, watch=stopped)
+    assert (
+        refine(tmp_path / "a", out=tmp_path / "c", settings=SHORT).report["hash"]
+        == (whole.report["hash"])
+    )
+
+
+def test_what_cannot_be_refined(tmp_path):
+    model = source(tmp_path / "m", times=10)
+    made(model, tmp_path / "a", "W4A16g16sym", "rtn", ())
+    other = source(tmp_path / "n", "llama-mha", times=10)
+    (tmp_path / "t.txt").write_text(TEXT * 9 + "!")
+    export(tmp_path / "a", tmp_path / "g", "gptq")
+    made(model, tmp_path / "p", "W4A16g16sym", "rtn+polish")
+    cases = [
+        (("a", "--teacher", other), "was not made of .* as it is now: 'config.json' is another"),
+        (("a", "--calib", tmp_path / "t.txt"), "gives other calibration rows than"),
+        (("a", "--set", "rtn.x=1"), "only polish.OPTION can be set"),
+        (("g",), "is no artifact as quantize writes it .gptq."),
+        (("p",), "is polished already"),
+        (("m",), "report.json"),
+    ]
+    for (folder, *words), said in cases:
+        code, told = refined(tmp_path / folder, tmp_path / "out", *words)
+        assert code == 2 and re.search(said, told), (folder, words, told)
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith("out")]
+    shard = next((tmp_path / "a").glob("model-00002*"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    code, told = refined(tmp_path / "a", tmp_path / "out")
+    assert code == 1 and "is not what was written" in told

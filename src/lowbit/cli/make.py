@@ -73,6 +73,59 @@ def quantize(
 
 @app.command()
 @reported
+def refine(
+    folder: Annotated[Path, typer.Argument(help="Artifact folder, as quantize wrote it.")],
+    output: making.Artifact,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that the artifact was made of, if it lies elsewhere than then."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one option: polish.tokens=262144. Repeatable."),
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="The artifact's calibration text, if it lies elsewhere than then."),
+    ] = None,
+    offload: Offload = "auto",
+    offload_dir: making.OffloadDir = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Polish an artifact: train what its codes leave free on the divergence from the model it was
+    made of. Same codes, same bytes; what '+polish' behind its recipe would have made.
+    """
+    from ..run.launch import joined
+    from ..run.refining import refine as run
+    from .display import Progress, summary
+
+    with (
+        joined(device, complain) as ranks,
+        Progress(out if ranks.first else Console(quiet=True)) as progress,
+    ):
+        result = run(
+            folder,
+            teacher,
+            out=output,
+            settings=set_ or [],
+            calib=calib,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            offload_dir=offload_dir,
+            progress=progress,
+            watch=progress.working,
+            ranks=ranks,
+        )
+    if ranks.first:
+        out.print(summary(result))
+
+
+@app.command()
+@reported
 def plan(
     model: making.PlannedModel,
     scheme: OwnScheme = None,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -35,7 +36,7 @@ from .events import OnBlock, OnStep, Working
 from .identity import Original, fingerprint, sources
 from .polishing import check_rows, polishing
 from .record import source_of
-from .report import Facts
+from .report import Facts, format_of
 from .shards import Outside, Shards
 from .workplace import RESUMES, Workplace
 
@@ -101,14 +102,26 @@ def quantize(
         given = samples, length, seed, device, tuple(settings), plain, bos, dtype, bits
         asked = Asked(str(model), scheme, recipe, text, *given)
         options = Options(offload, offload_dir, progress, watch, ranks)
-        return _Run(asked, options, output).result()
+        return Run(asked, options, output).result()
 
 
-class _Run:
+class Begun(Protocol):
+    """Finished shards that a run begins with."""
+
+    def check(self, original: Original, rows: Rows, format_: str) -> None:
+        """Raise LowbitError if they are not this run's."""
+
+    def give(self, place: Workplace) -> None:
+        """Put them into the directory of a run."""
+
+
+class Run:
     """One run: planned, then executed. ``output`` is claimed."""
 
-    def __init__(self, asked: Asked, options: Options, output: Output) -> None:
-        self.started = time.time()
+    def __init__(
+        self, asked: Asked, options: Options, output: Output, begun: Begun | None = None
+    ) -> None:
+        self.started, self.begun = time.time(), begun
         if not 0 <= asked.seed < SEEDS:
             raise LowbitError(f"seed {asked.seed}: give a whole number from 0 to {SEEDS - 1}.")
         self.asked, self.options, self.output, self.ranks = asked, options, output, options.ranks
@@ -191,8 +204,12 @@ class _Run:
         """
         files = source_files(self.stream.checkpoint)
         original = Original.of(self.stream.checkpoint, files).hashed(self.ranks)
+        if self.begun is not None:
+            self.begun.check(original, self.rows, format_of(self.plan))
         place = self._entered(original)
         try:
+            if self.begun is not None and not place.done:
+                self.begun.give(place)
             if place.done:
                 return self._told(repeated=True)
             shards = Shards(place, original, [], self.stream.stored_name, self.options.progress)

@@ -226,11 +226,13 @@ class Workplace:
             "bytes": path.stat().st_size,
             "tensors": shard_hashes(path),
         }
-        write_atomic(
-            self._note(number),
-            json.dumps({"run": self.run, "sha256": _digest(full), "record": full}).encode(),
-        )
+        self.note(number, full)
         return full
+
+    def note(self, number: int, record: Mapping[str, Any]) -> None:
+        """Write the record of a shard that lies there."""
+        note = {"run": self.run, "sha256": _digest(record), "record": dict(record)}
+        write_atomic(self._note(number), json.dumps(note).encode())
 
     # --- what was done to all of them -------------------------------------------------------------
 
