@@ -24,6 +24,7 @@ from lowbit.model.beside import given
 from lowbit.model.calibration import Calibration, draw_rows
 from lowbit.model.stream import ModelStream
 from lowbit.model.tokenizer import load_tokenizer
+from lowbit.plan import make_plan, read_config
 from lowbit.recipe import load_recipe
 from lowbit.run.refining import refine
 from lowbit.stages import Blocks, Entered
@@ -399,3 +400,23 @@ def test_what_cannot_be_refined(tmp_path):
     shard.write_bytes(raw)
     code, told = refined(tmp_path / "a", tmp_path / "out")
     assert code == 1 and "is not what was written" in told
+
+
+@pytest.mark.parametrize("scheme", ["W2A16g16", "W3A16:column"])
+def test_the_planned_scratch_is_enough(tmp_path, scheme):
+    """What lies beside the shards while it works, its copies of them apart, which are links."""
+    model, most = source(tmp_path / "m", times=10), 0
+    config = json.loads((model / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    recipe = load_recipe("rtn+polish", scheme=parse_scheme(scheme))
+    planned = make_plan(read_config(str(model)), recipe, 8, 32)
+
+    def look(step):
+        nonlocal most
+        files = [p for p in (tmp_path / "o.partial" / "polish-0").rglob("*") if p.is_file()]
+        most = max(most, sum(p.stat().st_size for p in files if p.parent.name != "blocks"))
+
+    made(model, tmp_path / "o", scheme, "rtn+polish", (*SHORT, "polish.norms=false"), watch=look)
+    # Headers of files count for more than numbers here.
+    assert 0 < most <= planned.scratch + 4 * 2 * 4096
+    assert make_plan(read_config(str(model)), replace(recipe, methods=()), 8, 32).scratch == 0

@@ -182,6 +182,17 @@ class Plan:
         return self.packed + 2 * (o.rest + o.stored_outside + o.around)
 
     @property
+    def scratch(self) -> int:
+        """Bytes on disk beside the artifact while it is polished, at most: of every 16-bit scale or
+        level its variable and Adam's moments, twice, and the variable at its best, twice.
+        """
+        if not any(entry.role == "polish" for _, entry, _ in self.recipe.entries):
+            return 0
+        shapes = self.outline.shapes
+        codes = sum(self.grids[n].bits * a * b for n, (a, b) in shapes.items()) // 8
+        return (self.packed - codes) // 2 * 4 * (2 * 3 + 2)
+
+    @property
     def bits_per_weight(self) -> float:
         """Of the quantized linears, scales and zero points included."""
         return 8 * self.packed / self.quantized
@@ -299,6 +310,7 @@ class Plan:
             "around": self.outline.around,
             "original": self.original,
             "artifact": self.artifact,
+            "scratch": self.scratch,
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "memory": {k: v for k, v in asdict(m).items() if k != "lighter"},

@@ -56,7 +56,11 @@ def plan_rows(
             "all parameters",
         ),
         *memory_rows(p, p.setting.device, offload, folder, free),
-        ("disk", f"{p.artifact / gib:.3g} GiB, besides activations that are kept there"),
+        (
+            "disk",
+            f"{p.artifact / gib:.3g} GiB, besides activations that are kept there"
+            + (f", and up to {p.scratch / gib:.3g} while it is polished" if p.scratch else ""),
+        ),
         ("time", took),
         *(("note", remark) for remark in p.outline.remarks),
     ]

@@ -26,7 +26,7 @@ from ...model.model import Model, float_blocks
 from ...model.outline import Outline
 from ..blocks import Blocks, Entered
 from .passes import Frame, Passes, Variables, without_rows
-from .state import State
+from .state import MOMENTS, State
 
 Record = Mapping[str, Any]
 _WARM, _BETAS, _EPSILON = 5, (0.9, 0.95), 1e-10
@@ -193,9 +193,7 @@ class _Polishing:
         if note is None:
             for i, frame in enumerate(frames):
                 zeros = frame.free().zeros()
-                moments = {
-                    f"{k}{n}": t.clone() for n, t in zeros.items() for k in ("first.", "second.")
-                }
+                moments = {f"{k}{n}": t.clone() for n, t in zeros.items() for k in MOMENTS}
                 self.state.write(i, {**zeros, **moments})
             start = self._checked(passes, expected)
             note = {"step": 0, "best": 0, "looks": [{"step": 0, "kl": start, "train_kl": None}]}
@@ -260,7 +258,7 @@ class _Polishing:
 
     def _variables(self, i: int, *, best: bool = False) -> Variables:
         found = self.state.read(i, self.model.source.device, best=best)
-        return {k: t for k, t in found.items() if not k.startswith(("first.", "second."))}
+        return {k: t for k, t in found.items() if not k.startswith(MOMENTS)}
 
     def _checked(self, passes: Passes, expected: Tensor) -> float:
         """The divergence on the rows that the state is chosen by, over all ranks."""

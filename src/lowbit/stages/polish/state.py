@@ -17,6 +17,7 @@ from ...errors import LowbitError
 
 Tensors = Mapping[str, Tensor]
 _NOW, _BEST, _KEPT, _NOTE = "now", "best", "kept", "state.json"
+MOMENTS = ("first.", "second.")  # before the name of a variable: Adam's, which the best needs not
 
 
 class State:
@@ -61,7 +62,11 @@ class State:
             best: it is the best state so far.
         """
         if best:
-            self._copied(self._folder / _NOW, _BEST)
+            (self._folder / _BEST).mkdir(exist_ok=True)
+            for number in range(self._blocks):
+                held = self.read(number, torch.device("cpu"))
+                own = {k: t for k, t in held.items() if not k.startswith(MOMENTS)}
+                self.write(number, own, best=True)
         self._copied(self._folder / _NOW, f"{_KEPT}.new")
         new, old = self._folder / f"{_KEPT}.new", self._folder / f"{_KEPT}.old"
         self._copied(self._folder / _BEST, f"{_KEPT}.new/{_BEST}")
@@ -100,13 +105,13 @@ class State:
                 "which begins to polish anew."
             ) from e
 
-    def write(self, block: int, tensors: Tensors) -> None:
-        """The tensors of a block as they are now.
+    def write(self, block: int, tensors: Tensors, *, best: bool = False) -> None:
+        """The tensors of a block as they are now, or are at best.
 
         Raises:
             LowbitError: the disk refuses.
         """
-        path = self._folder / _NOW / self._name(block)
+        path = self._folder / (_BEST if best else _NOW) / self._name(block)
         try:
             save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, path)
         except (OSError, SafetensorError) as e:
