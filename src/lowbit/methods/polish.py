@@ -33,7 +33,7 @@ class Polish:
     """The knobs of the stage.
 
     Attributes:
-        tokens: that steps are made on, those of calibration first; rows are seen again if the text
+        tokens: that steps are made on, those of calibration last; rows are seen again if the text
             has not as many.
         batch: rows a step.
         lr: of the first steps; a scale moves by about this share of itself, a gain or a bias by
@@ -49,7 +49,7 @@ class Polish:
 
     tokens: int = 1 << 17
     batch: int = 8
-    lr: float = 2e-3
+    lr: float = 5e-3
     norms: bool = True
     apart: int = 16
     checks: int = 8
@@ -81,7 +81,7 @@ def further(method: Polish, length: int, samples: int) -> int:
     """Rows that are drawn besides the calibration's: those it is chosen by, and those that steps
     take.
     """
-    return method.apart + max(0, method.steps(length) * method.batch - samples)
+    return method.apart + method.steps(length) * method.batch
 
 
 def cost(method: Polish, shapes: Shapes) -> Cost:

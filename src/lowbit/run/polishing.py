@@ -48,7 +48,8 @@ def _knobs(recipe: Recipe) -> list[Knobs]:
 
 def _rows(knobs: Knobs, rows: Rows) -> PolishRows:
     further = rows.calibration[:0] if rows.further is None else rows.further
-    train = torch.cat([rows.calibration, further[knobs.apart :]])
+    # Blocks were fitted to the calibration rows: others teach more.
+    train = torch.cat([further[knobs.apart :], rows.calibration])
     steps = knobs.steps(train.shape[1])
     return PolishRows(train[: steps * knobs.batch], further[: knobs.apart])
 
