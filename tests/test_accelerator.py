@@ -86,6 +86,8 @@ CASES = [
     ("quarot", "W4A4KV4", (), "device"),
     ("claq-fused", "W2A16", (), "device"),
     ("crossquant-deploy", "W4A8g16sym", ("crossquant.fold=group",), "device"),
+    ("rtn+polish", "W2A16g16", ("polish.tokens=96", "polish.batch=2"), "device"),
+    ("rtn+polish", "W2A16", ("polish.tokens=96", "polish.batch=2", "polish.norms=false"), "host"),
 ]
 
 

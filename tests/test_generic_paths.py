@@ -53,6 +53,9 @@ class Unhurried(OrderedGrid[AffineParams]):
     def of_lists(self):
         return Unhurried(self.own.of_lists)
 
+    def with_bits(self, bits):
+        return Unhurried(self.own.with_bits(bits))
+
     def check(self, width):
         self.own.check(width)
 

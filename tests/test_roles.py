@@ -17,6 +17,7 @@ from lowbit.methods import (
     RTN,
     CrossQuant,
     OmniQuant,
+    Polish,
     QuaRot,
     SmoothQuant,
     TesseraQ,
@@ -36,6 +37,7 @@ PLACE = {  # method: role, its number in order
     "gptq": ("solver", 3),
     "claq": ("solver", 3),
     "tesseraq": ("learner", 4),
+    "polish": ("polish", 6),
 }
 MADE = {
     "quarot": QuaRot(),
@@ -47,6 +49,7 @@ MADE = {
     "gptq": GPTQ(),
     "claq": CLAQ(outlier_bits=0.14),
     "tesseraq": TesseraQ(),
+    "polish": Polish(tokens=1, batch=2, apart=3),  # fewer rows than the calibration has
 }
 
 
@@ -65,7 +68,7 @@ def test_every_method_has_its_role():
 @given(st.lists(st.sampled_from(sorted(PLACE)), unique=True, max_size=6))
 def test_an_order_is_taken_where_roles_rise_and_once_is_once(names):
     numbers = [PLACE[n][1] for n in names]
-    fine = numbers == sorted(numbers) and max(numbers.count(2), numbers.count(3)) <= 1
+    fine = numbers == sorted(numbers) and max(map(numbers.count, (2, 3, 6))) <= 1
     try:
         recipe = recipe_of(names)
     except LowbitError as e:
@@ -130,6 +133,7 @@ RANGED = {"W4", "mxfp4"}
         ("awq", set(GRIDS), ""),
         ("tesseraq", set(GRIDS), ""),
         ("quarot", set(GRIDS), ""),
+        ("polish", set(GRIDS), ""),
         ("omniquant", RANGED, "omniquant learns ranges of uniform grids, and .* has none"),
         ("claq", RANGED | {"column"}, "claq needs a codebook per column, not .*: use gptq"),
     ],

@@ -302,7 +302,14 @@ def test_text_and_tasks_go_together_or_alone(model: Path, folder: Path, tmp_path
         "batch",
         "kl",
         "top1",
+        "kl_median",
+        "kl_p99",
+        "kl_max",
+        "perplexity_error",
+        "kl_error",
+        "top1_error",
         "dtype",
+        "bytes",
         "tasks",
     ]
     assert data["windows"] == 4

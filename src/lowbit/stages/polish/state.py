@@ -97,8 +97,7 @@ class State:
         """
         path = self._folder / (_BEST if best else _NOW) / self._name(block)
         try:
-            found: dict[str, Tensor] = load_file(path, str(device))
-            return found
+            return {k: t.to(device) for k, t in load_file(path).items()}
         except (OSError, SafetensorError) as e:
             raise LowbitError(
                 f"'{path}' cannot be read ({e}): remove '{self._folder}' and run the same command, "
