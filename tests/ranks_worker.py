@@ -150,7 +150,11 @@ def main() -> None:
             if ranks.rank == job.get("raises"):
                 raise lowbit.LowbitError("there is something wrong here.")
 
-        lowbit.quantize(**job["arguments"], ranks=ranks, progress=after_block)
+        def at_step(step: object) -> None:
+            if step.what.startswith(job.get("stops", "\0")):  # on every rank
+                raise lowbit.LowbitError("stopped.")
+
+        lowbit.quantize(**job["arguments"], ranks=ranks, progress=after_block, watch=at_step)
 
 
 def forked(size: int, here: int) -> int:

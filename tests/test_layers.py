@@ -23,7 +23,7 @@ ALLOWED = {  # a folder's own row leaves out the folders in it that have rows
     "model": {"grid", "errors"},
     "methods": {"grid", "model", "arithmetic", "errors"},
     "recipe": {"grid", "model", "methods", "verbatim", "errors"},
-    "stages": {"model", "methods", "grid", "machine", "errors"},
+    "stages": {"artifact", "model", "methods", "grid", "machine", "errors"},
     "formats": {"grid", "errors"},
     "kernels": {"grid", "errors"},
     "artifact": {"grid", "model", "formats", "errors"},

@@ -181,7 +181,10 @@ class InMemory:
     polished = None
 
     def __init__(self, folder, blocks):
-        self.scratch, self.blocks = folder, blocks
+        self._folder, self.blocks = folder, blocks
+
+    def scratch(self, rank):
+        return self._folder / str(rank)
 
     def held(self, i, block, *, anew):
         own = self.blocks[i]

@@ -543,3 +543,32 @@ def test_polish_of_two_ranks_ends_where_that_of_one_does(model, tmp_path):
         for key in ("kl_before", "kl"):
             assert two[key] == pytest.approx(one[key], rel=1e-3)
         assert one["kl"] < 0.97 * one["kl_before"]
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_a_polish_goes_on_with_another_number_of_ranks(model, tmp_path, before, after):
+    """It ends where the whole run does, and leaves nothing behind."""
+    own = ["polish.tokens=384", "polish.lr=1e-2", "polish.checks=4", "polish.batch=3"]
+    given = {"recipe": "rtn+polish", "settings": own}
+    whole = lowbit.quantize(**{**arguments(model, tmp_path / "a"), **given})
+    out = tmp_path / "b"
+    what = dict(stops="polish: step 3", arguments={**arguments(model, out), **given})
+    command = ["--recipe", "rtn+polish", "--scheme", "W2A16g16", "--calib", f"{model}/text.txt"]
+    command += ["--samples", "9", "--length", "32", *(x for s in own for x in ("--set", s))]
+    if before == 1:
+
+        def stopped(step):
+            if step.what.startswith("polish: step 3"):
+                raise Stop
+
+        with pytest.raises(Stop):
+            lowbit.quantize(**{**arguments(model, out), **given}, watch=stopped)
+        assert torchrun("-m", "lowbit", "quantize", model, "-o", out, *command).returncode == 0
+    else:
+        assert "stopped." in torchrun(WORKER, job(tmp_path, do="quantize", **what)).said
+        assert len(list((tmp_path / "b.partial").glob("polish-*"))) == 2
+        lowbit.quantize(**{**arguments(model, out), **given})
+    report = json.loads((out / "report.json").read_text())
+    assert report["polish"]["kl"] == pytest.approx(whole.report["polish"]["kl"], rel=1e-3)
+    assert report["polish"]["kept_step"] == whole.report["polish"]["kept_step"]
+    assert not [*out.glob("polish*"), *tmp_path.glob("*.partial")]

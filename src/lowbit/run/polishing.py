@@ -68,15 +68,13 @@ class PolishedShards:
     def polished(self) -> Record | None:
         return self.shards.place.polished()
 
-    @property
-    def scratch(self) -> Path:
-        place = self.shards.place
-        return place.partial / f"polish-{place.ranks.rank}"
+    def scratch(self, rank: int) -> Path:
+        return self.shards.place.partial / f"polish-{rank}"
 
     def held(self, i: int, block: Block, *, anew: bool) -> Block:
-        path = self.scratch / "blocks" / f"{i:05d}.safetensors"
-        if anew:
-            source = self.shards.place.shard(i + 1)
+        place, path = self.shards.place, self.scratch(0) / "blocks" / f"{i:05d}.safetensors"
+        if anew and place.ranks.first:
+            source = place.shard(i + 1)
             with disk(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
@@ -84,6 +82,8 @@ class PolishedShards:
                     os.link(source, path)
                 except OSError:
                     shutil.copyfile(source, path)
+        if anew:
+            place.ranks.broadcast(None)  # until it is there
         return self.shards.opened(path, block)
 
     def loaded(self, i: int, block: Block) -> Block:
@@ -101,6 +101,8 @@ class PolishedShards:
         shards.records[i + 1] = place.finish(i + 1, tensors, record, check)
 
     def finish(self, record: Record) -> None:
-        self.shards.place.note_polished(record)
-        with disk(self.scratch):
-            shutil.rmtree(self.scratch, ignore_errors=True)
+        place = self.shards.place
+        place.note_polished(record)
+        if place.ranks.first:  # of all ranks, also of those that an earlier run had
+            for folder in place.partial.glob("polish-*"):
+                shutil.rmtree(folder, ignore_errors=True)

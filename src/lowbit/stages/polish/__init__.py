@@ -68,9 +68,8 @@ class PolishStore(Protocol):
         """
         ...
 
-    @property
-    def scratch(self) -> Path:
-        """A folder for this rank while it works."""
+    def scratch(self, rank: int) -> Path:
+        """A folder for a rank while it works; all ranks of the run see it."""
         ...
 
     def held(self, i: int, block: Block, *, anew: bool) -> Block:
@@ -179,13 +178,17 @@ class _Polishing:
         self.ranks, rows = model.ranks, stage.rows
         self.steps = self.method.steps(rows.train.shape[1])
         self.train, self.checked = rows.train, rows.checked
-        self.state = State(stage.store.scratch, len(model.source))
+        blocks = len(model.source)
+        self.state, self.first = (
+            State(stage.store.scratch(rank), blocks) for rank in (self.ranks.rank, 0)
+        )
 
     def record(self) -> Record:
         """Train, keep the best, store it; what the report says."""
         clock = time.time()
-        note = self.state.note
-        if note is None:
+        # All ranks have the same state; of an earlier run there may have been more or fewer.
+        note = self.ranks.broadcast(self.first.note if self.ranks.first else None)
+        if note is None or not self.ranks.first:
             self.state.begin()
         frames, expected = self._prepared(anew=note is None)
         self.model.announce("polish: the beginning")
@@ -199,7 +202,8 @@ class _Polishing:
             note = {"step": 0, "best": 0, "looks": [{"step": 0, "kl": start, "train_kl": None}]}
             self.state.keep(note, best=True)
         else:
-            self.state.go_on()
+            self.state.go_on(self.first)
+            self.ranks.broadcast(None)  # before the first one's is written over
         note = self._trained(note, passes, expected)
         if note["best"]:
             for i, frame in enumerate(frames):
@@ -257,8 +261,7 @@ class _Polishing:
         return frames, target
 
     def _variables(self, i: int, *, best: bool = False) -> Variables:
-        found = self.state.read(i, self.model.source.device, best=best)
-        return {k: t for k, t in found.items() if not k.startswith(MOMENTS)}
+        return self.state.read(i, self.model.source.device, best=best)
 
     def _checked(self, passes: Passes, expected: Tensor) -> float:
         """The divergence on the rows that the state is chosen by, over all ranks."""
@@ -323,7 +326,7 @@ class _Polishing:
     @torch.no_grad()
     def _step(self, step: int, i: int, variables: Variables, gradients: Variables) -> None:
         """One step of Adam on the variables of a block."""
-        held = self.state.read(i, self.model.source.device)
+        held = self.state.read(i, self.model.source.device, moments=True)
         names = list(variables)
         summed = [gradients[k].float().contiguous() for k in names]
         self.ranks.sum_(*summed)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ...artifact.disk import disk
 from ...errors import LowbitError
 
 Tensors = Mapping[str, Tensor]
@@ -45,13 +46,14 @@ class State:
     def begin(self) -> None:
         """Forget everything."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        (self._folder / _NOW).mkdir(parents=True)
+        with disk(self._folder):
+            (self._folder / _NOW).mkdir(parents=True)
 
-    def go_on(self) -> None:
-        """Be as it was when it was last kept."""
-        kept = self._folder / _KEPT
+    def go_on(self, kept_by: State) -> None:
+        """Be as another one was when it was last kept; it may be this one."""
+        kept = kept_by._folder / _KEPT
         if not (kept / _NOTE).is_file():
-            kept = self._folder / f"{_KEPT}.old"
+            kept = kept_by._folder / f"{_KEPT}.old"
         self._copied(kept, _NOW)
         self._copied(kept / _BEST, _BEST)
 
@@ -62,42 +64,48 @@ class State:
             best: it is the best state so far.
         """
         if best:
-            (self._folder / _BEST).mkdir(exist_ok=True)
+            with disk(self._folder):
+                (self._folder / _BEST).mkdir(exist_ok=True)
             for number in range(self._blocks):
-                held = self.read(number, torch.device("cpu"))
-                own = {k: t for k, t in held.items() if not k.startswith(MOMENTS)}
-                self.write(number, own, best=True)
+                self.write(number, self.read(number, torch.device("cpu")), best=True)
         self._copied(self._folder / _NOW, f"{_KEPT}.new")
         new, old = self._folder / f"{_KEPT}.new", self._folder / f"{_KEPT}.old"
         self._copied(self._folder / _BEST, f"{_KEPT}.new/{_BEST}")
-        (new / _NOTE).write_text(json.dumps(dict(note)))
-        shutil.rmtree(old, ignore_errors=True)
-        if (self._folder / _KEPT).exists():
-            (self._folder / _KEPT).rename(old)
-        new.rename(self._folder / _KEPT)
-        shutil.rmtree(old, ignore_errors=True)
+        with disk(new):
+            (new / _NOTE).write_text(json.dumps(dict(note)))
+            shutil.rmtree(old, ignore_errors=True)
+            if (self._folder / _KEPT).exists():
+                (self._folder / _KEPT).rename(old)
+            new.rename(self._folder / _KEPT)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _copied(self, source: Path, to: str) -> None:
         target = self._folder / to
         shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for number in range(self._blocks):
-            path = source / self._name(number)
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+        with disk(target):
+            target.mkdir(parents=True)
+            for number in range(self._blocks):
+                shutil.copyfile(source / self._name(number), target / self._name(number))
 
     def _name(self, block: int) -> str:
         return f"block-{block:05d}.safetensors"
 
-    def read(self, block: int, device: torch.device, *, best: bool = False) -> dict[str, Tensor]:
-        """The tensors of a block, as they are now or were at best.
+    def read(
+        self, block: int, device: torch.device, *, best: bool = False, moments: bool = False
+    ) -> dict[str, Tensor]:
+        """The variables of a block, as they are now or were at best.
+
+        Args:
+            moments: with what Adam keeps of them, see ``MOMENTS``.
 
         Raises:
             LowbitError: they cannot be read.
         """
         path = self._folder / (_BEST if best else _NOW) / self._name(block)
         try:
-            return {k: t.to(device) for k, t in load_file(path).items()}
+            with safe_open(path, "pt") as f:
+                wanted = [k for k in f.keys() if moments or not k.startswith(MOMENTS)]  # noqa: SIM118
+                return {k: f.get_tensor(k).to(device) for k in wanted}
         except (OSError, SafetensorError) as e:
             raise LowbitError(
                 f"'{path}' cannot be read ({e}): remove '{self._folder}' and run the same command, "
@@ -111,7 +119,5 @@ class State:
             LowbitError: the disk refuses.
         """
         path = self._folder / (_BEST if best else _NOW) / self._name(block)
-        try:
+        with disk(path):
             save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, path)
-        except (OSError, SafetensorError) as e:
-            raise LowbitError(f"'{path}' cannot be written: {e}. Free some room there.") from e
