@@ -144,6 +144,12 @@ def save_tiny(
     return folder
 
 
+EVALUATED = (  # keys of an evaluation
+    *("perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1"),
+    *("kl_median", "kl_p99", "kl_max", "perplexity_error", "kl_error", "top1_error"),
+)
+
+
 # --- a recipe on a model, without an artifact -----------------------------------------------------
 
 

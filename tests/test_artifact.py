@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import transformers
-from helpers import FAMILIES, save_tiny
+from helpers import EVALUATED, FAMILIES, save_tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -200,10 +200,7 @@ def test_generate_inspect_eval_and_plan(artifact, model, tmp_path):
     )
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "e.json").read_text())
-    figures = ["perplexity", "nll", "tokens", "windows", "length", "batch", "kl", "top1"]
-    of_kl = ["kl_median", "kl_p99", "kl_max"]
-    errors = ["perplexity_error", "kl_error", "top1_error"]
-    assert list(data) == [*figures, *of_kl, *errors, "dtype", "bytes"]
+    assert list(data) == [*EVALUATED, "dtype", "bytes"]
     assert data["dtype"] == "float32" and data["bytes"] > 0
     assert (
         data["tokens"] == 8 * 31

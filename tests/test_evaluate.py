@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import EVALUATED
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -208,22 +209,7 @@ def test_the_same_evaluation_twice_is_the_same(model: Any, other: Any, windows: 
 
 def test_as_dict_has_these_keys_and_goes_through_json(model: Any, windows: Tensor) -> None:
     found = evaluate(model, windows).as_dict()
-    assert list(found) == [
-        "perplexity",
-        "nll",
-        "tokens",
-        "windows",
-        "length",
-        "batch",
-        "kl",
-        "top1",
-        "kl_median",
-        "kl_p99",
-        "kl_max",
-        "perplexity_error",
-        "kl_error",
-        "top1_error",
-    ]
+    assert list(found) == [*EVALUATED]
     assert json.loads(json.dumps(found)) == found
 
 

@@ -107,20 +107,21 @@ def run_eval(given: EvalOptions, console: Console) -> dict[str, Any]:
     given = replace(given, dtype=_arithmetic(given.dtype, device, config))
     length = window_length(config, given.length)
     tokenizer = load_tokenizer(checkpoint)
-    windows = None
+    measured = None
     if given.measured_text is not None:
         windows = evaluation_windows(
             given.measured_text, tokenizer, length, given.windows, given.bos
         )
+        measured = _Measured(windows, said_of(windows, tokenizer), checkpoint.nbytes)
     prepared = _prepared(given, console)
-    if windows is not None and prepared is None and not given.integers and by_block(given, device):
-        return _block_by_block(given, windows, said_of(windows, tokenizer), device, console)
+    if measured and prepared is None and not given.integers and by_block(given, device):
+        return _block_by_block(given, measured, device, console)
     model = load_causal_lm(given.model, device, given.dtype)
     if given.integers:
         model = in_integers(model, Path(given.model))
     data: dict[str, Any] = {}
-    if windows is not None:
-        data = _on_text(given, model, windows, said_of(windows, tokenizer), device, console)
+    if measured is not None:
+        data = _on_text(given, model, measured, device, console)
     if prepared is not None:
         data["tasks"] = _on_tasks(given, model, tokenizer, prepared, console).as_dict()
     return data
@@ -149,20 +150,34 @@ def _prepared(given: EvalOptions, console: Console) -> tuple[Prepared, ...] | No
         )
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured.
+
+    Attributes:
+        windows: (n, length) int64. begun: what they begin with, in words. size: of the model, bytes
+            of all tensors in its files.
+    """
+
+    windows: Tensor
+    begun: str
+    size: int
+
+
 def _on_text(
-    given: EvalOptions, model: Any, windows: Tensor, begun: str, device: str, console: Console
+    given: EvalOptions, model: Any, measured: _Measured, device: str, console: Console
 ) -> dict[str, Any]:
-    """Print and return perplexity on windows (n, length), and the distance to the reference."""
+    """Print and return perplexity, and the distance to the reference."""
     reference = None
     if given.reference:
         reference = load_causal_lm(given.reference, device, given.dtype)
     with progress_bar(console) as progress:
-        result = evaluate(model, windows, reference, progress=progress)
-    return _told(given, result, begun, model.dtype, "", console)
+        result = evaluate(model, measured.windows, reference, progress=progress)
+    return _told(given, result, measured, model.dtype, "", console)
 
 
 def _block_by_block(
-    given: EvalOptions, windows: Tensor, begun: str, device: str, console: Console
+    given: EvalOptions, measured: _Measured, device: str, console: Console
 ) -> dict[str, Any]:
     """The same with one block of each model in memory at a time."""
     dtype = None if given.dtype == "auto" else getattr(torch, given.dtype)
@@ -172,24 +187,23 @@ def _block_by_block(
     free = free_memory(where)
     room = None if free is None else free // _OF_FREE
     with progress_bar(console, "blocks") as progress:
-        result = evaluate_by_block(model, windows, reference, room, progress)
+        result = evaluate_by_block(model, measured.windows, reference, room, progress)
     how = ", one block in memory at a time"
-    return _told(given, result, begun, model.source.compute, how, console)
+    return _told(given, result, measured, model.source.compute, how, console)
 
 
 def _told(
     given: EvalOptions,
     result: Evaluation,
-    begun: str,
+    measured: _Measured,
     dtype: torch.dtype,
     how: str,
     console: Console,
 ) -> dict[str, Any]:
-    size = open_files(given.model).nbytes
     line = (
         f"{given.model} on {given.measured_text}: perplexity {result.perplexity:.4f}"
         f"{_error(result.perplexity_error, '.2g')} (nll "
-        f"{result.nll:.5f}; {result.windows} windows x {result.length}{begun}, "
+        f"{result.nll:.5f}; {result.windows} windows x {result.length}{measured.begun}, "
         f"{result.tokens} tokens, {together(result.batch)}, in {_named(dtype)}{how})"
     )
     if result.kl is not None and result.top1 is not None:
@@ -198,8 +212,8 @@ def _told(
             f"{result.kl_median:.3g}, 99th percentile {result.kl_p99:.3g}, maximum "
             f"{result.kl_max:.3g}), top-1 {result.top1:.2%}{_error(result.top1_error, '.2%')}"
         )
-    console.print(f"{line}; {size / 1e6:,.1f} MB")
-    return {**result.as_dict(), "dtype": _named(dtype), "bytes": size}
+    console.print(f"{line}; {measured.size / 1e6:,.1f} MB")
+    return {**result.as_dict(), "dtype": _named(dtype), "bytes": measured.size}
 
 
 def _error(found: float | None, form: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +14,9 @@ from ..console import Console
 from . import making, options
 from .app import Calib, Device, Dtype, Offload, OwnScheme, Python, Scheme, Seed, app, out, reported
 from .sentences import complain
+
+if TYPE_CHECKING:
+    from ..run.asked import Result
 
 
 @app.command()
@@ -38,15 +43,11 @@ def quantize(
 
     On several GPUs: torchrun --nproc-per-node N -m lowbit quantize ...
     """
-    from ..run.launch import joined
     from ..run.quantize import quantize as run
-    from .display import Progress, summary
 
-    with (
-        joined(device, complain) as ranks,
-        Progress(out if ranks.first else Console(quiet=True)) as progress,
-    ):
-        result = run(
+    _carried_out(
+        partial(
+            run,
             model,
             scheme,
             recipe,
@@ -63,10 +64,21 @@ def quantize(
             plain=plain,
             offload=offload,
             offload_dir=offload_dir,
-            progress=progress,
-            watch=progress.working,
-            ranks=ranks,
-        )
+        ),
+        device,
+    )
+
+
+def _carried_out(run: Callable[..., Result], device: str) -> None:
+    """Do a run with the processes that share it, show how far it is, and what came of it."""
+    from ..run.launch import joined
+    from .display import Progress, summary
+
+    with (
+        joined(device, complain) as ranks,
+        Progress(out if ranks.first else Console(quiet=True)) as progress,
+    ):
+        result = run(progress=progress, watch=progress.working, ranks=ranks)
     if ranks.first:
         out.print(summary(result))
 
@@ -98,15 +110,11 @@ def refine(
     """Polish an artifact: train what its codes leave free on the divergence from the model it was
     made of. Same codes, same bytes; what '+polish' behind its recipe would have made.
     """
-    from ..run.launch import joined
     from ..run.refining import refine as run
-    from .display import Progress, summary
 
-    with (
-        joined(device, complain) as ranks,
-        Progress(out if ranks.first else Console(quiet=True)) as progress,
-    ):
-        result = run(
+    _carried_out(
+        partial(
+            run,
             folder,
             teacher,
             out=output,
@@ -116,12 +124,9 @@ def refine(
             dtype=dtype,
             offload=offload,
             offload_dir=offload_dir,
-            progress=progress,
-            watch=progress.working,
-            ranks=ranks,
-        )
-    if ranks.first:
-        out.print(summary(result))
+        ),
+        device,
+    )
 
 
 @app.command()

@@ -65,7 +65,7 @@ def none_kept(method: Any) -> None:
     """No weight stays in floating point."""
 
 
-def no_others(method: Any, length: int, samples: int) -> int:
+def no_others(method: Any, length: int) -> int:
     """The calibration's rows are enough."""
     return 0
 
@@ -90,8 +90,8 @@ class Entry:
         outliers: (method) -> the option by which it keeps weights in floating point, or None.
         fixes_ranges: (method) -> whether this clip does, so that no other can come after it.
         decides: (method, device) -> what decides its result besides its knobs.
-        further: (method, tokens of a row, calibration rows) -> rows that it wants to be drawn
-            besides those.
+        further: (method, tokens of a row) -> rows that it wants to be drawn besides the
+            calibration's.
     """
 
     kind: Callable[..., BlockMethod]
@@ -103,4 +103,4 @@ class Entry:
     outliers: Callable[[Any], str | None] = none_kept
     fixes_ranges: Callable[[Any], bool] = as_its_role
     decides: Callable[[Any, torch.device], Decisive] = the_recipe_alone
-    further: Callable[[Any, int, int], int] = no_others
+    further: Callable[[Any, int], int] = no_others

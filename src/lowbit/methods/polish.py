@@ -77,7 +77,7 @@ def check(method: Polish, grid: AnyGrid) -> None:
         raise LowbitError(f"polish moves scales or levels, and {grid} has none.")
 
 
-def further(method: Polish, length: int, samples: int) -> int:
+def further(method: Polish, length: int) -> int:
     """Rows that are drawn besides the calibration's: those it is chosen by, and those that steps
     take.
     """

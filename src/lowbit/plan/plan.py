@@ -183,14 +183,15 @@ class Plan:
 
     @property
     def scratch(self) -> int:
-        """Bytes on disk beside the artifact while it is polished, at most: of every 16-bit scale or
-        level its variable and Adam's moments, twice, and the variable at its best, twice.
+        """Bytes on disk beside the artifact while it is polished, at most: for each process, of
+        every 16-bit scale or level its variable and Adam's moments, twice, and the variable at its
+        best, twice.
         """
         if not any(entry.role == "polish" for _, entry, _ in self.recipe.entries):
             return 0
         shapes = self.outline.shapes
         codes = sum(self.grids[n].bits * a * b for n, (a, b) in shapes.items()) // 8
-        return (self.packed - codes) // 2 * 4 * (2 * 3 + 2)
+        return self.setting.ranks * (self.packed - codes) // 2 * 4 * (2 * 3 + 2)
 
     @property
     def bits_per_weight(self) -> float:

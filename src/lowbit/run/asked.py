@@ -78,12 +78,12 @@ class Asked:
             scheme = Scheme(scheme)
         if isinstance(self.recipe, str):
             found = load_recipe(self.recipe, scheme=scheme, settings=self.settings)
-            return found if self.bits is None else with_bits(found, self.bits)
-        if self.settings:
+        elif self.settings:
             raise LowbitError(
                 "settings change a recipe given by name or file; change the Recipe itself instead."
             )
-        found = self.recipe if scheme is None else self.recipe.with_scheme(scheme)
+        else:
+            found = self.recipe if scheme is None else self.recipe.with_scheme(scheme)
         return found if self.bits is None else with_bits(found, self.bits)
 
 

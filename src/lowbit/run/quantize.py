@@ -183,10 +183,7 @@ class Run:
         """
         tokenizer = load_tokenizer(self.stream.checkpoint)
         calibration = self.plan.recipe.calibration
-        further = sum(
-            e.further(m, calibration.length, calibration.samples)
-            for _, e, m in self.plan.recipe.entries
-        )
+        further = sum(e.further(m, calibration.length) for _, e, m in self.plan.recipe.entries)
         rows = draw_rows(calibration, tokenizer, self.asked.seed, HELD_OUT, further)
         check_rows(self.plan.recipe, rows)
         top = int(max(rows.calibration.max(), rows.held_out.max() if len(rows.held_out) else 0))

@@ -142,7 +142,10 @@ def verify(
     last = proof["logits"].shape[1]
     if report["format"] == gguf.NAME:
         given = Verification(*counts, "passed"), proof, python, _loading(folder, report, loading)
-        return _verify_gguf(folder, report, *given)
+        found_gguf = _verify_gguf(folder, report, *given)
+        if loading == "blocks" and found_gguf.loading != "blocks":
+            return replace(found_gguf, loader=found_gguf.loader.replace("passed", _WHOLE, 1))
+        return found_gguf
     found = runtime_logits(
         folder,
         proof["ids"],
