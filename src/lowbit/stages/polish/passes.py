@@ -215,7 +215,7 @@ def _floats(t: Tensor) -> bool:
 
 def without_rows(block: Block) -> Block:
     """The block of which nothing depends on rows that once passed."""
-    none = block.x[:0]
+    none = block.x.new_empty(0, *block.x.shape[1:])  # no view, which would hold on to the stream
     context = replace(
         block.context, x=none, xq=none, target=none, given={}, given_q={}, left={}, readout=None
     )
